@@ -1,0 +1,100 @@
+"""The two sides of the comparison: a bf16 linear, and torchao's float8 training linears over the same weight.
+
+In: a shape, a device. Out: operands with the data of every arm, and arms that can run forward and backward.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import Recipe
+
+logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels for other devices at every import
+
+from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # noqa: E402
+
+WEIGHT_STD = 0.02
+DATA = f"x, grad ~ N(0, 1); w ~ N(0, {WEIGHT_STD})"
+"""Random data as in training: a product of zeros ran 13 % faster than one of random data on an H200."""
+
+INDUCTOR: dict[Recipe, dict[str, bool]] = {
+    "tensorwise": {},
+    "rowwise": {"emulate_precision_casts": True},  # torchtitan sets it for this recipe (pytorch issue 150859)
+    "rowwise_with_gw_hp": {},
+}
+"""Production's Inductor settings for each recipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """One set of bf16 tensors for all arms of a point: x (m, k), weight (n, k), grad_output (m, n)."""
+
+    x: Tensor
+    weight: nn.Parameter
+    grad_output: Tensor
+
+    @classmethod
+    def random(cls, shape: LinearShape, device: torch.device) -> Operands:
+        x = torch.randn(shape.m, shape.k, device=device, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(shape.n, shape.k, device=device, dtype=torch.bfloat16).normal_(std=WEIGHT_STD)
+        grad_output = torch.randn(shape.m, shape.n, device=device, dtype=torch.bfloat16)
+        return cls(x, nn.Parameter(weight), grad_output)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to compute the linear; recipe is None for bf16."""
+
+    recipe: Recipe | None
+    linear: Callable[[Tensor], Tensor]
+    operands: Operands
+
+    def forward(self) -> Tensor:
+        """The output, (m, n)."""
+        return self.linear(self.operands.x)
+
+    def backward(self, output: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of x and weight; not `.backward()`, which would add accumulation kernels."""
+        return torch.autograd.grad(output, (self.operands.x, self.operands.weight), self.operands.grad_output)
+
+
+def build_arm(recipe: Recipe | None, operands: Operands, *, compiled: bool) -> Arm:
+    """An arm over `operands`. Compilation itself happens at the first call, under `compile_settings`."""
+    linear = build_linear(recipe, operands.weight)
+    if compiled:
+        linear = torch.compile(linear, dynamic=False)
+    return Arm(recipe, linear, operands)
+
+
+def build_linear(recipe: Recipe | None, weight: nn.Parameter) -> nn.Module:
+    """A bias-free linear over `weight` (n, k), converted by torchao if there is a recipe."""
+    out_features, in_features = weight.shape
+    with torch.device("meta"):
+        linear = nn.Linear(in_features, out_features, bias=False, dtype=weight.dtype)
+    linear.weight = weight
+    if recipe is None:
+        return linear
+    return convert_to_float8_training(linear, config=Float8LinearConfig.from_recipe_name(recipe))
+
+
+def compile_settings(inductor: dict[str, bool]) -> Any:
+    """A context for compiling one variant: these Inductor settings, and an error instead of a quiet eager run.
+
+    Without the last, torch._dynamo runs eagerly, with a warning only, after 8 shapes.
+    """
+    import contextlib
+
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
+    stack.enter_context(torch._inductor.config.patch(inductor))
+    return stack

@@ -1,0 +1,114 @@
+"""What a person sees of a sweep while it runs: a bar on a terminal, a line a point elsewhere (a log, CI)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from fp8gate.calibrate.records import PointRecord
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import Protocol as TableProtocol
+from fp8gate.filter.table import Recipe
+
+
+class Observer(Protocol):
+    """Told of every step of a sweep; a context for its duration."""
+
+    def __enter__(self) -> Observer: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def starting(self, shape: LinearShape) -> None: ...
+
+    def finished(self, record: PointRecord) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+
+def make_observer(total: int, protocols: dict[Recipe, TableProtocol]) -> Observer:
+    """A bar if standard error is a terminal, else lines."""
+    console = Console(stderr=True)
+    kind = Bar if console.is_terminal else Lines
+    return kind(total, protocols, console)
+
+
+class Bar:
+    """One live line: points done, the current shape, the last speedups, the time left."""
+
+    def __init__(self, total: int, protocols: dict[Recipe, TableProtocol], console: Console) -> None:
+        self._protocols = protocols
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[last]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: TaskID = self._progress.add_task("starting", total=total, last="")
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def starting(self, shape: LinearShape) -> None:
+        self._progress.update(self._task, description=str(shape))
+
+    def finished(self, record: PointRecord) -> None:
+        self._progress.update(self._task, advance=1, last=describe(record, self._protocols))
+
+    def say(self, message: str) -> None:
+        self._progress.console.print(message, highlight=False, markup=False)
+
+
+class Lines:
+    """A line a point, with the same content."""
+
+    def __init__(self, total: int, protocols: dict[Recipe, TableProtocol], console: Console) -> None:
+        self._total, self._protocols = total, protocols
+        self._done = 0
+        self._start = time.monotonic()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to put back."""
+
+    def starting(self, shape: LinearShape) -> None:
+        """A line says what was done, not what is."""
+
+    def finished(self, record: PointRecord) -> None:
+        self._done += 1
+        left_s = (time.monotonic() - self._start) / self._done * (self._total - self._done)
+        minutes, seconds = divmod(round(left_s), 60)
+        self.say(
+            f"[{self._done}/{self._total}] {record.shape} {describe(record, self._protocols)}, "
+            f"{record.seconds:.1f} s, {minutes}:{seconds:02} left"
+        )
+
+    def say(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+
+def describe(record: PointRecord, protocols: dict[Recipe, TableProtocol]) -> str:
+    """The speedups of a point, or why there are none: "tensorwise 1.32x rowwise out_of_memory"."""
+    points = (record.point(recipe, protocols[recipe]) for recipe in record.recipes)
+    return " ".join(
+        f"{recipe} {point.status if point.speedup is None else f'{point.speedup:.2f}x'}"
+        for recipe, point in zip(record.recipes, points, strict=True)
+    )

@@ -1,0 +1,91 @@
+"""The decision for one layer: in which order it is taken, and the reason that is kept with it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fp8gate.filter.lookup import Estimate, Lookup
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import Point
+
+DEFAULT_MIN_SPEEDUP = 1.02
+"""Near 1.0 it is better not to convert: llama3-8b's wk and wv, neutral alone (0.96 to 1.0), cost 8 % of a block
+when converted together with wq (measured on one NVIDIA H200, tensorwise)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """Whether one linear is converted to float8, and why.
+
+    speedup and bounds: float8 against bf16 for `shape` (local m, k, n); None where no number was needed or there.
+    point, distance, outside: see `Estimate`.
+    """
+
+    convert: bool
+    reason: str
+    shape: LinearShape | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    point: Point | None = None
+    distance: float | None = None
+    outside: bool = False
+
+    @property
+    def m(self) -> int | None:
+        return self.shape.m if self.shape else None
+
+    @property
+    def k(self) -> int | None:
+        return self.shape.k if self.shape else None
+
+    @property
+    def n(self) -> int | None:
+        return self.shape.n if self.shape else None
+
+
+def decide(shape: LinearShape, lookup: Lookup, *, min_speedup: float) -> Decision:
+    """Choose float8 only where it was measured to win by `min_speedup`."""
+    indivisible = shape.indivisible()
+    if indivisible:
+        return Decision(convert=False, shape=shape, reason=f"{indivisible}: not a multiple of 16")
+    estimate = lookup(shape)
+    if estimate is None:
+        return Decision(convert=False, shape=shape, reason="the table holds no measured point")
+    return _judge(shape, estimate, min_speedup)
+
+
+def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decision:
+    wins = estimate.speedup >= min_speedup
+    broken = estimate.gap == "failed"
+    verdict = f"{estimate.speedup:.2f}x" if wins else f"{estimate.speedup:.2f}x, below {min_speedup:.2f}x"
+    if broken:
+        verdict = "float8 failed at the nearest point"  # a wrong result is no speedup, however fast a neighbour is
+    return Decision(
+        convert=wins and not broken,
+        reason=f"{verdict} ({_provenance(estimate)})",
+        shape=shape,
+        speedup=estimate.speedup,
+        speedup_low=estimate.speedup_low,
+        speedup_high=estimate.speedup_high,
+        point=estimate.point,
+        distance=estimate.distance,
+        outside=estimate.outside,
+    )
+
+
+def _provenance(estimate: Estimate) -> str:
+    """Where the number is from: "measured", "nearest (8192, 4096, 1024)", "interpolated, outside the grid"."""
+    if estimate.distance == 0:
+        parts = ["measured"]
+    elif estimate.interpolated:
+        parts = ["interpolated"]
+    else:
+        parts = [f"nearest {estimate.point.shape}"]
+    if estimate.outside:
+        parts.append("outside the measured range")
+    if estimate.point.status == "ambiguous":
+        parts.append("ambiguous")
+    if estimate.gap:
+        parts.append(f"a nearer point is {estimate.gap}")
+    return ", ".join(parts)

@@ -1,0 +1,34 @@
+"""The shape of one linear layer's training step: what a table is indexed by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLOAT8_MULTIPLE = 16
+"""torch._scaled_mm takes float8 operands only with dimensions that are multiples of 16 (one 16-byte vector)."""
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class LinearShape:
+    """One linear layer as one rank computes it: (m, k) @ (k, n) forward, two products of that size backward.
+
+    m: tokens, the rows of the input per microbatch. k: in_features. n: out_features. Ordered by (m, k, n).
+    """
+
+    m: int
+    k: int
+    n: int
+
+    def __str__(self) -> str:
+        return f"({self.m}, {self.k}, {self.n})"
+
+    @property
+    def flop(self) -> int:
+        """Floating-point operations of forward plus backward: three products of 2 m k n each."""
+        return 6 * self.m * self.k * self.n
+
+    def indivisible(self) -> str | None:
+        """The dimensions float8 products reject, for people ("n = 100"), or None if all are accepted."""
+        sizes = (("m", self.m), ("k", self.k), ("n", self.n))
+        bad = [f"{name} = {size}" for name, size in sizes if size % FLOAT8_MULTIPLE]
+        return ", ".join(bad) or None

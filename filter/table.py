@@ -1,0 +1,285 @@
+"""The table: what `calibrate` writes and `filter` reads, one YAML file per device and recipe.
+
+In: a file, or a `Table` built from measurements. Out: a validated `Table`, or a file that reads well in a diff.
+Try it: python -c "from fp8gate.filter.table import read_table; print(len(read_table('FILE.yaml').points))"
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Hashable
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
+import yaml
+
+from fp8gate.filter.shapes import LinearShape
+
+Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+"""torchao's names of its float8 training recipes (`Float8LinearRecipeName`)."""
+RECIPES: tuple[Recipe, ...] = get_args(Recipe)
+
+SCHEMA = 1
+SIGNIFICANT_DIGITS = 4  # two sweeps differ by about 0.2 %: a fifth digit would be noise in every diff
+
+Size = Annotated[int, msgspec.Meta(gt=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Status = Literal["measured", "ambiguous", "out_of_memory", "unstable", "failed"]
+WITH_NUMBERS: tuple[Status, ...] = ("measured", "ambiguous")
+
+
+class TableError(ValueError):
+    """A table that cannot be used; the message names the file, the field and what was expected there."""
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The device measured. A GPU as its driver names it; a CPU has `kind: cpu` and no GPU fields."""
+
+    name: str
+    kind: Literal["cuda", "cpu"]
+    capability: str | None = None
+    multiprocessors: Size | None = None
+    threads: Size | None = None
+    memory_gib: Positive
+    l2_mib: Positive | None = None
+    power_limit_w: Positive | None = None
+
+
+class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The releases measured with."""
+
+    torch: str
+    torchao: str
+    triton: str | None = None
+    cuda: str | None = None
+    driver: str | None = None
+    fp8gate: str
+
+
+class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the numbers were taken; two tables with different protocols are not comparable."""
+
+    timer: Literal["cuda_graphs", "wall_clock"]
+    compile: bool
+    inductor: dict[str, bool]
+    bf16: Literal["eager", "compiled"]
+    l2: Literal["cold"]
+    data: str
+    rounds: tuple[Size, ...]
+    confidence: Annotated[float, msgspec.Meta(gt=0, lt=1)]
+    threshold: Positive
+    tolerance: Positive
+
+
+class Grid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The axes swept; points off these axes may be in a table too, and axes without some of their points."""
+
+    m: tuple[Size, ...] = ()
+    k: tuple[Size, ...] = ()
+    n: tuple[Size, ...] = ()
+
+
+class Point(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One shape measured. Times in microseconds, medians over rounds; numbers are None unless `status` has them.
+
+    speedup: bf16 time / float8 time of forward plus backward, estimated from the per-round ratios, with the
+    confidence bounds speedup_low and speedup_high.
+    """
+
+    m: Size
+    k: Size
+    n: Size
+    bf16_fwd_us: Positive | None
+    bf16_bwd_us: Positive | None
+    fp8_fwd_us: Positive | None
+    fp8_bwd_us: Positive | None
+    speedup: Positive | None
+    speedup_low: Positive | None
+    speedup_high: Positive | None
+    status: Status
+
+    @property
+    def shape(self) -> LinearShape:
+        return LinearShape(self.m, self.k, self.n)
+
+    @property
+    def numbers(self) -> tuple[float | None, ...]:
+        return msgspec.structs.astuple(self)[3:-1]
+
+
+COLUMNS = Point.__struct_fields__
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"schema_": "schema"}):
+    """Everything measured for one device and recipe. Field order is the order in the file."""
+
+    schema_: Literal[1] = SCHEMA
+    recipe: Recipe
+    device: Device
+    software: Software
+    protocol: Protocol
+    measured_at: Annotated[datetime, msgspec.Meta(tz=True)]
+    grid: Grid
+    columns: tuple[str, ...] = COLUMNS
+    points: tuple[Point, ...]
+
+
+def read_table(path: str | os.PathLike[str]) -> Table:
+    """Read and validate a table file.
+
+    Raises TableError if the file cannot be read, is not plain YAML data, or breaks the schema in any way.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TableError(f"{path}: cannot be read: {error}") from error
+    return parse_table(text, source=str(path))
+
+
+def parse_table(text: str, *, source: str) -> Table:
+    """`read_table` for text already in memory; `source` names it in errors."""
+    data = load_plain_yaml(text, source=source, error=TableError)
+    if isinstance(data, dict) and data.get("schema") != SCHEMA:
+        found = data.get("schema", "nothing")
+        raise TableError(f"{source}: $.schema: expected {SCHEMA}, the version this fp8gate reads; found {found}")
+    try:
+        table = msgspec.convert(data, Table)
+    except msgspec.ValidationError as error:
+        raise TableError(f"{source}: {error}") from error
+    _check(table, source)
+    return table
+
+
+def write_table(table: Table, path: str | os.PathLike[str]) -> None:
+    """Write atomically: the file is the old one or the new one, whatever happens meanwhile.
+
+    The same measurements give the same bytes. Raises TableError rather than write what could not be read again.
+    """
+    text = format_table(table)
+    parse_table(text, source=str(path))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared table from everyone else
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _fsync_folder(path.parent)
+
+
+def format_table(table: Table) -> str:
+    """The file's text: fixed key order, one point a line, numbers rounded, points sorted by (m, k, n)."""
+    header = msgspec.to_builtins(table)
+    del header["points"]
+    lines = [_line(key, value) for key, value in header.items()]
+    rows = (_format_point(point) for point in sorted(table.points, key=lambda p: p.shape))
+    return "".join(lines) + "points:\n" + "".join(rows)
+
+
+def round_to_measured(value: float) -> float:
+    """Round to the digits a measurement carries."""
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+
+
+def load_plain_yaml(text: str, *, source: str, error: type[ValueError]) -> Any:
+    """Parse YAML that holds plain data only: no tags beyond it, no key twice.
+
+    Raises `error`, with the source and the line, for anything else.
+    """
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as cause:
+        raise error(f"{source}: not plain YAML data: {cause}") from cause
+
+
+def _check(table: Table, source: str) -> None:
+    """What types alone cannot say: column names, axis order, sorting, duplicates, consistent numbers."""
+    if table.columns != COLUMNS:
+        raise TableError(f"{source}: $.columns: expected {list(COLUMNS)}, found {list(table.columns)}")
+    for axis in ("m", "k", "n"):
+        values = getattr(table.grid, axis)
+        if list(values) != sorted(set(values)):
+            raise TableError(f"{source}: $.grid.{axis}: expected ascending sizes, each once; found {list(values)}")
+    if not table.points:
+        raise TableError(f"{source}: $.points: expected at least one point")
+    previous: LinearShape | None = None
+    for i, point in enumerate(table.points):
+        _check_point(point, f"{source}: $.points[{i}]")
+        if previous is not None and point.shape <= previous:
+            problem = "is there twice" if point.shape == previous else f"comes after {previous}"
+            raise TableError(
+                f"{source}: $.points[{i}]: {point.shape} {problem}; expected each once, sorted by m, k, n"
+            )
+        previous = point.shape
+
+
+def _check_point(point: Point, where: str) -> None:
+    expects_numbers = point.status in WITH_NUMBERS
+    for column, number in zip(COLUMNS[3:-1], point.numbers, strict=True):
+        if expects_numbers and (number is None or not math.isfinite(number)):
+            raise TableError(f"{where}.{column}: expected a finite number for status {point.status}, found {number}")
+        if not expects_numbers and number is not None:
+            raise TableError(f"{where}.{column}: expected null for status {point.status}, found {number}")
+    if expects_numbers:
+        low, speedup, high = point.speedup_low, point.speedup, point.speedup_high
+        assert low is not None and speedup is not None and high is not None
+        if not low <= speedup <= high:
+            raise TableError(
+                f"{where}.speedup: expected speedup_low <= speedup <= speedup_high, found {low}, {speedup}, {high}"
+            )
+
+
+def _line(key: str, value: Any) -> str:
+    """`key: value` on one line, whatever its length."""
+    if key == "measured_at":  # already ISO 8601; PyYAML would quote the string
+        return f"{key}: {value}\n"
+    text: str = yaml.safe_dump({key: value}, default_flow_style=True, sort_keys=False, width=math.inf)
+    return text.strip()[1:-1] + "\n"
+
+
+def _format_point(point: Point) -> str:
+    numbers = ("null" if x is None else repr(round_to_measured(x)) for x in point.numbers)
+    return f"  - [{', '.join([str(point.m), str(point.k), str(point.n), *numbers, point.status])}]\n"
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make the rename itself durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_FastLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is 10 times faster, and optional
+
+
+class _PlainLoader(_FastLoader):  # type: ignore[misc, valid-type]
+    """Constructs plain data, and refuses what would silently lose or multiply it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {sorted(twice)[0]!r} is there twice", node.start_mark
+            )
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
+
+
+_PLAIN_TAGS = ("null", "bool", "int", "float", "str", "timestamp", "seq", "map")
+_PlainLoader.yaml_constructors = {
+    f"tag:yaml.org,2002:{tag}": yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{tag}"] for tag in _PLAIN_TAGS
+}
+_PlainLoader.yaml_constructors[None] = yaml.SafeLoader.yaml_constructors[None]  # construct_undefined: raises

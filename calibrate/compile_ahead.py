@@ -112,10 +112,8 @@ def _compile_only(graph: object, example_inputs: object) -> object:
 def _start_worker(parent: int) -> None:
     """Compile on one thread, leave Ctrl-C to the parent, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch
     import torch._inductor.config
 
-    torch.set_num_threads(1)
     torch._inductor.config.compile_threads = 1
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

@@ -5,6 +5,8 @@ In: a shape, a device. Out: operands with the data of every arm, and arms that c
 
 from __future__ import annotations
 
+import contextlib
+import copyreg
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,13 +86,25 @@ def build_linear(recipe: Recipe | None, weight: nn.Parameter) -> nn.Module:
     return convert_to_float8_training(linear, config=Float8LinearConfig.from_recipe_name(recipe))
 
 
+def _memory_format(name: str) -> torch.memory_format:
+    found: torch.memory_format = getattr(torch, name)
+    return found
+
+
+def _reduce_memory_format(memory_format: torch.memory_format) -> tuple[Callable[[str], torch.memory_format], tuple[str]]:
+    return _memory_format, (str(memory_format).removeprefix("torch."),)
+
+
+copyreg.pickle(torch.memory_format, _reduce_memory_format)
+"""Inductor's cache key pickles the graph's memory formats, and by default that names whichever module imported torch
+first: the key then differs between the process that compiles ahead and the one that loads, and every load misses."""
+
+
 def compile_settings(inductor: dict[str, bool]) -> Any:
     """A context for compiling one variant: these Inductor settings, and an error instead of a quiet eager run.
 
     Without the last, torch._dynamo runs eagerly, with a warning only, after 8 shapes.
     """
-    import contextlib
-
     import torch._dynamo.config
     import torch._inductor.config
 

@@ -20,7 +20,7 @@ from fp8gate.calibrate.device import describe_device, describe_software
 from fp8gate.calibrate.grid import measuring_order, too_large
 from fp8gate.calibrate.journal import Journal, Setup
 from fp8gate.calibrate.linears import DATA, INDUCTOR
-from fp8gate.calibrate.measure import DeviceLostError, measure_point
+from fp8gate.calibrate.measure import SETTLE_S, DeviceLostError, measure_point
 from fp8gate.calibrate.progress import Observer, make_observer
 from fp8gate.calibrate.records import PointRecord
 from fp8gate.calibrate.timing import CpuTimer, CudaTimer, Timer
@@ -57,6 +57,7 @@ def make_setup(device: torch.device) -> Setup:
             bf16="eager",
             l2="cold",
             data=DATA,
+            settle_s=SETTLE_S,
             rounds=ROUNDS,
             confidence=CONFIDENCE,
             threshold=THRESHOLD,

@@ -69,6 +69,7 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     bf16: Literal["eager", "compiled"]
     l2: Literal["cold"]
     data: str
+    settle_s: Annotated[float, msgspec.Meta(ge=0)]
     rounds: tuple[Size, ...]
     confidence: Annotated[float, msgspec.Meta(gt=0, lt=1)]
     threshold: Positive
@@ -117,7 +118,7 @@ COLUMNS = Point.__struct_fields__
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"schema_": "schema"}):
     """Everything measured for one device and recipe. Field order is the order in the file."""
 
-    schema_: Literal[1] = SCHEMA
+    schema_: Literal[1] = 1
     recipe: Recipe
     device: Device
     software: Software

@@ -1,0 +1,119 @@
+"""What the filter would do to a model, and what that is worth: no GPU, no weights, only a config and a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fp8gate.filter.decision import Decision, decide
+from fp8gate.filter.lookup import Lookup
+from fp8gate.filter.models import LinearRole, ModelConfig, linear_roles, not_linear
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.shards import local_shape
+from fp8gate.filter.table import Table, TableError
+from fp8gate.filter.torchao_rule import torchao_converts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerExplanation:
+    """One role: its decision, and what torchao's rule would do (None if it has none for the recipe)."""
+
+    linear: LinearRole
+    shape: LinearShape
+    decision: Decision
+    torchao: bool | None
+    bf16_us: float
+    fp8_us: float
+
+    def row(self) -> dict[str, Any]:
+        """The JSON row: names, local shape, answer and reason."""
+        decision = self.decision
+        return {
+            "role": self.linear.role,
+            "fqn": self.linear.fqn,
+            "count": self.linear.count,
+            "m": self.shape.m,
+            "k": self.shape.k,
+            "n": self.shape.n,
+            "convert": decision.convert,
+            "torchao_converts": self.torchao,
+            "speedup": decision.speedup,
+            "speedup_low": decision.speedup_low,
+            "speedup_high": decision.speedup_high,
+            "reason": decision.reason,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """Forward + backward of all linears of the model, one microbatch, microseconds; None for no torchao rule.
+
+    Sums of table times: single layers do not tell what fusion in a compiled model adds or takes away.
+    """
+
+    bf16_us: float
+    all_float8_us: float
+    torchao_rule_us: float | None
+    fp8gate_us: float
+
+    def speedups(self) -> dict[str, float | None]:
+        """bf16 time over each choice's time: sums first, then the quotient."""
+        torchao = self.torchao_rule_us
+        return {
+            "all_float8": self.bf16_us / self.all_float8_us,
+            "torchao_rule": None if torchao is None else self.bf16_us / torchao,
+            "fp8gate": self.bf16_us / self.fp8gate_us,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explanation:
+    """A model under one table."""
+
+    layers: list[LayerExplanation]
+    predicted: Predicted
+    note: str | None
+
+
+def explain(config: ModelConfig, table: Table, lookup: Lookup, *, tokens: int, min_speedup: float) -> Explanation:
+    """Decide every linear role of a model at `tokens` rows, and sum the times of each choice.
+
+    Raises TableError if the table holds no number at all.
+    """
+    layers = [_explain_layer(linear, table, lookup, tokens, min_speedup) for linear in linear_roles(config)]
+    return Explanation(layers=layers, predicted=_predict(layers), note=not_linear(config))
+
+
+def _explain_layer(
+    linear: LinearRole, table: Table, lookup: Lookup, tokens: int, min_speedup: float
+) -> LayerExplanation:
+    shape = local_shape(linear, tokens=tokens)
+    estimate = lookup(shape)
+    if estimate is None:
+        raise TableError(f"{table.recipe} on {table.device.name}: $.points: expected a measured point, found none")
+    return LayerExplanation(
+        linear=linear,
+        shape=shape,
+        decision=decide(shape, lookup, min_speedup=min_speedup),
+        torchao=torchao_converts(table.recipe, in_features=linear.in_features, out_features=linear.out_features),
+        bf16_us=estimate.bf16_us,
+        # what float8 cannot compute stays bf16 in every choice
+        fp8_us=estimate.bf16_us if shape.indivisible() else estimate.fp8_us,
+    )
+
+
+def _predict(layers: list[LayerExplanation]) -> Predicted:
+    has_rule = all(layer.torchao is not None for layer in layers)
+    return Predicted(
+        bf16_us=sum(layer.linear.count * layer.bf16_us for layer in layers),
+        all_float8_us=sum(layer.linear.count * layer.fp8_us for layer in layers),
+        torchao_rule_us=_total(layers, [bool(layer.torchao) for layer in layers]) if has_rule else None,
+        fp8gate_us=_total(layers, [layer.decision.convert for layer in layers]),
+    )
+
+
+def _total(layers: list[LayerExplanation], converted: list[bool]) -> float:
+    return sum(
+        layer.linear.count * (layer.fp8_us if convert else layer.bf16_us)
+        for layer, convert in zip(layers, converted, strict=True)
+    )

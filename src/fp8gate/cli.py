@@ -1,0 +1,236 @@
+"""The command line: `fp8gate calibrate` measures, `fp8gate explain` asks a table about a model.
+
+Exit codes: 0 done, 1 stopped before the end (run again to go on), 2 usage or bad input, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from tabulate import tabulate
+
+from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP
+from fp8gate.filter.explain import Explanation, explain
+from fp8gate.filter.find_table import ENVIRONMENT, find_table
+from fp8gate.filter.lookup import LOOKUPS, Lookup
+from fp8gate.filter.models import BUNDLED, linear_roles, load_model
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.shards import local_shape
+from fp8gate.filter.table import RECIPES, Recipe, Table
+
+if TYPE_CHECKING:
+    from fp8gate.calibrate.sweep import SweepResult
+
+EXIT_STOPPED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    help="Measure where float8 linears train faster than bf16 on this GPU, and convert only those.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeName = Enum("RecipeName", {recipe: recipe for recipe in RECIPES}, type=str)  # type: ignore[misc]
+LookupChoice = Enum("LookupChoice", {name: name for name in LOOKUPS}, type=str)  # type: ignore[misc]
+
+
+class DeviceKind(str, Enum):
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+@app.command("calibrate")
+def calibrate_command(
+    grid: Annotated[str, typer.Option(help="quick, default, or a YAML file with m, k, n lists and shapes.")] = "default",
+    recipes: Annotated[str, typer.Option(help="Recipes to measure, separated by commas.")] = ",".join(RECIPES),
+    device: Annotated[DeviceKind | None, typer.Option(help="What to measure; by default the GPU if there is one.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for <device>/<recipe>.yaml and the journal.")] = Path("thresholds"),
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Go on with an earlier sweep's journal, or put it aside.")
+    ] = True,
+    model: Annotated[
+        str | None, typer.Option(help=f"Add this model's shapes: a config.json or {', '.join(BUNDLED)}.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per microbatch, for --model.")] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallel degree, for --model: its local shapes.")] = 1,
+    stop_after: Annotated[
+        float | None, typer.Option(min=0, help="Minutes; then stop, to go on when run again (for job time limits).")
+    ] = None,
+) -> None:
+    """Measure this device and write its tables.
+
+    Every point is kept in a journal beside the tables as soon as it is measured: after Ctrl-C, a kill or
+    --stop-after, the same command goes on where it was. Tables are written when all points are measured.
+    """
+    if find_spec("torchao") is None or find_spec("torch") is None:
+        _fail("calibrate needs torch and torchao: pip install 'fp8gate[calibrate]'")
+    if (model is None) != (tokens is None):
+        _fail("--model and --tokens go together: a linear's shape depends on both")
+    try:
+        chosen = _parse_recipes(recipes)
+        extra = _model_shapes(model, tokens, tp) if model and tokens else []
+        result = _run_sweep(grid, chosen, device, out, not resume, extra, stop_after)
+    except ValueError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo("stopped; what was measured is in the journal: run the same command to go on", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    _print_result(result)
+    if result.remaining:
+        raise typer.Exit(EXIT_STOPPED)
+
+
+@app.command("explain")
+def explain_command(
+    model: Annotated[str, typer.Argument(help=f"A Hugging Face config.json, or {', '.join(BUNDLED)}.")],
+    recipe: Annotated[RecipeName, typer.Option(help="The float8 recipe.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per rank and microbatch: batch x sequence.")],
+    device: Annotated[
+        str | None, typer.Option(help="Device name, such as 'NVIDIA H200'; by default the one here (asks torch).")
+    ] = None,
+    tables: Annotated[
+        Path | None, typer.Option(help=f"A table or folder of tables, before {ENVIRONMENT} and the packaged ones.")
+    ] = None,
+    lookup: Annotated[LookupChoice, typer.Option(help="Nearest measured point, or between the points around.")] = (
+        LookupChoice.nearest
+    ),
+    min_speedup: Annotated[float, typer.Option(min=0.0, help="Convert from this speedup on.")] = DEFAULT_MIN_SPEEDUP,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Say which linears of a model would be converted, why, and what it is worth. Needs no GPU."""
+    try:
+        config = load_model(model)
+        table, _ = find_table(recipe.value, device=device, tables=tables)
+        explanation = explain(config, table, Lookup(table, lookup.value), tokens=tokens, min_speedup=min_speedup)
+    except (ValueError, ModuleNotFoundError) as error:
+        _fail(str(error))
+    if as_json:
+        typer.echo(json.dumps(_explanation_json(model, table, tokens, explanation), indent=2))
+    else:
+        typer.echo(_explanation_text(model, table, tokens, explanation))
+
+
+def _run_sweep(
+    grid_name: str,
+    recipes: tuple[Recipe, ...],
+    kind: DeviceKind | None,
+    out: Path,
+    fresh: bool,
+    extra: list[LinearShape],
+    stop_after_min: float | None,
+) -> SweepResult:
+    from fp8gate.calibrate.device import choose_device
+    from fp8gate.calibrate.grid import grid_shapes, load_grid
+    from fp8gate.calibrate.sweep import make_setup, sweep
+
+    device = choose_device(kind.value if kind else None)
+    setup = make_setup(device)
+    grid, shapes = load_grid(grid_name, setup.device.kind)
+    return sweep(
+        grid,
+        [*grid_shapes(grid), *shapes, *extra],
+        recipes=recipes,
+        device=device,
+        setup=setup,
+        out=out,
+        fresh=fresh,
+        stop_after_s=None if stop_after_min is None else stop_after_min * 60,
+    )
+
+
+def _print_result(result: SweepResult) -> None:
+    from fp8gate.calibrate.summary import summarize
+
+    for table in result.tables.values():
+        typer.echo(summarize(table) + "\n")
+    typer.echo(f"{result.measured} points measured, {result.resumed} taken from the journal, {len(result.capped)} left out")
+    if result.remaining:
+        typer.echo(f"{result.remaining} points remain: run the same command to go on; no table was written")
+    for path in result.tables:
+        typer.echo(f"wrote {path}")
+
+
+def _parse_recipes(names: str) -> tuple[Recipe, ...]:
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in RECIPES:
+            raise ValueError(f"--recipes: expected some of {', '.join(RECIPES)}; got {name!r}")
+    return tuple(recipe for recipe in RECIPES if recipe in chosen)
+
+
+def _model_shapes(model: str, tokens: int, tp: int) -> list[LinearShape]:
+    """The model's local shapes that float8 can compute."""
+    shapes = [local_shape(linear, tokens=tokens, tp=tp) for linear in linear_roles(load_model(model))]
+    return [shape for shape in shapes if not shape.indivisible()]
+
+
+def _explanation_json(model: str, table: Table, tokens: int, explanation: Explanation) -> dict[str, Any]:
+    predicted = explanation.predicted
+    return {
+        "model": model,
+        "recipe": table.recipe,
+        "tokens": tokens,
+        "device": table.device.name,
+        "layers": [layer.row() for layer in explanation.layers],
+        "predicted": {
+            "bf16_us": predicted.bf16_us,
+            "all_float8_us": predicted.all_float8_us,
+            "torchao_rule_us": predicted.torchao_rule_us,
+            "fp8gate_us": predicted.fp8gate_us,
+            "speedup": predicted.speedups(),
+        },
+        "note": explanation.note,
+    }
+
+
+def _explanation_text(model: str, table: Table, tokens: int, explanation: Explanation) -> str:
+    rows = [
+        (
+            layer.linear.role,
+            layer.linear.fqn,
+            layer.linear.count,
+            *(layer.shape.m, layer.shape.k, layer.shape.n),
+            "float8" if layer.decision.convert else "bf16",
+            "" if layer.decision.speedup is None else f"{layer.decision.speedup:.2f}x",
+            layer.decision.reason,
+        )
+        for layer in explanation.layers
+    ]
+    headers = ("role", "linear", "count", "m", "k", "n", "train in", "speedup", "reason")
+    software = table.software
+    parts = [
+        f"{model}, {table.recipe}, {tokens} tokens, {table.device.name} "
+        f"(torch {software.torch}, torchao {software.torchao}, measured {table.measured_at:%Y-%m-%d})",
+        tabulate(rows, headers=headers, disable_numparse=True),
+        _predicted_text(explanation),
+    ]
+    if explanation.note:
+        parts.append(explanation.note)
+    return "\n\n".join(parts)
+
+
+def _predicted_text(explanation: Explanation) -> str:
+    predicted, speedups = explanation.predicted, explanation.predicted.speedups()
+    choices = [
+        ("bf16", predicted.bf16_us, 1.0),
+        ("all float8", predicted.all_float8_us, speedups["all_float8"]),
+        ("torchao's rule", predicted.torchao_rule_us, speedups["torchao_rule"]),
+        ("this filter", predicted.fp8gate_us, speedups["fp8gate"]),
+    ]
+    rows = [
+        (name, "no rule" if us is None else f"{us / 1e3:.1f}", "" if ratio is None else f"{ratio:.3f}x")
+        for name, us, ratio in choices
+    ]
+    headers = ("linears, forward + backward", "predicted ms", "speedup")
+    return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "right"))
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"fp8gate: {message}", err=True)
+    raise typer.Exit(EXIT_USAGE)

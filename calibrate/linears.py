@@ -70,9 +70,7 @@ class Arm:
 def build_arm(recipe: Recipe | None, operands: Operands, *, compiled: bool) -> Arm:
     """An arm over `operands`. Compilation itself happens at the first call, under `compile_settings`."""
     linear = build_linear(recipe, operands.weight)
-    if compiled:
-        linear = torch.compile(linear, dynamic=False)
-    return Arm(recipe, linear, operands)
+    return Arm(recipe, torch.compile(linear, dynamic=False) if compiled else linear, operands)
 
 
 def build_linear(recipe: Recipe | None, weight: nn.Parameter) -> nn.Module:
@@ -83,7 +81,8 @@ def build_linear(recipe: Recipe | None, weight: nn.Parameter) -> nn.Module:
     linear.weight = weight
     if recipe is None:
         return linear
-    return convert_to_float8_training(linear, config=Float8LinearConfig.from_recipe_name(recipe))
+    converted: nn.Module = convert_to_float8_training(linear, config=Float8LinearConfig.from_recipe_name(recipe))
+    return converted
 
 
 def _memory_format(name: str) -> torch.memory_format:
@@ -91,7 +90,9 @@ def _memory_format(name: str) -> torch.memory_format:
     return found
 
 
-def _reduce_memory_format(memory_format: torch.memory_format) -> tuple[Callable[[str], torch.memory_format], tuple[str]]:
+def _reduce_memory_format(
+    memory_format: torch.memory_format,
+) -> tuple[Callable[[str], torch.memory_format], tuple[str]]:
     return _memory_format, (str(memory_format).removeprefix("torch."),)
 
 

@@ -28,6 +28,9 @@ SETTLE_S = 0.15
 the power limit brings them down (by 13 % at (8192, 14336, 4096) on an H200), and a steady training run never idles."""
 
 
+DETAIL_LENGTH = 2000  # Inductor's errors carry whole graphs; their first lines say what is wrong
+
+
 class DeviceLostError(RuntimeError):
     """The GPU no longer answers in this process: every later point would fail with it."""
 
@@ -95,9 +98,7 @@ class _Session:
         inductor = protocol.inductor if protocol else {}
         try:
             with compile_settings(inductor):
-                prepared = self.timer.prepare(
-                    build_arm(None if name == "bf16" else name, operands, compiled=compiled)
-                )
+                prepared = self.timer.prepare(build_arm(None if name == "bf16" else name, operands, compiled=compiled))
             errors = relative_errors(self.timer.results(prepared), operands)
         except Exception as error:
             self.records[name] = _failure(error)
@@ -145,8 +146,8 @@ class _Session:
 
 
 def _failure(error: Exception) -> ArmRecord:
-    status = "out_of_memory" if _is_out_of_memory(error) else "failed"
-    return ArmRecord(status=status, detail=f"{type(error).__name__}: {error}"[:2000])
+    detail = f"{type(error).__name__}: {error}"[:DETAIL_LENGTH]
+    return ArmRecord(status="out_of_memory" if _is_out_of_memory(error) else "failed", detail=detail)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

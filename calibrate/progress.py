@@ -79,7 +79,7 @@ class Lines:
     def __init__(self, total: int, protocols: dict[Recipe, TableProtocol], console: Console) -> None:
         self._total, self._protocols = total, protocols
         self._done = 0
-        self._start = time.monotonic()
+        self._first_done_at = 0.0
 
     def __enter__(self) -> Lines:
         return self
@@ -94,12 +94,19 @@ class Lines:
 
     def finished(self, record: PointRecord) -> None:
         self._done += 1
-        left_s = (time.monotonic() - self._start) / self._done * (self._total - self._done)
-        minutes, seconds = divmod(round(left_s), 60)
         self.say(
             f"[{self._done}/{self._total}] {record.shape} {describe(record, self._protocols)}, "
-            f"{record.seconds:.1f} s, {minutes}:{seconds:02} left"
+            f"{record.seconds:.1f} s{self._time_left()}"
         )
+
+    def _time_left(self) -> str:
+        """At the pace since the first point: before that one, workers start and compile, which does not recur."""
+        if self._done == 1:
+            self._first_done_at = time.monotonic()
+            return ""
+        pace_s = (time.monotonic() - self._first_done_at) / (self._done - 1)
+        minutes, seconds = divmod(round(pace_s * (self._total - self._done)), 60)
+        return f", {minutes}:{seconds:02} left"
 
     def say(self, message: str) -> None:
         print(message, file=sys.stderr, flush=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 from datetime import datetime
+from statistics import median
 from typing import Literal
 
 import msgspec
@@ -65,18 +65,15 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """The row of the recipe's table."""
         status = self.status(recipe)
         if status != "measured":
-            return Point(self.m, self.k, self.n, *[None] * 7, status)
+            return Point(self.m, self.k, self.n, None, None, None, None, None, None, None, status)
         bf16, fp8 = self.arms["bf16"], self.arms[recipe]
         speedup = self.speedup(recipe, protocol.confidence)
-        numbers = (
-            *(statistics.median(samples) for samples in (bf16.fwd_us, bf16.bwd_us, fp8.fwd_us, fp8.bwd_us)),
-            speedup.estimate,
-            speedup.low,
-            speedup.high,
-        )
+        times_us = (median(samples) for samples in (bf16.fwd_us, bf16.bwd_us, fp8.fwd_us, fp8.bwd_us))
+        bf16_fwd, bf16_bwd, fp8_fwd, fp8_bwd = map(round_to_measured, times_us)
+        estimate, low, high = map(round_to_measured, (speedup.estimate, speedup.low, speedup.high))
         if not decided(speedup, protocol):
             status = "ambiguous"
-        return Point(self.m, self.k, self.n, *map(round_to_measured, numbers), status)
+        return Point(self.m, self.k, self.n, bf16_fwd, bf16_bwd, fp8_fwd, fp8_bwd, estimate, low, high, status)
 
 
 def decided(speedup: Interval, protocol: Protocol) -> bool:

@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def walsh_averages(values: Sequence[float]) -> list[float]:
     return sorted((a + b) / 2 for i, a in enumerate(values) for b in values[i:])
 
 
-@lru_cache(maxsize=None)
+@cache
 def signed_rank_depth(n: int, confidence: float) -> int:
     """How far in from either end of the n (n + 1) / 2 Walsh averages the bounds lie (1 = the outermost).
 

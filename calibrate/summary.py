@@ -10,9 +10,7 @@ from fp8gate.filter.table import Point, Table
 
 def summarize(table: Table) -> str:
     """One table of speedups for each m, rows k and columns n; where there is no number, its reason."""
-    frame = pd.DataFrame(
-        {"m": p.m, "k": p.k, "n": p.n, "speedup": _cell(p)} for p in table.points
-    )
+    frame = pd.DataFrame({"m": p.m, "k": p.k, "n": p.n, "speedup": _cell(p)} for p in table.points)
     blocks = []
     for m, rows in frame.groupby("m"):
         cells = rows.pivot(index="k", columns="n", values="speedup").fillna("")

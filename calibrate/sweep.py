@@ -107,7 +107,9 @@ def sweep(
         return SweepResult(tables, measured, len(wanted) - len(todo), len(todo) - measured, capped)
 
 
-def make_table(grid: Grid, shapes: Iterable[LinearShape], recipe: Recipe, setup: Setup, records: Sequence[PointRecord]) -> Table:
+def make_table(
+    grid: Grid, shapes: Iterable[LinearShape], recipe: Recipe, setup: Setup, records: Sequence[PointRecord]
+) -> Table:
     """A recipe's table from a journal's records; where a shape was measured twice, the last counts.
 
     `measured_at` is that of its newest record, so that the same measurements give the same file.
@@ -155,7 +157,9 @@ def _measure(
     return len(todo)
 
 
-def _todo(wanted: Sequence[LinearShape], recipes: Sequence[Recipe], records: Sequence[PointRecord]) -> list[LinearShape]:
+def _todo(
+    wanted: Sequence[LinearShape], recipes: Sequence[Recipe], records: Sequence[PointRecord]
+) -> list[LinearShape]:
     """Shapes that lack a recipe; all recipes asked for are measured there again, in one session."""
     have = {(record.shape, recipe) for record in records for recipe in record.recipes}
     return [shape for shape in wanted if any((shape, recipe) not in have for recipe in recipes)]
@@ -172,9 +176,7 @@ def _write_tables(
     return tables
 
 
-def _say_start(
-    observer: Observer, journal: Journal, todo: int, wanted: int, capped: dict[LinearShape, str]
-) -> None:
+def _say_start(observer: Observer, journal: Journal, todo: int, wanted: int, capped: dict[LinearShape, str]) -> None:
     device = journal.setup.device
     observer.say(f"{device.name}: {todo} of {wanted} points to measure, journal {journal.path}")
     if journal.set_aside:

@@ -76,7 +76,7 @@ class CudaTimer:
         self._flush_result = torch.empty((), device=device, dtype=torch.float32)
 
     def prepare(self, arm: Arm) -> CapturedArm:
-        stream = torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_RUNS):
@@ -106,7 +106,7 @@ class CudaTimer:
 
     def _timed(self, graph: torch.cuda.CUDAGraph) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         """Enqueue flush, event, replay, event. Nothing waits here: the host stays ahead of the GPU."""
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = _event(), _event()
         torch.sum(self._flush_buffer, dim=0, out=self._flush_result)  # a read: a write would leave dirty lines
         start.record()
         graph.replay()
@@ -147,5 +147,11 @@ class CpuTimer:
         return Sample((forward_end - start) / 1e3, (end - backward_start) / 1e3)
 
 
+def _event() -> torch.cuda.Event:
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return event
+
+
 def _elapsed_us(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-    return start.elapsed_time(end) * 1e3
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds * 1e3

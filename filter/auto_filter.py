@@ -31,7 +31,14 @@ class AutoFilter:
     """
 
     def __init__(
-        self, table: Table, path: Path, *, tokens: int, filter_fqns: Sequence[str], min_speedup: float, lookup: LookupName
+        self,
+        table: Table,
+        path: Path,
+        *,
+        tokens: int,
+        filter_fqns: Sequence[str],
+        min_speedup: float,
+        lookup: LookupName,
     ) -> None:
         self.table = table
         self.path = path
@@ -133,9 +140,7 @@ def auto_filter(
             StaleTableWarning,
             stacklevel=2,
         )
-    return AutoFilter(
-        table, path, tokens=tokens, filter_fqns=filter_fqns, min_speedup=min_speedup, lookup=lookup
-    )
+    return AutoFilter(table, path, tokens=tokens, filter_fqns=filter_fqns, min_speedup=min_speedup, lookup=lookup)
 
 
 def stale(software: Software) -> str | None:

@@ -20,8 +20,14 @@ def device_slug(name: str) -> str:
 
 
 def local_device_name() -> str:
-    """The accelerator torch sees here, or else the CPU. Imports torch, so call it only when asked to."""
-    import torch
+    """The accelerator torch sees here, or else the CPU. Imports torch, so call it only when asked to.
+
+    Raises ValueError if torch is not installed: then the device has to be named.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise ValueError("device: expected a name, such as 'NVIDIA H200', as torch is not here to ask") from error
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()

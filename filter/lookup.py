@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,7 +19,7 @@ LookupName = Literal["nearest", "interpolate"]
 LOOKUPS: tuple[LookupName, ...] = get_args(LookupName)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
     """Forward + backward of one shape, from the table. Times in microseconds.
 
@@ -58,9 +58,7 @@ class Lookup:
         if kind not in LOOKUPS:
             raise ValueError(f"lookup: expected one of {', '.join(LOOKUPS)}; got {kind!r}")
         self.table = table
-        self._estimate: Callable[[LinearShape], Estimate] = (
-            self._nearest if kind == "nearest" else self._interpolate
-        )
+        self._estimate: Callable[[LinearShape], Estimate] = self._nearest if kind == "nearest" else self._interpolate
         self._measured = {p.shape: p for p in table.points if p.status in WITH_NUMBERS}
         self._everything = [(_log2(p.shape), p) for p in table.points]
         self._range = _bounding_box(self._measured)
@@ -70,11 +68,9 @@ class Lookup:
         return self._estimate(shape) if self._measured else None
 
     def _nearest(self, shape: LinearShape) -> Estimate:
-        point, distance, gap = self._nearest_point(shape)
-        work = shape.flop / point.shape.flop  # times scale with the work; the speedup is taken as it was measured
-        numbers = _numbers(point)
-        scaled = (*numbers[:3], *(time_us * work for time_us in numbers[3:]))
-        return Estimate(*scaled, point, distance, self._outside(shape), gap, interpolated=False)
+        """The nearest point's speedup as it was measured; its times scaled with the work."""
+        point, *_ = self._nearest_point(shape)
+        return self._estimate_from(shape, _numbers(point), measured_at=point.shape, interpolated=False)
 
     def _interpolate(self, shape: LinearShape) -> Estimate:
         """ln of every number, linear in log2 of each axis between the 8 grid points around the shape.
@@ -83,17 +79,36 @@ class Lookup:
         8 was not measured, and where the shape itself was, this is the nearest point.
         """
         inside = self._clamp(shape)
-        corners = self._corners(inside) if shape not in self._measured else None
+        corners = None if shape in self._measured else self._corners(inside)
         if corners is None:
             return self._nearest(shape)
         total = [0.0] * 7
         for point, weight in corners:
             total = [t + weight * math.log(x) for t, x in zip(total, _numbers(point), strict=True)]
-        work = shape.flop / inside.flop
-        numbers = [math.exp(t) for t in total]
-        scaled = (*numbers[:3], *(time_us * work for time_us in numbers[3:]))
+        return self._estimate_from(shape, [math.exp(t) for t in total], measured_at=inside, interpolated=True)
+
+    def _estimate_from(
+        self, shape: LinearShape, numbers: Sequence[float], *, measured_at: LinearShape, interpolated: bool
+    ) -> Estimate:
+        """An estimate for `shape` from the `_numbers` known at `measured_at`."""
+        speedup, low, high, *times_us = numbers
+        work = shape.flop / measured_at.flop
+        bf16_fwd_us, bf16_bwd_us, fp8_fwd_us, fp8_bwd_us = (time_us * work for time_us in times_us)
         point, distance, gap = self._nearest_point(shape)
-        return Estimate(*scaled, point, distance, self._outside(shape), gap, interpolated=True)
+        return Estimate(
+            speedup=speedup,
+            speedup_low=low,
+            speedup_high=high,
+            bf16_fwd_us=bf16_fwd_us,
+            bf16_bwd_us=bf16_bwd_us,
+            fp8_fwd_us=fp8_fwd_us,
+            fp8_bwd_us=fp8_bwd_us,
+            point=point,
+            distance=distance,
+            outside=self._outside(shape),
+            gap=gap,
+            interpolated=interpolated,
+        )
 
     def _nearest_point(self, shape: LinearShape) -> tuple[Point, float, Status | None]:
         """The nearest point with numbers, its distance, and the status of a nearer one without.
@@ -107,7 +122,8 @@ class Lookup:
         # rounded, so that equal distances stay equal whatever the order of their sums
         ranked = [(round(math.dist(at, where), 9), p) for where, p in self._everything]
         distance, point = min(
-            ((d, p) for d, p in ranked if p.speedup is not None), key=lambda dp: (dp[0], dp[1].speedup, dp[1].shape)
+            ((d, p) for d, p in ranked if p.speedup is not None),
+            key=lambda dp: (dp[0], dp[1].speedup, dp[1].shape),
         )
         nearer = [(d, p) for d, p in ranked if p.speedup is None and d < distance]
         gap = min(nearer, key=lambda dp: (dp[0], dp[1].shape))[1].status if nearer else None
@@ -158,16 +174,8 @@ def _bracket(size: int, axis: tuple[int, ...]) -> list[tuple[int, float]]:
     return [(low, 1.0 - share), (high, share)]
 
 
-def _numbers(point: Point) -> tuple[float, ...]:
-    """Speedup, its bounds, then the four times."""
-    numbers = (
-        point.speedup,
-        point.speedup_low,
-        point.speedup_high,
-        point.bf16_fwd_us,
-        point.bf16_bwd_us,
-        point.fp8_fwd_us,
-        point.fp8_bwd_us,
-    )
-    assert all(x is not None for x in numbers), point
-    return numbers  # type: ignore[return-value]
+def _numbers(point: Point) -> list[float]:
+    """Speedup, its bounds, then the four times, of a point that has them."""
+    numbers = [x for x in point.numbers if x is not None]
+    assert len(numbers) == 7, point
+    return [*numbers[4:], *numbers[:4]]

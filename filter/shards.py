@@ -18,5 +18,7 @@ def local_shape(linear: LinearRole, *, tokens: int, tp: int = 1) -> LinearShape:
     k, n = linear.in_features, linear.out_features
     divided = n if linear.sharding == "colwise" else k
     if divided % tp:
-        raise ShardError(f"{linear.fqn}: tensor parallel degree {tp} does not divide {divided}, sharded {linear.sharding}")
+        raise ShardError(
+            f"{linear.fqn}: tensor parallel degree {tp} does not divide {divided}, sharded {linear.sharding}"
+        )
     return LinearShape(tokens, k, n // tp) if linear.sharding == "colwise" else LinearShape(tokens, k // tp, n)

@@ -1,7 +1,7 @@
 """fp8gate: convert to float8 only the linear layers that were measured to train faster on your GPU.
 
-    from fp8gate import auto_filter
-    convert_to_float8_training(model, module_filter_fn=auto_filter("rowwise", tokens=8192))
+from fp8gate import auto_filter
+convert_to_float8_training(model, module_filter_fn=auto_filter("rowwise", tokens=8192))
 """
 
 from fp8gate.filter.auto_filter import AutoFilter, StaleTableWarning, auto_filter

@@ -6,10 +6,9 @@ Exit codes: 0 done, 1 stopped before the end (run again to go on), 2 usage or ba
 from __future__ import annotations
 
 import json
-from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from tabulate import tabulate
@@ -17,7 +16,7 @@ from tabulate import tabulate
 from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.explain import Explanation, explain
 from fp8gate.filter.find_table import ENVIRONMENT, find_table
-from fp8gate.filter.lookup import LOOKUPS, Lookup
+from fp8gate.filter.lookup import Lookup, LookupName
 from fp8gate.filter.models import BUNDLED, linear_roles, load_model
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.shards import local_shape
@@ -36,20 +35,18 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RecipeName = Enum("RecipeName", {recipe: recipe for recipe in RECIPES}, type=str)  # type: ignore[misc]
-LookupChoice = Enum("LookupChoice", {name: name for name in LOOKUPS}, type=str)  # type: ignore[misc]
-
-
-class DeviceKind(str, Enum):
-    cuda = "cuda"
-    cpu = "cpu"
+DeviceKind = Literal["cuda", "cpu"]
 
 
 @app.command("calibrate")
 def calibrate_command(
-    grid: Annotated[str, typer.Option(help="quick, default, or a YAML file with m, k, n lists and shapes.")] = "default",
+    grid: Annotated[
+        str, typer.Option(help="quick, default, or a YAML file with m, k, n lists and shapes.")
+    ] = "default",
     recipes: Annotated[str, typer.Option(help="Recipes to measure, separated by commas.")] = ",".join(RECIPES),
-    device: Annotated[DeviceKind | None, typer.Option(help="What to measure; by default the GPU if there is one.")] = None,
+    device: Annotated[
+        DeviceKind | None, typer.Option(help="What to measure; by default the GPU if there is one.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for <device>/<recipe>.yaml and the journal.")] = Path("thresholds"),
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Go on with an earlier sweep's journal, or put it aside.")
@@ -60,7 +57,8 @@ def calibrate_command(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per microbatch, for --model.")] = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor parallel degree, for --model: its local shapes.")] = 1,
     stop_after: Annotated[
-        float | None, typer.Option(min=0, help="Minutes; then stop, to go on when run again (for job time limits).")
+        float | None,
+        typer.Option(min=0, help="Minutes; then stop, to go on when run again (for job time limits)."),
     ] = None,
 ) -> None:
     """Measure this device and write its tables.
@@ -89,26 +87,28 @@ def calibrate_command(
 @app.command("explain")
 def explain_command(
     model: Annotated[str, typer.Argument(help=f"A Hugging Face config.json, or {', '.join(BUNDLED)}.")],
-    recipe: Annotated[RecipeName, typer.Option(help="The float8 recipe.")],
+    recipe: Annotated[Recipe, typer.Option(help="The float8 recipe.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per rank and microbatch: batch x sequence.")],
     device: Annotated[
-        str | None, typer.Option(help="Device name, such as 'NVIDIA H200'; by default the one here (asks torch).")
+        str | None,
+        typer.Option(help="Device name, such as 'NVIDIA H200'; by default the one here (asks torch)."),
     ] = None,
     tables: Annotated[
-        Path | None, typer.Option(help=f"A table or folder of tables, before {ENVIRONMENT} and the packaged ones.")
+        Path | None,
+        typer.Option(help=f"A table or folder of tables, before {ENVIRONMENT} and the packaged ones."),
     ] = None,
-    lookup: Annotated[LookupChoice, typer.Option(help="Nearest measured point, or between the points around.")] = (
-        LookupChoice.nearest
-    ),
+    lookup: Annotated[
+        LookupName, typer.Option(help="Nearest measured point, or between the points around.")
+    ] = "nearest",
     min_speedup: Annotated[float, typer.Option(min=0.0, help="Convert from this speedup on.")] = DEFAULT_MIN_SPEEDUP,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Say which linears of a model would be converted, why, and what it is worth. Needs no GPU."""
     try:
         config = load_model(model)
-        table, _ = find_table(recipe.value, device=device, tables=tables)
-        explanation = explain(config, table, Lookup(table, lookup.value), tokens=tokens, min_speedup=min_speedup)
-    except (ValueError, ModuleNotFoundError) as error:
+        table, _ = find_table(recipe, device=device, tables=tables)
+        explanation = explain(config, table, Lookup(table, lookup), tokens=tokens, min_speedup=min_speedup)
+    except ValueError as error:
         _fail(str(error))
     if as_json:
         typer.echo(json.dumps(_explanation_json(model, table, tokens, explanation), indent=2))
@@ -129,7 +129,7 @@ def _run_sweep(
     from fp8gate.calibrate.grid import grid_shapes, load_grid
     from fp8gate.calibrate.sweep import make_setup, sweep
 
-    device = choose_device(kind.value if kind else None)
+    device = choose_device(kind)
     setup = make_setup(device)
     grid, shapes = load_grid(grid_name, setup.device.kind)
     return sweep(
@@ -149,7 +149,9 @@ def _print_result(result: SweepResult) -> None:
 
     for table in result.tables.values():
         typer.echo(summarize(table) + "\n")
-    typer.echo(f"{result.measured} points measured, {result.resumed} taken from the journal, {len(result.capped)} left out")
+    typer.echo(
+        f"{result.measured} points measured, {result.resumed} taken from the journal, {len(result.capped)} left out"
+    )
     if result.remaining:
         typer.echo(f"{result.remaining} points remain: run the same command to go on; no table was written")
     for path in result.tables:

@@ -1,0 +1,38 @@
+# make calibrate   measure this machine's GPU (or CPU) and write thresholds/<device>/<recipe>.yaml
+# make test        run the tests
+# make check       ruff, mypy --strict and the tests
+#
+# Each creates .venv when missing and installs once. VENV= (empty) uses the current Python and its torch instead.
+# ARGS="..." is passed on: make calibrate ARGS="--grid quick"; make test ARGS="-k lookup".
+
+VENV ?= .venv
+PYTHON ?= python3
+
+ifeq ($(VENV),)
+PY := PYTHONPATH=src $(PYTHON)
+INSTALLED :=
+else
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+endif
+
+.PHONY: calibrate test check lint
+.DEFAULT_GOAL := check
+
+calibrate: $(INSTALLED)
+	$(PY) -m fp8gate calibrate $(ARGS)
+
+test: $(INSTALLED)
+	$(PY) -m pytest $(ARGS)
+
+check: lint test
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[calibrate,dev]"
+	touch $@

@@ -1,0 +1,108 @@
+"""Which rule decides better: torchao's fixed one, or the measured tables?
+
+The judge is a set of shapes of real models that neither was fitted to, measured apart from the tables
+(benchmarks/data/<device>/<recipe>.yaml, made with benchmarks/data/offgrid.yaml). torchao's rule is torchao's own
+`_auto_filter_for_recipe`, called on real `nn.Linear` layers; the tables are asked through `auto_filter`.
+
+right: share of shapes decided as the measurement says, of those more than 2 % away from 1.0.
+loss: time of the choice over time of the better of bf16 and float8, minus 1, over all shapes.
+
+Run it: python benchmarks/against_torchao_rule.py [--device "NVIDIA H200"]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torchao.float8.float8_linear_utils import _auto_filter_for_recipe
+
+from fp8gate import AutoFilter, auto_filter, read_table
+from fp8gate.filter.devices import device_slug
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import RECIPES, WITH_NUMBERS, Recipe
+
+DATA = Path(__file__).parent / "data"
+NEUTRAL = 0.02  # a speedup within this of 1.0 has no wrong answer
+
+Choice = Callable[[LinearShape], bool]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="NVIDIA H200", help="a device with tables and off-grid data")
+    parser.add_argument("--tables", default=None, help="a folder of tables instead of the packaged ones")
+    arguments = parser.parse_args()
+    print(compare(arguments.device, arguments.tables))
+
+
+def compare(device: str, tables: str | None = None) -> str:
+    """The scores of every rule for every recipe, as a Markdown table."""
+    rows = []
+    for recipe in RECIPES:
+        truth = measured_speedups(DATA / device_slug(device) / f"{recipe}.yaml")
+        for name, choose in choices(recipe, device, tables):
+            rows.append((recipe, name, *score(choose, truth)))
+    headers = ("recipe", "decided by", "right", "mean loss", "worst loss", "worst shape (m, k, n)")
+    return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
+
+
+def measured_speedups(path: Path) -> dict[LinearShape, float]:
+    """What was measured at each off-grid shape."""
+    return {p.shape: p.speedup for p in read_table(path).points if p.status in WITH_NUMBERS and p.speedup}
+
+
+def choices(recipe: Recipe, device: str, tables: str | None) -> list[tuple[str, Choice]]:
+    """Everything that can decide for a recipe; torchao has no rule for rowwise_with_gw_hp."""
+    rules: list[tuple[str, Choice]] = [
+        ("never float8", lambda shape: False),
+        ("always float8", lambda shape: True),
+    ]
+    try:
+        rule = _auto_filter_for_recipe(recipe, filter_fqns=[])
+        rules.append(("torchao's rule", lambda shape: rule(_linear(shape), "layer")))
+    except NotImplementedError:
+        pass
+    for lookup in ("nearest", "interpolate"):
+        rules.append((f"fp8gate, {lookup}", table_choice(recipe, device, tables, lookup)))
+    return rules
+
+
+def table_choice(recipe: Recipe, device: str, tables: str | None, lookup: str) -> Choice:
+    @cache
+    def filter_for(tokens: int) -> AutoFilter:
+        return auto_filter(recipe, tokens=tokens, device=device, tables=tables, lookup=lookup)
+
+    return lambda shape: filter_for(shape.m)(_linear(shape), "layer")
+
+
+def score(choose: Choice, truth: dict[LinearShape, float]) -> tuple[str, str, str, str]:
+    """Share of right decisions, mean loss, worst loss and where."""
+    chosen = {shape: choose(shape) for shape in truth}
+    clear = [shape for shape, speedup in truth.items() if abs(speedup - 1) > NEUTRAL]
+    right = sum(chosen[shape] == (truth[shape] > 1) for shape in clear) / len(clear)
+    losses = {shape: loss(chosen[shape], speedup) for shape, speedup in truth.items()}
+    worst = max(losses, key=lambda shape: losses[shape])
+    where = str(worst) if losses[worst] > 0 else ""
+    return f"{right:.0%} of {len(clear)}", f"{statistics.mean(losses.values()):.2%}", f"{losses[worst]:.1%}", where
+
+
+def loss(converted: bool, speedup: float) -> float:
+    """Time of the choice over the better one's, minus 1; bf16 takes 1, float8 1 / speedup."""
+    time = 1 / speedup if converted else 1.0
+    return time / min(1.0, 1 / speedup) - 1
+
+
+def _linear(shape: LinearShape) -> nn.Linear:
+    with torch.device("meta"):
+        return nn.Linear(shape.k, shape.n, bias=False)
+
+
+if __name__ == "__main__":
+    main()

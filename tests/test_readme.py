@@ -1,0 +1,119 @@
+"""The README tells the truth: its snippets run, its commands parse, its outputs are what the commands print."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from torch import nn
+from torchao.float8.float8_linear import Float8Linear
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from fp8gate import StaleTableWarning
+from fp8gate.cli import app
+from fp8gate.filter import find_table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+COMMANDS = [
+    line[2:] for block in re.findall(r"```console\n(.*?)```", README, flags=re.S) for line in block.splitlines()
+]
+
+
+@pytest.fixture(autouse=True)
+def on_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find_table, "local_device_name", lambda: "NVIDIA H200")
+
+
+def marked(name: str) -> str:
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, flags=re.S)
+    assert found, name
+    return found[1].replace("```\n", "")
+
+
+@pytest.mark.filterwarnings(f"ignore::{StaleTableWarning.__module__}.StaleTableWarning")
+def test_the_torchao_snippet_converts_only_the_winner(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.ModuleDict(
+        {"w1": nn.Linear(4096, 14336, bias=False, device="meta"), "wk": nn.Linear(4096, 1024, device="meta")}
+    )
+    exec(SNIPPETS[0], {"model": model})
+    assert isinstance(model["w1"], Float8Linear)
+    assert not isinstance(model["wk"], Float8Linear)
+    assert "converted 1 of 2 linears" in capsys.readouterr().out
+
+
+@dataclass
+class LinearConfig:
+    in_features: int
+    out_features: int
+
+
+@dataclass
+class ConverterConfig:
+    recipe_name: str = "rowwise"
+    filter_fqns: list[str] = field(default_factory=lambda: ["output"])
+
+
+class Converter:
+    """What torchtitan's Float8LinearConverter does with its filter: ask it about every linear config."""
+
+    def __init__(self, config: ConverterConfig) -> None:
+        self.filter_fn = lambda config, fqn: True
+
+    def convert(self, configs: dict[str, LinearConfig]) -> list[str]:
+        return [fqn for fqn, config in configs.items() if self.filter_fn(config, fqn)]
+
+
+@pytest.mark.filterwarnings(f"ignore::{StaleTableWarning.__module__}.StaleTableWarning")
+def test_the_torchtitan_snippet_converts_only_the_winner(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("torchtitan.components.quantization.float8")
+    module.Float8LinearConverter = Converter  # type: ignore[attr-defined]
+    for name in ("torchtitan", "torchtitan.components", "torchtitan.components.quantization"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    namespace: dict[str, type[Converter]] = {}
+    exec(SNIPPETS[1], namespace)
+    configs = {"w1": LinearConfig(4096, 14336), "wk": LinearConfig(4096, 1024), "output": LinearConfig(4096, 128256)}
+    assert namespace["GatedFloat8Converter"](ConverterConfig()).convert(configs) == ["w1"]
+
+
+def test_the_explain_output_is_what_the_command_prints() -> None:
+    command = next(c for c in COMMANDS if c.startswith("fp8gate explain"))
+    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0
+    assert result.output == marked("explain")
+
+
+@pytest.mark.filterwarnings(f"ignore::{StaleTableWarning.__module__}.StaleTableWarning")
+def test_the_comparison_is_what_the_benchmark_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from against_torchao_rule import compare
+
+    assert compare("NVIDIA H200") + "\n" == marked("against_torchao_rule")
+
+
+def test_the_row_shown_is_in_the_committed_table() -> None:
+    row = re.search(r"^  - \[8192, 4096, 1024, .*\]$", README, flags=re.M)
+    assert row
+    assert row[0] in (ROOT / "thresholds" / "nvidia-h200" / "rowwise.yaml").read_text().splitlines()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "ARGS=" in c])
+def test_the_arguments_passed_through_make_are_options(command: str) -> None:
+    arguments = shlex.split(next(word for word in shlex.split(command) if word.startswith("ARGS="))[5:])
+    calibrate = get_command(app).commands["calibrate"]  # type: ignore[attr-defined]
+    calibrate.make_context("calibrate", arguments)
+
+
+def test_every_make_target_shown_exists() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    shown = {shlex.split(c)[1] for c in COMMANDS if c.startswith("make ")}
+    assert shown == {"calibrate", "test"}
+    assert shown <= targets

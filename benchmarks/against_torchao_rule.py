@@ -25,6 +25,7 @@ from torchao.float8.float8_linear_utils import _auto_filter_for_recipe
 
 from fp8gate import AutoFilter, auto_filter, read_table
 from fp8gate.filter.devices import device_slug
+from fp8gate.filter.lookup import LOOKUPS, LookupName
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES, WITH_NUMBERS, Recipe
 
@@ -69,12 +70,12 @@ def choices(recipe: Recipe, device: str, tables: str | None) -> list[tuple[str, 
         rules.append(("torchao's rule", lambda shape: rule(_linear(shape), "layer")))
     except NotImplementedError:
         pass
-    for lookup in ("nearest", "interpolate"):
+    for lookup in LOOKUPS:
         rules.append((f"fp8gate, {lookup}", table_choice(recipe, device, tables, lookup)))
     return rules
 
 
-def table_choice(recipe: Recipe, device: str, tables: str | None, lookup: str) -> Choice:
+def table_choice(recipe: Recipe, device: str, tables: str | None, lookup: LookupName) -> Choice:
     @cache
     def filter_for(tokens: int) -> AutoFilter:
         return auto_filter(recipe, tokens=tokens, device=device, tables=tables, lookup=lookup)

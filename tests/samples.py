@@ -1,0 +1,98 @@
+"""Small records, protocols and set-ups for the tests of `fp8gate.calibrate`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fp8gate.calibrate.journal import Setup
+from fp8gate.calibrate.records import ArmRecord, PointRecord
+from fp8gate.filter.table import RECIPES, Device, Protocol, Software
+
+SOURCE = Path(__file__).parents[1] / "src"
+NOON = datetime(2026, 11, 23, 12, tzinfo=timezone.utc)
+
+CPU = Device(name="CPU Test 9000", kind="cpu", threads=2, memory_gib=16.0)
+GPU = Device(name="NVIDIA Test", kind="cuda", memory_gib=80.0)
+SOFTWARE = Software(torch="2.13.0", torchao="0.18.0", fp8gate="0.1.0")
+PROTOCOL = Protocol(
+    timer="wall_clock",
+    compile=False,
+    inductor={},
+    bf16="eager",
+    l2="cold",
+    data="random",
+    settle_s=0.0,
+    rounds=(8, 12, 16, 24, 32),
+    confidence=0.99,
+    threshold=1.0,
+    tolerance=0.01,
+)
+PROTOCOLS = dict.fromkeys(RECIPES, PROTOCOL)
+SETUP = Setup(device=CPU, software=SOFTWARE, protocols=PROTOCOLS)
+
+
+def replaced(struct: Any, **fields: Any) -> Any:
+    """The struct with other values in these fields."""
+    return msgspec.structs.replace(struct, **fields)
+
+
+def timed_arm(total_us: Sequence[float]) -> ArmRecord:
+    """A measured arm whose rounds take these times, half of each forward and half backward."""
+    halves = tuple(total / 2 for total in total_us)
+    return ArmRecord(fwd_us=halves, bwd_us=halves)
+
+
+def point_record(shape: tuple[int, int, int] = (64, 32, 16), **fields: Any) -> PointRecord:
+    """A record of one shape: tensorwise twice as fast as bf16, unless `arms` says otherwise."""
+    m, k, n = shape
+    fields.setdefault("arms", {"bf16": timed_arm([200.0] * 8), "tensorwise": timed_arm([100.0] * 8)})
+    return PointRecord(**{"m": m, "k": k, "n": n, "measured_at": NOON, "seconds": 1.5, **fields})
+
+
+def journal_points(folder: Path) -> list[tuple[int, int, int]]:
+    """The shapes in the only journal under `folder`, in its order; none if there is no journal yet."""
+    journals = list(folder.rglob("journal-*.jsonl"))
+    assert len(journals) <= 1
+    lines = [line for journal in journals for line in journal.read_bytes().split(b"\n")[1:-1]]
+    records = [msgspec.json.decode(line, type=PointRecord) for line in lines]
+    return [(record.m, record.k, record.n) for record in records]
+
+
+def python(*args: str, **environment: str) -> subprocess.Popen[str]:
+    """A fresh Python process that imports this checkout's fp8gate."""
+    return subprocess.Popen(
+        [sys.executable, *args],
+        env={**os.environ, "PYTHONPATH": str(SOURCE), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@contextlib.contextmanager
+def quick_points() -> Iterator[None]:
+    """Points measured in this process take milliseconds: little is flushed, and no thread waits for another.
+
+    A process started with `python(..., OMP_NUM_THREADS="1")` has the same set-up.
+    """
+    import torch
+
+    from fp8gate.calibrate import timing
+
+    threads, flush_bytes = torch.get_num_threads(), timing.CPU_FLUSH_BYTES
+    torch.set_num_threads(1)
+    timing.CPU_FLUSH_BYTES = 2**16
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        timing.CPU_FLUSH_BYTES = flush_bytes

@@ -1,0 +1,324 @@
+"""`fp8gate calibrate`: its options, its errors, and that nothing measured is lost, however it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import typer.main
+from samples import journal_points, python, quick_points
+from typer.testing import CliRunner
+
+from fp8gate import cli
+from fp8gate.calibrate import sweep as sweep_module
+from fp8gate.calibrate.sweep import SweepResult, make_setup
+from fp8gate.filter.models import BUNDLED
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import RECIPES, Grid, read_table
+
+SIX_SHAPES = [(32, k, n) for k in (32, 48, 64) for n in (32, 64)]
+TINY_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
+GO_ON = "stopped; what was measured is in the journal: run the same command to go on"
+
+
+@pytest.fixture
+def _quick_points():
+    with quick_points():
+        yield
+
+
+@pytest.fixture
+def grid_file(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text("m: [32]\nk: [32, 48, 64]\nn: [32, 64]\n")
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "tables"
+
+
+@pytest.fixture
+def calibrate(grid_file, out):
+    """Runs the command in this process, on the CPU and the six tiny shapes unless told otherwise."""
+
+    def run(*args: str):
+        defaults = ["--device", "cpu", "--grid", str(grid_file), "--out", str(out)]
+        return CliRunner().invoke(cli.app, ["calibrate", *defaults, *args])
+
+    return run
+
+
+@pytest.fixture
+def swept(monkeypatch):
+    """What the command asks of `sweep`, which then measures nothing."""
+    asked = {}
+
+    def sweep(grid, shapes, **options):
+        asked.update(options, grid=grid, shapes=list(shapes))
+        return SweepResult(tables={}, measured=0, resumed=0, remaining=0, capped={})
+
+    monkeypatch.setattr(sweep_module, "sweep", sweep)
+    return asked
+
+
+def start(grid_file, out) -> subprocess.Popen[str]:
+    args = ["--device", "cpu", "--grid", str(grid_file), "--out", str(out)]
+    return python("-m", "fp8gate", "calibrate", *args, OMP_NUM_THREADS="1")
+
+
+def wait_for_points(process, out, count) -> None:
+    """Until the journal has so many points, or the process has ended without them."""
+    while len(journal_points(out)) < count:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def complete_lines(out) -> bytes:
+    (journal,) = out.rglob("journal-*.jsonl")
+    content = journal.read_bytes()
+    return content[: content.rindex(b"\n") + 1]
+
+
+@pytest.mark.usefixtures("_quick_points")
+def test_killed_again_and_again_it_measures_every_point_once(calibrate, grid_file, out):
+    before = 0
+    for new_points in (0, 1, 1):  # right after the start, then after one more point each
+        process = start(grid_file, out)
+        if new_points:
+            wait_for_points(process, out, before + new_points)
+        else:
+            time.sleep(0.3)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        before = len(journal_points(out))
+        assert list(out.rglob("*.yaml")) == []
+    kept = complete_lines(out)
+    assert 2 <= before < len(SIX_SHAPES)
+
+    finished = calibrate()
+    assert finished.exit_code == 0
+    assert f"{len(SIX_SHAPES) - before} points measured, {before} taken from the journal" in finished.stdout
+    assert sorted(journal_points(out)) == SIX_SHAPES
+    assert complete_lines(out).startswith(kept)
+    tables = {path.stem: read_table(path) for path in out.rglob("*.yaml")}
+    assert set(tables) == set(RECIPES)
+    for table in tables.values():
+        assert [(p.m, p.k, p.n) for p in table.points] == SIX_SHAPES
+
+
+@pytest.fixture
+def _heeding_ctrl_c():
+    """A job started in the background has Ctrl-C ignored, and so would have what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeding_ctrl_c")
+def test_ctrl_c_says_how_to_go_on(grid_file, out):
+    process = start(grid_file, out)
+    wait_for_points(process, out, 1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == GO_ON
+    assert "Traceback" not in errors
+    assert 1 <= len(journal_points(out)) < len(SIX_SHAPES)
+    assert list(out.rglob("*.yaml")) == []
+
+
+@pytest.mark.usefixtures("_quick_points")
+def test_stopped_by_the_clock_it_says_so_and_goes_on(calibrate, out):
+    stopped = calibrate("--stop-after", "0")
+    assert stopped.exit_code == 1
+    assert "6 points remain: run the same command to go on; no table was written" in stopped.stdout
+    assert list(out.rglob("*.yaml")) == []
+    finished = calibrate("--recipes", "rowwise")
+    assert finished.exit_code == 0
+    assert "6 points measured, 0 taken from the journal, 0 left out" in finished.stdout
+    (table,) = out.rglob("*.yaml")
+    assert finished.stdout.endswith(f"wrote {table}\n")
+
+
+@pytest.mark.usefixtures("_quick_points")
+def test_the_summary_has_speedups_by_k_and_n(calibrate, out):
+    lines = calibrate("--recipes", "tensorwise").stdout.splitlines()
+    (table,) = (read_table(path) for path in out.rglob("*.yaml"))
+    assert lines[0] == "tensorwise speedup, 32 tokens"
+    assert lines[1].split() == ["k", "\\", "n", "32", "64"]
+    cells = [line.split() for line in lines[3:6]]
+    assert [row[0] for row in cells] == ["32", "48", "64"]
+    shown = [cell.rstrip("?") for row in cells for cell in row[1:]]
+    assert shown == [f"{point.speedup:.2f}" for point in table.points]
+
+
+def test_ctrl_c_before_anything_is_measured(calibrate, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_module, "sweep", interrupted)
+    result = calibrate()
+    assert (result.exit_code, result.stderr) == (130, f"{GO_ON}\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (
+            ["--recipes", "rowwize"],
+            "--recipes: expected some of tensorwise, rowwise, rowwise_with_gw_hp; got 'rowwize'",
+        ),
+        (["--recipes", "rowwise,"], "got ''"),
+        (["--recipes", ""], "got ''"),
+        (["--model", "llama3-8b"], "--model and --tokens go together"),
+        (["--tokens", "8192"], "--model and --tokens go together"),
+        (["--model", "llama4", "--tokens", "8192"], "expected a config.json or one of llama3-8b, "),
+        (["--model", "llama3-8b", "--tokens", "64", "--tp", "3"], "q_proj: tensor parallel degree 3 does not divide"),
+        (["--grid", "nosuch.yaml"], "expected quick, default or a readable YAML file; got 'nosuch.yaml'"),
+    ],
+)
+def test_bad_input_is_one_clear_line(calibrate, swept, args, complaint):
+    result = calibrate(*args)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("fp8gate: ")
+    assert complaint in line
+    assert swept == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("shapes: [[16, 16, 20]]", "n = 20"), ("m: [16]\nx: [16]", "`x`"), ("m: [16]\nk: [16]", "found no shape")],
+)
+def test_a_bad_grid_file_is_one_clear_line(calibrate, swept, grid_file, text, complaint):
+    grid_file.write_text(text)
+    result = calibrate()
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"fp8gate: {grid_file}: ")
+    assert complaint in line
+    assert swept == {}
+
+
+@pytest.mark.parametrize(
+    "args", [["--tokens", "0"], ["--tp", "0"], ["--stop-after", "-1"], ["--device", "tpu"], ["--no-such-option"]]
+)
+def test_bad_options_are_usage_errors(calibrate, swept, args):
+    result = calibrate(*args)
+    assert result.exit_code == 2
+    assert args[0] in result.stderr
+    assert swept == {}
+
+
+def test_a_gpu_that_is_not_there_is_an_error(calibrate, swept, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = calibrate("--device", "cuda")
+    assert result.exit_code == 2
+    assert result.stderr == "fp8gate: device: cuda was asked for, but torch sees no CUDA GPU here\n"
+    assert swept == {}
+
+
+@pytest.mark.parametrize("missing", ["torch", "torchao"])
+def test_without_torch_it_says_what_to_install(calibrate, swept, monkeypatch, missing):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == missing else object())
+    result = calibrate()
+    assert result.exit_code == 2
+    assert result.stderr == "fp8gate: calibrate needs torch and torchao: pip install 'fp8gate[calibrate]'\n"
+    assert swept == {}
+
+
+def test_the_options_reach_the_sweep(calibrate, swept, out):
+    result = calibrate("--recipes", "rowwise, tensorwise,rowwise", "--fresh", "--stop-after", "1.5")
+    assert result.exit_code == 0
+    assert swept["grid"] == Grid(m=(32,), k=(32, 48, 64), n=(32, 64))
+    assert swept["shapes"] == [LinearShape(*shape) for shape in SIX_SHAPES]
+    assert (swept["recipes"], swept["out"]) == (("tensorwise", "rowwise"), out)
+    assert (swept["fresh"], swept["stop_after_s"]) == (True, 90.0)
+    assert (swept["device"], swept["setup"]) == (torch.device("cpu"), make_setup(torch.device("cpu")))
+
+
+def test_the_defaults_are_all_recipes_going_on_without_a_limit(calibrate, swept):
+    assert calibrate().exit_code == 0
+    assert (swept["recipes"], swept["fresh"], swept["stop_after_s"]) == (RECIPES, False, None)
+
+
+def test_the_device_is_the_cpu_where_there_is_no_gpu(swept, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert CliRunner().invoke(cli.app, ["calibrate", "--grid", "quick"]).exit_code == 0
+    assert swept["device"] == torch.device("cpu")
+    assert swept["grid"] == Grid(m=(64, 128), k=(128, 256), n=(128, 256))
+    assert str(swept["out"]) == "thresholds"
+
+
+def test_a_models_local_shapes():
+    assert cli._model_shapes("llama3-8b", 8192, 8) == [
+        LinearShape(8192, 4096, 512),  # wq
+        LinearShape(8192, 4096, 128),  # wk
+        LinearShape(8192, 4096, 128),  # wv
+        LinearShape(8192, 512, 4096),  # wo
+        LinearShape(8192, 4096, 1792),  # w1
+        LinearShape(8192, 4096, 1792),  # w3
+        LinearShape(8192, 1792, 4096),  # w2
+        LinearShape(8192, 4096, 16032),  # output
+    ]
+
+
+def test_a_models_shapes_are_measured_beside_the_grids(calibrate, swept):
+    assert calibrate("--model", "llama3-8b", "--tokens", "8192", "--tp", "8").exit_code == 0
+    grid_shapes = [LinearShape(*shape) for shape in SIX_SHAPES]
+    assert swept["shapes"] == [*grid_shapes, *cli._model_shapes("llama3-8b", 8192, 8)]
+
+
+def test_a_config_file_is_a_model_and_what_float8_cannot_compute_is_left_out(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(TINY_CONFIG))
+    shapes = cli._model_shapes(str(config), 32, 1)
+    assert set(shapes) == {LinearShape(32, *sizes) for sizes in ((64, 64), (64, 32), (64, 128), (128, 64))}
+    assert LinearShape(32, 64, 100) not in shapes  # the output layer
+
+
+@pytest.mark.parametrize("model", BUNDLED)
+def test_every_bundled_model_has_shapes(model):
+    shapes = cli._model_shapes(model, 4096, 1)
+    assert len(shapes) in (5, 8)  # mixtral's experts are no linears
+    assert {shape.m for shape in shapes} == {4096}
+
+
+@pytest.mark.parametrize(
+    ("command", "params"),
+    [
+        ("calibrate", "grid recipes device out resume model tokens tp stop_after"),
+        ("explain", "model recipe tokens device tables lookup min_speedup as_json"),
+    ],
+)
+def test_the_options_are_those_documented(command, params):
+    """Users' scripts depend on them: a change here belongs in the CHANGELOG."""
+    commands = typer.main.get_command(cli.app).commands
+    assert sorted(commands) == ["calibrate", "explain"]
+    assert [param.name for param in commands[command].params] == params.split()
+
+
+def test_option_spellings():
+    commands = typer.main.get_command(cli.app).commands
+    spelled = {
+        name: sorted(flag for param in command.params for flag in (*param.opts, *param.secondary_opts) if "--" in flag)
+        for name, command in commands.items()
+    }
+    calibrate = "--device --fresh --grid --model --out --recipes --resume --stop-after --tokens --tp"
+    explain = "--device --json --lookup --min-speedup --recipe --tables --tokens"
+    assert {name: " ".join(flags) for name, flags in spelled.items()} == {"calibrate": calibrate, "explain": explain}

@@ -1,0 +1,134 @@
+"""The order in which a decision is taken, and the reason kept with it."""
+
+from __future__ import annotations
+
+import pytest
+from builders import make_point, make_table
+
+from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP, Decision, decide
+from fp8gate.filter.lookup import Lookup
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import Point
+
+
+def decided(shape: tuple[int, int, int], *points: Point, kind: str = "nearest", min_speedup: float = 1.02) -> Decision:
+    return decide(LinearShape(*shape), Lookup(make_table(*points), kind), min_speedup=min_speedup)
+
+
+def answer(decision: Decision) -> tuple[bool, str]:
+    return decision.convert, decision.reason
+
+
+def test_default_is_two_percent():
+    assert DEFAULT_MIN_SPEEDUP == 1.02
+
+
+@pytest.mark.parametrize(
+    ("speedup", "min_speedup", "expected"),
+    [
+        (1.5, 1.02, (True, "1.50x (measured)")),
+        (1.02, 1.02, (True, "1.02x (measured)")),
+        (1.01, 1.02, (False, "1.01x, below 1.02x (measured)")),
+        (0.5, 1.02, (False, "0.50x, below 1.02x (measured)")),
+        (0.5, 0.4, (True, "0.50x (measured)")),
+        (1.5, 1.6, (False, "1.50x, below 1.60x (measured)")),
+    ],
+)
+def test_converts_from_the_wanted_speedup_on(speedup, min_speedup, expected):
+    assert answer(decided((32, 64, 128), make_point(32, 64, 128, speedup), min_speedup=min_speedup)) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((40, 64, 128), "m = 40: not a multiple of 16"),
+        ((32, 72, 128), "k = 72: not a multiple of 16"),
+        ((32, 64, 100), "n = 100: not a multiple of 16"),
+        ((33, 65, 129), "m = 33, k = 65, n = 129: not a multiple of 16"),
+    ],
+)
+def test_indivisible_shape_is_refused_even_where_it_was_measured_to_win(shape, reason):
+    decision = decided(shape, make_point(*shape, 2.0))
+    assert decision == Decision(convert=False, reason=reason, shape=LinearShape(*shape))
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (48, 80, 112)])
+def test_multiples_of_16_are_judged_by_their_speedup(shape):
+    assert answer(decided(shape, make_point(*shape, 2.0))) == (True, "2.00x (measured)")
+
+
+def test_indivisible_comes_before_slow_and_before_failed():
+    assert decided((32, 64, 100), make_point(32, 64, 100, 0.5)).reason.startswith("n = 100")
+    failed = make_point(32, 64, 100, status="failed")
+    assert decided((32, 64, 100), failed, make_point(32, 64, 128)).reason.startswith("n = 100")
+
+
+@pytest.mark.parametrize("speedup", [0.5, 2.0])
+def test_failed_nearest_point_refuses_however_fast_its_neighbour_is(speedup):
+    points = [make_point(32, 64, 128, status="failed"), make_point(32, 64, 512, speedup)]
+    assert answer(decided((32, 64, 128), *points)) == (
+        False,
+        "float8 failed at the nearest point (nearest (32, 64, 512), outside the measured range, "
+        "a nearer point is failed)",
+    )
+
+
+@pytest.mark.parametrize("status", ["out_of_memory", "unstable"])
+def test_other_gap_is_said_but_decided_by_the_next_point(status):
+    points = [make_point(32, 64, 64, 2.0), make_point(32, 64, 128, status=status), make_point(32, 64, 512, 0.5)]
+    provenance = f"(nearest (32, 64, 64), a nearer point is {status})"
+    assert answer(decided((32, 64, 128), *points)) == (True, f"2.00x {provenance}")
+    assert answer(decided((32, 64, 128), *points, min_speedup=3.0)) == (False, f"2.00x, below 3.00x {provenance}")
+
+
+def test_failed_point_further_away_does_not_refuse():
+    points = [make_point(32, 64, 128, status="failed"), make_point(32, 64, 512, 2.0)]
+    assert answer(decided((32, 64, 384), *points)) == (
+        True,
+        "2.00x (nearest (32, 64, 512), outside the measured range)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "reason"),
+    [
+        ((32, 64, 128), "nearest", "1.50x (measured)"),
+        ((32, 64, 128), "interpolate", "1.50x (measured)"),
+        ((32, 64, 160), "nearest", "1.50x (nearest (32, 64, 128))"),
+        ((32, 64, 256), "interpolate", "2.12x (interpolated)"),
+        ((32, 64, 496), "nearest", "3.00x (nearest (32, 64, 512), ambiguous)"),
+        ((32, 64, 1024), "nearest", "3.00x (nearest (32, 64, 512), outside the measured range, ambiguous)"),
+        ((64, 64, 256), "interpolate", "2.12x (interpolated, outside the measured range)"),
+    ],
+)
+def test_reason_says_where_the_number_is_from(shape, kind, reason):
+    points = [make_point(32, 64, 128, 1.5), make_point(32, 64, 512, 3.0, status="ambiguous")]
+    assert answer(decided(shape, *points, kind=kind)) == (True, reason)
+
+
+def test_table_without_numbers_converts_nothing():
+    decision = decided((32, 64, 128), make_point(32, 64, 128, status="out_of_memory"), min_speedup=0.01)
+    assert answer(decision) == (False, "the table holds no measured point")
+    assert (decision.speedup, decision.point) == (None, None)
+
+
+def test_decision_keeps_what_it_was_taken_from():
+    point = make_point(32, 64, 128, 1.5, spread=1.25)
+    assert decided((32, 64, 256), point) == Decision(
+        convert=True,
+        reason="1.50x (nearest (32, 64, 128), outside the measured range)",
+        shape=LinearShape(32, 64, 256),
+        speedup=1.5,
+        speedup_low=1.2,
+        speedup_high=1.875,
+        point=point,
+        distance=1.0,
+        outside=True,
+    )
+
+
+def test_decision_names_the_local_sizes():
+    decision = decided((32, 64, 128), make_point(32, 64, 128))
+    assert (decision.m, decision.k, decision.n) == (32, 64, 128)
+    nameless = Decision(convert=False, reason="no shape")
+    assert (nameless.m, nameless.k, nameless.n) == (None, None, None)

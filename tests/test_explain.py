@@ -1,0 +1,147 @@
+"""A model under a table small enough to sum by hand."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+from builders import make_point, make_table
+
+from fp8gate.filter.explain import Explanation, explain
+from fp8gate.filter.lookup import Lookup
+from fp8gate.filter.models import ModelConfig
+from fp8gate.filter.table import TableError
+
+TOKENS = 32
+CONFIG = ModelConfig(
+    model_type="llama",
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=2048,
+)
+POINTS = [  # bf16 forward + backward, float8 total
+    make_point(TOKENS, 64, 64, 0.6, bf16_us=(10.0, 20.0), spread=1.25),  # wq, wo: 30 us, 50 us
+    make_point(TOKENS, 64, 32, 0.75, bf16_us=(6.0, 12.0)),  # wk, wv: 18 us, 24 us
+    make_point(TOKENS, 64, 128, 2.0, bf16_us=(20.0, 40.0)),  # w1, w3: 60 us, 30 us
+    make_point(TOKENS, 128, 64, 1.25, bf16_us=(20.0, 40.0)),  # w2: 60 us, 48 us
+    make_point(TOKENS, 64, 2048, 1.5, bf16_us=(40.0, 80.0)),  # output: 120 us, 80 us
+]
+BF16_US = 2 * (30 + 18 + 18 + 30 + 60 + 60 + 60) + 120  # 672
+ALL_FLOAT8_US = 2 * (50 + 24 + 24 + 50 + 30 + 30 + 48) + 80  # 592
+FILTER_US = 2 * (30 + 18 + 18 + 30 + 30 + 30 + 48) + 80  # 488
+TENSORWISE_RULE_US = 2 * (30 + 18 + 18 + 30 + 60 + 60 + 60) + 80  # 632: n > 1024 only in the output
+ROWWISE_RULE_US = BF16_US  # k <= 1024 everywhere
+
+
+def explained(
+    *, recipe: str = "tensorwise", config: ModelConfig = CONFIG, points=POINTS, min_speedup: float = 1.02
+) -> Explanation:
+    table = make_table(*points, recipe=recipe)
+    return explain(config, table, Lookup(table), tokens=TOKENS, min_speedup=min_speedup)
+
+
+def test_every_role_is_decided():
+    layers = explained().layers
+    answers = [(x.linear.role, x.linear.count, x.shape.k, x.shape.n, x.decision.convert) for x in layers]
+    assert answers == [
+        ("wq", 2, 64, 64, False),
+        ("wk", 2, 64, 32, False),
+        ("wv", 2, 64, 32, False),
+        ("wo", 2, 64, 64, False),
+        ("w1", 2, 64, 128, True),
+        ("w3", 2, 64, 128, True),
+        ("w2", 2, 128, 64, True),
+        ("output", 1, 64, 2048, True),
+    ]
+    assert {layer.shape.m for layer in layers} == {TOKENS}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rule_us"),
+    [("tensorwise", TENSORWISE_RULE_US), ("rowwise", ROWWISE_RULE_US), ("rowwise_with_gw_hp", None)],
+)
+def test_times_are_summed_over_all_layers(recipe, rule_us):
+    predicted = explained(recipe=recipe).predicted
+    assert predicted.bf16_us == pytest.approx(BF16_US)
+    assert predicted.all_float8_us == pytest.approx(ALL_FLOAT8_US)
+    assert predicted.torchao_rule_us == (None if rule_us is None else pytest.approx(rule_us))
+    assert predicted.fp8gate_us == pytest.approx(FILTER_US)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rule"), [("tensorwise", 672 / 632), ("rowwise", 1.0), ("rowwise_with_gw_hp", None)]
+)
+def test_speedups_are_quotients_of_the_sums(recipe, rule):
+    assert explained(recipe=recipe).predicted.speedups() == {
+        "all_float8": pytest.approx(672 / 592),
+        "torchao_rule": None if rule is None else pytest.approx(rule),
+        "fp8gate": pytest.approx(672 / 488),
+    }
+
+
+@pytest.mark.parametrize(
+    ("min_speedup", "expected_us"), [(0.5, ALL_FLOAT8_US), (1.3, FILTER_US + 2 * (60 - 48)), (2.5, BF16_US)]
+)
+def test_wanted_speedup_decides_what_is_converted(min_speedup, expected_us):
+    assert explained(min_speedup=min_speedup).predicted.fp8gate_us == pytest.approx(expected_us)
+
+
+def test_row_is_what_json_shows():
+    rows = {row["role"]: row for row in (layer.row() for layer in explained().layers)}
+    assert json.loads(json.dumps(rows["wq"])) == {
+        "role": "wq",
+        "fqn": "model.layers.*.self_attn.q_proj",
+        "count": 2,
+        "m": 32,
+        "k": 64,
+        "n": 64,
+        "convert": False,
+        "torchao_converts": False,
+        "speedup": 0.6,
+        "speedup_low": 0.6 / 1.25,
+        "speedup_high": 0.6 * 1.25,
+        "reason": "0.60x, below 1.02x (measured)",
+    }
+    assert (rows["output"]["convert"], rows["output"]["torchao_converts"]) == (True, True)
+    assert rows["output"]["reason"] == "1.50x (measured)"
+
+
+def test_recipe_without_a_rule_shows_none():
+    assert {layer.row()["torchao_converts"] for layer in explained(recipe="rowwise_with_gw_hp").layers} == {None}
+
+
+def test_indivisible_layer_stays_bf16_in_every_choice():
+    points = [*POINTS[:-1], make_point(TOKENS, 64, 2050, 1.5, bf16_us=(40.0, 80.0))]
+    explanation = explained(config=msgspec.structs.replace(CONFIG, vocab_size=2050), points=points)
+    output = explanation.layers[-1]
+    assert (output.decision.convert, output.torchao) == (False, False)
+    assert output.decision.reason == "n = 2050: not a multiple of 16"
+    predicted = explanation.predicted
+    assert predicted.bf16_us == pytest.approx(BF16_US)
+    assert predicted.all_float8_us == pytest.approx(ALL_FLOAT8_US - 80 + 120)
+    assert predicted.torchao_rule_us == pytest.approx(BF16_US)
+    assert predicted.fp8gate_us == pytest.approx(FILTER_US - 80 + 120)
+
+
+def test_unmeasured_layer_takes_its_time_from_the_work():
+    """3072 is nearest to the 2048 columns measured: 1.5 times the work, the same speedup."""
+    output = explained(config=msgspec.structs.replace(CONFIG, vocab_size=3072)).layers[-1]
+    assert (output.bf16_us, output.fp8_us) == (pytest.approx(180.0), pytest.approx(120.0))
+
+
+def test_experts_are_noted_and_not_counted():
+    mixture = msgspec.structs.replace(CONFIG, model_type="mixtral", num_local_experts=4)
+    explanation = explained(config=mixture)
+    assert [layer.linear.role for layer in explanation.layers] == ["wq", "wk", "wv", "wo", "output"]
+    assert explanation.note.startswith("the 4 experts of each layer")
+    assert explanation.predicted.bf16_us == pytest.approx(2 * (30 + 18 + 18 + 30) + 120)
+    assert explained().note is None
+
+
+def test_table_without_numbers_is_an_error():
+    with pytest.raises(TableError, match=r"tensorwise on NVIDIA H200: \$\.points: expected a measured point"):
+        explained(points=[make_point(32, 64, 64, status="failed")])

@@ -1,0 +1,149 @@
+"""Which shapes are measured: named grids, grid files, the order, and what is left out."""
+
+from __future__ import annotations
+
+import pytest
+from samples import CPU, GPU, replaced
+
+from fp8gate.calibrate.grid import (
+    GRIDS,
+    GridError,
+    grid_shapes,
+    load_grid,
+    measuring_order,
+    point_memory_bytes,
+    too_large,
+)
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import Grid
+
+SHAPES = [LinearShape(m, k, n) for m in (16, 32, 64) for k in (16, 48) for n in (16, 32)]
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads a grid file with this text; errors name it grid.yaml."""
+
+    def load_text(text: str):
+        path = tmp_path / "grid.yaml"
+        path.write_text(text)
+        return load_grid(str(path), "cpu")
+
+    return load_text
+
+
+def test_the_default_gpu_grid_is_powers_of_two_over_the_whole_range():
+    grid, shapes = load_grid("default", "cuda")
+    assert grid.m == (2048, 4096, 8192, 16384, 32768)
+    assert grid.k == (512, 1024, 2048, 4096, 8192, 16384, 32768)
+    assert grid.n == (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+    assert shapes == []
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_quick_is_smaller_than_default(kind):
+    quick, default = load_grid("quick", kind)[0], load_grid("default", kind)[0]
+    assert 0 < len(grid_shapes(quick)) < len(grid_shapes(default))
+
+
+@pytest.mark.parametrize(("kind", "name"), GRIDS)
+def test_named_grids_can_be_measured(kind, name):
+    shapes = grid_shapes(GRIDS[kind, name])
+    assert [shape for shape in shapes if shape.indivisible()] == []
+    if kind == "cpu":
+        assert [shape for shape in shapes if too_large(shape, CPU)] == []
+    if (kind, name) == ("cuda", "default"):
+        assert sum(too_large(shape, GPU) is None for shape in shapes) >= 140  # as many as a table promises
+
+
+def test_a_file_gives_axes_in_order_and_single_shapes(load):
+    grid, shapes = load("m: [64, 16, 64]\nk: [32]\nn: [48, 16]\nshapes:\n  - [128, 16, 32]\n")
+    assert grid == Grid(m=(16, 64), k=(32,), n=(16, 48))
+    assert shapes == [LinearShape(128, 16, 32)]
+
+
+def test_a_file_may_have_shapes_only(load):
+    assert load("shapes: [[16, 32, 48], [32, 32, 32]]") == (
+        Grid(),
+        [LinearShape(16, 32, 48), LinearShape(32, 32, 32)],
+    )
+
+
+def test_grid_shapes_are_all_combinations():
+    shapes = grid_shapes(Grid(m=(16, 32), k=(48,), n=(16, 64)))
+    assert [str(shape) for shape in shapes] == [
+        "(16, 48, 16)",
+        "(16, 48, 64)",
+        "(32, 48, 16)",
+        "(32, 48, 64)",
+    ]
+    assert grid_shapes(Grid(m=(16,), k=(16,))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        pytest.param("m: [16]\nk: [16]\nn: [100]", r"multiples of 16.*n = 100", id="axis not divisible"),
+        pytest.param("shapes: [[16, 20, 16]]", r"\(16, 20, 16\).*k = 20", id="shape not divisible"),
+        pytest.param("shapes: [[16, 16]]", r"length 3.*\$\.shapes\[0\]", id="shape too short"),
+        pytest.param("m: [0]\nk: [16]\nn: [16]", r"\$\.m\[0\]", id="zero"),
+        pytest.param("m: 16\nk: [16]\nn: [16]", r"array.*\$\.m", id="not a list"),
+        pytest.param("m: [16.0]\nk: [16]\nn: [16]", r"int.*\$\.m\[0\]", id="not whole"),
+        pytest.param("m: [sixteen]\nk: [16]\nn: [16]", r"int.*\$\.m\[0\]", id="not a number"),
+        pytest.param("m: [16]\nk: [16]\nn: [16]\ntokens: [1]", r"tokens", id="unknown field"),
+        pytest.param("m: [16]\nm: [32]\nk: [16]\nn: [16]", r"'m' is there twice", id="duplicate key"),
+        pytest.param("m: [16]\nk: [16]", r"found no shape", id="an axis is missing"),
+        pytest.param("{}", r"found no shape", id="no field"),
+        pytest.param("", r"object.*null", id="empty file"),
+        pytest.param("m: [16", r"not plain YAML", id="not YAML"),
+        pytest.param("m: !!python/tuple [16]", r"not plain YAML", id="a tag"),
+    ],
+)
+def test_errors_name_the_file_and_the_field(load, text, complaint):
+    with pytest.raises(GridError, match=rf"(?s)grid\.yaml: .*{complaint}"):
+        load(text)
+
+
+def test_a_missing_file_is_neither_a_grid_nor_a_traceback(tmp_path):
+    with pytest.raises(GridError, match=r"expected quick, default or a readable YAML file; got .*nosuch\.yaml"):
+        load_grid(str(tmp_path / "nosuch.yaml"), "cpu")
+
+
+def test_a_binary_file_is_an_error(tmp_path):
+    (tmp_path / "grid.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(GridError, match=r"readable YAML file; got .*grid\.yaml"):
+        load_grid(str(tmp_path / "grid.yaml"), "cpu")
+
+
+def test_measuring_order_has_each_shape_once():
+    assert sorted(measuring_order([*SHAPES, *SHAPES])) == sorted(SHAPES)
+
+
+def test_measuring_order_is_shuffled_the_same_way_whatever_came_first():
+    order = measuring_order(SHAPES)
+    assert order == measuring_order(reversed(SHAPES))
+    assert order != sorted(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("device", "largest", "too_many"),
+    [
+        (CPU, LinearShape(512, 1024, 1024), LinearShape(528, 1024, 1024)),
+        (GPU, LinearShape(16384, 16384, 16384), LinearShape(16400, 16384, 16384)),
+    ],
+)
+def test_too_large_by_flop(device, largest, too_many):
+    assert too_large(largest, device) is None
+    assert "FLOP" in too_large(too_many, device)
+
+
+def test_too_large_by_memory():
+    shape = LinearShape(8192, 8192, 16)  # 1.13 GiB by `point_memory_bytes`
+    assert too_large(shape, replaced(GPU, memory_gib=1.0)) == "needs about 1 GiB of 1.0"
+    assert too_large(shape, replaced(GPU, memory_gib=1.2)) == "needs about 1 GiB of 1.2"  # a tenth is kept free
+    assert too_large(shape, replaced(GPU, memory_gib=1.3)) is None
+
+
+def test_point_memory_is_that_of_operands_and_four_arms():
+    elements = 16 * 32 + 32 * 48 + 16 * 48
+    assert point_memory_bytes(LinearShape(16, 32, 48)) == 18 * elements

@@ -1,0 +1,312 @@
+"""What a table says about shapes that were and were not measured."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import msgspec
+import pytest
+from builders import make_point, make_table
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp8gate.filter.lookup import Estimate, Lookup
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import Grid, Point
+
+
+def look_up(shape: tuple[int, int, int], *points: Point, kind: str = "nearest", **fields: object) -> Estimate:
+    estimate = Lookup(make_table(*points, **fields), kind)(LinearShape(*shape))
+    assert estimate is not None
+    return estimate
+
+
+# --- nearest ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nearest", "interpolate"])
+def test_measured_shape_gives_its_own_numbers(kind):
+    point = make_point(32, 64, 128, 1.25, bf16_us=(10.0, 30.0), spread=1.01)
+    others = [make_point(m, 64, n, 3.0) for m, n in [(16, 128), (64, 128), (32, 64), (32, 256)]]
+    assert look_up((32, 64, 128), point, *others, kind=kind) == Estimate(
+        speedup=1.25,
+        speedup_low=1.25 / 1.01,
+        speedup_high=1.25 * 1.01,
+        bf16_fwd_us=10.0,
+        bf16_bwd_us=30.0,
+        fp8_fwd_us=8.0,
+        fp8_bwd_us=24.0,
+        point=point,
+        distance=0.0,
+        outside=False,
+        gap=None,
+        interpolated=False,
+    )
+
+
+def test_total_float8_time_follows_from_the_paired_speedup():
+    """Not from its own medians, which were not taken in pairs."""
+    point = msgspec.structs.replace(make_point(16, 16, 16, 2.0, bf16_us=(10.0, 30.0)), fp8_bwd_us=99.0)
+    estimate = look_up((16, 16, 16), point)
+    assert (estimate.bf16_us, estimate.fp8_us, estimate.fp8_bwd_us) == (40.0, 20.0, 99.0)
+
+
+@pytest.mark.parametrize(
+    ("n", "nearest_n"),
+    [(33, 32), (63, 32), (65, 128), (72, 128), (127, 128)],  # in octaves the middle of 32 and 128 is 64, not 80
+)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_nearest_is_nearest_in_octaves_on_every_axis(n, nearest_n, axis):
+    def shape(size):
+        sizes = [64, 64, 64]
+        sizes[axis] = size
+        return tuple(sizes)
+
+    estimate = look_up(shape(n), make_point(*shape(32)), make_point(*shape(128)))
+    assert estimate.point.shape == LinearShape(*shape(nearest_n))
+
+
+@pytest.mark.parametrize(
+    ("shape", "distance"),
+    [((128, 64, 64), 1.0), ((64, 16, 64), 2.0), ((128, 32, 64), math.sqrt(2)), ((128, 128, 32), math.sqrt(3))],
+)
+def test_distance_is_in_octaves(shape, distance):
+    assert look_up(shape, make_point(64, 64, 64)).distance == pytest.approx(distance, abs=1e-9)
+
+
+@pytest.mark.parametrize(("at_32", "at_128"), [(0.9, 1.5), (1.5, 0.9)])
+def test_tie_goes_to_the_lower_speedup(at_32, at_128):
+    estimate = look_up((16, 16, 64), make_point(16, 16, 32, at_32), make_point(16, 16, 128, at_128))
+    assert (estimate.speedup, estimate.distance) == (0.9, 1.0)
+
+
+@pytest.mark.parametrize(("more_m", "more_n"), [(0.9, 1.5), (1.5, 0.9)])
+def test_tie_holds_where_rounding_makes_one_distance_smaller(more_m, more_n):
+    """log2(416) - log2(208) is 1 + 9e-16 in floating point, log2(32) - log2(16) is 1."""
+    estimate = look_up((16, 16, 208), make_point(32, 16, 208, more_m), make_point(16, 16, 416, more_n))
+    assert estimate.speedup == 0.9
+
+
+def test_closer_point_beats_the_lower_speedup():
+    estimate = look_up((16, 16, 80), make_point(16, 16, 32, 0.9), make_point(16, 16, 128, 1.5))
+    assert estimate.speedup == 1.5
+
+
+def test_times_scale_with_the_work_and_the_speedup_does_not():
+    estimate = look_up((32, 16, 48), make_point(32, 16, 32, 2.0, bf16_us=(10.0, 20.0), spread=1.25))
+    assert (estimate.speedup, estimate.speedup_low, estimate.speedup_high) == (2.0, 1.6, 2.5)
+    times = (estimate.bf16_fwd_us, estimate.bf16_bwd_us, estimate.fp8_fwd_us, estimate.fp8_bwd_us)
+    assert times == pytest.approx((15.0, 30.0, 7.5, 15.0))
+
+
+@pytest.mark.parametrize("status", ["out_of_memory", "unstable", "failed"])
+@pytest.mark.parametrize("kind", ["nearest", "interpolate"])
+def test_point_without_numbers_is_a_gap_and_never_a_value(status, kind):
+    gap, measured = make_point(16, 16, 64, status=status), make_point(16, 16, 256, 1.25)
+    for n in (64, 96):  # the gap itself, and a shape nearer to it than to the measured point
+        estimate = look_up((16, 16, n), gap, measured, kind=kind)
+        assert (estimate.point, estimate.speedup, estimate.gap) == (measured, 1.25, status)
+
+
+@pytest.mark.parametrize("n", [128, 160, 256])
+def test_point_without_numbers_that_is_no_nearer_is_no_gap(n):
+    estimate = look_up((16, 16, n), make_point(16, 16, 64, status="failed"), make_point(16, 16, 256, 1.25))
+    assert (estimate.speedup, estimate.gap) == (1.25, None)
+
+
+def test_nearest_of_several_gaps_is_reported():
+    points = [make_point(16, 16, 32, status="failed"), make_point(16, 16, 64, status="unstable")]
+    assert look_up((16, 16, 80), *points, make_point(16, 16, 256)).gap == "unstable"
+
+
+def test_ambiguous_point_has_a_value():
+    assert look_up((16, 16, 16), make_point(16, 16, 16, 1.01, status="ambiguous")).speedup == 1.01
+
+
+@pytest.mark.parametrize("kind", ["nearest", "interpolate"])
+@pytest.mark.parametrize(
+    ("shape", "outside"),
+    [
+        ((16, 32, 64), False),
+        ((64, 128, 256), False),
+        ((48, 48, 100), False),
+        ((15, 32, 64), True),
+        ((65, 32, 64), True),
+        ((16, 31, 64), True),
+        ((16, 129, 64), True),
+        ((16, 32, 63), True),
+        ((16, 32, 257), True),
+    ],
+)
+def test_shape_outside_the_measured_range_is_flagged(shape, outside, kind):
+    corners = [make_point(*sizes) for sizes in itertools.product((16, 64), (32, 128), (64, 256))]
+    assert look_up(shape, *corners, kind=kind).outside is outside
+
+
+@pytest.mark.parametrize(("status", "outside"), [("out_of_memory", True), ("measured", False)])
+def test_point_without_numbers_does_not_widen_the_range(status, outside):
+    points = [make_point(16, 16, 16), make_point(16, 16, 64, status=status)]
+    assert look_up((16, 16, 48), *points).outside is outside
+
+
+@pytest.mark.parametrize("kind", ["nearest", "interpolate"])
+def test_table_without_numbers_says_nothing(kind):
+    table = make_table(make_point(16, 16, 16, status="failed"), make_point(16, 16, 32, status="out_of_memory"))
+    assert Lookup(table, kind)(LinearShape(16, 16, 16)) is None
+
+
+def test_unknown_lookup_is_refused():
+    with pytest.raises(ValueError, match="lookup: expected one of nearest, interpolate; got 'linear'"):
+        Lookup(make_table(make_point(16, 16, 16)), "linear")
+
+
+# --- interpolate -----------------------------------------------------------------------------------------------
+
+
+def test_interpolation_is_of_logarithms_between_octaves():
+    points = [
+        make_point(16, 16, 16, 0.5, bf16_us=(1.0, 10.0), spread=1.25),
+        make_point(16, 16, 64, 2.0, bf16_us=(4.0, 1000.0), spread=1.25),
+    ]
+    estimate = look_up((16, 16, 32), *points, kind="interpolate")
+    assert estimate.interpolated
+    numbers = (estimate.speedup, estimate.speedup_low, estimate.speedup_high)
+    times = (estimate.bf16_fwd_us, estimate.bf16_bwd_us, estimate.fp8_fwd_us, estimate.fp8_bwd_us)
+    assert numbers == pytest.approx((1.0, 0.8, 1.25))
+    assert times == pytest.approx((2.0, 100.0, 2.0, 100.0))
+    assert (estimate.point.speedup, estimate.distance, estimate.outside) == (0.5, 1.0, False)
+
+
+def test_interpolation_weighs_all_eight_corners():
+    """A quarter of the way along each axis: weights 27/64 near, 9/64, 3/64 and 1/64 far."""
+    corners = list(itertools.product((16, 256), repeat=3))
+    for corner in corners:
+        points = [make_point(*sizes, math.e if sizes == corner else 1.0) for sizes in corners]
+        estimate = look_up((32, 32, 32), *points, kind="interpolate")
+        assert math.log(estimate.speedup) == pytest.approx(math.prod({16: 0.75, 256: 0.25}[s] for s in corner))
+
+
+@pytest.mark.parametrize("missing", ["absent", "failed", "out_of_memory"])
+def test_interpolation_needs_every_corner(missing):
+    points = [make_point(16, 16, n, speedup) for n, speedup in [(16, 0.5), (64, 1.5), (256, 2.5)]]
+    if missing == "absent":
+        points.pop()
+    else:
+        points[-1] = make_point(16, 16, 256, status=missing)
+    grid = Grid(m=(16,), k=(16,), n=(16, 64, 256))
+    without = look_up((16, 16, 96), *points, kind="interpolate", grid=grid)
+    assert (without.interpolated, without.speedup) == (False, 1.5)
+    elsewhere = look_up((16, 16, 32), *points, kind="interpolate", grid=grid)
+    assert (elsewhere.interpolated, elsewhere.speedup) == (True, pytest.approx(math.sqrt(0.5 * 1.5)))
+
+
+def test_interpolation_without_a_grid_is_nearest():
+    points = [make_point(16, 16, 16, 0.5), make_point(16, 16, 64, 2.0)]
+    estimate = look_up((16, 16, 48), *points, kind="interpolate", grid=Grid())
+    assert (estimate.interpolated, estimate.speedup) == (False, 2.0)
+
+
+def test_measured_point_off_the_grid_is_not_interpolated_over():
+    grid_points = [make_point(16, 16, 16, 0.5), make_point(16, 16, 64, 2.0)]
+    off_grid = make_point(16, 16, 32, 3.0)
+    grid = Grid(m=(16,), k=(16,), n=(16, 64))
+    assert look_up((16, 16, 32), *grid_points, off_grid, kind="interpolate", grid=grid).speedup == 3.0
+    assert look_up((16, 16, 32), *grid_points, kind="interpolate", grid=grid).speedup == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("n", "border", "bf16_us"), [(8, 0.5, 15.0), (128, 2.0, 240.0)])
+def test_interpolation_outside_keeps_the_speedup_of_the_border(n, border, bf16_us):
+    points = [
+        make_point(16, 16, 16, 0.5, bf16_us=(10.0, 20.0)),
+        make_point(16, 16, 64, 2.0, bf16_us=(40.0, 80.0)),
+    ]
+    estimate = look_up((16, 16, n), *points, kind="interpolate")
+    assert (estimate.outside, estimate.interpolated) == (True, True)
+    assert estimate.speedup == pytest.approx(border)
+    assert estimate.bf16_us == pytest.approx(bf16_us)
+
+
+def test_interpolation_outside_on_one_axis_still_interpolates_on_the_others():
+    points = [make_point(16, 16, 16, 0.5), make_point(16, 16, 64, 2.0)]
+    assert look_up((16, 1024, 32), *points, kind="interpolate").speedup == pytest.approx(1.0)
+
+
+# --- properties ------------------------------------------------------------------------------------------------
+
+AXIS = (16, 64, 256)
+axis_sizes = st.sampled_from([16, 24, 32, 48, 64, 96, 128, 192, 256])
+"""Powers of two and their products with 1.5: many shapes are equally far apart, none nearly so."""
+shapes = st.builds(LinearShape, axis_sizes, axis_sizes, axis_sizes)
+speedups = st.floats(0.25, 4.0)
+any_size = st.integers(1, 4096)
+inside_size = st.integers(AXIS[0], AXIS[-1])
+
+
+@st.composite
+def sparse_points(draw):
+    """Up to 12 points, some without numbers, at least one with."""
+    chosen = draw(st.lists(shapes, min_size=1, max_size=12, unique=True))
+    statuses = st.sampled_from(["measured", "measured", "ambiguous", "failed", "out_of_memory"])
+    made = [make_point(s.m, s.k, s.n, draw(speedups), status=draw(statuses)) for s in chosen[1:]]
+    return [make_point(chosen[0].m, chosen[0].k, chosen[0].n, draw(speedups)), *made]
+
+
+def octaves(a: LinearShape, b: LinearShape) -> float:
+    return math.sqrt(math.log2(a.m / b.m) ** 2 + math.log2(a.k / b.k) ** 2 + math.log2(a.n / b.n) ** 2)
+
+
+@given(sparse_points(), shapes)
+def test_nearest_agrees_with_brute_force(points, shape):
+    measured = [p for p in points if p.speedup is not None]
+    best = min(octaves(shape, p.shape) for p in measured)
+    lowest = min(p.speedup for p in measured if octaves(shape, p.shape) < best + 1e-6)
+    nearer = [p for p in points if p.speedup is None and octaves(shape, p.shape) < best - 1e-6]
+    gap_at = min((octaves(shape, p.shape) for p in nearer), default=None)
+    gaps = {p.status for p in nearer if octaves(shape, p.shape) < gap_at + 1e-6}
+    estimate = look_up((shape.m, shape.k, shape.n), *points)
+    assert estimate.speedup == estimate.point.speedup == lowest
+    assert estimate.distance == pytest.approx(best, abs=1e-8)
+    assert estimate.gap in gaps if gaps else estimate.gap is None
+
+
+@given(sparse_points(), st.sampled_from(["nearest", "interpolate"]))
+def test_every_measured_point_is_its_own_answer(points, kind):
+    lookup = Lookup(make_table(*points), kind)
+    for point in points:
+        estimate = lookup(point.shape)
+        if point.speedup is None:
+            assert estimate.point != point
+        else:
+            assert (estimate.point, estimate.speedup) == (point, point.speedup)
+            assert (estimate.distance, estimate.outside, estimate.gap) == (0.0, False, None)
+
+
+slopes = st.floats(-0.25, 0.25)
+
+
+@given(st.tuples(slopes, slopes, slopes, slopes), inside_size, inside_size, inside_size)
+def test_interpolation_of_a_linear_table_is_exact(terms, m, k, n):
+    def speedup(*sizes):
+        return math.exp(terms[0] + sum(t * math.log2(size) for t, size in zip(terms[1:], sizes, strict=True)))
+
+    table = make_table(*(make_point(*sizes, speedup(*sizes)) for sizes in itertools.product(AXIS, repeat=3)))
+    estimate = Lookup(table, "interpolate")(LinearShape(m, k, n))
+    assert estimate.speedup == pytest.approx(speedup(m, k, n), rel=1e-9)
+
+
+def around(size: int) -> list[int]:
+    """The axis values on both sides of a size moved into the grid."""
+    size = min(max(size, AXIS[0]), AXIS[-1])
+    return [max(a for a in AXIS if a <= size), min(a for a in AXIS if a >= size)]
+
+
+@given(st.lists(speedups, min_size=27, max_size=27), any_size, any_size, any_size)
+def test_interpolation_stays_between_its_corners(values, m, k, n):
+    grid = list(itertools.product(AXIS, repeat=3))
+    by_shape = dict(zip(grid, values, strict=True))
+    lookup = Lookup(make_table(*(make_point(*sizes, by_shape[sizes]) for sizes in grid)), "interpolate")
+    corners = [by_shape[sizes] for sizes in itertools.product(around(m), around(k), around(n))]
+    estimate = lookup(LinearShape(m, k, n))
+    assert min(corners) * (1 - 1e-9) <= estimate.speedup <= max(corners) * (1 + 1e-9)
+    assert estimate.speedup_low <= estimate.speedup <= estimate.speedup_high

@@ -1,0 +1,258 @@
+"""Models as lists of linears, and the part of each that a tensor parallel rank holds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fp8gate.filter.models import BUNDLED, LinearRole, ModelConfig, ModelError, linear_roles, load_model, not_linear
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.shards import ShardError, local_shape
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
+
+
+def sizes(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
+    """role -> (count, in_features, out_features)."""
+    return {role.role: (role.count, role.in_features, role.out_features) for role in linear_roles(config)}
+
+
+def role_of(model: str, name: str) -> LinearRole:
+    return next(role for role in linear_roles(load_model(model)) if role.role == name)
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    def write(**fields) -> str:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({name: value for name, value in fields.items() if value is not ...}))
+        return str(path)
+
+    return write
+
+
+# --- bundled models --------------------------------------------------------------------------------------------
+
+BUNDLED_SIZES = {
+    "llama3-8b": {
+        "wq": (32, 4096, 4096),
+        "wk": (32, 4096, 1024),
+        "wv": (32, 4096, 1024),
+        "wo": (32, 4096, 4096),
+        "w1": (32, 4096, 14336),
+        "w3": (32, 4096, 14336),
+        "w2": (32, 14336, 4096),
+        "output": (1, 4096, 128256),
+    },
+    "llama3-70b": {
+        "wq": (80, 8192, 8192),
+        "wk": (80, 8192, 1024),
+        "wv": (80, 8192, 1024),
+        "wo": (80, 8192, 8192),
+        "w1": (80, 8192, 28672),
+        "w3": (80, 8192, 28672),
+        "w2": (80, 28672, 8192),
+        "output": (1, 8192, 128256),
+    },
+    "llama3-405b": {
+        "wq": (126, 16384, 16384),
+        "wk": (126, 16384, 1024),
+        "wv": (126, 16384, 1024),
+        "wo": (126, 16384, 16384),
+        "w1": (126, 16384, 53248),
+        "w3": (126, 16384, 53248),
+        "w2": (126, 53248, 16384),
+        "output": (1, 16384, 128256),
+    },
+    "qwen3-8b": {
+        "wq": (36, 4096, 4096),
+        "wk": (36, 4096, 1024),
+        "wv": (36, 4096, 1024),
+        "wo": (36, 4096, 4096),
+        "w1": (36, 4096, 12288),
+        "w3": (36, 4096, 12288),
+        "w2": (36, 12288, 4096),
+        "output": (1, 4096, 151936),
+    },
+    "mixtral-8x7b": {
+        "wq": (32, 4096, 4096),
+        "wk": (32, 4096, 1024),
+        "wv": (32, 4096, 1024),
+        "wo": (32, 4096, 4096),
+        "output": (1, 4096, 32000),
+    },
+}
+
+
+def test_every_bundled_model_is_checked():
+    assert BUNDLED_SIZES.keys() == BUNDLED.keys()
+
+
+@pytest.mark.parametrize("model", BUNDLED_SIZES)
+def test_bundled_model_has_the_linears_of_its_config(model):
+    assert sizes(load_model(model)) == BUNDLED_SIZES[model]
+    assert list(sizes(load_model(model))) == list(BUNDLED_SIZES[model])
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "vocabulary", "norms"),
+    [
+        ("llama3-8b", 8_030_261_248, 128256 * 4096, 65 * 4096),
+        ("llama3-70b", 70_553_706_496, 128256 * 8192, 161 * 8192),
+        ("llama3-405b", 405_853_388_800, 128256 * 16384, 253 * 16384),
+        ("qwen3-8b", 8_190_735_360, 151936 * 4096, 73 * 4096 + 36 * 2 * 128),
+    ],
+)
+def test_linears_and_embedding_and_norms_are_the_whole_model(model, parameters, vocabulary, norms):
+    """Against the parameter counts that the model cards publish."""
+    weights = sum(count * k * n for count, k, n in sizes(load_model(model)).values())
+    assert weights == parameters - vocabulary - norms
+
+
+def test_roles_carry_hugging_face_names_and_shardings():
+    roles = [(role.role, role.fqn, role.sharding) for role in linear_roles(load_model("llama3-8b"))]
+    assert roles == [
+        ("wq", "model.layers.*.self_attn.q_proj", "colwise"),
+        ("wk", "model.layers.*.self_attn.k_proj", "colwise"),
+        ("wv", "model.layers.*.self_attn.v_proj", "colwise"),
+        ("wo", "model.layers.*.self_attn.o_proj", "rowwise"),
+        ("w1", "model.layers.*.mlp.gate_proj", "colwise"),
+        ("w3", "model.layers.*.mlp.up_proj", "colwise"),
+        ("w2", "model.layers.*.mlp.down_proj", "rowwise"),
+        ("output", "lm_head", "colwise"),
+    ]
+
+
+def test_experts_are_said_to_be_no_linears():
+    assert not_linear(load_model("mixtral-8x7b")).startswith("the 8 experts of each layer are grouped products")
+    assert not_linear(load_model("llama3-8b")) is None
+
+
+# --- config.json -----------------------------------------------------------------------------------------------
+
+
+def test_config_is_read_and_other_fields_are_ignored(write_config):
+    config = load_model(write_config(**LLAMA, rope_theta=500000.0, architectures=["LlamaForCausalLM"]))
+    assert sizes(config) == {
+        "wq": (3, 64, 64),
+        "wk": (3, 64, 32),
+        "wv": (3, 64, 32),
+        "wo": (3, 64, 64),
+        "w1": (3, 64, 160),
+        "w3": (3, 64, 160),
+        "w2": (3, 160, 64),
+        "output": (1, 64, 256),
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"num_key_value_heads": ...}, {"wq": (3, 64, 64), "wk": (3, 64, 64), "wo": (3, 64, 64)}),
+        ({"num_key_value_heads": 1}, {"wq": (3, 64, 64), "wk": (3, 64, 16), "wo": (3, 64, 64)}),
+        ({"head_dim": 32}, {"wq": (3, 64, 128), "wk": (3, 64, 64), "wo": (3, 128, 64)}),
+        ({"head_dim": None}, {"wq": (3, 64, 64), "wk": (3, 64, 32), "wo": (3, 64, 64)}),
+    ],
+)
+def test_attention_sizes_follow_the_heads(write_config, fields, expected):
+    config = load_model(write_config(**{**LLAMA, **fields}))
+    assert {role: size for role, size in sizes(config).items() if role in expected} == expected
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_dense_types_have_the_same_linears(write_config, model_type):
+    config = load_model(write_config(**{**LLAMA, "model_type": model_type}))
+    assert list(sizes(config)) == ["wq", "wk", "wv", "wo", "w1", "w3", "w2", "output"]
+
+
+@pytest.mark.parametrize("field", sorted(LLAMA.keys() - {"num_key_value_heads"}))
+def test_missing_field_is_named(write_config, field):
+    path = write_config(**{**LLAMA, field: ...})
+    with pytest.raises(ModelError) as error:
+        load_model(path)
+    assert str(error.value).startswith(f"{path}: Object missing required field `{field}`")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_size", "4096"), ("vocab_size", 1.5), ("num_hidden_layers", None), ("model_type", 3)]
+)
+def test_wrong_type_is_named(write_config, field, value):
+    path = write_config(**{**LLAMA, field: value})
+    with pytest.raises(ModelError) as error:
+        load_model(path)
+    assert str(error.value).startswith(f"{path}: Expected ")
+    assert f"$.{field}" in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "Llama", ""])
+def test_unknown_model_type_is_named(write_config, model_type):
+    path = write_config(**{**LLAMA, "model_type": model_type})
+    with pytest.raises(ModelError) as error:
+        load_model(path)
+    assert str(error.value) == (
+        f"{path}: $.model_type: expected one of llama, mistral, qwen2, qwen3, mixtral; found {model_type!r}"
+    )
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "llama"])
+def test_file_that_is_no_json_object_is_named(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ModelError, match=r"config\.json: "):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize("model", ["llama3-9b", "LLAMA3-8B", "."])
+def test_unknown_name_lists_the_bundled_models(model):
+    with pytest.raises(ModelError) as error:
+        load_model(model)
+    assert f"expected a config.json or one of {', '.join(BUNDLED)}; got {model!r}" in str(error.value)
+
+
+# --- shards ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("role", "tp", "expected"),
+    [
+        ("wq", 8, (8192, 8192, 1024)),
+        ("wk", 8, (8192, 8192, 128)),
+        ("wv", 8, (8192, 8192, 128)),
+        ("wo", 8, (8192, 1024, 8192)),
+        ("w1", 8, (8192, 8192, 3584)),
+        ("w2", 8, (8192, 3584, 8192)),
+        ("output", 8, (8192, 8192, 16032)),
+        ("wk", 1, (8192, 8192, 1024)),
+        ("wo", 1, (8192, 8192, 8192)),
+        ("w2", 7, (8192, 4096, 8192)),
+    ],
+)
+def test_rank_holds_its_part_of_70b(role, tp, expected):
+    assert local_shape(role_of("llama3-70b", role), tokens=8192, tp=tp) == LinearShape(*expected)
+
+
+def test_one_rank_holds_everything():
+    assert local_shape(role_of("llama3-70b", "w2"), tokens=4096) == LinearShape(4096, 28672, 8192)
+
+
+@pytest.mark.parametrize(
+    ("role", "tp", "complaint"),
+    [
+        ("wk", 3, r"self_attn\.k_proj: tensor parallel degree 3 does not divide 1024, sharded colwise"),
+        ("wo", 3, r"self_attn\.o_proj: tensor parallel degree 3 does not divide 8192, sharded rowwise"),
+        ("w1", 5, r"mlp\.gate_proj: tensor parallel degree 5 does not divide 28672, sharded colwise"),
+        ("w2", 5, r"mlp\.down_proj: tensor parallel degree 5 does not divide 28672, sharded rowwise"),
+    ],
+)
+def test_degree_that_does_not_divide_is_refused(role, tp, complaint):
+    with pytest.raises(ShardError, match=complaint):
+        local_shape(role_of("llama3-70b", role), tokens=8192, tp=tp)

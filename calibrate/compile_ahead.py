@@ -29,7 +29,7 @@ class CompileAhead:
 
     def __init__(self, device: str, workers: int | None = None) -> None:
         self.device = device
-        self.workers = max(0, (os.cpu_count() or 1) - SPARE_CORES) if workers is None else workers
+        self.workers = max(0, _usable_cores() - SPARE_CORES) if workers is None else workers
         self._pool: ProcessPoolExecutor | None = None
         self._compiled: dict[LinearShape, list[Future[None]]] = {}
 
@@ -107,6 +107,11 @@ def _compile_only(graph: object, example_inputs: object) -> object:
         raise _Compiled
 
     return stop
+
+
+def _usable_cores() -> int:
+    """The cores this process may run on, which a job scheduler may have made fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker(parent: int) -> None:

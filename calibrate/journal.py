@@ -90,7 +90,7 @@ class Journal:
     def _put_aside(self) -> None:
         content = self.path.read_bytes()
         if content:
-            now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
+            now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%f")
             self.set_aside = self.path.with_name(f"{self.path.name}.{now}")
             self.set_aside.write_bytes(content)
             self._file.truncate(0)

@@ -49,7 +49,6 @@ def measure_point(
     start = time.perf_counter()
     torch._dynamo.reset()
     arms = _Session(shape, protocols, timer, device, rng).run()
-    _release(timer)
     record = PointRecord(
         m=shape.m,
         k=shape.k,
@@ -58,8 +57,10 @@ def measure_point(
         seconds=round(time.perf_counter() - start, 3),
         arms=arms,
     )
-    if device.type == "cuda" and any(arm.status == "failed" for arm in arms.values()):
-        _require_alive(device, record)
+    try:
+        _release(timer)  # synchronizes: a GPU that failed for good says so here
+    except RuntimeError as error:
+        raise DeviceLostError(record) from error
     return record
 
 
@@ -88,7 +89,11 @@ class _Session:
         for name in names:
             self._prepare(name, operands)
         if "bf16" in self.prepared and len(self.prepared) > 1:
-            self._run_rounds()
+            try:
+                self._run_rounds()
+            except Exception as error:  # which arm it was is not known: none of this session counts
+                self.samples.clear()
+                self.records.update({name: _failure(error) for name in self.prepared})
         return {name: self._record(name) for name in names}
 
     def _prepare(self, name: ArmName, operands: Operands) -> None:
@@ -150,8 +155,12 @@ def _failure(error: Exception) -> ArmRecord:
     return ArmRecord(status="out_of_memory" if _is_out_of_memory(error) else "failed", detail=detail)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if any(sign in str(error) for sign in ("out of memory", "ALLOC_FAILED", "can't allocate memory")):
+        return True
+    return error.__cause__ is not None and _is_out_of_memory(error.__cause__)
 
 
 def _rounded(errors: dict[str, float]) -> dict[str, float | None]:
@@ -162,10 +171,3 @@ def _release(timer: Timer[Any]) -> None:
     """Collect the point's graphs (compiled functions hold them in reference cycles), then their memory."""
     gc.collect()
     timer.release()
-
-
-def _require_alive(device: torch.device, record: PointRecord) -> None:
-    try:
-        torch.zeros(1, device=device).item()
-    except RuntimeError as error:
-        raise DeviceLostError(record) from error

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from fp8gate.calibrate.compile_ahead import CompileAhead
@@ -26,13 +28,14 @@ from fp8gate.calibrate.records import PointRecord
 from fp8gate.calibrate.timing import CpuTimer, CudaTimer, Timer
 from fp8gate.filter.devices import device_slug
 from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES, Grid, Protocol, Recipe, Table, write_table
+from fp8gate.filter.table import RECIPES, Grid, Protocol, Recipe, Table, read_table, write_table
 
 ROUNDS = (8, 12, 16, 24, 32)  # 8 is the fewest that give bounds at 99 %
 CONFIDENCE = 0.99  # looking after every few rounds with 95 % bounds would give 15 % false decisions at a tie, 4 % so
 THRESHOLD = 1.0
 TOLERANCE = 0.01
 SEED = 0
+MAX_ATTEMPTS = 2  # a point without numbers is tried once more by the next run: memory may have been taken then
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +88,18 @@ def sweep(
     grid: the axes the table will state. fresh: put an existing journal aside instead of going on with it.
     stop_after_s: begin no further point after so many seconds, and write no table unless all are done.
     compile_workers: None takes the cores there are less two; without `compile` in the protocol there are none.
-    Raises JournalError if the journal is in use or damaged, DeviceLostError if the GPU fails for good.
+    Raises ValueError if no point is left to measure or a table with other points would be replaced, JournalError if
+    the journal is in use or damaged, DeviceLostError if the GPU fails for good.
     """
     folder = out / device_slug(setup.device.name)
     wanted = measuring_order(shapes)
     capped = {shape: why for shape in wanted if (why := too_large(shape, setup.device))}
     wanted = [shape for shape in wanted if shape not in capped]
+    if not wanted:
+        raise ValueError(f"no point to measure: all {len(capped)} were left out, {next(iter(capped.values()), '')}")
     with Journal(folder, setup, fresh=fresh) as journal:
+        if not fresh:
+            _require_nothing_lost(folder, recipes, wanted, journal.records)
         todo = _todo(wanted, recipes, journal.records)
         protocols = {recipe: setup.protocols[recipe] for recipe in recipes}
         with make_observer(len(todo), protocols) as observer:
@@ -103,19 +111,21 @@ def sweep(
                 measured = _measure(todo, protocols, device, journal, observer, ahead, stop_after_s)
         tables = {}
         if measured == len(todo):
-            tables = _write_tables(folder, grid, wanted, recipes, journal)
+            tables = _write_tables(folder, grid, recipes, journal)
         return SweepResult(tables, measured, len(wanted) - len(todo), len(todo) - measured, capped)
 
 
 def make_table(
     grid: Grid, shapes: Iterable[LinearShape], recipe: Recipe, setup: Setup, records: Sequence[PointRecord]
 ) -> Table:
-    """A recipe's table from a journal's records; where a shape was measured twice, the last counts.
+    """A recipe's table from a journal's records; where a shape was measured twice, the last with numbers counts.
 
     `measured_at` is that of its newest record, so that the same measurements give the same file.
     """
-    chosen = set(shapes)
-    latest = {r.shape: r for r in records if recipe in r.arms and r.shape in chosen}
+    chosen, latest = set(shapes), {}
+    for record in (r for r in records if recipe in r.arms and r.shape in chosen):
+        if record.shape not in latest or record.status(recipe) == "measured":
+            latest[record.shape] = record
     protocol = setup.protocols[recipe]
     return Table(
         recipe=recipe,
@@ -160,20 +170,57 @@ def _measure(
 def _todo(
     wanted: Sequence[LinearShape], recipes: Sequence[Recipe], records: Sequence[PointRecord]
 ) -> list[LinearShape]:
-    """Shapes that lack a recipe; all recipes asked for are measured there again, in one session."""
-    have = {(record.shape, recipe) for record in records for recipe in record.recipes}
-    return [shape for shape in wanted if any((shape, recipe) not in have for recipe in recipes)]
+    """Shapes that lack a recipe, and those whose only attempt gave no number, whatever was wrong that time.
+
+    All recipes asked for are measured there again, in one session.
+    """
+    measured = {(r.shape, recipe) for r in records for recipe in r.recipes if r.status(recipe) == "measured"}
+    attempts = Counter((r.shape, recipe) for r in records for recipe in r.recipes)
+    return [
+        shape
+        for shape in wanted
+        if any((shape, r) not in measured and attempts[shape, r] < MAX_ATTEMPTS for r in recipes)
+    ]
 
 
-def _write_tables(
-    folder: Path, grid: Grid, shapes: Sequence[LinearShape], recipes: Sequence[Recipe], journal: Journal
-) -> dict[Path, Table]:
+def _require_nothing_lost(
+    folder: Path, recipes: Sequence[Recipe], wanted: Sequence[LinearShape], records: Sequence[PointRecord]
+) -> None:
+    """A small sweep must not replace a large table: raise ValueError before measuring, not after."""
+    for recipe in recipes:
+        path = folder / f"{recipe}.yaml"
+        if path.exists():
+            kept = {*wanted, *(record.shape for record in records if recipe in record.arms)}
+            lost = sum(point.shape not in kept for point in read_table(path).points)
+            if lost:
+                raise ValueError(
+                    f"{path}: {lost} of its points are not in this sweep and would be lost; "
+                    "give another --out, or --fresh to replace the table"
+                )
+
+
+def _write_tables(folder: Path, grid: Grid, recipes: Sequence[Recipe], journal: Journal) -> dict[Path, Table]:
+    """Write everything the journal holds for each recipe: a later, smaller sweep adds to a table."""
     tables = {}
     for recipe in recipes:
         path = folder / f"{recipe}.yaml"
-        tables[path] = make_table(grid, shapes, recipe, journal.setup, journal.records)
+        shapes = [record.shape for record in journal.records]
+        table = make_table(grid, shapes, recipe, journal.setup, journal.records)
+        tables[path] = _with_earlier_axes(table, path)
         write_table(tables[path], path)
     return tables
+
+
+def _with_earlier_axes(table: Table, path: Path) -> Table:
+    """State the axes of the table being replaced too, where their points are in the new one."""
+    if not path.exists():
+        return table
+    earlier, shapes = read_table(path), {point.shape for point in table.points}
+    if not shapes.issuperset(point.shape for point in earlier.points):
+        return table
+    old, new = earlier.grid, table.grid
+    axes = {axis: tuple(sorted({*getattr(old, axis), *getattr(new, axis)})) for axis in ("m", "k", "n")}
+    return msgspec.structs.replace(table, grid=Grid(**axes))
 
 
 def _say_start(observer: Observer, journal: Journal, todo: int, wanted: int, capped: dict[LinearShape, str]) -> None:

@@ -116,10 +116,12 @@ def auto_filter(
     """A `module_filter_fn` for torchao's `convert_to_float8_training`, and a `filter_fn` for torchtitan.
 
     recipe: the float8 recipe trained with. tokens: rows of each linear's input per rank and microbatch
-    (batch x sequence). device: as the driver names it; None asks torch for the local one. filter_fqns: never
-    convert linears whose name contains one of these. min_speedup: convert from this measured bf16 / float8 time
-    ratio on. lookup: "nearest" measured point, or "interpolate" ln(speedup) between the points around.
-    tables: a table file or a folder of them, before FP8GATE_THRESHOLDS and the packaged ones.
+    (batch x sequence). Shapes are taken from the layers as they are: under tensor parallelism pass layers of the
+    rank's shard sizes, for the global shape is one no rank computes and its answer is wrong. device: as the driver
+    names it; None asks torch for the local one. filter_fqns: never convert linears whose name contains one of these.
+    min_speedup: convert from this measured bf16 / float8 time ratio on. lookup: "nearest" measured point, or
+    "interpolate" ln(speedup) between the points around. tables: a table file or a folder of them, before
+    FP8GATE_THRESHOLDS and the packaged ones.
 
     Raises ValueError for arguments out of range, and TableError (a ValueError) if there is no valid table for the
     device and recipe. Warns with StaleTableWarning if the table was made with other software than is installed.

@@ -58,12 +58,12 @@ def decide(shape: LinearShape, lookup: Lookup, *, min_speedup: float) -> Decisio
 def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decision:
     wins = estimate.speedup >= min_speedup
     broken = estimate.gap == "failed"
-    verdict = f"{estimate.speedup:.2f}x" if wins else f"{estimate.speedup:.2f}x, below {min_speedup:.2f}x"
+    verdict = f"{estimate.speedup:.2f}x" if wins else _just_below(estimate.speedup, min_speedup)
     if broken:
         verdict = "float8 failed at the nearest point"  # a wrong result is no speedup, however fast a neighbour is
     return Decision(
         convert=wins and not broken,
-        reason=f"{verdict} ({_provenance(estimate)})",
+        reason=f"{verdict} ({_provenance(estimate, min_speedup)})",
         shape=shape,
         speedup=estimate.speedup,
         speedup_low=estimate.speedup_low,
@@ -74,7 +74,13 @@ def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decisi
     )
 
 
-def _provenance(estimate: Estimate) -> str:
+def _just_below(speedup: float, min_speedup: float) -> str:
+    """ "0.90x, below 1.02x"; with more digits where two would read "1.02x, below 1.02x"."""
+    digits = 2 if round(speedup, 2) < round(min_speedup, 2) else 4
+    return f"{speedup:.{digits}f}x, below {min_speedup:.{digits}f}x"
+
+
+def _provenance(estimate: Estimate, min_speedup: float) -> str:
     """Where the number is from: "measured", "nearest (8192, 4096, 1024)", "interpolated, outside the grid"."""
     if estimate.distance == 0:
         parts = ["measured"]
@@ -86,6 +92,8 @@ def _provenance(estimate: Estimate) -> str:
         parts.append("outside the measured range")
     if estimate.point.status == "ambiguous":
         parts.append("ambiguous")
+    if estimate.speedup_low < min_speedup <= estimate.speedup_high:
+        parts.append(f"bounds {estimate.speedup_low:.2f} to {estimate.speedup_high:.2f}")
     if estimate.gap:
         parts.append(f"a nearer point is {estimate.gap}")
     return ", ".join(parts)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-_NOT_PRODUCTS = ("embedding_dim", "nf")
-"""Attributes of layers with a 2-D weight that are no float8 candidates: nn.Embedding looks its rows up, and the
-Conv1D of transformers stores its weight transposed and is no nn.Linear, so that torchao cannot convert it."""
+_NOT_PRODUCTS = ("embedding_dim", "nf", "normalized_shape")
+"""Attributes of layers with a 2-D weight that are no float8 candidates: nn.Embedding looks its rows up, norms scale,
+and the Conv1D of transformers stores its weight transposed and is no nn.Linear, so torchao cannot convert it."""
 
 
 def linear_size(layer: object) -> tuple[int, int] | str:
@@ -19,7 +19,7 @@ def linear_size(layer: object) -> tuple[int, int] | str:
         return "already float8"
     sizes = (getattr(layer, "in_features", None), getattr(layer, "out_features", None))
     if all(isinstance(size, int) for size in sizes):
-        return sizes  # type: ignore[return-value]
+        return sizes if all(sizes) else "of no size yet"  # type: ignore[return-value]
     shape: Any = getattr(getattr(layer, "weight", None), "shape", ())
     if len(shape) == 2 and not any(hasattr(layer, attribute) for attribute in _NOT_PRODUCTS):
         return int(shape[1]), int(shape[0])

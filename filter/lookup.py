@@ -24,7 +24,8 @@ class Estimate:
     """Forward + backward of one shape, from the table. Times in microseconds.
 
     point: the nearest measured point. distance: how far it is, in octaves (Euclidean, log2 per axis; 0 = exact,
-    1 = one dimension twice as large). outside: the shape lies outside the range that was measured.
+    1 = one dimension twice as large). outside: the shape was not measured and lies outside the
+    measured part of the grid (without a grid, outside all points).
     gap: the status of a still nearer point that has no numbers, or None.
     """
 
@@ -61,7 +62,9 @@ class Lookup:
         self._estimate: Callable[[LinearShape], Estimate] = self._nearest if kind == "nearest" else self._interpolate
         self._measured = {p.shape: p for p in table.points if p.status in WITH_NUMBERS}
         self._everything = [(_log2(p.shape), p) for p in table.points]
-        self._range = _bounding_box(self._measured)
+        grid = table.grid
+        on_grid = [s for s in self._measured if s.m in grid.m and s.k in grid.k and s.n in grid.n]
+        self._range = _bounding_box(on_grid or self._measured)
 
     def __call__(self, shape: LinearShape) -> Estimate | None:
         """The estimate for `shape`, or None if the table holds no number at all."""
@@ -147,7 +150,9 @@ class Lookup:
         return LinearShape(*(min(max(size, axis[0]), axis[-1]) if axis else size for size, axis in axes))
 
     def _outside(self, shape: LinearShape) -> bool:
-        return any(not low <= size <= high for size, (low, high) in zip(_sizes(shape), self._range, strict=True))
+        return shape not in self._measured and any(
+            not low <= size <= high for size, (low, high) in zip(_sizes(shape), self._range, strict=True)
+        )
 
 
 def _sizes(shape: LinearShape) -> tuple[int, int, int]:

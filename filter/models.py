@@ -12,6 +12,8 @@ from typing import Literal
 
 import msgspec
 
+from fp8gate.filter.table import Size
+
 Sharding = Literal["colwise", "rowwise"]
 """What tensor parallelism divides: colwise out_features, rowwise in_features."""
 
@@ -24,14 +26,14 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of a Hugging Face config.json that fix a decoder's linear layers; others are ignored."""
 
     model_type: str
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    vocab_size: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    num_local_experts: int | None = None
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    vocab_size: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    num_local_experts: Size | None = None
 
     @property
     def query_size(self) -> int:
@@ -129,7 +131,7 @@ def load_model(model: str) -> ModelConfig:
         raise ModelError(f"model: expected a config.json or one of {names}; got {model!r} ({error})") from error
     try:
         config = msgspec.json.decode(content, type=ModelConfig)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{model}: {error}") from error
     if config.model_type not in (*DENSE, *MIXTURE):
         known = ", ".join((*DENSE, *MIXTURE))

@@ -199,7 +199,8 @@ def load_plain_yaml(text: str, *, source: str, error: type[ValueError]) -> Any:
     """
     try:
         return yaml.load(text, Loader=_PlainLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as cause:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as cause:
+        # the last five are what PyYAML's constructors raise for an explicit tag on a value it does not fit
         raise error(f"{source}: not plain YAML data: {cause}") from cause
 
 
@@ -207,6 +208,12 @@ def _check(table: Table, source: str) -> None:
     """What types alone cannot say: column names, axis order, sorting, duplicates, consistent numbers."""
     if table.columns != COLUMNS:
         raise TableError(f"{source}: $.columns: expected {list(COLUMNS)}, found {list(table.columns)}")
+    for field in ("device", "protocol"):
+        for name, value in msgspec.structs.asdict(getattr(table, field)).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise TableError(f"{source}: $.{field}.{name}: expected a finite number, found {value}")
+    if not table.protocol.rounds or list(table.protocol.rounds) != sorted(set(table.protocol.rounds)):
+        raise TableError(f"{source}: $.protocol.rounds: expected ascending counts, found {table.protocol.rounds}")
     for axis in ("m", "k", "n"):
         values = getattr(table.grid, axis)
         if list(values) != sorted(set(values)):
@@ -246,8 +253,14 @@ def _line(key: str, value: Any) -> str:
 
 
 def _format_point(point: Point) -> str:
-    numbers = ("null" if x is None else repr(round_to_measured(x)) for x in point.numbers)
+    numbers = ("null" if x is None else _format_number(round_to_measured(x)) for x in point.numbers)
     return f"  - [{', '.join([str(point.m), str(point.k), str(point.n), *numbers, point.status])}]\n"
+
+
+def _format_number(value: float) -> str:
+    """A YAML float; YAML 1.1 reads an exponent without a dot before it as text."""
+    text = repr(value)
+    return text if "." in text else text.replace("e", ".0e")
 
 
 def _fsync_folder(folder: Path) -> None:

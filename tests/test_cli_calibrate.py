@@ -10,11 +10,12 @@ import time
 import pytest
 import torch
 import typer.main
-from samples import journal_points, python, quick_points
+from samples import journal_points, point_record, python, quick_points
 from typer.testing import CliRunner
 
 from fp8gate import cli
 from fp8gate.calibrate import sweep as sweep_module
+from fp8gate.calibrate.measure import DeviceLostError
 from fp8gate.calibrate.sweep import SweepResult, make_setup
 from fp8gate.filter.models import BUNDLED
 from fp8gate.filter.shapes import LinearShape
@@ -152,7 +153,7 @@ def test_stopped_by_the_clock_it_says_so_and_goes_on(calibrate, out):
     assert finished.exit_code == 0
     assert "6 points measured, 0 taken from the journal, 0 left out" in finished.stdout
     (table,) = out.rglob("*.yaml")
-    assert finished.stdout.endswith(f"wrote {table}\n")
+    assert f"wrote {table}: " in finished.stdout
 
 
 @pytest.mark.usefixtures("_quick_points")
@@ -233,13 +234,34 @@ def test_a_gpu_that_is_not_there_is_an_error(calibrate, swept, monkeypatch):
     assert swept == {}
 
 
-@pytest.mark.parametrize("missing", ["torch", "torchao"])
-def test_without_torch_it_says_what_to_install(calibrate, swept, monkeypatch, missing):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == missing else object())
+@pytest.mark.parametrize("missing", [["torch"], ["torchao"], ["torch", "torchao", "pandas"]])
+def test_without_the_extra_it_says_what_to_install(calibrate, swept, monkeypatch, missing):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in missing else object())
     result = calibrate()
     assert result.exit_code == 2
-    assert result.stderr == "fp8gate: calibrate needs torch and torchao: pip install 'fp8gate[calibrate]'\n"
+    assert result.stderr == f"fp8gate: calibrate needs {', '.join(missing)}: pip install 'fp8gate[calibrate]'\n"
     assert swept == {}
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(calibrate, tmp_path):
+    (tmp_path / "file").touch()
+    result = calibrate("--out", str(tmp_path / "file" / "tables"))
+    assert result.exit_code == 2
+    assert str(tmp_path / "file") in result.stderr
+    assert result.exception.__class__ is SystemExit
+
+
+def test_a_lost_gpu_says_where_and_how_to_go_on(calibrate, monkeypatch):
+    def lose_the_device(*_, **__):
+        raise DeviceLostError(point_record((64, 32, 16))) from RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(sweep_module, "sweep", lose_the_device)
+    result = calibrate()
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        "fp8gate: the GPU failed at (64, 32, 16): CUDA error: unspecified launch failure",
+        "what was measured is in the journal: run the same command to go on",
+    ]
 
 
 def test_the_options_reach_the_sweep(calibrate, swept, out):

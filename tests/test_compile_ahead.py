@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from samples import PROTOCOL, python, replaced
 
+import fp8gate.calibrate.linears  # noqa: F401  (says how memory formats are pickled)
+from fp8gate.calibrate import compile_ahead
 from fp8gate.calibrate.compile_ahead import CompileAhead
 from fp8gate.filter.shapes import LinearShape
 
@@ -101,6 +107,14 @@ def test_the_timing_process_loads_both_directions_from_the_cache(ahead, cache):
     assert report["right"]
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last, torch.preserve_format])
+def test_a_cache_key_does_not_depend_on_who_imported_torch(monkeypatch, memory_format):
+    key = pickle.dumps(memory_format)
+    assert pickle.loads(key) is memory_format
+    monkeypatch.setattr(sys, "modules", {"first": SimpleNamespace(torch=torch), **sys.modules})
+    assert pickle.dumps(memory_format) == key
+
+
 def test_what_a_worker_cannot_compile_is_said(ahead):
     assert ahead["broken"].startswith("a compile worker failed: ")
     assert "no_such_setting" in ahead["broken"]
@@ -129,8 +143,18 @@ def test_without_workers_nothing_is_done():
         assert ahead._pool is None
 
 
-@pytest.mark.parametrize(("cores", "workers"), [(16, 14), (2, 0), (1, 0), (None, 0)])
+def test_usable_cores_are_those_of_this_process():
+    allowed = os.sched_getaffinity(0)
+    assert compile_ahead._usable_cores() == len(allowed)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert compile_ahead._usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(16, 14), (2, 0), (1, 0)])
 def test_two_cores_are_left_to_the_rest(monkeypatch, cores, workers):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(compile_ahead, "_usable_cores", lambda: cores)
     assert CompileAhead("cuda").workers == workers
     assert CompileAhead("cuda", 3).workers == 3

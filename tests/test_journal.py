@@ -148,6 +148,14 @@ def test_fresh_keeps_the_old_journal_aside(written):
     assert reopen(written).records == [THIRD]
 
 
+def test_fresh_again_and_again_keeps_every_journal(tmp_path):
+    for record in (FIRST, SECOND, THIRD):
+        with Journal(tmp_path, SETUP, fresh=True) as journal:
+            journal.append(record)
+    kept = sorted(path.read_bytes().splitlines()[1] for path in tmp_path.glob("journal-*.jsonl.*"))
+    assert kept == sorted(msgspec.json.encode(record) for record in (FIRST, SECOND))
+
+
 def test_fresh_has_nothing_to_keep_at_first(tmp_path):
     journal = reopen(tmp_path / "any", fresh=True)
     assert (journal.records, journal.set_aside) == ([], None)

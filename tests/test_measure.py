@@ -10,7 +10,6 @@ import pytest
 import torch
 from samples import PROTOCOL, replaced
 
-from fp8gate.calibrate import measure
 from fp8gate.calibrate.linears import Operands
 from fp8gate.calibrate.measure import DeviceLostError, measure_point
 from fp8gate.calibrate.sweep import make_setup
@@ -155,14 +154,24 @@ def test_a_record_says_what_was_measured_and_when():
     assert timer.released == 1
 
 
+def caused_by(cause):
+    """An error whose message says nothing, as a compiler raises it from another."""
+    error = RuntimeError("compilation failed")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        caused_by(torch.OutOfMemoryError("CUDA out of memory")),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=str,
 )
 def test_out_of_memory_in_one_arm_is_that_arms_result(error):
     timer = FakeTimer(prepare_errors={"rowwise": error})
@@ -196,11 +205,16 @@ def test_out_of_memory_for_the_operands_is_that_of_every_arm(monkeypatch):
     assert {name: arm.status for name, arm in record.arms.items()} == dict.fromkeys(("bf16", *RECIPES), "out_of_memory")
 
 
-def test_an_arm_that_raises_is_failed_and_says_why():
-    timer = FakeTimer(prepare_errors={"tensorwise": RuntimeError("no kernel for this layout")})
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("out of resource: shared memory"), AssertionError("k"), caused_by(ValueError("memory"))],
+    ids=str,
+)
+def test_an_arm_that_raises_is_failed_and_says_why(error):
+    timer = FakeTimer(prepare_errors={"tensorwise": error})
     record = measured(timer)
     points = points_of(record)
-    assert record.arms["tensorwise"].detail == "RuntimeError: no kernel for this layout"
+    assert record.arms["tensorwise"].detail == f"{type(error).__name__}: {error}"
     assert (points["tensorwise"].numbers, points["tensorwise"].status) == ((None,) * 7, "failed")
     assert points["rowwise"].status == points["rowwise_with_gw_hp"].status == "measured"
 
@@ -246,34 +260,28 @@ def test_without_any_recipe_left_bf16_is_not_timed():
     assert timer.rounds == []
 
 
-@pytest.fixture
-def on_a_gpu_that_answers(monkeypatch):
-    """A function that measures a point with a failed arm "on a GPU", and says whether it still answers afterwards."""
+def test_rounds_that_fail_leave_no_arm_any_numbers():
+    class FailingTimer(FakeTimer):
+        def round(self, prepared):
+            if len(self.rounds) == 3:
+                raise RuntimeError("CUDA error: unspecified launch failure")
+            return super().round(prepared)
 
-    def answers_or_not(answers):
-        def zeros(*_, **__):
-            if answers:
-                return torch.tensor([0.0])
+    timer = FailingTimer(prepare_errors={"tensorwise": torch.OutOfMemoryError("CUDA out of memory")})
+    record = measured(timer)
+    assert rounds_of(record) == dict.fromkeys(("bf16", *RECIPES), 0)
+    assert record.arms["bf16"].detail == "RuntimeError: CUDA error: unspecified launch failure"
+    assert {point.status for point in points_of(record).values()} == {"failed"}
+    assert record.arms["tensorwise"].status == "out_of_memory"  # its own failure is kept
+
+
+def test_a_device_that_no_longer_answers_is_lost_and_the_record_is_not():
+    class LostTimer(FakeTimer):
+        def release(self):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-        real = Operands.random
-        monkeypatch.setattr(Operands, "random", lambda shape, device: real(shape, CPU))
-        monkeypatch.setattr(measure.torch, "zeros", zeros)
-        timer = FakeTimer(prepare_errors={"rowwise": RuntimeError("CUDA error")})
-        return measure_point(SHAPE, PROTOCOLS, timer, torch.device("cuda"), random.Random(0))
-
-    return answers_or_not
-
-
-def test_a_gpu_that_answers_after_a_failure_goes_on(on_a_gpu_that_answers):
-    record = on_a_gpu_that_answers(True)
-    assert record.arms["rowwise"].status == "failed"
-    assert record.arms["tensorwise"].status == "measured"
-
-
-def test_a_gpu_that_no_longer_answers_is_lost_and_the_record_is_not(on_a_gpu_that_answers):
     with pytest.raises(DeviceLostError) as caught:
-        on_a_gpu_that_answers(False)
+        measured(LostTimer(prepare_errors={"rowwise": RuntimeError("CUDA error")}))
     (record,) = caught.value.args
     assert record.shape == SHAPE
     assert record.arms["rowwise"].status == "failed"

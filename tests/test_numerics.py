@@ -81,6 +81,30 @@ def test_a_wrong_result_is_not_acceptable(name, damage, expected):
     assert acceptable({other: error for other, error in errors.items() if other != name})
 
 
+@pytest.mark.parametrize("first_row", [0, 128, 896])
+def test_no_tile_of_128_rows_goes_unseen(first_row):
+    def without_a_tile(tensor):
+        damaged = tensor.clone()
+        damaged[first_row : first_row + 128] = 0
+        return damaged
+
+    operands, right = computed(None, LinearShape(1024, 64, 64))
+    errors = relative_errors(damaged(right, "output", without_a_tile), operands)
+    assert errors["output"] == pytest.approx(math.sqrt(128 / 1024), rel=0.1)
+    assert not acceptable(errors)
+
+
+def test_of_a_small_result_every_row_is_compared():
+    def without_first_rows(tensor):
+        return torch.cat([torch.zeros_like(tensor[:4]), tensor[4:]])
+
+    operands, right = computed(None, LinearShape(64, 64, 64))
+    for seed in range(10):
+        torch.manual_seed(seed)
+        errors = relative_errors(damaged(right, "output", without_first_rows), operands)
+        assert errors["output"] == pytest.approx(math.sqrt(4 / 64), rel=0.2)
+
+
 @pytest.mark.parametrize("name", RESULTS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_element_that_is_not_finite_is_not_acceptable(name, value):

@@ -41,7 +41,8 @@ def test_the_wheel_holds_the_four_folders_and_nothing_else(built: Path) -> None:
 def test_an_installed_wheel_explains_a_model_from_its_own_tables(built: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(next(built.glob("*.whl"))).extractall(tmp_path)
     script = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fp8gate; assert {str(tmp_path)!r} in fp8gate.__file__\n"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fp8gate\n"
+        f"assert {str(tmp_path)!r} in fp8gate.__file__\n"
         "from fp8gate.cli import app; app(sys.argv[1:])"
     )
     command = [sys.executable, "-I", "-c", script, "explain", "llama3-8b", "--recipe", "rowwise", "--tokens", "8192"]

@@ -8,6 +8,7 @@ import sys
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from torch import nn
@@ -55,33 +56,48 @@ class LinearConfig:
     out_features: int
 
 
-@dataclass
-class ConverterConfig:
-    recipe_name: str = "rowwise"
-    filter_fqns: list[str] = field(default_factory=lambda: ["output"])
-
-
 class Converter:
-    """What torchtitan's Float8LinearConverter does with its filter: ask it about every linear config."""
+    """torchtitan's interface: a nested Config that builds its class, and a filter on linear configs."""
 
-    def __init__(self, config: ConverterConfig) -> None:
+    @dataclass(kw_only=True, slots=True)
+    class Config:
+        _owner: ClassVar[type]
+        recipe_name: str = "rowwise"
+        filter_fqns: list[str] = field(default_factory=list)
+
+        def build(self) -> Converter:
+            converter: Converter = self._owner(config=self)
+            return converter
+
+    def __init_subclass__(cls) -> None:
+        if "Config" in cls.__dict__:
+            cls.Config._owner = cls
+
+    def __init__(self, config: Config) -> None:
         self.filter_fn = lambda config, fqn: True
 
     def convert(self, configs: dict[str, LinearConfig]) -> list[str]:
         return [fqn for fqn, config in configs.items() if self.filter_fn(config, fqn)]
 
 
+Converter.Config._owner = Converter
+
+
 @pytest.mark.filterwarnings(f"ignore::{StaleTableWarning.__module__}.StaleTableWarning")
-def test_the_torchtitan_snippet_converts_only_the_winner(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_torchtitan_snippet_converts_only_the_winner(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     module = types.ModuleType("torchtitan.components.quantization.float8")
     module.Float8LinearConverter = Converter  # type: ignore[attr-defined]
     for name in ("torchtitan", "torchtitan.components", "torchtitan.components.quantization"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    namespace: dict[str, type[Converter]] = {}
+    namespace: dict[str, Any] = {}
     exec(SNIPPETS[1], namespace)
     configs = {"w1": LinearConfig(4096, 14336), "wk": LinearConfig(4096, 1024), "output": LinearConfig(4096, 128256)}
-    assert namespace["GatedFloat8Converter"](ConverterConfig()).convert(configs) == ["w1"]
+    converter = namespace["GatedFloat8Converter"].Config(tokens=8192, filter_fqns=["output"]).build()
+    assert converter.convert(configs) == ["w1"]
+    assert "converted 1 of 3 linears" in capsys.readouterr().out
 
 
 def test_the_explain_output_is_what_the_command_prints() -> None:

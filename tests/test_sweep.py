@@ -44,8 +44,8 @@ def run(tmp_path, setup):
     """Sweeps into the test's folder."""
 
     def run_sweep(shapes=SHAPES, recipes=RECIPES, **options):
-        options = {"setup": setup, **options}
-        return sweep(GRID, shapes, recipes=recipes, device=CPU, out=tmp_path, **options)
+        options = {"grid": GRID, "setup": setup, **options}
+        return sweep(shapes=shapes, recipes=recipes, device=CPU, out=tmp_path, **options)
 
     return run_sweep
 
@@ -116,12 +116,41 @@ def test_one_more_shape_measures_only_that(run, tmp_path, measured_shapes):
         assert [point.shape for point in table.points] == [*SHAPES, ONE_MORE]
 
 
-def test_fewer_shapes_make_a_smaller_table_from_the_journal(run, measured_shapes):
-    run()
+def test_a_smaller_sweep_leaves_the_tables_as_they_are(run, tmp_path, measured_shapes):
+    run([*SHAPES, ONE_MORE])
+    before = tables_in(tmp_path)
     measured_shapes.clear()
-    result = run(SHAPES[:1])
+    result = run(SHAPES[:1], grid=Grid(m=(32,), k=(32,), n=(48,)))
     assert measured_shapes == []
-    assert [[p.shape for p in table.points] for table in result.tables.values()] == [SHAPES[:1]] * 3
+    assert (result.measured, result.resumed) == (0, 1)
+    assert tables_in(tmp_path) == before
+
+
+def test_a_sweep_of_other_axes_adds_to_the_table(run):
+    run()
+    result = run([ONE_MORE], grid=Grid(m=(48,), k=(32,), n=(32,)))
+    for table in result.tables.values():
+        assert [point.shape for point in table.points] == [*SHAPES, ONE_MORE]
+        assert table.grid == Grid(m=(32, 48), k=(32, 64), n=(32, 48))
+
+
+def test_points_that_no_journal_has_are_not_lost(run, tmp_path, measured_shapes):
+    (path,) = run(recipes=["rowwise"]).tables
+    next(tmp_path.rglob("journal-*.jsonl")).unlink()
+    before, measured_shapes[:] = path.read_bytes(), []
+    with pytest.raises(ValueError, match=r"rowwise\.yaml: 1 of its points .* would be lost.*--fresh"):
+        run(SHAPES[:1], recipes=["rowwise"])
+    assert measured_shapes == []  # said before hours of measuring, not after
+    assert path.read_bytes() == before
+
+
+def test_points_that_no_journal_has_are_replaced_if_measured_again_or_told_so(run, tmp_path):
+    run(recipes=["rowwise"])
+    next(tmp_path.rglob("journal-*.jsonl")).unlink()
+    assert run(recipes=["rowwise"]).measured == 2
+    (table,) = run(SHAPES[:1], recipes=["rowwise"], fresh=True, grid=Grid(m=(32,), k=(32,), n=(48,))).tables.values()
+    assert [point.shape for point in table.points] == SHAPES[:1]
+    assert table.grid == Grid(m=(32,), k=(32,), n=(48,))
 
 
 def test_one_more_recipe_measures_only_that(run, tmp_path, measured_shapes):
@@ -186,6 +215,12 @@ def test_capped_shapes_are_reported_and_not_measured(run, measured_shapes, capsy
     assert f"  {HUGE}: {result.capped[HUGE]}\n" in said
 
 
+def test_with_every_shape_capped_there_is_nothing_to_do(run, tmp_path):
+    with pytest.raises(ValueError, match=r"no point to measure: all 1 were left out, .*FLOP"):
+        run([HUGE])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_fresh_measures_again_and_keeps_the_old_journal(run, tmp_path, capsys):
     run()
     (journal,) = tmp_path.rglob("journal-*.jsonl")
@@ -217,28 +252,60 @@ def test_a_damaged_journal_stops_the_sweep(run, tmp_path):
     assert tables_in(tmp_path) == before
 
 
-def test_a_recipe_without_numbers_is_in_its_table_and_not_measured_again(run, monkeypatch, measured_shapes):
-    failed = ArmRecord(status="failed", detail="broken kernel")
-    arms = {"bf16": timed_arm([200.0] * 8), "tensorwise": timed_arm([100.0] * 8), "rowwise": failed}
-    record = point_record((32, 32, 48), arms=arms)
-    monkeypatch.setattr(sweep_module, "measure_point", lambda *_: record)
+@pytest.fixture
+def with_rowwise(monkeypatch):
+    """Makes every point measured from now on one whose rowwise arm is this; tensorwise is measured."""
+
+    def replace_measuring(rowwise):
+        arms = {"bf16": timed_arm([200.0] * 8), "tensorwise": timed_arm([100.0] * 8), "rowwise": rowwise}
+
+        def measure_point(shape, protocols, *_):
+            chosen = {name: arm for name, arm in arms.items() if name in ("bf16", *protocols)}
+            return point_record((shape.m, shape.k, shape.n), arms=chosen)
+
+        monkeypatch.setattr(sweep_module, "measure_point", measure_point)
+
+    return replace_measuring
+
+
+FAILED = ArmRecord(status="failed", detail="broken kernel")
+
+
+def test_a_recipe_without_numbers_is_in_its_table(run, with_rowwise):
+    with_rowwise(FAILED)
     result = run(SHAPES[:1], recipes=["tensorwise", "rowwise"])
     assert [table.points[0].status for table in result.tables.values()] == ["measured", "failed"]
+
+
+def test_a_point_without_numbers_is_tried_once_more(run, with_rowwise):
+    with_rowwise(FAILED)
+    assert [run(SHAPES[:1], recipes=["rowwise"]).measured for _ in range(4)] == [1, 1, 0, 0]
+    assert run(SHAPES[:1], recipes=["tensorwise"]).measured == 1
+
+
+def test_a_second_attempt_that_succeeds_counts(run, with_rowwise):
+    with_rowwise(FAILED)
+    run(SHAPES[:1], recipes=["rowwise"])
+    with_rowwise(timed_arm([50.0] * 8))
+    (table,) = run(SHAPES[:1], recipes=["rowwise"]).tables.values()
+    assert (table.points[0].status, table.points[0].speedup) == ("measured", 4.0)
     assert run(SHAPES[:1], recipes=["rowwise"]).measured == 0
 
 
 def test_the_record_of_a_lost_device_is_kept(run, tmp_path, monkeypatch):
-    record = point_record((32, 32, 48), arms={name: ArmRecord(status="failed") for name in ("bf16", "tensorwise")})
+    record = point_record((32, 32, 48), arms=dict.fromkeys(("bf16", "tensorwise"), FAILED))
 
     def lose_the_device(*_):
         raise DeviceLostError(record)
 
     monkeypatch.setattr(sweep_module, "measure_point", lose_the_device)
-    with pytest.raises(DeviceLostError):
-        run(SHAPES[:1], recipes=["tensorwise"])
-    assert journal_points(tmp_path) == [(32, 32, 48)]
+    for attempt in (1, 2):
+        with pytest.raises(DeviceLostError):
+            run(SHAPES[:1], recipes=["tensorwise"])
+        assert journal_points(tmp_path) == [(32, 32, 48)] * attempt
     assert tables_in(tmp_path) == {}
-    assert run(SHAPES[:1], recipes=["tensorwise"]).resumed == 1  # and not run into again
+    (table,) = run(SHAPES[:1], recipes=["tensorwise"]).tables.values()  # it is not run into for ever
+    assert table.points[0].status == "failed"
 
 
 def with_speedup(speedup, minutes, shape=(32, 32, 48)):
@@ -251,6 +318,14 @@ def test_a_table_takes_the_latest_record_of_a_shape():
     table = make_table(GRID, SHAPES, "tensorwise", SETUP, records)
     assert [(point.k, point.speedup) for point in table.points] == [(32, 5.0), (64, 3.0)]
     assert table.measured_at == NOON + timedelta(minutes=3)
+
+
+def test_a_table_prefers_numbers_to_a_later_failure():
+    failed = point_record((32, 32, 48), arms={"bf16": timed_arm([100.0] * 8), "tensorwise": FAILED})
+    first, last = with_speedup(2.0, 1), with_speedup(3.0, 2)
+    for records, speedup in (([first, failed], 2.0), ([failed, last], 3.0), ([first, failed, last, failed], 3.0)):
+        table = make_table(GRID, SHAPES, "tensorwise", SETUP, records)
+        assert [point.speedup for point in table.points] == [speedup]
 
 
 def test_a_table_ignores_records_of_other_recipes_and_shapes():

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 stopped before the end (run again to go on), 2 usage or ba
 from __future__ import annotations
 
 import json
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -66,15 +67,16 @@ def calibrate_command(
     Every point is kept in a journal beside the tables as soon as it is measured: after Ctrl-C, a kill or
     --stop-after, the same command goes on where it was. Tables are written when all points are measured.
     """
-    if find_spec("torchao") is None or find_spec("torch") is None:
-        _fail("calibrate needs torch and torchao: pip install 'fp8gate[calibrate]'")
+    missing = [name for name in ("torch", "torchao", "numpy", "pandas", "pynvml") if find_spec(name) is None]
+    if missing:
+        _fail(f"calibrate needs {', '.join(missing)}: pip install 'fp8gate[calibrate]'")
     if (model is None) != (tokens is None):
         _fail("--model and --tokens go together: a linear's shape depends on both")
     try:
         chosen = _parse_recipes(recipes)
         extra = _model_shapes(model, tokens, tp) if model and tokens else []
         result = _run_sweep(grid, chosen, device, out, not resume, extra, stop_after)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         typer.echo("stopped; what was measured is in the journal: run the same command to go on", err=True)
@@ -100,10 +102,12 @@ def explain_command(
     lookup: Annotated[
         LookupName, typer.Option(help="Nearest measured point, or between the points around.")
     ] = "nearest",
-    min_speedup: Annotated[float, typer.Option(min=0.0, help="Convert from this speedup on.")] = DEFAULT_MIN_SPEEDUP,
+    min_speedup: Annotated[float, typer.Option(help="Convert from this speedup on.")] = DEFAULT_MIN_SPEEDUP,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Say which linears of a model would be converted, why, and what it is worth. Needs no GPU."""
+    if not min_speedup > 0:
+        _fail(f"--min-speedup: expected a ratio above 0, such as {DEFAULT_MIN_SPEEDUP}; got {min_speedup}")
     try:
         config = load_model(model)
         table, _ = find_table(recipe, device=device, tables=tables)
@@ -127,21 +131,27 @@ def _run_sweep(
 ) -> SweepResult:
     from fp8gate.calibrate.device import choose_device
     from fp8gate.calibrate.grid import grid_shapes, load_grid
+    from fp8gate.calibrate.measure import DeviceLostError
     from fp8gate.calibrate.sweep import make_setup, sweep
 
     device = choose_device(kind)
     setup = make_setup(device)
     grid, shapes = load_grid(grid_name, setup.device.kind)
-    return sweep(
-        grid,
-        [*grid_shapes(grid), *shapes, *extra],
-        recipes=recipes,
-        device=device,
-        setup=setup,
-        out=out,
-        fresh=fresh,
-        stop_after_s=None if stop_after_min is None else stop_after_min * 60,
-    )
+    try:
+        return sweep(
+            grid,
+            [*grid_shapes(grid), *shapes, *extra],
+            recipes=recipes,
+            device=device,
+            setup=setup,
+            out=out,
+            fresh=fresh,
+            stop_after_s=None if stop_after_min is None else stop_after_min * 60,
+        )
+    except DeviceLostError as error:
+        typer.echo(f"fp8gate: the GPU failed at {error.args[0].shape}: {error.__cause__}", err=True)
+        typer.echo("what was measured is in the journal: run the same command to go on", err=True)
+        raise typer.Exit(EXIT_STOPPED) from error
 
 
 def _print_result(result: SweepResult) -> None:
@@ -149,13 +159,14 @@ def _print_result(result: SweepResult) -> None:
 
     for table in result.tables.values():
         typer.echo(summarize(table) + "\n")
+    for path, table in result.tables.items():
+        statuses = Counter(point.status for point in table.points)
+        typer.echo(f"wrote {path}: {', '.join(f'{count} {status}' for status, count in sorted(statuses.items()))}")
     typer.echo(
         f"{result.measured} points measured, {result.resumed} taken from the journal, {len(result.capped)} left out"
     )
     if result.remaining:
         typer.echo(f"{result.remaining} points remain: run the same command to go on; no table was written")
-    for path in result.tables:
-        typer.echo(f"wrote {path}")
 
 
 def _parse_recipes(names: str) -> tuple[Recipe, ...]:

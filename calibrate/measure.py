@@ -91,7 +91,7 @@ class _Session:
         if "bf16" in self.prepared and len(self.prepared) > 1:
             try:
                 self._run_rounds()
-            except Exception as error:  # which arm it was is not known: none of this session counts
+            except Exception as error:  # which arm it was is not known: none of them counts
                 self.samples.clear()
                 self.records.update({name: _failure(error) for name in self.prepared})
         return {name: self._record(name) for name in names}

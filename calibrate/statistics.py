@@ -36,6 +36,8 @@ def paired_speedup(bf16_us: Sequence[float], fp8_us: Sequence[float], *, confide
     Raises ValueError for unequal lengths, for times that are not above 0, and for fewer rounds than `confidence`
     needs (8 at 0.99).
     """
+    if not all(0 < time_us < math.inf for time_us in (*bf16_us, *fp8_us)):
+        raise ValueError("expected finite times above 0")
     log_ratios = [math.log(b / f) for b, f in zip(bf16_us, fp8_us, strict=True)]
     walsh = walsh_averages(log_ratios)
     depth = signed_rank_depth(len(log_ratios), confidence)

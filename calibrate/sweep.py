@@ -111,7 +111,7 @@ def sweep(
                 measured = _measure(todo, protocols, device, journal, observer, ahead, stop_after_s)
         tables = {}
         if measured == len(todo):
-            tables = _write_tables(folder, grid, recipes, journal)
+            tables = _write_tables(folder, grid, recipes, journal, fresh)
         return SweepResult(tables, measured, len(wanted) - len(todo), len(todo) - measured, capped)
 
 
@@ -199,14 +199,16 @@ def _require_nothing_lost(
                 )
 
 
-def _write_tables(folder: Path, grid: Grid, recipes: Sequence[Recipe], journal: Journal) -> dict[Path, Table]:
+def _write_tables(
+    folder: Path, grid: Grid, recipes: Sequence[Recipe], journal: Journal, fresh: bool
+) -> dict[Path, Table]:
     """Write everything the journal holds for each recipe: a later, smaller sweep adds to a table."""
     tables = {}
     for recipe in recipes:
         path = folder / f"{recipe}.yaml"
         shapes = [record.shape for record in journal.records]
         table = make_table(grid, shapes, recipe, journal.setup, journal.records)
-        tables[path] = _with_earlier_axes(table, path)
+        tables[path] = table if fresh else _with_earlier_axes(table, path)
         write_table(tables[path], path)
     return tables
 

@@ -201,7 +201,7 @@ def load_plain_yaml(text: str, *, source: str, error: type[ValueError]) -> Any:
         return yaml.load(text, Loader=_PlainLoader)
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as cause:
         # the last five are what PyYAML's constructors raise for an explicit tag on a value it does not fit
-        raise error(f"{source}: not plain YAML data: {cause}") from cause
+        raise error(f"{source}: not plain YAML data: {' '.join(str(cause).split())}") from cause
 
 
 def _check(table: Table, source: str) -> None:

@@ -161,3 +161,9 @@ def test_excludes(low, high, excluded):
 )
 def test_within_wants_both_bounds_close(low, high, is_within):
     assert Interval(estimate=2.0, low=low, high=high).within(0.01) is is_within
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
+def test_times_that_are_none_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected finite times above 0"):
+        paired_speedup([1.0] * 8, [1.0] * 7 + [wrong], confidence=0.99)

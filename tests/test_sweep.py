@@ -334,3 +334,11 @@ def test_a_table_ignores_records_of_other_recipes_and_shapes():
     table = make_table(GRID, SHAPES, "tensorwise", SETUP, [with_speedup(2.0, 1), rowwise, later])
     assert [(point.k, point.speedup) for point in table.points] == [(32, 2.0)]
     assert (table.measured_at, table.protocol) == (NOON + timedelta(minutes=1), PROTOCOL)
+
+
+def test_fresh_replaces_a_table_that_cannot_be_read(run, tmp_path):
+    run(SHAPES[:1], recipes=["rowwise"])
+    (path,) = tmp_path.rglob("rowwise.yaml")
+    path.write_text("schema: 0\n")
+    (table,) = run(SHAPES[:1], recipes=["rowwise"], fresh=True).tables.values()
+    assert read_table(path) == table

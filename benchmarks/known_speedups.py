@@ -18,9 +18,10 @@ import msgspec
 import torch
 from tabulate import tabulate
 
-from fp8gate.calibrate.linears import Operands, build_arm, compile_settings
+from fp8gate.calibrate.compilation import compiled_linear, eager_linear
+from fp8gate.calibrate.linears import Operands
 from fp8gate.calibrate.sweep import make_setup, sweep
-from fp8gate.calibrate.timing import CudaTimer
+from fp8gate.calibrate.timing import CudaTimer, balanced_orders
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES, Grid
 
@@ -66,14 +67,12 @@ def compare_bf16(device: torch.device) -> str:
     timer, rows = CudaTimer(device), []
     for sizes in KNOWN:
         torch._dynamo.reset()
-        operands = Operands.random(LinearShape(*sizes), device)
-        with compile_settings({}):
-            arms = [timer.prepare(build_arm(None, operands, compiled=compiled)) for compiled in (True, False)]
-        ratios = []
-        for _ in range(16):
-            order = random.sample((0, 1), 2)
-            samples = dict(zip(order, timer.round([arms[i] for i in order]), strict=True))
-            ratios.append((samples[0].fwd_us / samples[1].fwd_us, samples[0].bwd_us / samples[1].bwd_us))
+        shape = LinearShape(*sizes)
+        linears = compiled_linear(None, shape, {}, "cuda"), eager_linear(None, shape)
+        operands = Operands.random(shape, device)
+        arms = [timer.prepare(linear.over(operands)) for linear in linears]
+        rounds = timer.rounds(arms, balanced_orders(2, 16, random.Random(0)))
+        ratios = [(one.fwd_us / other.fwd_us, one.bwd_us / other.bwd_us) for one, other in rounds]
         fwd, bwd = (statistics.median(column) for column in zip(*ratios, strict=True))
         rows.append((sizes, f"{fwd - 1:+.2%}", f"{bwd - 1:+.2%}"))
     return tabulate(rows, headers=("(m, k, n)", "compiled / eager bf16, fwd", "bwd"))

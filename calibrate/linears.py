@@ -5,12 +5,9 @@ In: a shape, a device. Out: operands with the data of every arm, and arms that c
 
 from __future__ import annotations
 
-import contextlib
-import copyreg
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +46,11 @@ class Operands:
         grad_output = torch.randn(shape.m, shape.n, device=device, dtype=torch.bfloat16)
         return cls(x, nn.Parameter(weight), grad_output)
 
+    def free(self) -> None:
+        """Give the memory back now, whoever still refers to the tensors: compiled code does, in cycles."""
+        for tensor in (self.x, self.weight, self.grad_output):
+            tensor.untyped_storage().resize_(0)
+
 
 @dataclass(frozen=True, slots=True)
 class Arm:
@@ -67,12 +69,6 @@ class Arm:
         return torch.autograd.grad(output, (self.operands.x, self.operands.weight), self.operands.grad_output)
 
 
-def build_arm(recipe: Recipe | None, operands: Operands, *, compiled: bool) -> Arm:
-    """An arm over `operands`. Compilation itself happens at the first call, under `compile_settings`."""
-    linear = build_linear(recipe, operands.weight)
-    return Arm(recipe, torch.compile(linear, dynamic=False) if compiled else linear, operands)
-
-
 def build_linear(recipe: Recipe | None, weight: nn.Parameter) -> nn.Module:
     """A bias-free linear over `weight` (n, k), converted by torchao if there is a recipe."""
     out_features, in_features = weight.shape
@@ -83,33 +79,3 @@ def build_linear(recipe: Recipe | None, weight: nn.Parameter) -> nn.Module:
         return linear
     converted: nn.Module = convert_to_float8_training(linear, config=Float8LinearConfig.from_recipe_name(recipe))
     return converted
-
-
-def _memory_format(name: str) -> torch.memory_format:
-    found: torch.memory_format = getattr(torch, name)
-    return found
-
-
-def _reduce_memory_format(
-    memory_format: torch.memory_format,
-) -> tuple[Callable[[str], torch.memory_format], tuple[str]]:
-    return _memory_format, (str(memory_format).removeprefix("torch."),)
-
-
-copyreg.pickle(torch.memory_format, _reduce_memory_format)
-"""Inductor's cache key pickles the graph's memory formats, and by default that names whichever module imported torch
-first: the key then differs between the process that compiles ahead and the one that loads, and every load misses."""
-
-
-def compile_settings(inductor: dict[str, bool]) -> Any:
-    """A context for compiling one variant: these Inductor settings, and an error instead of a quiet eager run.
-
-    Without the last, torch._dynamo runs eagerly, with a warning only, after 8 shapes.
-    """
-    import torch._dynamo.config
-    import torch._inductor.config
-
-    stack = contextlib.ExitStack()
-    stack.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
-    stack.enter_context(torch._inductor.config.patch(inductor))
-    return stack

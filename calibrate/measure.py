@@ -1,66 +1,108 @@
-"""Measure one point: every arm in one session, interleaved in random order, until its decision is clear.
+"""Measure one point in two steps: make it ready (compile, touching no device), then time it, alone on the device.
 
-In: a shape, the recipes, a timer, each recipe's protocol. Out: a `PointRecord`. Failures of a point are results
-(out_of_memory, failed), never exceptions, unless the device itself is lost.
+In: a task, the recipes' protocols, a timer. Out: a `PointRecord`. Failures of a point are results (out_of_memory,
+failed, unstable), never exceptions, unless the device itself is lost.
 """
 
 from __future__ import annotations
 
-import gc
+import itertools
+import os
 import random
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
 import torch
 
-from fp8gate.calibrate.linears import Operands, build_arm, compile_settings
+from fp8gate.calibrate.compilation import ReadyLinear, compiled_linear, eager_linear
+from fp8gate.calibrate.gpu_watch import Watch
+from fp8gate.calibrate.linears import Operands
 from fp8gate.calibrate.numerics import acceptable, relative_errors
-from fp8gate.calibrate.records import ArmName, ArmRecord, PointRecord, decided
+from fp8gate.calibrate.records import CONTROL, ArmName, ArmRecord, PointRecord, Stages, enough
+from fp8gate.calibrate.schedule import Task
 from fp8gate.calibrate.statistics import paired_speedup
-from fp8gate.calibrate.timing import Sample, Timer
-from fp8gate.filter.shapes import LinearShape
+from fp8gate.calibrate.timing import Sample, Timer, balanced_orders
 from fp8gate.filter.table import Protocol, Recipe
 
 SETTLE_S = 0.15
-"""Rounds that are not counted before those that are: a GPU that idled boosts its clocks for about 0.1 s of load before
-the power limit brings them down (by 13 % at (8192, 14336, 4096) on an H200), and a steady training run never idles."""
-
+"""How long rounds go uncounted before those that count: a GPU that idled boosts its clocks for about 0.1 s of load,
+until the power limit brings them down (by 13 % at (8192, 14336, 4096) on an H200); steady training never idles."""
+BUSY_SHARE = 0.5
+"""Arms that keep the device busy for less of the time (between flushes and host work) do not reach the power limit: on
+an H200 the clock stays at its maximum, and there is nothing to wait for."""
+BATCH_S = 0.02  # rounds that are run, and watched, together
 
 DETAIL_LENGTH = 2000  # Inductor's errors carry whole graphs; their first lines say what is wrong
 
 
 class DeviceLostError(RuntimeError):
-    """The GPU no longer answers in this process: every later point would fail with it."""
+    """The device no longer answers in this process: every later point would fail with it."""
 
 
-def measure_point(
-    shape: LinearShape,
-    protocols: Mapping[Recipe, Protocol],
-    timer: Timer[Any],
-    device: torch.device,
-    rng: random.Random,
-) -> PointRecord:
-    """Time bf16 and the recipes of `protocols` at `shape` on `device`.
+@dataclass(slots=True)
+class ReadyPoint:
+    """A point whose linears are compiled, or whose compilation failed."""
+
+    task: Task
+    protocols: Mapping[Recipe, Protocol]
+    linears: dict[ArmName, ReadyLinear] = field(default_factory=dict)
+    failures: dict[ArmName, ArmRecord] = field(default_factory=dict)
+    compiling_s: float = 0.0
+
+
+def make_ready(task: Task, protocols: Mapping[Recipe, Protocol], device: torch.device) -> ReadyPoint:
+    """Compile what the task needs; `protocols` are those of its recipes. Touches no device."""
+    start = time.perf_counter()
+    torch._dynamo.reset()
+    point = ReadyPoint(task, protocols)
+    point.linears["bf16"] = eager_linear(None, task.shape)
+    if task.control:
+        point.linears[CONTROL] = eager_linear(None, task.shape)
+    for recipe, protocol in protocols.items():
+        try:
+            if protocol.compile:
+                ready = compiled_linear(recipe, task.shape, protocol.inductor, device.type)
+            else:
+                ready = eager_linear(recipe, task.shape)
+        except Exception as error:
+            point.failures[recipe] = _failure(error)
+        else:
+            point.linears[recipe] = ready
+    point.compiling_s = time.perf_counter() - start
+    return point
+
+
+def measure_point(point: ReadyPoint, timer: Timer[Any], watch: Watch, device: torch.device, seed: int) -> PointRecord:
+    """Time a ready point on `device`, where nothing else must run meanwhile.
 
     Raises DeviceLostError, with the record as its argument, if the device fails for good.
     """
-    start = time.perf_counter()
-    torch._dynamo.reset()
-    arms = _Session(shape, protocols, timer, device, rng).run()
+    torch.manual_seed(seed)
+    session = _Session(point, timer, watch, device, random.Random(f"{seed} {point.task.shape}"))
+    lost: RuntimeError | None = None
+    try:
+        arms = session.run()
+    finally:
+        try:
+            session.free()  # synchronizes: a device that failed for good says so here
+        except RuntimeError as error:
+            lost = error
     record = PointRecord(
-        m=shape.m,
-        k=shape.k,
-        n=shape.n,
+        m=point.task.shape.m,
+        k=point.task.shape.k,
+        n=point.task.shape.n,
         measured_at=datetime.now(timezone.utc).replace(microsecond=0),
-        seconds=round(time.perf_counter() - start, 3),
+        stages=session.stages(),
+        process=os.getpid(),
+        repeat=point.task.repeat,
+        sm_clock_mhz=tuple(session.clocks_mhz),
         arms=arms,
     )
-    try:
-        _release(timer)  # synchronizes: a GPU that failed for good says so here
-    except RuntimeError as error:
-        raise DeviceLostError(record) from error
+    if lost:
+        raise DeviceLostError(record) from lost
     return record
 
 
@@ -68,42 +110,52 @@ class _Session:
     """The arms of one point, from operands to records."""
 
     def __init__(
-        self,
-        shape: LinearShape,
-        protocols: Mapping[Recipe, Protocol],
-        timer: Timer[Any],
-        device: torch.device,
-        rng: random.Random,
+        self, point: ReadyPoint, timer: Timer[Any], watch: Watch, device: torch.device, rng: random.Random
     ) -> None:
-        self.shape, self.protocols, self.timer, self.device, self.rng = shape, protocols, timer, device, rng
-        self.records: dict[ArmName, ArmRecord] = {}
+        self.point, self.timer, self.watch, self.device, self.rng = point, timer, watch, device, rng
+        self.operands: Operands | None = None
+        self.records: dict[ArmName, ArmRecord] = dict(point.failures)
         self.prepared: dict[ArmName, Any] = {}
         self.samples: dict[ArmName, list[Sample]] = {}
+        self.clocks_mhz: list[int] = []
+        self.marks = [time.perf_counter()]  # after loading, settling, timing
 
     def run(self) -> dict[ArmName, ArmRecord]:
-        names: tuple[ArmName, ...] = ("bf16", *self.protocols)
+        names = (*self.point.linears, *self.point.failures)
         try:
-            operands = Operands.random(self.shape, self.device)
+            self.operands = Operands.random(self.point.task.shape, self.device)
         except Exception as error:
             return {name: _failure(error) for name in names}
-        for name in names:
-            self._prepare(name, operands)
+        for name, linear in self.point.linears.items():
+            self._prepare(name, linear, self.operands)
+        self.marks.append(time.perf_counter())
         if "bf16" in self.prepared and len(self.prepared) > 1:
             try:
                 self._run_rounds()
             except Exception as error:  # which arm it was is not known: none of them counts
-                self.samples.clear()
-                self.records.update({name: _failure(error) for name in self.prepared})
+                self._none_counts(_failure(error))
         return {name: self._record(name) for name in names}
 
-    def _prepare(self, name: ArmName, operands: Operands) -> None:
-        """Compile, capture and check one arm; what goes wrong becomes its record."""
-        protocol = None if name == "bf16" else self.protocols[name]
-        compiled = protocol is not None and protocol.compile
-        inductor = protocol.inductor if protocol else {}
+    def free(self) -> None:
+        """Give the device's memory back at once, before another process needs it."""
+        if self.operands:
+            self.operands.free()
+        self.timer.free(list(self.prepared.values()))
+
+    def stages(self) -> Stages:
+        spent_s = [round(b - a, 3) for a, b in itertools.pairwise(self.marks)]
+        loading_s, settling_s, timing_s, *_ = (*spent_s, 0.0, 0.0, 0.0)
+        return Stages(
+            compiling_s=round(self.point.compiling_s, 3),
+            loading_s=loading_s,
+            settling_s=settling_s,
+            timing_s=timing_s,
+        )
+
+    def _prepare(self, name: ArmName, linear: ReadyLinear, operands: Operands) -> None:
+        """Load, capture and check one arm; what goes wrong becomes its record."""
         try:
-            with compile_settings(inductor):
-                prepared = self.timer.prepare(build_arm(None if name == "bf16" else name, operands, compiled=compiled))
+            prepared = self.timer.prepare(linear.over(operands))
             errors = relative_errors(self.timer.results(prepared), operands)
         except Exception as error:
             self.records[name] = _failure(error)
@@ -118,26 +170,50 @@ class _Session:
             )
 
     def _run_rounds(self) -> None:
-        protocol = next(iter(self.protocols.values()))
-        settled = time.perf_counter() + protocol.settle_s
-        while time.perf_counter() < settled:
-            self.timer.round(list(self.prepared.values()))
+        protocol = next(iter(self.point.protocols.values()))
+        batch = self._settle(protocol.settle_s)
+        self.marks.append(time.perf_counter())
+        orders = balanced_orders(len(self.prepared), protocol.rounds[-1], self.rng)
         for target in protocol.rounds:
-            while len(self.samples["bf16"]) < target:
-                self._run_round()
-            if all(self._decided(name) for name in self.prepared if name != "bf16"):
-                return
+            while (done := len(self.samples["bf16"])) < target:
+                self._run_batch(orders[done : min(target, done + batch)])
+                if slowdown := self.watch.slowdown():
+                    self._none_counts(ArmRecord(status="unstable", detail=f"{slowdown} of the GPU while timing"))
+                    return
+            spent_s = time.perf_counter() - self.marks[-1]
+            if all(self._enough(recipe, spent_s) for recipe in self.point.protocols if recipe in self.prepared):
+                break
+        self.marks.append(time.perf_counter())
 
-    def _run_round(self) -> None:
-        order = list(self.prepared)
-        self.rng.shuffle(order)
-        for name, sample in zip(order, self.timer.round([self.prepared[name] for name in order]), strict=True):
-            self.samples[name].append(sample)
+    def _settle(self, at_most_s: float) -> int:
+        """Run rounds that do not count until the clock is steady; returns how many fill a batch."""
+        arms = list(self.prepared.values())
+        start, batch, passes = time.perf_counter(), 1, 0
+        while True:
+            before = time.perf_counter()
+            samples = self.timer.rounds(arms, balanced_orders(len(arms), batch, self.rng))
+            now, passes = time.perf_counter(), passes + 1
+            busy_s = sum(sample.fwd_us + sample.bwd_us for one in samples for sample in one) / 1e6
+            batch = max(1, round(BATCH_S / ((now - before) / batch)))
+            is_idle = passes > 1 and busy_s < BUSY_SHARE * (now - before)
+            if is_idle or now >= start + at_most_s:
+                return batch
 
-    def _decided(self, recipe: Recipe) -> bool:
+    def _run_batch(self, orders: list[list[int]]) -> None:
+        for one in self.timer.rounds(list(self.prepared.values()), orders):
+            for name, sample in zip(self.prepared, one, strict=True):
+                self.samples[name].append(sample)
+        if (clock_mhz := self.watch.sm_clock_mhz()) is not None:
+            self.clocks_mhz.append(clock_mhz)
+
+    def _enough(self, recipe: Recipe, spent_s: float) -> bool:
         bf16, fp8 = ([s.fwd_us + s.bwd_us for s in self.samples[name]] for name in ("bf16", recipe))
-        protocol = self.protocols[recipe]
-        return decided(paired_speedup(bf16, fp8, confidence=protocol.confidence), protocol)
+        protocol = self.point.protocols[recipe]
+        return enough(paired_speedup(bf16, fp8, confidence=protocol.confidence), protocol, spent_s)
+
+    def _none_counts(self, why: ArmRecord) -> None:
+        self.samples.clear()
+        self.records.update(dict.fromkeys(self.prepared, why))
 
     def _record(self, name: ArmName) -> ArmRecord:
         record, samples = self.records[name], self.samples.get(name, [])
@@ -165,9 +241,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _rounded(errors: dict[str, float]) -> dict[str, float | None]:
     return {name: None if error != error else round(error, 5) for name, error in errors.items()}
-
-
-def _release(timer: Timer[Any]) -> None:
-    """Collect the point's graphs (compiled functions hold them in reference cycles), then their memory."""
-    gc.collect()
-    timer.release()

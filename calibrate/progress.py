@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fp8gate.calibrate.records import PointRecord
-from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Protocol as TableProtocol
 from fp8gate.filter.table import Recipe
 
@@ -24,8 +23,6 @@ class Observer(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-
-    def starting(self, shape: LinearShape) -> None: ...
 
     def finished(self, record: PointRecord) -> None: ...
 
@@ -40,7 +37,7 @@ def make_observer(total: int, protocols: dict[Recipe, TableProtocol]) -> Observe
 
 
 class Bar:
-    """One live line: points done, the current shape, the last speedups, the time left."""
+    """One live line: points done, the last shape and its speedups, the time left."""
 
     def __init__(self, total: int, protocols: dict[Recipe, TableProtocol], console: Console) -> None:
         self._protocols = protocols
@@ -52,7 +49,7 @@ class Bar:
             TimeRemainingColumn(),
             console=console,
         )
-        self._task: TaskID = self._progress.add_task("starting", total=total, last="")
+        self._task: TaskID = self._progress.add_task("compiling", total=total, last="")
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -63,11 +60,9 @@ class Bar:
     ) -> None:
         self._progress.stop()
 
-    def starting(self, shape: LinearShape) -> None:
-        self._progress.update(self._task, description=str(shape))
-
     def finished(self, record: PointRecord) -> None:
-        self._progress.update(self._task, advance=1, last=describe(record, self._protocols))
+        last = describe(record, self._protocols)
+        self._progress.update(self._task, advance=1, description=str(record.shape), last=last)
 
     def say(self, message: str) -> None:
         self._progress.console.print(message, highlight=False, markup=False)
@@ -89,14 +84,11 @@ class Lines:
     ) -> None:
         """Nothing to put back."""
 
-    def starting(self, shape: LinearShape) -> None:
-        """A line says what was done, not what is."""
-
     def finished(self, record: PointRecord) -> None:
         self._done += 1
         self.say(
             f"[{self._done}/{self._total}] {record.shape} {describe(record, self._protocols)}, "
-            f"{record.seconds:.1f} s{self._time_left()}"
+            f"{record.stages.on_device_s:.1f} s{self._time_left()}"
         )
 
     def _time_left(self) -> str:

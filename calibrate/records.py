@@ -10,9 +10,12 @@ import msgspec
 
 from fp8gate.calibrate.statistics import Interval, paired_speedup
 from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import Point, Protocol, Recipe, Status, round_to_measured
+from fp8gate.filter.table import RECIPES, Point, Protocol, Recipe, Status, round_to_measured
 
-ArmName = Literal["bf16", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
+ArmName = Literal["bf16", "bf16_again", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
+"""bf16_again is the control: the same linear captured a second time, whose ratio to bf16 should be 1."""
+
+CONTROL: ArmName = "bf16_again"
 
 
 class ArmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -33,14 +36,34 @@ class ArmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return tuple(f + b for f, b in zip(self.fwd_us, self.bwd_us, strict=True))
 
 
+class Stages(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Seconds a point took: compiling (on the CPU), then on the GPU loading and tuning kernels, settling, timing."""
+
+    compiling_s: float = 0.0
+    loading_s: float = 0.0
+    settling_s: float = 0.0
+    timing_s: float = 0.0
+
+    @property
+    def on_device_s(self) -> float:
+        return self.loading_s + self.settling_s + self.timing_s
+
+
 class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All arms of one shape, measured together. seconds: what the point cost, compiling and loading included."""
+    """All arms of one shape, measured together.
+
+    process: the process that measured it. repeat: it was measured before, and this is only to see the spread.
+    sm_clock_mhz: after each batch of rounds, if the device tells.
+    """
 
     m: int
     k: int
     n: int
     measured_at: datetime
-    seconds: float
+    stages: Stages
+    process: int
+    repeat: bool = False
+    sm_clock_mhz: tuple[int, ...] = ()
     arms: dict[ArmName, ArmRecord]
 
     @property
@@ -49,17 +72,24 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
-        return tuple(name for name in self.arms if name != "bf16")
+        return tuple(recipe for recipe in RECIPES if recipe in self.arms)
 
     def status(self, recipe: Recipe) -> Status:
         """The recipe's status, or bf16's if that is what is missing; `measured` may still prove ambiguous."""
         bf16, fp8 = self.arms["bf16"], self.arms[recipe]
         return fp8.status if bf16.status == "measured" else bf16.status
 
-    def speedup(self, recipe: Recipe, confidence: float) -> Interval:
-        """bf16 / float8 time of forward plus backward; only for a measured recipe."""
-        bf16, fp8 = self.arms["bf16"], self.arms[recipe]
-        return paired_speedup(bf16.total_us, fp8.total_us, confidence=confidence)
+    def speedup(self, arm: ArmName, confidence: float) -> Interval:
+        """bf16 / this arm's time of forward plus backward; only for a measured arm."""
+        return paired_speedup(self.arms["bf16"].total_us, self.arms[arm].total_us, confidence=confidence)
+
+    def control_error(self, protocol: Protocol) -> float | None:
+        """How far bf16 against itself was from 1, if that is more than chance and more than the protocol tolerates."""
+        if CONTROL not in self.arms or any(self.arms[a].status != "measured" for a in ("bf16", CONTROL)):
+            return None
+        ratio = self.speedup(CONTROL, protocol.confidence)
+        error = abs(ratio.estimate - 1)
+        return error if ratio.excludes(1.0) and error > protocol.control else None
 
     def point(self, recipe: Recipe, protocol: Protocol) -> Point:
         """The row of the recipe's table."""
@@ -77,5 +107,11 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def decided(speedup: Interval, protocol: Protocol) -> bool:
-    """No further round is needed: the bounds exclude the threshold, or are as narrow as the tolerance asks."""
+    """The bounds exclude the threshold, or are as narrow as the tolerance asks."""
     return speedup.excludes(protocol.threshold) or speedup.within(protocol.tolerance)
+
+
+def enough(speedup: Interval, protocol: Protocol, spent_s: float) -> bool:
+    """No further round is worth its time: the bounds are as narrow as asked, or the time for such a point is spent."""
+    is_near = abs(speedup.estimate / protocol.threshold - 1) <= protocol.near
+    return speedup.within(protocol.precision) or spent_s >= (protocol.near_s if is_near else protocol.far_s)

@@ -11,42 +11,53 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
-from fp8gate.calibrate.compile_ahead import CompileAhead
 from fp8gate.calibrate.device import describe_device, describe_software
+from fp8gate.calibrate.gpu_watch import DeviceLock, Watch, foreign, make_watch
 from fp8gate.calibrate.grid import measuring_order, too_large
 from fp8gate.calibrate.journal import Journal, Setup
 from fp8gate.calibrate.linears import DATA, INDUCTOR
-from fp8gate.calibrate.measure import SETTLE_S, DeviceLostError, measure_point
+from fp8gate.calibrate.measure import SETTLE_S, DeviceLostError
 from fp8gate.calibrate.progress import Observer, make_observer
-from fp8gate.calibrate.records import PointRecord
-from fp8gate.calibrate.timing import CpuTimer, CudaTimer, Timer
+from fp8gate.calibrate.records import ArmName, ArmRecord, PointRecord, Stages
+from fp8gate.calibrate.report import Report, make_report, spread
+from fp8gate.calibrate.schedule import Schedule, Task
+from fp8gate.calibrate.worker import Job
+from fp8gate.calibrate.workers import Died, InThisProcess, Workers, default_workers
 from fp8gate.filter.devices import device_slug
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES, Grid, Protocol, Recipe, Table, read_table, write_table
 
-ROUNDS = (8, 12, 16, 24, 32)  # 8 is the fewest that give bounds at 99 %
+ROUNDS = (8, 12, 16, 24, 32, 48, 64, 96, 128)  # 8 is the fewest that give bounds at 99 %
 CONFIDENCE = 0.99  # looking after every few rounds with 95 % bounds would give 15 % false decisions at a tie, 4 % so
 THRESHOLD = 1.0
 TOLERANCE = 0.01
-SEED = 0
+PRECISION = 0.0025  # narrower than this, two processes differ by more than the bounds
+NEAR, NEAR_S, FAR_S = 0.15, 0.35, 0.12
+CONTROL_ERROR = 0.005
+CPU_CONTROL_ERROR = 0.2  # wall-clock times of a shared machine: only gross faults show
 MAX_ATTEMPTS = 2  # a point without numbers is tried once more by the next run: memory may have been taken then
+CONTROL_SHARE = REPEAT_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """What a sweep came to. Without tables it was stopped before the end; the same call goes on from there."""
+    """What a sweep came to. Without tables it is not complete; the same call goes on from there.
+
+    off: control points whose bf16 against bf16 ratio was off, again and again, by so much; with any, no table is
+    written.
+    """
 
     tables: dict[Path, Table]
-    measured: int
-    resumed: int
+    report: Report
     remaining: int
     capped: dict[LinearShape, str]
+    off: dict[LinearShape, float]
 
 
 def make_setup(device: torch.device) -> Setup:
@@ -65,6 +76,11 @@ def make_setup(device: torch.device) -> Setup:
             confidence=CONFIDENCE,
             threshold=THRESHOLD,
             tolerance=TOLERANCE,
+            precision=PRECISION,
+            near=NEAR,
+            near_s=NEAR_S,
+            far_s=FAR_S,
+            control=CONTROL_ERROR if on_gpu else CPU_CONTROL_ERROR,
         )
         for recipe in RECIPES
     }
@@ -81,49 +97,52 @@ def sweep(
     out: Path,
     fresh: bool = False,
     stop_after_s: float | None = None,
-    compile_workers: int | None = None,
+    workers: int | None = None,
+    seed: int = 0,
 ) -> SweepResult:
     """Measure `shapes` for `recipes` and write one table a recipe under `out`.
 
     grid: the axes the table will state. fresh: put an existing journal aside instead of going on with it.
     stop_after_s: begin no further point after so many seconds, and write no table unless all are done.
-    compile_workers: None takes the cores there are less two; without `compile` in the protocol there are none.
+    workers: processes that compile and measure, 0 for this one alone; None: as the cores and the protocol allow.
+    seed: of the order of points, of which are controls and repeats, and of the data.
     Raises ValueError if no point is left to measure or a table with other points would be replaced, JournalError if
-    the journal is in use or damaged, DeviceLostError if the GPU fails for good.
+    the journal is in use or damaged, DeviceBusyError if another sweep has the device, DeviceLostError if the GPU
+    fails for good, WorkersDiedError if no worker can start.
     """
     folder = out / device_slug(setup.device.name)
-    wanted = measuring_order(shapes)
+    wanted = measuring_order(shapes, seed)
     capped = {shape: why for shape in wanted if (why := too_large(shape, setup.device))}
     wanted = [shape for shape in wanted if shape not in capped]
     if not wanted:
         raise ValueError(f"no point to measure: all {len(capped)} were left out, {next(iter(capped.values()), '')}")
-    with Journal(folder, setup, fresh=fresh) as journal:
+    protocols = {recipe: setup.protocols[recipe] for recipe in recipes}
+    if workers is None:
+        workers = default_workers() if any(protocol.compile for protocol in protocols.values()) else 0
+    with DeviceLock(device), Journal(folder, setup, fresh=fresh) as journal:
         if not fresh:
             _require_nothing_lost(folder, recipes, wanted, journal.records)
-        todo = _todo(wanted, recipes, journal.records)
-        protocols = {recipe: setup.protocols[recipe] for recipe in recipes}
-        with make_observer(len(todo), protocols) as observer:
-            _say_start(observer, journal, len(todo), len(wanted), capped)
-            if not any(protocol.compile for protocol in protocols.values()):
-                compile_workers = 0
-            with CompileAhead(device.type, compile_workers) as ahead:
-                ahead.submit(todo, protocols)
-                measured = _measure(todo, protocols, device, journal, observer, ahead, stop_after_s)
+        tasks = _tasks(wanted, recipes, journal.records, seed)
+        with make_observer(len(tasks), protocols) as observer:
+            _say_start(observer, journal, len(tasks), len(wanted), capped)
+            run = _Run(Job(device, protocols, seed), tasks, journal, observer, stop_after_s)
+            run.measure(workers)
+        remaining = len(tasks) - len(run.measured) - len(run.off)
         tables = {}
-        if measured == len(todo):
+        if not remaining and not run.off:
             tables = _write_tables(folder, grid, recipes, journal, fresh)
-        return SweepResult(tables, measured, len(wanted) - len(todo), len(todo) - measured, capped)
+        resumed = len(wanted) - sum(not task.repeat for task in tasks)
+        return SweepResult(tables, run.report(resumed, len(capped)), remaining, capped, run.off)
 
 
-def make_table(
-    grid: Grid, shapes: Iterable[LinearShape], recipe: Recipe, setup: Setup, records: Sequence[PointRecord]
-) -> Table:
+def make_table(grid: Grid, recipe: Recipe, setup: Setup, records: Sequence[PointRecord]) -> Table:
     """A recipe's table from a journal's records; where a shape was measured twice, the last with numbers counts.
 
-    `measured_at` is that of its newest record, so that the same measurements give the same file.
+    `measured_at` is that of its newest record, so that the same measurements give the same file. Repeats only go into
+    the protocol's spread.
     """
-    chosen, latest = set(shapes), {}
-    for record in (r for r in records if recipe in r.arms and r.shape in chosen):
+    latest: dict[LinearShape, PointRecord] = {}
+    for record in (r for r in records if recipe in r.arms and not r.repeat):
         if record.shape not in latest or record.status(recipe) == "measured":
             latest[record.shape] = record
     protocol = setup.protocols[recipe]
@@ -131,56 +150,136 @@ def make_table(
         recipe=recipe,
         device=setup.device,
         software=setup.software,
-        protocol=protocol,
+        protocol=msgspec.structs.replace(protocol, spread=spread(recipe, protocol, records)),
         measured_at=max(r.measured_at for r in latest.values()),
         grid=grid,
         points=tuple(latest[shape].point(recipe, protocol) for shape in sorted(latest)),
     )
 
 
-def _measure(
-    todo: Sequence[LinearShape],
-    protocols: dict[Recipe, Protocol],
-    device: torch.device,
-    journal: Journal,
-    observer: Observer,
-    ahead: CompileAhead,
-    stop_after_s: float | None,
-) -> int:
-    """Measure and journal point by point; returns how many."""
-    deadline = None if stop_after_s is None else time.monotonic() + stop_after_s
-    timer: Timer[Any] = CudaTimer(device) if device.type == "cuda" else CpuTimer()
-    for done, shape in enumerate(todo):
-        if deadline is not None and time.monotonic() > deadline:
-            return done
-        observer.starting(shape)
-        if problem := ahead.wait(shape):
-            observer.say(f"{shape}: {problem}")
-        torch.manual_seed(SEED)
-        try:
-            record = measure_point(shape, protocols, timer, device, random.Random(SEED))
-        except DeviceLostError as error:
-            journal.append(error.args[0])
-            raise
-        journal.append(record)
-        observer.finished(record)
-    return len(todo)
+class _Run:
+    """The measuring of one call: tasks out, records into the journal."""
+
+    def __init__(
+        self, job: Job, tasks: list[Task], journal: Journal, observer: Observer, stop_after_s: float | None
+    ) -> None:
+        self.job, self.journal, self.observer = job, journal, observer
+        self.schedule = Schedule(tasks)
+        self.measured: list[PointRecord] = []
+        self.off: dict[LinearShape, float] = {}
+        self.idle_s = self.starting_s = 0.0
+        self.start = time.monotonic()
+        self.deadline = None if stop_after_s is None else self.start + stop_after_s
+        self.watch: Watch = make_watch(job.device)
+        self.foreign: set[str] = set()
+
+    def measure(self, workers: int) -> None:
+        """Until every task has its record or the time is up."""
+        if self._is_late():
+            return
+        self._look_for_others([])
+        crew = Workers(self.job, workers) if workers else InThisProcess(self.job)
+        with crew:
+            try:
+                for outcome in crew.run(self.schedule):
+                    self._note(outcome.task, self._record(outcome) if isinstance(outcome, Died) else outcome.record)
+                    self._look_for_others(crew.pids)
+                    if self._is_late():
+                        return
+            except DeviceLostError as error:
+                self._keep(error.args[0])
+                raise
+            finally:
+                self.idle_s = crew.use.idle_s
+                self.starting_s = (crew.use.first_turn_at or time.monotonic()) - self.start
+
+    def report(self, resumed: int, capped: int) -> Report:
+        return make_report(
+            self.measured,
+            self.job.protocols,
+            resumed=resumed,
+            retried=self.schedule.retries,
+            capped=capped,
+            total_s=time.monotonic() - self.start,
+            starting_s=self.starting_s,
+            idle_s=self.idle_s,
+        )
+
+    def _note(self, task: Task, record: PointRecord | None) -> None:
+        """Journal a record, unless it is to be taken again: the GPU slowed down, or the control was off."""
+        if record is None:
+            return
+        trouble = next((arm.detail for arm in record.arms.values() if arm.status == "unstable"), "")
+        control_error = record.control_error(next(iter(self.job.protocols.values())))
+        if control_error:
+            trouble = f"bf16 against itself differs by {control_error:.1%}"
+        if trouble and self.schedule.may_retry(task):
+            self.observer.say(f"{task.shape}: {trouble}; measured again later")
+        elif control_error:
+            self.observer.say(f"{task.shape}: {trouble}, again: not to be trusted")
+            self.off[task.shape] = control_error
+        else:
+            self._keep(record)
+
+    def _keep(self, record: PointRecord) -> None:
+        self.journal.append(record)
+        self.measured.append(record)
+        self.observer.finished(record)
+
+    def _record(self, died: Died) -> PointRecord | None:
+        """None if the task is tried again."""
+        if self.schedule.may_try_after_death(died.task):
+            self.observer.say(f"{died.task.shape}: {died.detail}; measured again later")
+            return None
+        shape = died.task.shape
+        arms: tuple[ArmName, ...] = ("bf16", *self.job.protocols)
+        return PointRecord(
+            m=shape.m,
+            k=shape.k,
+            n=shape.n,
+            measured_at=datetime.now(timezone.utc).replace(microsecond=0),
+            stages=Stages(),
+            process=0,
+            repeat=died.task.repeat,
+            arms=dict.fromkeys(arms, ArmRecord(status="failed", detail=f"{died.detail}, twice")),
+        )
+
+    def _look_for_others(self, own: Sequence[int]) -> None:
+        """Name each other process on the device once."""
+        for other in foreign(self.watch.processes(), own):
+            if other not in self.foreign:
+                self.foreign.add(other)
+                self.observer.say(f"warning: another process is on the device and may spoil timings: {other}")
+
+    def _is_late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
 
 
-def _todo(
-    wanted: Sequence[LinearShape], recipes: Sequence[Recipe], records: Sequence[PointRecord]
-) -> list[LinearShape]:
-    """Shapes that lack a recipe, and those whose only attempt gave no number, whatever was wrong that time.
+def _tasks(
+    wanted: Sequence[LinearShape], recipes: Sequence[Recipe], records: Sequence[PointRecord], seed: int
+) -> list[Task]:
+    """Shapes that lack a recipe and those whose only attempt gave no number; then repeats of a share of all.
 
     All recipes asked for are measured there again, in one session.
     """
-    measured = {(r.shape, recipe) for r in records for recipe in r.recipes if r.status(recipe) == "measured"}
-    attempts = Counter((r.shape, recipe) for r in records for recipe in r.recipes)
-    return [
-        shape
+    first = [r for r in records if not r.repeat]
+    measured = {(r.shape, recipe) for r in first for recipe in r.recipes if r.status(recipe) == "measured"}
+    attempts = Counter((r.shape, recipe) for r in first for recipe in r.recipes)
+    repeated = {(r.shape, recipe) for r in records if r.repeat for recipe in r.recipes}
+    rng = random.Random(seed)
+    controls = set(rng.sample(wanted, _share(CONTROL_SHARE, len(wanted))))
+    repeats = rng.sample(wanted, _share(REPEAT_SHARE, len(wanted)))
+    points = [
+        Task(shape, control=shape in controls)
         for shape in wanted
         if any((shape, r) not in measured and attempts[shape, r] < MAX_ATTEMPTS for r in recipes)
     ]
+    again = [Task(shape, repeat=True) for shape in repeats if any((shape, r) not in repeated for r in recipes)]
+    return points + again
+
+
+def _share(share: float, count: int) -> int:
+    return max(1, round(share * count))
 
 
 def _require_nothing_lost(
@@ -206,8 +305,7 @@ def _write_tables(
     tables = {}
     for recipe in recipes:
         path = folder / f"{recipe}.yaml"
-        shapes = [record.shape for record in journal.records]
-        table = make_table(grid, shapes, recipe, journal.setup, journal.records)
+        table = make_table(grid, recipe, journal.setup, journal.records)
         tables[path] = table if fresh else _with_earlier_axes(table, path)
         write_table(tables[path], path)
     return tables
@@ -227,7 +325,7 @@ def _with_earlier_axes(table: Table, path: Path) -> Table:
 
 def _say_start(observer: Observer, journal: Journal, todo: int, wanted: int, capped: dict[LinearShape, str]) -> None:
     device = journal.setup.device
-    observer.say(f"{device.name}: {todo} of {wanted} points to measure, journal {journal.path}")
+    observer.say(f"{device.name}: {todo} measurements to take at {wanted} points, journal {journal.path}")
     if journal.set_aside:
         observer.say(f"the earlier journal is kept as {journal.set_aside}")
     for other in journal.others():

@@ -1,11 +1,12 @@
-"""Timing one round: forward and backward of each arm, cold cache. The only module that touches CUDA events and graphs.
+"""Timing rounds: forward and backward of each arm, cold cache. The only module that touches CUDA events and graphs.
 
 In: arms. Out: one sample (forward, backward) in microseconds per arm and round. `CudaTimer` reads GPU time of graph
-replays, `CpuTimer` wall-clock time; both are used the same way: prepare every arm, then run rounds.
+replays, `CpuTimer` wall-clock time; both are used the same way: prepare every arm, run rounds, free.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fp8gate.calibrate.linears import Arm
 
-WARM_UP_RUNS = 3  # compile and autotune, then settle the allocator, then once more undisturbed
+WARM_UP_RUNS = 2  # load and tune the kernels, then once more undisturbed
 FLUSH_L2_MULTIPLE = 4  # reading less than twice the L2 leaves part of it; 4 also outlasts the launch of what follows
 CPU_FLUSH_BYTES = 64 * 2**20  # more than the last-level cache share of 2 cores on current servers
 
@@ -39,22 +40,24 @@ class Results:
 
 
 Prepared = TypeVar("Prepared")
+Order = Sequence[int]
+"""The arms of a round in the order they run, by index."""
 
 
 class Timer(Protocol[Prepared]):
     """Times arms on one device."""
 
     def prepare(self, arm: Arm) -> Prepared:
-        """Compile, warm up and, on a GPU, capture."""
+        """Warm up and, on a GPU, capture."""
 
     def results(self, prepared: Prepared) -> Results:
         """Run once and return what was computed, for the numeric check."""
 
-    def round(self, prepared: Sequence[Prepared]) -> list[Sample]:
-        """Time each once, in the order given."""
+    def rounds(self, prepared: Sequence[Prepared], orders: Sequence[Order]) -> list[list[Sample]]:
+        """Run a round for each order. Returns each round's samples, in the order of `prepared`."""
 
-    def release(self) -> None:
-        """Give back what the arms of a point held, once they are dropped."""
+    def free(self, prepared: Sequence[Prepared]) -> None:
+        """Give back what these arms hold on the device, and wait until it has finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +77,10 @@ class CudaTimer:
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush_buffer = torch.ones(FLUSH_L2_MULTIPLE * l2_bytes // 4, device=device, dtype=torch.float32)
         self._flush_result = torch.empty((), device=device, dtype=torch.float32)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # cuBLAS keeps memory for each used
 
     def prepare(self, arm: Arm) -> CapturedArm:
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_RUNS):
@@ -95,17 +99,25 @@ class CudaTimer:
         prepared.backward.replay()
         return prepared.outputs
 
-    def round(self, prepared: Sequence[CapturedArm]) -> list[Sample]:
-        events = [(self._timed(arm.forward), self._timed(arm.backward)) for arm in prepared]
+    def rounds(self, prepared: Sequence[CapturedArm], orders: Sequence[Order]) -> list[list[Sample]]:
+        """All rounds are enqueued before the host waits, so that it stays ahead of the GPU."""
+        events = [{i: (self._timed(prepared[i].forward), self._timed(prepared[i].backward)) for i in o} for o in orders]
         torch.cuda.synchronize(self.device)
-        return [Sample(_elapsed_us(*fwd), _elapsed_us(*bwd)) for fwd, bwd in events]
+        return [
+            [Sample(_elapsed_us(*one[i][0]), _elapsed_us(*one[i][1])) for i in range(len(prepared))] for one in events
+        ]
 
-    def release(self) -> None:
+    def free(self, prepared: Sequence[CapturedArm]) -> None:
         torch.cuda.synchronize(self.device)
+        for arm in prepared:
+            arm.forward.reset()
+            arm.backward.reset()
+            for tensor in (arm.outputs.output, arm.outputs.grad_x, arm.outputs.grad_weight):
+                tensor.untyped_storage().resize_(0)
         torch.cuda.empty_cache()
 
     def _timed(self, graph: torch.cuda.CUDAGraph) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """Enqueue flush, event, replay, event. Nothing waits here: the host stays ahead of the GPU."""
+        """Enqueue flush, event, replay, event."""
         start, end = _event(), _event()
         torch.sum(self._flush_buffer, dim=0, out=self._flush_result)  # a read: a write would leave dirty lines
         start.record()
@@ -129,11 +141,12 @@ class CpuTimer:
         output = prepared.forward()
         return Results(output.detach(), *prepared.backward(output))
 
-    def round(self, prepared: Sequence[Arm]) -> list[Sample]:
-        return [self._time(arm) for arm in prepared]
+    def rounds(self, prepared: Sequence[Arm], orders: Sequence[Order]) -> list[list[Sample]]:
+        timed = [{i: self._time(prepared[i]) for i in order} for order in orders]
+        return [[one[i] for i in range(len(prepared))] for one in timed]
 
-    def release(self) -> None:
-        """Nothing is cached on the CPU."""
+    def free(self, prepared: Sequence[Arm]) -> None:
+        """Nothing is held beside the operands."""
 
     def _time(self, arm: Arm) -> Sample:
         self._flush_buffer.sum()
@@ -145,6 +158,28 @@ class CpuTimer:
         arm.backward(output)
         end = time.perf_counter_ns()
         return Sample((forward_end - start) / 1e3, (end - backward_start) / 1e3)
+
+
+def balanced_orders(arms: int, rounds: int, rng: random.Random) -> list[list[int]]:
+    """Orders for rounds in which, over each full square, every arm runs after every other equally often.
+
+    Under a power limit an arm's clock depends on what ran before it; a Williams design spreads that evenly (Williams,
+    Australian Journal of Scientific Research A 2, 1949). Each square of `arms` rounds (twice as many for an odd number
+    of arms) is relabelled at random.
+    """
+    orders: list[list[int]] = []
+    while len(orders) < rounds:
+        labels = rng.sample(range(arms), arms)
+        square = [[labels[i] for i in order] for order in _williams(arms)]
+        rng.shuffle(square)
+        orders += square
+    return orders[:rounds]
+
+
+def _williams(arms: int) -> list[list[int]]:
+    zigzag = [i // 2 if i % 2 == 0 else arms - 1 - i // 2 for i in range(arms)]
+    square = [[(i + shift) % arms for i in zigzag] for shift in range(arms)]
+    return square if arms % 2 == 0 else square + [order[::-1] for order in square]
 
 
 def _event() -> torch.cuda.Event:

@@ -60,8 +60,23 @@ class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     fp8gate: str
 
 
-class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the numbers were taken; two tables with different protocols are not comparable."""
+class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far a second measurement by another process differed, over `points` points: |ratio of the speedups - 1|."""
+
+    points: Size
+    median: Annotated[float, msgspec.Meta(ge=0)]
+    p95: Annotated[float, msgspec.Meta(ge=0)]
+    worst: Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How the numbers were taken; two tables with different protocols are not comparable.
+
+    Rounds are added, up to each of `rounds` in turn, until the bounds at `confidence` are within `precision` of the
+    speedup, or the rounds have taken near_s where the speedup is within `near` of the threshold, far_s elsewhere. A
+    point whose bounds then straddle the threshold and are wider than `tolerance` is ambiguous. control: how far bf16
+    timed against itself may be from 1, beyond chance. spread: of the points that were measured twice.
+    """
 
     timer: Literal["cuda_graphs", "wall_clock"]
     compile: bool
@@ -74,6 +89,12 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     confidence: Annotated[float, msgspec.Meta(gt=0, lt=1)]
     threshold: Positive
     tolerance: Positive
+    precision: Positive
+    near: Positive
+    near_s: Positive
+    far_s: Positive
+    control: Positive
+    spread: Spread | None = None
 
 
 class Grid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from fp8gate.calibrate.journal import Setup
-from fp8gate.calibrate.records import ArmRecord, PointRecord
+from fp8gate.calibrate.records import ArmRecord, PointRecord, Stages
 from fp8gate.filter.table import RECIPES, Device, Protocol, Software
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -35,6 +35,11 @@ PROTOCOL = Protocol(
     confidence=0.99,
     threshold=1.0,
     tolerance=0.01,
+    precision=0.0025,
+    near=0.15,
+    near_s=0.4,
+    far_s=0.1,
+    control=0.2,
 )
 PROTOCOLS = dict.fromkeys(RECIPES, PROTOCOL)
 SETUP = Setup(device=CPU, software=SOFTWARE, protocols=PROTOCOLS)
@@ -55,7 +60,9 @@ def point_record(shape: tuple[int, int, int] = (64, 32, 16), **fields: Any) -> P
     """A record of one shape: tensorwise twice as fast as bf16, unless `arms` says otherwise."""
     m, k, n = shape
     fields.setdefault("arms", {"bf16": timed_arm([200.0] * 8), "tensorwise": timed_arm([100.0] * 8)})
-    return PointRecord(**{"m": m, "k": k, "n": n, "measured_at": NOON, "seconds": 1.5, **fields})
+    return PointRecord(
+        **{"m": m, "k": k, "n": n, "measured_at": NOON, "stages": Stages(timing_s=1.5), "process": 7, **fields}
+    )
 
 
 def journal_points(folder: Path) -> list[tuple[int, int, int]]:

@@ -61,6 +61,11 @@ def calibrate_command(
         float | None,
         typer.Option(min=0, help="Minutes; then stop, to go on when run again (for job time limits)."),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that compile; 0 for none but this. On a GPU: all cores but two."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of points, the repeated ones, and the data.")] = 0,
 ) -> None:
     """Measure this device and write its tables.
 
@@ -75,14 +80,14 @@ def calibrate_command(
     try:
         chosen = _parse_recipes(recipes)
         extra = _model_shapes(model, tokens, tp) if model and tokens else []
-        result = _run_sweep(grid, chosen, device, out, not resume, extra, stop_after)
+        result = _run_sweep(grid, chosen, device, out, not resume, extra, stop_after, workers, seed)
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         typer.echo("stopped; what was measured is in the journal: run the same command to go on", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     _print_result(result)
-    if result.remaining:
+    if result.remaining or result.off:
         raise typer.Exit(EXIT_STOPPED)
 
 
@@ -128,11 +133,14 @@ def _run_sweep(
     fresh: bool,
     extra: list[LinearShape],
     stop_after_min: float | None,
+    workers: int | None,
+    seed: int,
 ) -> SweepResult:
     from fp8gate.calibrate.device import choose_device
     from fp8gate.calibrate.grid import grid_shapes, load_grid
     from fp8gate.calibrate.measure import DeviceLostError
     from fp8gate.calibrate.sweep import make_setup, sweep
+    from fp8gate.calibrate.workers import WorkersDiedError
 
     device = choose_device(kind)
     setup = make_setup(device)
@@ -147,7 +155,12 @@ def _run_sweep(
             out=out,
             fresh=fresh,
             stop_after_s=None if stop_after_min is None else stop_after_min * 60,
+            workers=workers,
+            seed=seed,
         )
+    except WorkersDiedError as error:
+        typer.echo(f"fp8gate: {error}", err=True)
+        raise typer.Exit(EXIT_STOPPED) from error
     except DeviceLostError as error:
         typer.echo(f"fp8gate: the GPU failed at {error.args[0].shape}: {error.__cause__}", err=True)
         typer.echo("what was measured is in the journal: run the same command to go on", err=True)
@@ -155,6 +168,7 @@ def _run_sweep(
 
 
 def _print_result(result: SweepResult) -> None:
+    from fp8gate.calibrate.schedule import MAX_RETRIES
     from fp8gate.calibrate.summary import summarize
 
     for table in result.tables.values():
@@ -162,11 +176,11 @@ def _print_result(result: SweepResult) -> None:
     for path, table in result.tables.items():
         statuses = Counter(point.status for point in table.points)
         typer.echo(f"wrote {path}: {', '.join(f'{count} {status}' for status, count in sorted(statuses.items()))}")
-    typer.echo(
-        f"{result.measured} points measured, {result.resumed} taken from the journal, {len(result.capped)} left out"
-    )
+    typer.echo(result.report.text())
     if result.remaining:
         typer.echo(f"{result.remaining} points remain: run the same command to go on; no table was written")
+    for shape, error in result.off.items():
+        typer.echo(f"{shape}: bf16 against itself was {error:.1%} off, {MAX_RETRIES + 1} times: no table was written")
 
 
 def _parse_recipes(names: str) -> tuple[Recipe, ...]:

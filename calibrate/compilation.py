@@ -1,0 +1,123 @@
+"""Compile a linear, forward and backward, before there is anything to run it on.
+
+In: a shape, a recipe, Inductor settings. Out: a linear that later runs over real operands without compiling again.
+Tracing uses fake tensors, so compiling launches no kernel and allocates no device memory: many processes can compile
+while one times. Inductor tunes launch configurations at a kernel's first launch, which is left to whoever runs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp8gate.calibrate.linears import Arm, Operands, build_linear
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyLinear:
+    """A linear of one shape that only lacks its operands; recipe is None for bf16."""
+
+    recipe: Recipe | None
+    module: nn.Module
+    function: Callable[[Tensor], Tensor]
+
+    def over(self, operands: Operands) -> Arm:
+        """The arm that computes with these operands."""
+        self.module.weight = operands.weight
+        return Arm(self.recipe, self.function, operands)
+
+
+def eager_linear(recipe: Recipe | None, shape: LinearShape) -> ReadyLinear:
+    """The linear as written, not compiled."""
+    weight = nn.Parameter(torch.empty(shape.n, shape.k, device="meta", dtype=torch.bfloat16))
+    module = build_linear(recipe, weight)
+    return ReadyLinear(recipe, module, module)
+
+
+def compiled_linear(recipe: Recipe | None, shape: LinearShape, inductor: dict[str, bool], device: str) -> ReadyLinear:
+    """The linear compiled as production does (`dynamic=False`, these Inductor settings), by way of Inductor's cache.
+
+    Guards are left out, as this code only ever runs on operands of `shape`. Raises what the compiler raises.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    backend = _InductorUntilRun()
+    with FakeTensorMode(), _settings(inductor):
+        weight = nn.Parameter(torch.empty(shape.n, shape.k, device=device, dtype=torch.bfloat16))
+        x = torch.empty(shape.m, shape.k, device=device, dtype=torch.bfloat16, requires_grad=True)
+        module = build_linear(recipe, weight)
+        compiled = torch.compile(module, dynamic=False, backend=backend, options={"guard_filter_fn": _no_guards})
+        with contextlib.suppress(_CompiledButNotRun):
+            compiled(x)
+    backend.may_run = True
+
+    def run(x: Tensor) -> Tensor:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            output: Tensor = compiled(x)
+        return output
+
+    return ReadyLinear(recipe, module, run)
+
+
+class _CompiledButNotRun(Exception):
+    """Everything is compiled; raised where the compiled code would run."""
+
+
+class _InductorUntilRun:
+    """Inductor as a backend, whose code raises instead of running until `may_run`."""
+
+    def __init__(self) -> None:
+        self.may_run = False
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        compiled = compile_fx(graph, example_inputs)
+
+        def run(*args: Any) -> Any:
+            if not self.may_run:
+                raise _CompiledButNotRun
+            return compiled(*args)  # type: ignore[operator]
+
+        return run
+
+
+def _no_guards(guards: Sequence[object]) -> list[bool]:
+    return [False] * len(guards)
+
+
+def _settings(inductor: dict[str, bool]) -> contextlib.ExitStack:
+    """These Inductor settings, the backward compiled with the forward, one thread, errors instead of eager runs."""
+    import torch._dynamo.config
+    import torch._functorch.config
+    import torch._inductor.config
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
+    stack.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
+    stack.enter_context(torch._inductor.config.patch({"compile_threads": 1, **inductor}))
+    return stack
+
+
+def _memory_format(name: str) -> torch.memory_format:
+    found: torch.memory_format = getattr(torch, name)
+    return found
+
+
+def _reduce_memory_format(
+    memory_format: torch.memory_format,
+) -> tuple[Callable[[str], torch.memory_format], tuple[str]]:
+    return _memory_format, (str(memory_format).removeprefix("torch."),)
+
+
+copyreg.pickle(torch.memory_format, _reduce_memory_format)
+"""Inductor's cache key pickles the graph's memory formats, and by default that names whichever module imported torch
+first: the key then differs between processes, and what one compiled the other does not find."""

@@ -1,0 +1,118 @@
+"""What may spoil a timing from outside: a GPU that slows down, another process on it, another sweep.
+
+In: a device. Out: the reason of a slowdown, the SM clock, the processes that are not ours; a lock per device.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+
+class DeviceBusyError(ValueError):
+    """Another sweep has the device; the message names its process."""
+
+
+class GpuWatch:
+    """NVML's view of one GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        import pynvml
+
+        self._nvml = pynvml
+        pynvml.nvmlInit()
+        self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        self._slowdowns = {
+            pynvml.nvmlClocksEventReasonHwSlowdown: "hardware slowdown",
+            pynvml.nvmlClocksEventReasonHwThermalSlowdown: "hardware thermal slowdown",
+            pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown: "power brake",
+            pynvml.nvmlClocksEventReasonSwThermalSlowdown: "thermal slowdown",
+        }
+
+    def slowdown(self) -> str | None:
+        """Why the GPU is slower than it should be now. The power limit is no reason: training runs at it."""
+        reasons = self._nvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle)
+        return ", ".join(name for bit, name in self._slowdowns.items() if reasons & bit) or None
+
+    def sm_clock_mhz(self) -> int:
+        return int(self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM))
+
+    def processes(self) -> dict[int, str]:
+        """Every process that computes on the GPU, by its number, as far as the driver tells."""
+        found = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        return {process.pid: self._name(process.pid) for process in found}
+
+    def _name(self, pid: int) -> str:
+        try:
+            return str(self._nvml.nvmlSystemGetProcessName(pid))
+        except self._nvml.NVMLError:  # of another container, or gone
+            return "unknown"
+
+
+class CpuWatch:
+    """On a CPU nothing tells."""
+
+    def slowdown(self) -> None:
+        return None
+
+    def sm_clock_mhz(self) -> None:
+        return None
+
+    def processes(self) -> dict[int, str]:
+        return {}
+
+
+Watch = GpuWatch | CpuWatch
+
+
+def make_watch(device: torch.device) -> Watch:
+    return GpuWatch(device) if device.type == "cuda" else CpuWatch()
+
+
+def foreign(processes: dict[int, str], own: Iterable[int]) -> list[str]:
+    """The processes that are not ours: "1234 (python3)".
+
+    Inside a container the driver may number processes as the host does: then ours cannot be told from others, and only
+    more processes than we have are foreign.
+    """
+    own = set(own)
+    if processes.keys() & own or not own:
+        return [f"{pid} ({name})" for pid, name in sorted(processes.items()) if pid not in own]
+    surplus = len(processes) - len(own)
+    return [f"{surplus} that cannot be told from this sweep's own"] if surplus > 0 else []
+
+
+class DeviceLock:
+    """Held by a sweep as long as it measures: two at once would measure each other. Open it as a context."""
+
+    def __init__(self, device: torch.device) -> None:
+        name = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
+        self.path = Path(tempfile.gettempdir()) / f"fp8gate-{name}.lock"
+
+    def __enter__(self) -> DeviceLock:
+        """Raises DeviceBusyError if another process holds the lock."""
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)  # not truncated: it names the holder
+        self._file = os.fdopen(handle, "r+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise DeviceBusyError(
+                f"another sweep is measuring on this device: process {holder} ({self.path})"
+            ) from error
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()

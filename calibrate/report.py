@@ -1,0 +1,119 @@
+"""What a sweep did with its time, and how far its numbers can be trusted. Pure.
+
+In: the records of a call, and the seconds that only the sweep knows. Out: a `Report`, also as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import numpy as np
+
+from fp8gate.calibrate.records import CONTROL, PointRecord
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import Protocol, Recipe, Spread
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """Points and seconds of one call. compiling_s is summed over all processes, the others are of the device.
+
+    starting_s: until the first point was ready. idle_s: from then on, with nobody's turn on the device. worst_control:
+    the largest |bf16 / bf16 - 1| of the control points. spread: of the points that were measured again.
+    """
+
+    measured: int
+    resumed: int
+    retried: int
+    ambiguous: int
+    without_numbers: int
+    capped: int
+    total_s: float
+    starting_s: float
+    compiling_s: float
+    loading_s: float
+    settling_s: float
+    timing_s: float
+    idle_s: float
+    controls: int
+    worst_control: float | None
+    spread: dict[Recipe, Spread]
+
+    def text(self) -> str:
+        lines = [
+            f"{self.measured} measured, {self.resumed} taken from the journal, {self.retried} retried, "
+            f"{self.ambiguous} ambiguous, {self.without_numbers} without numbers, {self.capped} left out",
+            f"{self.total_s:.0f} s: starting {self.starting_s:.0f}, then on the device loading and tuning "
+            f"{self.loading_s:.0f}, settling {self.settling_s:.0f}, timing {self.timing_s:.0f}, idle "
+            f"{self.idle_s:.0f}; compiling {self.compiling_s:.0f} s over all processes",
+        ]
+        if self.worst_control is not None:
+            lines.append(f"bf16 against itself at {self.controls} points: at most {self.worst_control:.2%} apart")
+        for recipe, spread in self.spread.items():
+            lines.append(
+                f"{recipe} again at {spread.points} points: {spread.median:.2%} apart (median), {spread.p95:.2%} "
+                f"(95th percentile), {spread.worst:.2%} (worst)"
+            )
+        return "\n".join(lines)
+
+
+def make_report(
+    records: Sequence[PointRecord],
+    protocols: Mapping[Recipe, Protocol],
+    *,
+    resumed: int,
+    retried: int,
+    capped: int,
+    total_s: float,
+    starting_s: float,
+    idle_s: float,
+) -> Report:
+    """Count and sum over the records of one call."""
+    statuses = [r.point(recipe, protocols[recipe]).status for r in records if not r.repeat for recipe in r.recipes]
+    controls = [control for r in records if (control := _control(r)) is not None]
+    spreads = {recipe: spread(recipe, protocol, records) for recipe, protocol in protocols.items()}
+    return Report(
+        measured=len(records),
+        resumed=resumed,
+        retried=retried,
+        ambiguous=statuses.count("ambiguous"),
+        without_numbers=sum(status not in ("measured", "ambiguous") for status in statuses),
+        capped=capped,
+        total_s=total_s,
+        starting_s=starting_s,
+        compiling_s=sum(r.stages.compiling_s for r in records),
+        loading_s=sum(r.stages.loading_s for r in records),
+        settling_s=sum(r.stages.settling_s for r in records),
+        timing_s=sum(r.stages.timing_s for r in records),
+        idle_s=idle_s,
+        controls=len(controls),
+        worst_control=max(controls, default=None),
+        spread={recipe: found for recipe, found in spreads.items() if found},
+    )
+
+
+def spread(recipe: Recipe, protocol: Protocol, records: Sequence[PointRecord]) -> Spread | None:
+    """How far repeats were from the first measurement of the same shape by another process; None without any."""
+    first = {r.shape: r for r in records if not r.repeat and recipe in r.arms and r.status(recipe) == "measured"}
+    again = [r for r in records if r.repeat and recipe in r.arms and r.status(recipe) == "measured"]
+    apart = [_apart(first[r.shape], r, recipe, protocol) for r in again if _is_other(first, r)]
+    if not apart:
+        return None
+    median, p95, worst = (round(float(value), 5) for value in np.quantile(apart, (0.5, 0.95, 1.0)))
+    return Spread(points=len(apart), median=median, p95=p95, worst=worst)
+
+
+def _is_other(first: Mapping[LinearShape, PointRecord], again: PointRecord) -> bool:
+    return again.shape in first and first[again.shape].process != again.process
+
+
+def _apart(one: PointRecord, other: PointRecord, recipe: Recipe, protocol: Protocol) -> float:
+    speedups = (r.speedup(recipe, protocol.confidence).estimate for r in (one, other))
+    first, second = speedups
+    return abs(second / first - 1)
+
+
+def _control(record: PointRecord) -> float | None:
+    if CONTROL not in record.arms or not record.arms[CONTROL].fwd_us:
+        return None
+    return abs(record.speedup(CONTROL, 0.99).estimate - 1)

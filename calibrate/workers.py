@@ -1,0 +1,292 @@
+"""Many processes compile, one at a time measures: all points of a schedule, whatever happens to the processes.
+
+In: a job, a schedule. Out: an outcome a task, as they come. The device is handed from worker to worker: whoever has
+compiled its point waits for its turn, and nobody else touches the device meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from fp8gate.calibrate.measure import DeviceLostError, make_ready
+from fp8gate.calibrate.records import PointRecord
+from fp8gate.calibrate.schedule import Schedule, Task
+from fp8gate.calibrate.worker import Bench, Job, Measured, Ready, Turn, work
+from fp8gate.filter.shapes import LinearShape
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerProcess
+
+SPARE_CORES = 2  # one for whoever is timing, one for the rest of the machine
+MAX_WORKER_BYTES = 4 * 2**30
+"""A worker that has held more ends after its point, and another takes its place. On an H200 machine they hold 1.5 to
+2 GiB after 100 points."""
+MAX_STEP_S = 600.0  # to compile a point, or to measure it: who takes longer is stuck
+POLL_S = 5.0
+GOODBYE_S = 5.0  # for an idle worker to end by itself
+MAX_LOST = 3  # workers in a row in which the device failed: it is gone for all
+MAX_STILLBORN = 3  # workers in a row that die before they have compiled anything: it is not the points
+
+PRELOADED = (
+    "fp8gate.calibrate.worker",
+    "torch._inductor.compile_fx",
+    "torch._inductor.lowering",
+    "torch._inductor.codegen.cuda_combined_scheduling",
+    "torch._inductor.fx_passes.joint_graph",
+    "torch._inductor.fx_passes.post_grad",
+    "torch._inductor.runtime.triton_heuristics",
+    "torch._dynamo.backends.inductor",
+)
+"""What every worker needs, imported once by the process that they are forked from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A task and its record."""
+
+    task: Task
+    record: PointRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """A task whose process died, and how."""
+
+    task: Task
+    detail: str
+
+
+class WorkersDiedError(RuntimeError):
+    """Workers die before they have done anything."""
+
+
+@dataclass(slots=True)
+class DeviceUse:
+    """Seconds since the first turn on the device, and those in which nobody had a turn."""
+
+    first_turn_at: float | None = None
+    idle_since: float = 0.0
+    idle_s: float = 0.0
+
+    def begin(self, now: float) -> None:
+        if self.first_turn_at is None:
+            self.first_turn_at = now
+        else:
+            self.idle_s += now - self.idle_since
+
+    def end(self, now: float) -> None:
+        self.idle_since = now
+
+
+class InThisProcess:
+    """The same without workers: compile, then measure, one point after the other."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.use = DeviceUse()
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to end."""
+
+    @property
+    def pids(self) -> list[int]:
+        return [os.getpid()]
+
+    def run(self, schedule: Schedule) -> Iterator[Finished | Died]:
+        bench = Bench(self.job)
+        while task := schedule.next():
+            point = make_ready(task, self.job.protocols, self.job.device)
+            self.use.begin(time.monotonic())
+            record = bench.measure(point)
+            self.use.end(time.monotonic())
+            yield Finished(task, record)
+
+
+class Workers:
+    """`count` measuring processes; a context that ends them."""
+
+    def __init__(self, job: Job, count: int) -> None:
+        self.job = job
+        self.use = DeviceUse()
+        self._count = count
+        self._workers: list[_Worker] = []
+        self._stillborn = 0
+        self._lost = 0
+
+    def __enter__(self) -> Workers:
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else asking for a GPU spoils it for forks
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(PRELOADED))
+        self._workers = [self._start() for _ in range(self._count)]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._workers:
+            worker.dismiss()
+        for worker in self._workers:
+            worker.end()
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.process.pid for worker in self._workers if worker.process.pid]
+
+    def run(self, schedule: Schedule) -> Iterator[Finished | Died]:
+        """Every task's outcome; what is given back to the schedule meanwhile is dealt out again.
+
+        Raises DeviceLostError if the device fails in several workers in a row, WorkersDiedError if none can start.
+        """
+        while True:
+            self._deal(schedule)
+            busy = [worker for worker in self._workers if worker.task]
+            if not busy and schedule.only_repeats_left():
+                self._replace(0)  # everyone has measured these: a fresh process has not
+                continue
+            if not busy:
+                return
+            self._give_turn()
+            self._end_stuck(busy)
+            for connection in wait([worker.connection for worker in busy], POLL_S):
+                worker = next(w for w in self._workers if w.connection is connection)
+                if outcome := self._hear(worker):
+                    yield outcome
+                    self._give_turn()
+
+    def _deal(self, schedule: Schedule) -> None:
+        for worker in self._workers:
+            if worker.task is None and (task := schedule.next(worker.measured)):
+                worker.take(task)
+
+    def _give_turn(self) -> None:
+        """To the one that waits longest, if nobody has the device."""
+        waiting = [worker for worker in self._workers if worker.ready_at is not None]
+        if waiting and not any(worker.has_turn for worker in self._workers):
+            worker = min(waiting, key=lambda w: w.ready_at or 0.0)
+            worker.ready_at, worker.has_turn, worker.busy_since = None, True, time.monotonic()
+            self.use.begin(worker.busy_since)
+            worker.send(Turn())
+
+    def _end_stuck(self, busy: list[_Worker]) -> None:
+        for worker in busy:
+            if worker.ready_at is None and time.monotonic() - worker.busy_since > MAX_STEP_S:
+                worker.process.kill()
+
+    def _hear(self, worker: _Worker) -> Finished | Died | None:
+        try:
+            message = worker.connection.recv()
+        except (EOFError, OSError):
+            return self._bury(worker)
+        if isinstance(message, Ready):
+            worker.ready_at = time.monotonic()
+            worker.was_ready = True
+            self._stillborn = 0
+            return None
+        task = worker.finish()
+        self.use.end(time.monotonic())
+        return self._finished(worker, task, message)
+
+    def _finished(self, worker: _Worker, task: Task, message: Measured) -> Finished | Died:
+        self._lost = self._lost + 1 if message.lost else 0
+        if self._lost == MAX_LOST:
+            raise DeviceLostError(message.record)
+        if message.lost or message.memory_bytes > MAX_WORKER_BYTES:
+            self._replace(self._workers.index(worker))
+        if message.lost:
+            return Died(task, "the device failed in its process")
+        return Finished(task, message.record)
+
+    def _bury(self, worker: _Worker) -> Died | None:
+        if worker.has_turn:
+            self.use.end(time.monotonic())
+        self._stillborn = 0 if worker.was_ready else self._stillborn + 1
+        task = worker.task
+        detail = worker.how_it_died()
+        if self._stillborn > MAX_STILLBORN:
+            raise WorkersDiedError(f"{self._stillborn} workers in a row died before their first point: {detail}")
+        self._replace(self._workers.index(worker))
+        return Died(task, detail) if task else None
+
+    def _replace(self, index: int) -> None:
+        self._workers[index].process.kill()
+        self._workers[index].end()
+        self._workers[index] = self._start()
+
+    def _start(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=work, args=(theirs, self.job), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A worker process as the sweep sees it."""
+
+    process: ForkServerProcess
+    connection: Connection
+    task: Task | None = None
+    ready_at: float | None = None  # it has compiled its task and waits for its turn
+    has_turn: bool = False
+    busy_since: float = 0.0  # with compiling, or with its turn
+    was_ready: bool = False
+    measured: set[LinearShape] = field(default_factory=set)
+
+    def take(self, task: Task) -> None:
+        self.task, self.busy_since = task, time.monotonic()
+        self.send(task)
+
+    def send(self, message: Task | Turn | None) -> None:
+        with contextlib.suppress(OSError):  # it died; reading will say so
+            self.connection.send(message)
+
+    def finish(self) -> Task:
+        task, self.task, self.has_turn = self.task, None, False
+        assert task
+        self.measured.add(task.shape)
+        return task
+
+    def how_it_died(self) -> str:
+        self.process.join(1)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            return f"its process was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
+        return f"its process ended with exit code {code}"
+
+    def dismiss(self) -> None:
+        """End it: at once if it has a task, which is then lost, else when it has tidied up."""
+        if self.task:
+            self.process.kill()
+        self.send(None)
+
+    def end(self) -> None:
+        """Make sure that it is gone."""
+        self.process.join(0 if self.task else GOODBYE_S)
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def usable_cores() -> int:
+    """The cores this process may run on, which a job scheduler may have made fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """As many as have a core each and MAX_WORKER_BYTES of memory."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(usable_cores() - SPARE_CORES, memory_bytes // MAX_WORKER_BYTES - 1))

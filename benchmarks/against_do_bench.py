@@ -38,7 +38,7 @@ def main() -> None:
 
 def spread_shapes(device: Device) -> list[LinearShape]:
     """Shapes of the default grid, evenly spread over its range of work."""
-    shapes = [shape for shape in grid_shapes(GRIDS["cuda", "default"]) if not too_large(shape, device)]
+    shapes = [shape for shape in grid_shapes(GRIDS["cuda", "default"]) if not too_large(shape, device, on_grid=True)]
     shapes.sort(key=lambda shape: (shape.flop, shape))
     step = (len(shapes) - 1) / (POINTS - 1)
     return [shapes[round(i * step)] for i in range(POINTS)]

@@ -19,8 +19,8 @@ import torch
 
 from fp8gate.calibrate.compilation import ReadyLinear, compiled_linear, eager_linear
 from fp8gate.calibrate.gpu_watch import Watch
-from fp8gate.calibrate.linears import Operands
-from fp8gate.calibrate.numerics import acceptable, relative_errors
+from fp8gate.calibrate.linears import Arm, Operands
+from fp8gate.calibrate.numerics import References, acceptable
 from fp8gate.calibrate.records import CONTROL, ArmName, ArmRecord, PointRecord, Stages, enough
 from fp8gate.calibrate.schedule import Task
 from fp8gate.calibrate.statistics import paired_speedup
@@ -124,10 +124,11 @@ class _Session:
         names = (*self.point.linears, *self.point.failures)
         try:
             self.operands = Operands.random(self.point.task.shape, self.device)
+            references = References(self.operands)
         except Exception as error:
             return {name: _failure(error) for name in names}
         for name, linear in self.point.linears.items():
-            self._prepare(name, linear, self.operands)
+            self._prepare(name, linear.over(self.operands), references)
         self.marks.append(time.perf_counter())
         if "bf16" in self.prepared and len(self.prepared) > 1:
             try:
@@ -152,11 +153,11 @@ class _Session:
             timing_s=timing_s,
         )
 
-    def _prepare(self, name: ArmName, linear: ReadyLinear, operands: Operands) -> None:
+    def _prepare(self, name: ArmName, arm: Arm, references: References) -> None:
         """Load, capture and check one arm; what goes wrong becomes its record."""
         try:
-            prepared = self.timer.prepare(linear.over(operands))
-            errors = relative_errors(self.timer.results(prepared), operands)
+            prepared = self.timer.prepare(arm)
+            errors = references.relative_errors(self.timer.results(prepared))
         except Exception as error:
             self.records[name] = _failure(error)
             return

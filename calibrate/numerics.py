@@ -19,14 +19,22 @@ MAX_STRIDE = 128  # a tile of current kernels is at most this high: no tile goes
 MIN_ROWS = 256  # of a smaller result, more rows of each tile are compared, up to all of them
 
 
-def relative_errors(results: Results, operands: Operands) -> dict[str, float]:
-    """|result - reference| / |reference| (Frobenius) of output, grad_x and grad_weight; NaN if not finite."""
-    x, weight, grad_output = operands.x.detach(), operands.weight.detach(), operands.grad_output
-    return {
-        "output": _relative_error(results.output, x, weight.t()),
-        "grad_x": _relative_error(results.grad_x, grad_output, weight),
-        "grad_weight": _relative_error(results.grad_weight, grad_output.t(), x),
-    }
+class References:
+    """What a point's arms should compute, in float32, at rows that stand for all."""
+
+    def __init__(self, operands: Operands) -> None:
+        x, weight, grad_output = operands.x.detach(), operands.weight.detach(), operands.grad_output
+        self._output = _Reference(x, weight.t())
+        self._grad_x = _Reference(grad_output, weight)
+        self._grad_weight = _Reference(grad_output.t(), x)
+
+    def relative_errors(self, results: Results) -> dict[str, float]:
+        """|result - reference| / |reference| (Frobenius) of output, grad_x and grad_weight; NaN if not finite."""
+        return {
+            "output": self._output.relative_error(results.output),
+            "grad_x": self._grad_x.relative_error(results.grad_x),
+            "grad_weight": self._grad_weight.relative_error(results.grad_weight),
+        }
 
 
 def acceptable(errors: dict[str, float]) -> bool:
@@ -34,13 +42,18 @@ def acceptable(errors: dict[str, float]) -> bool:
     return all(error <= MAX_RELATIVE_ERROR for error in errors.values())
 
 
-def _relative_error(result: Tensor, left: Tensor, right: Tensor) -> float:
-    """`result` should be left @ right."""
-    if not torch.isfinite(result).all():
-        return float("nan")
-    stride = min(MAX_STRIDE, max(1, result.shape[0] // MIN_ROWS))
-    blocks = torch.arange(0, result.shape[0], stride, device=result.device)
-    within = torch.randint(stride, blocks.shape, device=result.device)
-    rows = (blocks + within).clamp_(max=result.shape[0] - 1)
-    reference = left[rows].float() @ right.float()
-    return float((result[rows].float() - reference).norm() / reference.norm())
+class _Reference:
+    """Some rows of left @ right."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        height = left.shape[0]
+        stride = min(MAX_STRIDE, max(1, height // MIN_ROWS))
+        blocks = torch.arange(0, height, stride, device=left.device)
+        within = torch.randint(stride, blocks.shape, device=left.device)
+        self.rows = (blocks + within).clamp_(max=height - 1)
+        self.expected = left[self.rows].float() @ right.float()
+
+    def relative_error(self, result: Tensor) -> float:
+        if not torch.isfinite(result).all():
+            return float("nan")
+        return float((result[self.rows].float() - self.expected).norm() / self.expected.norm())

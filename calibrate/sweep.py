@@ -19,7 +19,7 @@ import torch
 
 from fp8gate.calibrate.device import describe_device, describe_software
 from fp8gate.calibrate.gpu_watch import DeviceLock, Watch, foreign, make_watch
-from fp8gate.calibrate.grid import measuring_order, too_large
+from fp8gate.calibrate.grid import grid_shapes, measuring_order, too_large
 from fp8gate.calibrate.journal import Journal, Setup
 from fp8gate.calibrate.linears import DATA, INDUCTOR
 from fp8gate.calibrate.measure import SETTLE_S, DeviceLostError
@@ -112,7 +112,8 @@ def sweep(
     """
     folder = out / device_slug(setup.device.name)
     wanted = measuring_order(shapes, seed)
-    capped = {shape: why for shape in wanted if (why := too_large(shape, setup.device))}
+    swept = set(grid_shapes(grid))
+    capped = {shape: why for shape in wanted if (why := too_large(shape, setup.device, on_grid=shape in swept))}
     wanted = [shape for shape in wanted if shape not in capped]
     if not wanted:
         raise ValueError(f"no point to measure: all {len(capped)} were left out, {next(iter(capped.values()), '')}")

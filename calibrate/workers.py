@@ -7,7 +7,6 @@ compiled its point waits for its turn, and nobody else touches the device meanwh
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from fp8gate.calibrate.forkserver import forkserver_context
 from fp8gate.calibrate.measure import DeviceLostError, make_ready
 from fp8gate.calibrate.records import PointRecord
 from fp8gate.calibrate.schedule import Schedule, Task
@@ -34,18 +34,6 @@ POLL_S = 5.0
 GOODBYE_S = 5.0  # for an idle worker to end by itself
 MAX_LOST = 3  # workers in a row in which the device failed: it is gone for all
 MAX_STILLBORN = 3  # workers in a row that die before they have compiled anything: it is not the points
-
-PRELOADED = (
-    "fp8gate.calibrate.worker",
-    "torch._inductor.compile_fx",
-    "torch._inductor.lowering",
-    "torch._inductor.codegen.cuda_combined_scheduling",
-    "torch._inductor.fx_passes.joint_graph",
-    "torch._inductor.fx_passes.post_grad",
-    "torch._inductor.runtime.triton_heuristics",
-    "torch._dynamo.backends.inductor",
-)
-"""What every worker needs, imported once by the process that they are forked from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +115,7 @@ class Workers:
         self._lost = 0
 
     def __enter__(self) -> Workers:
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else asking for a GPU spoils it for forks
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(PRELOADED))
+        self._context = forkserver_context()
         self._workers = [self._start() for _ in range(self._count)]
         return self
 

@@ -136,6 +136,10 @@ def _run_sweep(
     workers: int | None,
     seed: int,
 ) -> SweepResult:
+    from fp8gate.calibrate.forkserver import start_early
+
+    if kind != "cpu" and workers != 0:
+        start_early()
     from fp8gate.calibrate.device import choose_device
     from fp8gate.calibrate.grid import grid_shapes, load_grid
     from fp8gate.calibrate.measure import DeviceLostError

@@ -30,7 +30,7 @@ class ReadyLinear:
     function: Callable[[Tensor], Tensor]
 
     def over(self, operands: Operands) -> Arm:
-        """The arm that computes with these operands."""
+        """The arm that computes with these operands; arms over earlier ones are no longer usable."""
         self.module.weight = operands.weight
         return Arm(self.recipe, self.function, operands)
 

@@ -97,8 +97,7 @@ class DeviceLock:
 
     def __enter__(self) -> DeviceLock:
         """Raises DeviceBusyError if another process holds the lock."""
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)  # not truncated: it names the holder
-        self._file = os.fdopen(handle, "r+")
+        self._file = os.fdopen(_open_for_everyone(self.path), "r+")  # not truncated: it names the holder
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -116,3 +115,13 @@ class DeviceLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def _open_for_everyone(path: Path) -> int:
+    """A file that other users can open too: one user's lock file must not keep the others from the device."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW)  # with O_CREAT, Linux refuses another user's file in /tmp
+    os.fchmod(handle, 0o666)  # whatever the umask
+    return handle

@@ -113,5 +113,5 @@ def decided(speedup: Interval, protocol: Protocol) -> bool:
 
 def enough(speedup: Interval, protocol: Protocol, spent_s: float) -> bool:
     """No further round is worth its time: the bounds are as narrow as asked, or the time for such a point is spent."""
-    is_near = abs(speedup.estimate / protocol.threshold - 1) <= protocol.near
-    return speedup.within(protocol.precision) or spent_s >= (protocol.near_s if is_near else protocol.far_s)
+    is_far = abs(speedup.estimate / protocol.threshold - 1) > protocol.near and speedup.excludes(protocol.threshold)
+    return speedup.within(protocol.precision) or spent_s >= (protocol.far_s if is_far else protocol.near_s)

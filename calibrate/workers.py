@@ -148,9 +148,10 @@ class Workers:
             self._end_stuck(busy)
             for connection in wait([worker.connection for worker in busy], POLL_S):
                 worker = next(w for w in self._workers if w.connection is connection)
-                if outcome := self._hear(worker):
+                outcome = self._hear(worker)
+                self._give_turn()  # before the outcome is dealt with: the device need not wait for that
+                if outcome:
                     yield outcome
-                    self._give_turn()
 
     def _deal(self, schedule: Schedule) -> None:
         for worker in self._workers:

@@ -15,7 +15,7 @@ from pathlib import Path
 from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP, Decision, decide
 from fp8gate.filter.find_table import find_table
 from fp8gate.filter.linear_layer import linear_size
-from fp8gate.filter.lookup import Lookup, LookupName
+from fp8gate.filter.lookup import DEFAULT_LOOKUP, Lookup, LookupName
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES, Recipe, Software, Table
 
@@ -110,7 +110,7 @@ def auto_filter(
     device: str | None = None,
     filter_fqns: Sequence[str] = (),
     min_speedup: float = DEFAULT_MIN_SPEEDUP,
-    lookup: LookupName = "nearest",
+    lookup: LookupName = DEFAULT_LOOKUP,
     tables: str | os.PathLike[str] | None = None,
 ) -> AutoFilter:
     """A `module_filter_fn` for torchao's `convert_to_float8_training`, and a `filter_fn` for torchtitan.
@@ -119,8 +119,8 @@ def auto_filter(
     (batch x sequence). Shapes are taken from the layers as they are: under tensor parallelism pass layers of the
     rank's shard sizes, for the global shape is one no rank computes and its answer is wrong. device: as the driver
     names it; None asks torch for the local one. filter_fqns: never convert linears whose name contains one of these.
-    min_speedup: convert from this measured bf16 / float8 time ratio on. lookup: "nearest" measured point, or
-    "interpolate" ln(speedup) between the points around. tables: a table file or a folder of them, before
+    min_speedup: convert from this measured bf16 / float8 time ratio on. lookup: "interpolate" ln(speedup) between the
+    measured points around a shape, or take the "nearest" one's. tables: a table file or a folder of them, before
     FP8GATE_THRESHOLDS and the packaged ones.
 
     Raises ValueError for arguments out of range, and TableError (a ValueError) if there is no valid table for the

@@ -17,6 +17,9 @@ from fp8gate.filter.table import WITH_NUMBERS, Point, Status, Table
 
 LookupName = Literal["nearest", "interpolate"]
 LOOKUPS: tuple[LookupName, ...] = get_args(LookupName)
+DEFAULT_LOOKUP: LookupName = "interpolate"
+"""Of 110 shapes off the grid, interpolation lost less than half of what the nearest point lost with every recipe: the
+mean loss was 0.00, 0.00 and 0.08 % against 0.12, 0.28 and 0.26 % (measured on one NVIDIA H200, LOG.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +58,7 @@ class Estimate:
 class Lookup:
     """An index over one table. Building it is linear in the points; `__call__` is what a decision costs."""
 
-    def __init__(self, table: Table, kind: LookupName = "nearest") -> None:
+    def __init__(self, table: Table, kind: LookupName = DEFAULT_LOOKUP) -> None:
         if kind not in LOOKUPS:
             raise ValueError(f"lookup: expected one of {', '.join(LOOKUPS)}; got {kind!r}")
         self.table = table
@@ -78,17 +81,22 @@ class Lookup:
     def _interpolate(self, shape: LinearShape) -> Estimate:
         """ln of every number, linear in log2 of each axis between the 8 grid points around the shape.
 
-        Outside the grid the shape is moved to its border (times still scale with the work). Where one of the
-        8 was not measured, and where the shape itself was, this is the nearest point.
+        Outside the grid the shape is moved to its border (times still scale with the work). Where one of the 8 was
+        not measured, as the largest are not, fewer tokens stand in: the next m below at which all were. Without any,
+        and where the shape itself was measured, this is the nearest point.
         """
-        inside = self._clamp(shape)
-        corners = None if shape in self._measured else self._corners(inside)
-        if corners is None:
+        if shape in self._measured:
             return self._nearest(shape)
-        total = [0.0] * 7
-        for point, weight in corners:
-            total = [t + weight * math.log(x) for t, x in zip(total, _numbers(point), strict=True)]
-        return self._estimate_from(shape, [math.exp(t) for t in total], measured_at=inside, interpolated=True)
+        inside = self._clamp(shape)
+        fewer_tokens = (m for m in reversed(self.table.grid.m) if m < inside.m)
+        for m in (inside.m, *fewer_tokens):
+            at = LinearShape(m, inside.k, inside.n)
+            if corners := self._corners(at):
+                numbers = [0.0] * 7
+                for point, weight in corners:
+                    numbers = [t + weight * math.log(x) for t, x in zip(numbers, _numbers(point), strict=True)]
+                return self._estimate_from(shape, list(map(math.exp, numbers)), measured_at=at, interpolated=True)
+        return self._nearest(shape)
 
     def _estimate_from(
         self, shape: LinearShape, numbers: Sequence[float], *, measured_at: LinearShape, interpolated: bool
@@ -133,7 +141,7 @@ class Lookup:
         return point, distance, gap
 
     def _corners(self, shape: LinearShape) -> list[tuple[Point, float]] | None:
-        """The measured grid points around a shape with their weights, or None where one is missing."""
+        """The measured grid points around a shape with their weights, or None where one was not measured."""
         grid = self.table.grid
         sides = [_bracket(size, axis) for size, axis in zip(_sizes(shape), (grid.m, grid.k, grid.n), strict=True)]
         corners = []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import tempfile
 import time
 
 import pytest
@@ -15,8 +17,11 @@ from typer.testing import CliRunner
 
 from fp8gate import cli
 from fp8gate.calibrate import sweep as sweep_module
+from fp8gate.calibrate.gpu_watch import DeviceLock
 from fp8gate.calibrate.measure import DeviceLostError
+from fp8gate.calibrate.report import Report
 from fp8gate.calibrate.sweep import SweepResult, make_setup
+from fp8gate.calibrate.workers import WorkersDiedError
 from fp8gate.filter.models import BUNDLED
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES, Grid, read_table
@@ -32,10 +37,39 @@ TINY_CONFIG = {
     "vocab_size": 100,
 }
 GO_ON = "stopped; what was measured is in the journal: run the same command to go on"
+TOLERANT = 10.0  # of the controls: on a shared CPU one may be off
+START = f"from fp8gate.calibrate import sweep; sweep.CPU_CONTROL_ERROR = {TOLERANT}; from fp8gate.cli import app; app()"
+REPORT = Report(
+    measured=5,
+    resumed=4,
+    retried=3,
+    ambiguous=2,
+    without_numbers=1,
+    capped=0,
+    total_s=60.0,
+    starting_s=10.0,
+    compiling_s=100.0,
+    loading_s=9.0,
+    settling_s=8.0,
+    timing_s=7.0,
+    idle_s=6.0,
+    controls=0,
+    worst_control=None,
+    spread={},
+)
+
+
+@pytest.fixture(autouse=True)
+def locks(tmp_path_factory, monkeypatch):
+    """Where sweeps lock the device: those of other tests on this machine do not find it busy."""
+    folder = tmp_path_factory.mktemp("locks")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
 
 
 @pytest.fixture
-def _quick_points():
+def _quick_points(monkeypatch):
+    monkeypatch.setattr(sweep_module, "CPU_CONTROL_ERROR", TOLERANT)
     with quick_points():
         yield
 
@@ -70,15 +104,25 @@ def swept(monkeypatch):
 
     def sweep(grid, shapes, **options):
         asked.update(options, grid=grid, shapes=list(shapes))
-        return SweepResult(tables={}, measured=0, resumed=0, remaining=0, capped={})
+        return swept_to()
 
     monkeypatch.setattr(sweep_module, "sweep", sweep)
     return asked
 
 
-def start(grid_file, out) -> subprocess.Popen[str]:
-    args = ["--device", "cpu", "--grid", str(grid_file), "--out", str(out)]
-    return python("-m", "fp8gate", "calibrate", *args, OMP_NUM_THREADS="1")
+def swept_to(**outcome) -> SweepResult:
+    return SweepResult(**{"tables": {}, "report": REPORT, "remaining": 0, "capped": {}, "off": {}, **outcome})
+
+
+@pytest.fixture
+def start(grid_file, out, locks):
+    """Starts the command in another process, on the CPU and the six tiny shapes."""
+
+    def run() -> subprocess.Popen[str]:
+        args = ["--device", "cpu", "--grid", str(grid_file), "--out", str(out)]
+        return python("-c", START, "calibrate", *args, OMP_NUM_THREADS="1", TMPDIR=str(locks))
+
+    return run
 
 
 def wait_for_points(process, out, count) -> None:
@@ -95,10 +139,10 @@ def complete_lines(out) -> bytes:
 
 
 @pytest.mark.usefixtures("_quick_points")
-def test_killed_again_and_again_it_measures_every_point_once(calibrate, grid_file, out):
+def test_killed_again_and_again_it_measures_every_point_once(calibrate, start, out):
     before = 0
     for new_points in (0, 1, 1):  # right after the start, then after one more point each
-        process = start(grid_file, out)
+        process = start()
         if new_points:
             wait_for_points(process, out, before + new_points)
         else:
@@ -113,8 +157,10 @@ def test_killed_again_and_again_it_measures_every_point_once(calibrate, grid_fil
 
     finished = calibrate()
     assert finished.exit_code == 0
-    assert f"{len(SIX_SHAPES) - before} points measured, {before} taken from the journal" in finished.stdout
-    assert sorted(journal_points(out)) == SIX_SHAPES
+    assert f"{len(SIX_SHAPES) + 1 - before} measured, {before} taken from the journal" in finished.stdout
+    measured = journal_points(out)
+    assert sorted(measured[:6]) == SIX_SHAPES
+    assert len(measured) == len(SIX_SHAPES) + 1  # one of them again, for the spread
     assert complete_lines(out).startswith(kept)
     tables = {path.stem: read_table(path) for path in out.rglob("*.yaml")}
     assert set(tables) == set(RECIPES)
@@ -131,8 +177,8 @@ def _heeding_ctrl_c():
 
 
 @pytest.mark.usefixtures("_heeding_ctrl_c")
-def test_ctrl_c_says_how_to_go_on(grid_file, out):
-    process = start(grid_file, out)
+def test_ctrl_c_says_how_to_go_on(start, out):
+    process = start()
     wait_for_points(process, out, 1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
@@ -147,11 +193,11 @@ def test_ctrl_c_says_how_to_go_on(grid_file, out):
 def test_stopped_by_the_clock_it_says_so_and_goes_on(calibrate, out):
     stopped = calibrate("--stop-after", "0")
     assert stopped.exit_code == 1
-    assert "6 points remain: run the same command to go on; no table was written" in stopped.stdout
+    assert "7 points remain: run the same command to go on; no table was written" in stopped.stdout
     assert list(out.rglob("*.yaml")) == []
     finished = calibrate("--recipes", "rowwise")
     assert finished.exit_code == 0
-    assert "6 points measured, 0 taken from the journal, 0 left out" in finished.stdout
+    assert "7 measured, 0 taken from the journal, 0 retried" in finished.stdout
     (table,) = out.rglob("*.yaml")
     assert f"wrote {table}: " in finished.stdout
 
@@ -217,7 +263,16 @@ def test_a_bad_grid_file_is_one_clear_line(calibrate, swept, grid_file, text, co
 
 
 @pytest.mark.parametrize(
-    "args", [["--tokens", "0"], ["--tp", "0"], ["--stop-after", "-1"], ["--device", "tpu"], ["--no-such-option"]]
+    "args",
+    [
+        ["--tokens", "0"],
+        ["--tp", "0"],
+        ["--stop-after", "-1"],
+        ["--workers", "-1"],
+        ["--seed", "x"],
+        ["--device", "tpu"],
+        ["--no-such-option"],
+    ],
 )
 def test_bad_options_are_usage_errors(calibrate, swept, args):
     result = calibrate(*args)
@@ -234,7 +289,7 @@ def test_a_gpu_that_is_not_there_is_an_error(calibrate, swept, monkeypatch):
     assert swept == {}
 
 
-@pytest.mark.parametrize("missing", [["torch"], ["torchao"], ["torch", "torchao", "pandas"]])
+@pytest.mark.parametrize("missing", [["torch"], ["pynvml"], ["torch", "torchao", "numpy", "pandas", "pynvml"]])
 def test_without_the_extra_it_says_what_to_install(calibrate, swept, monkeypatch, missing):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name in missing else object())
     result = calibrate()
@@ -264,19 +319,75 @@ def test_a_lost_gpu_says_where_and_how_to_go_on(calibrate, monkeypatch):
     ]
 
 
+def test_workers_that_cannot_start_are_one_clear_line(calibrate, monkeypatch):
+    def no_worker_starts(*_, **__):
+        raise WorkersDiedError("4 workers in a row died before their first point: its process ended with exit code 1")
+
+    monkeypatch.setattr(sweep_module, "sweep", no_worker_starts)
+    result = calibrate("--workers", "2")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        "fp8gate: 4 workers in a row died before their first point: its process ended with exit code 1"
+    ]
+
+
+def test_a_device_in_use_is_one_clear_line(calibrate, out):
+    with DeviceLock(torch.device("cpu")) as lock:
+        result = calibrate()
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"fp8gate: another sweep is measuring on this device: process {os.getpid()}")
+    assert str(lock.path) in line
+    assert not out.exists()
+
+
+def sweep_comes_to(monkeypatch, **outcome):
+    monkeypatch.setattr(sweep_module, "sweep", lambda *_, **__: swept_to(**outcome))
+
+
+def test_what_was_done_is_said(calibrate, monkeypatch):
+    sweep_comes_to(monkeypatch)
+    result = calibrate()
+    assert (result.exit_code, result.stdout) == (0, f"{REPORT.text()}\n")
+
+
+def test_what_remains_is_said_and_is_no_success(calibrate, monkeypatch):
+    sweep_comes_to(monkeypatch, remaining=3)
+    result = calibrate()
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        *REPORT.text().splitlines(),
+        "3 points remain: run the same command to go on; no table was written",
+    ]
+
+
+def test_a_control_that_was_off_is_named_and_is_no_success(calibrate, monkeypatch):
+    sweep_comes_to(monkeypatch, off={LinearShape(64, 32, 16): 0.0512, LinearShape(64, 32, 48): 0.25})
+    result = calibrate()
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        *REPORT.text().splitlines(),
+        "(64, 32, 16): bf16 against itself was 5.1% off, 3 times: no table was written",
+        "(64, 32, 48): bf16 against itself was 25.0% off, 3 times: no table was written",
+    ]
+
+
 def test_the_options_reach_the_sweep(calibrate, swept, out):
-    result = calibrate("--recipes", "rowwise, tensorwise,rowwise", "--fresh", "--stop-after", "1.5")
+    limits = ["--stop-after", "1.5", "--workers", "3", "--seed", "5"]
+    result = calibrate("--recipes", "rowwise, tensorwise,rowwise", "--fresh", *limits)
     assert result.exit_code == 0
     assert swept["grid"] == Grid(m=(32,), k=(32, 48, 64), n=(32, 64))
     assert swept["shapes"] == [LinearShape(*shape) for shape in SIX_SHAPES]
     assert (swept["recipes"], swept["out"]) == (("tensorwise", "rowwise"), out)
     assert (swept["fresh"], swept["stop_after_s"]) == (True, 90.0)
+    assert (swept["workers"], swept["seed"]) == (3, 5)
     assert (swept["device"], swept["setup"]) == (torch.device("cpu"), make_setup(torch.device("cpu")))
 
 
 def test_the_defaults_are_all_recipes_going_on_without_a_limit(calibrate, swept):
     assert calibrate().exit_code == 0
     assert (swept["recipes"], swept["fresh"], swept["stop_after_s"]) == (RECIPES, False, None)
+    assert (swept["workers"], swept["seed"]) == (None, 0)
 
 
 def test_the_device_is_the_cpu_where_there_is_no_gpu(swept, monkeypatch):
@@ -324,7 +435,7 @@ def test_every_bundled_model_has_shapes(model):
 @pytest.mark.parametrize(
     ("command", "params"),
     [
-        ("calibrate", "grid recipes device out resume model tokens tp stop_after"),
+        ("calibrate", "grid recipes device out resume model tokens tp stop_after workers seed"),
         ("explain", "model recipe tokens device tables lookup min_speedup as_json"),
     ],
 )
@@ -341,6 +452,6 @@ def test_option_spellings():
         name: sorted(flag for param in command.params for flag in (*param.opts, *param.secondary_opts) if "--" in flag)
         for name, command in commands.items()
     }
-    calibrate = "--device --fresh --grid --model --out --recipes --resume --stop-after --tokens --tp"
+    calibrate = "--device --fresh --grid --model --out --recipes --resume --seed --stop-after --tokens --tp --workers"
     explain = "--device --json --lookup --min-speedup --recipe --tables --tokens"
     assert {name: " ".join(flags) for name, flags in spelled.items()} == {"calibrate": calibrate, "explain": explain}

@@ -201,6 +201,21 @@ def test_interpolation_needs_every_corner(missing):
     assert (elsewhere.interpolated, elsewhere.speedup) == (True, pytest.approx(math.sqrt(0.5 * 1.5)))
 
 
+def test_where_a_corner_was_not_measured_fewer_tokens_stand_in():
+    """The largest shapes of a grid are left out, and a large product's speedup depends little on the tokens."""
+    grid = Grid(m=(16, 64, 256), k=(16,), n=(16, 64))
+    measured = [(16, 16, 1.0), (16, 64, 1.0), (64, 16, 2.0), (64, 64, 0.5), (256, 16, 3.0)]
+    points = [make_point(m, 16, n, speedup, bf16_us=(m * n, 2.0 * m * n)) for m, n, speedup in measured]
+    estimate = look_up((128, 16, 32), *points, kind="interpolate", grid=grid)
+    assert (estimate.interpolated, estimate.speedup) == (True, pytest.approx(1.0))  # of 2.0 and 0.5, at 64 tokens
+    assert estimate.bf16_us == pytest.approx(3 * 128 * 32)  # the time is that of all tokens
+
+
+def test_interpolation_is_the_default():
+    points = [make_point(16, 16, 16, 0.5), make_point(16, 16, 64, 2.0)]
+    assert Lookup(make_table(*points))(LinearShape(16, 16, 32)).speedup == pytest.approx(1.0)
+
+
 def test_interpolation_without_a_grid_is_nearest():
     points = [make_point(16, 16, 16, 0.5), make_point(16, 16, 64, 2.0)]
     estimate = look_up((16, 16, 48), *points, kind="interpolate", grid=Grid())

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import random
+import itertools
+import os
 import time
 from datetime import timezone
+from types import SimpleNamespace
 
 import pytest
 import torch
 from samples import PROTOCOL, replaced
 
+from fp8gate.calibrate import measure
+from fp8gate.calibrate.gpu_watch import CpuWatch
 from fp8gate.calibrate.linears import Operands
-from fp8gate.calibrate.measure import DeviceLostError, measure_point
+from fp8gate.calibrate.measure import DeviceLostError, make_ready, measure_point
+from fp8gate.calibrate.records import CONTROL
+from fp8gate.calibrate.schedule import Task
 from fp8gate.calibrate.sweep import make_setup
 from fp8gate.calibrate.timing import CpuTimer, Results, Sample
 from fp8gate.filter.shapes import LinearShape
@@ -21,21 +27,38 @@ CPU = torch.device("cpu")
 SHAPE = LinearShape(32, 48, 16)
 PROTOCOLS = {recipe: replaced(protocol, settle_s=0.0) for recipe, protocol in make_setup(CPU).protocols.items()}
 WIN, LOSS, SLIGHT_LOSS = 1.5, 0.5, 0.9
+ROUND_S = 0.0105
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """The time the module sees, in seconds: it passes in rounds only."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
 
 
 class FakeTimer:
     """Really computes each arm's results; the times are made up.
 
-    speedups: of each recipe in its first rounds; WIN in those that follow. prepare_errors: raised for an arm (None is
-    bf16). damage: what becomes of an arm's results.
+    speedups: of each arm in its first counted rounds; WIN in those that follow. prepare_errors: raised for an arm
+    (None is bf16). damage: what becomes of an arm's results. busy: the share of a round's ROUND_S in which arms run.
     """
 
-    def __init__(self, speedups=None, prepare_errors=None, damage=None):
+    def __init__(self, clock, speedups=None, prepare_errors=None, damage=None, settling=1, busy=0.0):
+        self.clock = clock
         self.speedups = speedups or {}
         self.prepare_errors = prepare_errors or {}
         self.damage = damage or {}
-        self.rounds = []  # the recipes of each, in the order timed
-        self.released = 0
+        self.settling, self.busy = settling, busy
+        self.batches = []  # of each call, its rounds: the recipes in the order they were timed
+        self.counted = 0
+        self.freed = 0
+
+    @property
+    def orders(self):
+        """The recipes of each round, in the order they were timed."""
+        return [order for batch in self.batches for order in batch]
 
     def prepare(self, arm):
         if arm.recipe in self.prepare_errors:
@@ -47,27 +70,55 @@ class FakeTimer:
         results = Results(output.detach(), *prepared.backward(output))
         return self.damage.get(prepared.recipe, lambda right: right)(results)
 
-    def round(self, prepared):
-        done = len(self.rounds)
-        self.rounds.append([arm.recipe for arm in prepared])
-        return [self._sample(arm.recipe, done) for arm in prepared]
+    def rounds(self, prepared, orders):
+        self.clock.now += ROUND_S * len(orders)
+        is_settling = len(self.batches) < self.settling
+        self.batches.append([[prepared[i].recipe for i in order] for order in orders])
+        samples = []
+        for _ in orders:
+            samples.append([self._sample(arm.recipe, is_settling, len(prepared)) for arm in prepared])
+            self.counted += not is_settling
+        return samples
 
-    def _sample(self, recipe, done):
+    def _sample(self, recipe, is_settling, arms):
+        if is_settling:
+            total_us = 1e6 * ROUND_S * self.busy / arms
+            return Sample(fwd_us=total_us / 2, bwd_us=total_us / 2)
         first = self.speedups.get(recipe, [])
-        total_us = 300.0 if recipe is None else 300.0 / (first[done] if done < len(first) else WIN)
+        speedup = first[self.counted] if self.counted < len(first) else WIN
+        total_us = 300.0 if recipe is None else 300.0 / speedup
         return Sample(fwd_us=total_us / 3, bwd_us=total_us * 2 / 3)
 
-    def release(self):
-        self.released += 1
+    def free(self, prepared):
+        self.freed += 1
+
+
+class FakeWatch(CpuWatch):
+    """Tells of each batch what it is told here; nothing after that."""
+
+    def __init__(self, slowdowns=(), clocks_mhz=()):
+        self.slowdowns, self.clocks_mhz = iter(slowdowns), iter(clocks_mhz)
+
+    def slowdown(self):
+        return next(self.slowdowns, None)
+
+    def sm_clock_mhz(self):
+        return next(self.clocks_mhz, None)
+
+
+@pytest.fixture
+def fake(clock):
+    """Makes a FakeTimer over this test's clock."""
+    return lambda **options: FakeTimer(clock, **options)
 
 
 def zeroed_output(right):
     return Results(torch.zeros_like(right.output), right.grad_x, right.grad_weight)
 
 
-def measured(timer, protocols=PROTOCOLS, shape=SHAPE):
-    torch.manual_seed(0)
-    return measure_point(shape, protocols, timer, CPU, random.Random(0))
+def measured(timer, protocols=PROTOCOLS, shape=SHAPE, watch=None, seed=0, **task):
+    point = make_ready(Task(shape, **task), protocols, CPU)
+    return measure_point(point, timer, watch or CpuWatch(), CPU, seed)
 
 
 def rounds_of(record):
@@ -78,49 +129,59 @@ def points_of(record):
     return {recipe: record.point(recipe, PROTOCOLS[recipe]) for recipe in record.recipes}
 
 
+FAR_NOISE = [1.4, 1.6] * 64
+NEAR_NOISE = [0.9 + 0.2 * (37 * i % 128) / 127 for i in range(128)]
+
+
 @pytest.mark.parametrize(
-    ("first_speedups", "rounds", "status"),
+    ("speedups", "rounds", "status"),
     [
-        pytest.param([WIN], 8, "measured", id="clear at once"),
-        pytest.param([LOSS] * 32, 8, "measured", id="a clear loss"),
-        pytest.param([SLIGHT_LOSS], 12, "measured", id="one round slightly lost"),
-        pytest.param([LOSS], 16, "measured", id="one round lost"),
-        pytest.param([LOSS] * 2, 24, "measured", id="two rounds lost"),
-        pytest.param([LOSS] * 3, 32, "measured", id="three rounds lost"),
-        pytest.param([LOSS, WIN] * 16, 32, "ambiguous", id="half the rounds lost"),
-        pytest.param([0.999, 1.001] * 16, 8, "measured", id="a close tie"),
+        pytest.param([WIN] * 128, 8, "measured", id="exact at once"),
+        pytest.param([1.001, 0.999] * 64, 8, "measured", id="a tie as exact as asked"),
+        pytest.param([LOSS, *[WIN] * 127], 16, "measured", id="one round lost: more rounds"),
+        pytest.param(FAR_NOISE, 12, "measured", id="far from the threshold: 0.12 s"),
+        pytest.param(NEAR_NOISE, 48, "ambiguous", id="near the threshold: 0.35 s"),
     ],
 )
-def test_rounds_are_added_until_the_bounds_decide(first_speedups, rounds, status):
-    timer = FakeTimer(speedups={"rowwise": first_speedups})
+def test_rounds_are_added_until_the_bounds_or_the_time_decide(fake, speedups, rounds, status):
+    timer = fake(speedups={"rowwise": speedups})
     record = measured(timer, {"rowwise": PROTOCOLS["rowwise"]})
     assert rounds_of(record) == {"bf16": rounds, "rowwise": rounds}
-    assert len(timer.rounds) == rounds
+    assert timer.counted == rounds
     assert points_of(record)["rowwise"].status == status
 
 
-def test_rounds_go_on_until_every_recipe_is_decided():
-    record = measured(FakeTimer(speedups={"rowwise": [LOSS]}))
-    assert rounds_of(record) == dict.fromkeys(("bf16", *RECIPES), 16)
+def test_rounds_go_on_until_every_recipe_is_decided(fake):
+    record = measured(fake(speedups={"rowwise": NEAR_NOISE, "tensorwise": FAR_NOISE}))
+    assert rounds_of(record) == dict.fromkeys(("bf16", *RECIPES), 48)
 
 
-def test_the_protocol_says_how_many_rounds():
+def test_the_protocol_says_how_many_rounds_at_most(fake):
     protocol = replaced(PROTOCOL, rounds=(9, 10))
-    record = measured(FakeTimer(speedups={"rowwise": [LOSS] * 5}), {"rowwise": protocol})
+    record = measured(fake(speedups={"rowwise": NEAR_NOISE}), {"rowwise": protocol})
     assert rounds_of(record)["rowwise"] == 10
     assert record.point("rowwise", protocol).status == "ambiguous"
 
 
-def test_every_round_times_every_arm_in_random_order():
-    timer = FakeTimer(speedups={"rowwise": [LOSS, WIN] * 16})
+def test_the_control_is_timed_with_the_others_and_decides_nothing(fake):
+    record = measured(fake(speedups={"rowwise": [WIN] * 128}), {"rowwise": PROTOCOLS["rowwise"]}, control=True)
+    assert rounds_of(record) == {"bf16": 8, CONTROL: 8, "rowwise": 8}
+    assert record.speedup(CONTROL, 0.99).estimate == 1.0
+    assert record.recipes == ("rowwise",)
+
+
+def test_every_round_times_every_arm_after_each_other_equally_often(fake):
+    timer = fake(speedups={"rowwise": NEAR_NOISE})
     measured(timer)
-    assert all(sorted(map(str, order)) == sorted(map(str, [None, *RECIPES])) for order in timer.rounds)
-    assert len({tuple(order) for order in timer.rounds}) > 10  # of 24 orders, in 32 rounds
-    assert {order[0] for order in timer.rounds} == {None, *RECIPES}
+    counted = timer.orders[1:]
+    assert len(counted) == 48
+    assert all(sorted(map(str, order)) == sorted(map(str, [None, *RECIPES])) for order in counted)
+    follows = [pair for order in counted for pair in itertools.pairwise(order)]
+    assert {follows.count(pair) for pair in itertools.permutations([None, *RECIPES], 2)} == {12}
 
 
-def test_the_samples_are_those_of_the_arm_whatever_the_order():
-    record = measured(FakeTimer(speedups={"tensorwise": [3.0] * 8, "rowwise": [2.0] * 8}))
+def test_the_samples_are_those_of_the_arm_whatever_the_order(fake):
+    record = measured(fake(speedups={"tensorwise": [3.0] * 8, "rowwise": [2.0] * 8}))
     assert record.arms["bf16"].fwd_us == (100.0,) * 8
     assert record.arms["tensorwise"].bwd_us == (66.667,) * 8  # rounded to a nanosecond
     assert {recipe: point.speedup for recipe, point in points_of(record).items()} == {
@@ -130,28 +191,58 @@ def test_the_samples_are_those_of_the_arm_whatever_the_order():
     }
 
 
-def test_rounds_to_settle_are_not_counted():
-    class SlowTimer(FakeTimer):
-        def round(self, prepared):
-            time.sleep(0.005)
-            return super().round(prepared)
-
-    timer = SlowTimer()
-    record = measured(timer, {"rowwise": replaced(PROTOCOL, settle_s=0.03)})
+@pytest.mark.parametrize(("busy", "settling_s"), [(0.9, 0.1575), (0.1, 0.0315)])
+def test_settling_lasts_as_long_as_the_arms_keep_the_device_busy(fake, busy, settling_s):
+    """One round to see that two fill 0.02 s, then two at a time; those of an idle device change nothing."""
+    timer = fake(settling=1000, busy=busy)
+    record = measured(timer, {"rowwise": replaced(PROTOCOL, settle_s=0.15, rounds=(8,))})
+    assert record.stages.settling_s == pytest.approx(settling_s, abs=0.001)
     assert rounds_of(record)["rowwise"] == 8
-    assert 9 <= len(timer.rounds) <= 8 + 6
 
 
-def test_a_record_says_what_was_measured_and_when():
-    timer = FakeTimer()
-    record = measured(timer)
+def test_rounds_run_in_batches_that_are_watched(fake):
+    timer = fake()
+    record = measured(timer, watch=FakeWatch(clocks_mhz=[1980, 1755, 1740, 1735]))
+    assert [len(batch) for batch in timer.batches] == [1, 2, 2, 2, 2]
+    assert record.sm_clock_mhz == (1980, 1755, 1740, 1735)
+
+
+def test_a_gpu_that_slows_down_leaves_no_numbers(fake):
+    timer = fake()
+    record = measured(timer, watch=FakeWatch(slowdowns=[None, None, "thermal slowdown"]), control=True)
+    assert timer.counted == 6  # no further round is run
+    for arm in record.arms.values():
+        assert (arm.status, arm.detail, arm.fwd_us) == ("unstable", "thermal slowdown of the GPU while timing", ())
+    assert {(p.numbers, p.status) for p in points_of(record).values()} == {((None,) * 7, "unstable")}
+
+
+def test_a_record_says_what_was_measured_when_and_by_whom(fake):
+    timer = fake()
+    record = measured(timer, repeat=True)
     assert record.shape == SHAPE
     assert tuple(record.arms) == ("bf16", *RECIPES)
     assert record.measured_at.tzinfo == timezone.utc
     assert record.measured_at.microsecond == 0
-    assert 0 < record.seconds < 60
+    assert (record.process, record.repeat) == (os.getpid(), True)
     assert 0.01 < record.arms["rowwise"].errors["output"] < 0.2
-    assert timer.released == 1
+    assert timer.freed == 1
+
+
+def test_a_record_says_where_the_time_went(fake, clock, monkeypatch):
+    def slow(function, seconds):
+        def run(*args):
+            clock.now += seconds
+            return function(*args)
+
+        return run
+
+    monkeypatch.setattr(measure, "eager_linear", slow(measure.eager_linear, 3.0))
+    timer = fake()
+    timer.prepare = slow(timer.prepare, 0.5)
+    stages = measured(timer).stages
+    assert (stages.compiling_s, stages.loading_s) == (12.0, 2.0)  # of 4 arms
+    assert (stages.settling_s, stages.timing_s) == pytest.approx((0.0105, 0.084), abs=0.001)
+    assert stages.on_device_s == pytest.approx(2.0945, abs=0.001)
 
 
 def caused_by(cause):
@@ -173,8 +264,8 @@ def caused_by(cause):
     ],
     ids=str,
 )
-def test_out_of_memory_in_one_arm_is_that_arms_result(error):
-    timer = FakeTimer(prepare_errors={"rowwise": error})
+def test_out_of_memory_in_one_arm_is_that_arms_result(fake, error):
+    timer = fake(prepare_errors={"rowwise": error})
     record = measured(timer)
     points = points_of(record)
     assert points["rowwise"].numbers == (None,) * 7
@@ -185,23 +276,23 @@ def test_out_of_memory_in_one_arm_is_that_arms_result(error):
     }
     assert type(error).__name__ in record.arms["rowwise"].detail
     assert rounds_of(record) == {"bf16": 8, "tensorwise": 8, "rowwise": 0, "rowwise_with_gw_hp": 8}
-    assert all("rowwise" not in order for order in timer.rounds)
+    assert all("rowwise" not in order for order in timer.orders)
 
 
-def test_out_of_memory_in_bf16_leaves_no_numbers():
-    timer = FakeTimer(prepare_errors={None: torch.OutOfMemoryError("CUDA out of memory")})
+def test_out_of_memory_in_bf16_leaves_no_numbers(fake):
+    timer = fake(prepare_errors={None: torch.OutOfMemoryError("CUDA out of memory")})
     points = points_of(measured(timer))
     assert [(p.numbers, p.status) for p in points.values()] == [((None,) * 7, "out_of_memory")] * 3
-    assert timer.rounds == []
-    assert timer.released == 1
+    assert timer.batches == []
+    assert timer.freed == 1
 
 
-def test_out_of_memory_for_the_operands_is_that_of_every_arm(monkeypatch):
+def test_out_of_memory_for_the_operands_is_that_of_every_arm(fake, monkeypatch):
     def no_memory(shape, device):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Operands, "random", no_memory)
-    record = measured(FakeTimer())
+    record = measured(fake())
     assert {name: arm.status for name, arm in record.arms.items()} == dict.fromkeys(("bf16", *RECIPES), "out_of_memory")
 
 
@@ -210,8 +301,8 @@ def test_out_of_memory_for_the_operands_is_that_of_every_arm(monkeypatch):
     [RuntimeError("out of resource: shared memory"), AssertionError("k"), caused_by(ValueError("memory"))],
     ids=str,
 )
-def test_an_arm_that_raises_is_failed_and_says_why(error):
-    timer = FakeTimer(prepare_errors={"tensorwise": error})
+def test_an_arm_that_raises_is_failed_and_says_why(fake, error):
+    timer = fake(prepare_errors={"tensorwise": error})
     record = measured(timer)
     points = points_of(record)
     assert record.arms["tensorwise"].detail == f"{type(error).__name__}: {error}"
@@ -219,13 +310,13 @@ def test_an_arm_that_raises_is_failed_and_says_why(error):
     assert points["rowwise"].status == points["rowwise_with_gw_hp"].status == "measured"
 
 
-def test_a_long_message_is_cut():
-    timer = FakeTimer(prepare_errors={"tensorwise": RuntimeError("x" * 10_000)})
+def test_a_long_message_is_cut(fake):
+    timer = fake(prepare_errors={"tensorwise": RuntimeError("x" * 10_000)})
     assert len(measured(timer).arms["tensorwise"].detail) == 2000
 
 
-def test_a_wrong_result_is_failed_and_the_others_are_measured():
-    timer = FakeTimer(damage={"rowwise": zeroed_output})
+def test_a_wrong_result_is_failed_and_the_others_are_measured(fake):
+    timer = fake(damage={"rowwise": zeroed_output})
     record = measured(timer)
     arm, points = record.arms["rowwise"], points_of(record)
     assert (arm.status, arm.fwd_us) == ("failed", ())
@@ -233,41 +324,41 @@ def test_a_wrong_result_is_failed_and_the_others_are_measured():
     assert arm.detail.startswith("wrong result: relative errors {'output': 1.0")
     assert points["rowwise"].numbers == (None,) * 7
     assert points["tensorwise"].status == points["rowwise_with_gw_hp"].status == "measured"
-    assert all("rowwise" not in order for order in timer.rounds)
+    assert all("rowwise" not in order for order in timer.orders)
 
 
-def test_a_result_that_is_not_finite_is_failed():
+def test_a_result_that_is_not_finite_is_failed(fake):
     def with_nan(right):
         return Results(right.output.index_fill(0, torch.tensor([1]), torch.nan), right.grad_x, right.grad_weight)
 
-    arm = measured(FakeTimer(damage={"rowwise": with_nan})).arms["rowwise"]
+    arm = measured(fake(damage={"rowwise": with_nan})).arms["rowwise"]
     assert arm.status == "failed"
     assert arm.errors["output"] is None
     assert arm.errors["grad_x"] < 0.2
 
 
-def test_a_wrong_bf16_result_leaves_no_numbers():
-    timer = FakeTimer(damage={None: zeroed_output})
+def test_a_wrong_bf16_result_leaves_no_numbers(fake):
+    timer = fake(damage={None: zeroed_output})
     points = points_of(measured(timer))
     assert [(p.numbers, p.status) for p in points.values()] == [((None,) * 7, "failed")] * 3
-    assert timer.rounds == []
+    assert timer.batches == []
 
 
-def test_without_any_recipe_left_bf16_is_not_timed():
-    timer = FakeTimer(prepare_errors={recipe: RuntimeError("broken") for recipe in RECIPES})
+def test_without_any_recipe_left_bf16_is_not_timed(fake):
+    timer = fake(prepare_errors={recipe: RuntimeError("broken") for recipe in RECIPES})
     points = points_of(measured(timer))
     assert {point.status for point in points.values()} == {"failed"}
-    assert timer.rounds == []
+    assert timer.batches == []
 
 
-def test_rounds_that_fail_leave_no_arm_any_numbers():
+def test_rounds_that_fail_leave_no_arm_any_numbers(clock):
     class FailingTimer(FakeTimer):
-        def round(self, prepared):
-            if len(self.rounds) == 3:
+        def rounds(self, prepared, orders):
+            if self.counted == 4:
                 raise RuntimeError("CUDA error: unspecified launch failure")
-            return super().round(prepared)
+            return super().rounds(prepared, orders)
 
-    timer = FailingTimer(prepare_errors={"tensorwise": torch.OutOfMemoryError("CUDA out of memory")})
+    timer = FailingTimer(clock, prepare_errors={"tensorwise": torch.OutOfMemoryError("CUDA out of memory")})
     record = measured(timer)
     assert rounds_of(record) == dict.fromkeys(("bf16", *RECIPES), 0)
     assert record.arms["bf16"].detail == "RuntimeError: CUDA error: unspecified launch failure"
@@ -275,25 +366,46 @@ def test_rounds_that_fail_leave_no_arm_any_numbers():
     assert record.arms["tensorwise"].status == "out_of_memory"  # its own failure is kept
 
 
-def test_a_device_that_no_longer_answers_is_lost_and_the_record_is_not():
+def test_what_cannot_be_compiled_is_failed_and_the_others_are_measured(fake, monkeypatch):
+    def refuse_rowwise(recipe, shape, inductor, device):
+        if recipe == "rowwise":
+            raise RuntimeError("no such layout")
+        return measure.eager_linear(recipe, shape)
+
+    monkeypatch.setattr(measure, "compiled_linear", refuse_rowwise)
+    record = measured(fake(), {recipe: replaced(p, compile=True) for recipe, p in PROTOCOLS.items()})
+    statuses = {recipe: point.status for recipe, point in points_of(record).items()}
+    assert statuses == {"tensorwise": "measured", "rowwise": "failed", "rowwise_with_gw_hp": "measured"}
+    assert "no such layout" in record.arms["rowwise"].detail
+
+
+def test_a_device_that_no_longer_answers_is_lost_and_the_record_is_not(clock):
     class LostTimer(FakeTimer):
-        def release(self):
+        def free(self, prepared):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(DeviceLostError) as caught:
-        measured(LostTimer(prepare_errors={"rowwise": RuntimeError("CUDA error")}))
+        measured(LostTimer(clock, prepare_errors={"rowwise": RuntimeError("CUDA error")}))
     (record,) = caught.value.args
     assert record.shape == SHAPE
     assert record.arms["rowwise"].status == "failed"
 
 
-def test_a_real_point_on_the_cpu():
-    protocols = make_setup(CPU).protocols
-    record = measured(
-        CpuTimer(), {r: replaced(p, settle_s=0.01) for r, p in protocols.items()}, LinearShape(64, 64, 64)
-    )
+def test_the_memory_of_the_operands_is_given_back_even_if_timing_failed(fake, monkeypatch):
+    made = []
+    real = Operands.random
+    monkeypatch.setattr(Operands, "random", lambda *args: made.append(real(*args)) or made[-1])
+    measured(fake(prepare_errors=dict.fromkeys([None, *RECIPES], RuntimeError("broken"))))
+    (operands,) = made
+    assert {t.untyped_storage().nbytes() for t in (operands.x, operands.weight, operands.grad_output)} == {0}
+
+
+def test_a_real_point_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(measure, "time", time)
+    protocols = {recipe: replaced(protocol, settle_s=0.01) for recipe, protocol in PROTOCOLS.items()}
+    record = measured(CpuTimer(), protocols, LinearShape(64, 64, 64))
     rounds = rounds_of(record)
-    assert set(rounds.values()) <= {8, 12, 16, 24, 32}
+    assert set(rounds.values()) <= set(PROTOCOLS["rowwise"].rounds)
     assert len(set(rounds.values())) == 1
     for arm in record.arms.values():
         assert arm.status == "measured"
@@ -302,9 +414,13 @@ def test_a_real_point_on_the_cpu():
     for point in points_of(record).values():
         assert point.speedup_low <= point.speedup <= point.speedup_high
         assert point.status in ("measured", "ambiguous")
+    assert min(record.stages.compiling_s, record.stages.loading_s, record.stages.timing_s) > 0
 
 
-def test_the_same_seed_gives_the_same_data_and_order():
-    first, second = FakeTimer(), FakeTimer()
-    assert measured(first).arms == measured(second).arms
-    assert first.rounds == second.rounds
+def test_the_same_seed_gives_the_same_data_and_orders_another_gives_others(fake):
+    timers = [fake(speedups={"rowwise": NEAR_NOISE}) for _ in range(3)]
+    records = [measured(timer, seed=seed) for timer, seed in zip(timers, (0, 0, 1), strict=True)]
+    assert records[0].arms == records[1].arms
+    assert timers[0].batches == timers[1].batches
+    assert records[0].arms["rowwise"].errors != records[2].arms["rowwise"].errors
+    assert timers[0].batches != timers[2].batches

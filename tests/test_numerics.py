@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from fp8gate.calibrate.linears import Operands, build_arm
-from fp8gate.calibrate.numerics import MAX_RELATIVE_ERROR, acceptable, relative_errors
+from fp8gate.calibrate.compilation import eager_linear
+from fp8gate.calibrate.linears import Operands
+from fp8gate.calibrate.numerics import MAX_RELATIVE_ERROR, References, acceptable
 from fp8gate.calibrate.timing import Results
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES
@@ -22,9 +23,13 @@ def computed(recipe, shape=ROW_BLOCKS_AND_A_REST):
     """Operands, and what an arm really computes of them."""
     torch.manual_seed(0)
     operands = Operands.random(shape, CPU)
-    arm = build_arm(recipe, operands, compiled=False)
+    arm = eager_linear(recipe, shape).over(operands)
     output = arm.forward()
     return operands, Results(output.detach(), *arm.backward(output))
+
+
+def relative_errors(results, operands):
+    return References(operands).relative_errors(results)
 
 
 def with_one(value):
@@ -117,3 +122,11 @@ def test_one_element_that_is_not_finite_is_not_acceptable(name, value):
 )
 def test_every_error_counts(error, is_acceptable):
     assert acceptable({"output": 0.01, "grad_x": error, "grad_weight": 0.01}) is is_acceptable
+
+
+def test_the_operands_may_be_gone_by_the_time_a_result_is_judged():
+    operands, results = computed("rowwise")
+    references = References(operands)
+    before = references.relative_errors(results)
+    operands.free()
+    assert references.relative_errors(results) == before

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from samples import PROTOCOLS, point_record, replaced, timed_arm
+from samples import PROTOCOLS, point_record, timed_arm
 
 from fp8gate.calibrate import progress
 from fp8gate.calibrate.progress import Bar, Lines, describe, make_observer
@@ -40,7 +40,6 @@ def test_describe_without_bf16_gives_its_status():
 def test_lines_prints_one_line_a_point_with_the_time_left(capsys, clock):
     with Lines(4, PROTOCOLS, Console()) as lines:
         for m, now in ((16, 140.0), (32, 170.0), (48, 180.0), (64, 200.0)):
-            lines.starting(replaced(point_record(), m=m).shape)
             clock.now = now
             lines.finished(point_record((m, 32, 16)))
     captured = capsys.readouterr()
@@ -62,8 +61,7 @@ def test_the_bar_shows_count_shape_and_last_speedups():
     screen = io.StringIO()
     with Bar(2, PROTOCOLS, Console(file=screen, force_terminal=True, width=200)) as bar:
         bar.say("[bold]kept[/bold] as it is")
-        bar.finished(point_record())
-        bar.starting(point_record((4096, 32, 16)).shape)
+        bar.finished(point_record((4096, 32, 16)))
     shown = screen.getvalue()
     assert "[bold]kept[/bold] as it is" in shown
     assert "1/2" in shown

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 from samples import NOON, PROTOCOL, point_record, replaced, timed_arm
 
-from fp8gate.calibrate.records import ArmRecord, PointRecord
+from fp8gate.calibrate.records import CONTROL, ArmRecord, PointRecord, enough
+from fp8gate.calibrate.statistics import Interval
 from fp8gate.filter.shapes import LinearShape
 
 NO_NUMBERS = (None,) * 7
@@ -68,6 +69,55 @@ def test_ambiguous_only_if_the_bounds_straddle_the_threshold_and_are_wide(ratios
 def test_the_tolerance_decides_what_is_wide(tolerance):
     point = record_of(STRADDLES_NARROWLY).point("tensorwise", replaced(PROTOCOL, tolerance=tolerance))
     assert point.status == ("ambiguous" if tolerance < 0.004 else "measured")
+
+
+@pytest.mark.parametrize(
+    ("interval", "spent_s", "is_enough"),
+    [
+        pytest.param(Interval(1.5, 1.499, 1.502), 0.0, True, id="as narrow as asked"),
+        pytest.param(Interval(1.0, 0.999, 1.002), 0.0, True, id="a narrow tie"),
+        pytest.param(Interval(1.5, 1.45, 1.55), 0.09, False, id="wide, far, early"),
+        pytest.param(Interval(1.5, 1.45, 1.55), 0.1, True, id="wide, far, late"),
+        pytest.param(Interval(0.5, 0.45, 0.55), 0.1, True, id="far below"),
+        pytest.param(Interval(1.1, 1.05, 1.15), 0.1, False, id="near"),
+        pytest.param(Interval(0.9, 0.85, 0.95), 0.1, False, id="near below"),
+        pytest.param(Interval(1.5, 0.95, 1.55), 0.1, False, id="far but undecided"),
+        pytest.param(Interval(1.5, 0.95, 1.55), 0.4, True, id="undecided for long"),
+    ],
+)
+def test_rounds_are_spent_where_the_decision_is(interval, spent_s, is_enough):
+    assert enough(interval, PROTOCOL, spent_s) is is_enough  # near: within 15 % of 1.0, 0.4 s; else 0.1 s
+
+
+def with_control(ratios):
+    control_us = [100.0 / ratio for ratio in ratios]
+    return point_record(
+        arms={**record_of([1.5] * len(ratios)).arms, "bf16": timed_arm([100.0] * len(ratios))}
+        | {CONTROL: timed_arm(control_us)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratios", "error"),
+    [
+        pytest.param([1.0] * 8, None, id="the same"),
+        pytest.param([1.004] * 8, None, id="tolerated"),
+        pytest.param([1.03] * 8, 0.03, id="off"),
+        pytest.param([0.97] * 8, 0.03, id="off the other way"),
+        pytest.param([0.95, 1.07] * 4, None, id="chance"),
+    ],
+)
+def test_a_control_is_off_if_that_is_neither_chance_nor_tolerated(ratios, error):
+    found = with_control(ratios).control_error(replaced(PROTOCOL, control=0.005))
+    assert found == (error if error is None else pytest.approx(error))
+
+
+def test_without_a_measured_control_nothing_is_off():
+    off = with_control([1.03] * 8)
+    for lost in ("bf16", CONTROL):
+        record = replaced(off, arms={**off.arms, lost: ArmRecord(status="out_of_memory")})
+        assert record.control_error(PROTOCOL) is None
+    assert record_of(WINS).control_error(PROTOCOL) is None
 
 
 @pytest.mark.parametrize("status", ["out_of_memory", "unstable", "failed"])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fp8gate.calibrate import timing
-from fp8gate.calibrate.linears import INDUCTOR, Operands, build_arm, compile_settings
-from fp8gate.calibrate.numerics import acceptable, relative_errors
-from fp8gate.calibrate.timing import WARM_UP_RUNS, CpuTimer, CudaTimer, Sample
+from fp8gate.calibrate.compilation import compiled_linear, eager_linear
+from fp8gate.calibrate.linears import INDUCTOR, Operands
+from fp8gate.calibrate.numerics import References, acceptable
+from fp8gate.calibrate.timing import WARM_UP_RUNS, CpuTimer, CudaTimer, Sample, balanced_orders
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES
 
@@ -64,13 +68,20 @@ def test_prepare_runs_both_directions_as_often_as_it_takes_to_warm_up(timer, clo
     assert clock.log == ["a forward", "a backward"] * WARM_UP_RUNS
 
 
-def test_a_round_runs_every_arm_once_in_order_with_a_cold_cache_each(timer, clock):
-    timer.round([FakeArm("b", clock), FakeArm("a", clock)])
+def test_a_round_runs_every_arm_once_in_its_order_with_a_cold_cache_each(timer, clock):
+    timer.rounds([FakeArm("a", clock), FakeArm("b", clock)], [(1, 0)])
     assert clock.log == ["flush", "b forward", "flush", "b backward", "flush", "a forward", "flush", "a backward"]
 
 
+def test_samples_are_in_the_order_of_the_arms_whatever_the_order_they_ran_in(timer, clock):
+    slow = FakeArm("slow", clock)
+    slow.forward = lambda: clock.spend("slow forward", 2 * FORWARD_NS)
+    rounds = timer.rounds([slow, FakeArm("fast", clock)], [(0, 1), (1, 0), (1, 0)])
+    assert [[sample.fwd_us for sample in samples] for samples in rounds] == [[21.0, 10.5]] * 3
+
+
 def test_times_are_those_of_the_calls_without_the_flush(timer, clock):
-    samples = timer.round([FakeArm("a", clock), FakeArm("b", clock)])
+    (samples,) = timer.rounds([FakeArm("a", clock), FakeArm("b", clock)], [(0, 1)])
     assert samples == [Sample(fwd_us=10.5, bwd_us=30.0)] * 2
 
 
@@ -83,31 +94,53 @@ def test_results_are_computed_once_more_and_carry_no_graph(timer, clock):
 
 @pytest.mark.parametrize("recipe", [None, *RECIPES])
 def test_a_real_arm_takes_time_and_gives_results_of_its_shapes(recipe):
-    timer = CpuTimer()
-    arm = build_arm(recipe, Operands.random(LinearShape(32, 48, 16), torch.device("cpu")), compiled=False)
-    prepared = timer.prepare(arm)
+    timer, shape = CpuTimer(), LinearShape(32, 48, 16)
+    operands = Operands.random(shape, torch.device("cpu"))
+    prepared = timer.prepare(eager_linear(recipe, shape).over(operands))
     results = timer.results(prepared)
-    ((sample),) = timer.round([prepared])
+    (((sample),),) = timer.rounds([prepared], [(0,)])
     assert sample.fwd_us > 0
     assert sample.bwd_us > 0
     assert (results.output.shape, results.grad_x.shape, results.grad_weight.shape) == ((32, 16), (32, 48), (16, 48))
-    assert acceptable(relative_errors(results, arm.operands))
+    assert acceptable(References(operands).relative_errors(results))
+
+
+@pytest.mark.parametrize("arms", range(2, 6))
+def test_over_a_square_every_arm_follows_every_other_equally_often(arms):
+    rounds = arms if arms % 2 == 0 else 2 * arms
+    orders = balanced_orders(arms, rounds, random.Random(3))
+    assert all(sorted(order) == list(range(arms)) for order in orders)
+    every_arm_equally = Counter(orders[0] * (rounds // arms))
+    assert all(Counter(position) == every_arm_equally for position in zip(*orders, strict=True))
+    follows = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert set(follows) == set(itertools.permutations(range(arms), 2))
+    assert len(set(follows.values())) == 1
+
+
+def test_orders_are_random_but_reproducible_and_as_many_as_asked():
+    orders = balanced_orders(4, 30, random.Random(0))
+    assert len(orders) == 30
+    assert orders == balanced_orders(4, 30, random.Random(0))
+    assert orders != balanced_orders(4, 30, random.Random(1))
+    assert orders[:4] != orders[4:8]  # each square has its own labels
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("recipe", [None, "rowwise"])
-def test_a_captured_arm_computes_what_it_should(recipe):
-    device = torch.device("cuda")
+def test_a_captured_arm_computes_what_it_should_and_gives_its_memory_back(recipe):
+    device, shape = torch.device("cuda"), LinearShape(256, 512, 128)
     timer = CudaTimer(device)
-    operands = Operands.random(LinearShape(256, 512, 128), device)
-    with compile_settings(INDUCTOR[recipe] if recipe else {}):
-        captured = timer.prepare(build_arm(recipe, operands, compiled=recipe is not None))
-    assert acceptable(relative_errors(timer.results(captured), operands))
+    linear = compiled_linear(recipe, shape, INDUCTOR[recipe], "cuda") if recipe else eager_linear(None, shape)
+    operands = Operands.random(shape, device)
+    captured = timer.prepare(linear.over(operands))
+    assert acceptable(References(operands).relative_errors(timer.results(captured)))
     with torch.no_grad():
         operands.x.mul_(-2)  # other data at the same addresses: a replay computes anew
-    assert acceptable(relative_errors(timer.results(captured), operands))
-    samples = timer.round([captured, captured])
-    assert len(samples) == 2
-    assert all(0 < time_us < 1e5 for sample in samples for time_us in (sample.fwd_us, sample.bwd_us))
-    timer.release()
+    assert acceptable(References(operands).relative_errors(timer.results(captured)))
+    rounds = timer.rounds([captured, captured], [(0, 1), (1, 0)])
+    assert [len(samples) for samples in rounds] == [2, 2]
+    assert all(0 < time_us < 1e5 for samples in rounds for s in samples for time_us in (s.fwd_us, s.bwd_us))
+    operands.free()
+    timer.free([captured])
+    assert captured.outputs.output.untyped_storage().nbytes() == 0

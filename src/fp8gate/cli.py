@@ -17,7 +17,7 @@ from tabulate import tabulate
 from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.explain import Explanation, explain
 from fp8gate.filter.find_table import ENVIRONMENT, find_table
-from fp8gate.filter.lookup import Lookup, LookupName
+from fp8gate.filter.lookup import DEFAULT_LOOKUP, Lookup, LookupName
 from fp8gate.filter.models import BUNDLED, linear_roles, load_model
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.shards import local_shape
@@ -105,8 +105,8 @@ def explain_command(
         typer.Option(help=f"A table or folder of tables, before {ENVIRONMENT} and the packaged ones."),
     ] = None,
     lookup: Annotated[
-        LookupName, typer.Option(help="Nearest measured point, or between the points around.")
-    ] = "nearest",
+        LookupName, typer.Option(help="Between the measured points around, or the nearest one.")
+    ] = DEFAULT_LOOKUP,
     min_speedup: Annotated[float, typer.Option(help="Convert from this speedup on.")] = DEFAULT_MIN_SPEEDUP,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:

@@ -1,0 +1,74 @@
+"""How dense must the grid be, and which lookup reads it better?
+
+The committed tables are thinned, and each thinned table decides the shapes off the grid (those of
+benchmarks/against_torchao_rule.py, which says what right and loss are) by its nearest point and by interpolation.
+
+off by: how far the speedup that the lookup predicts is from the measured one, for all but 5 % of the shapes.
+aligned: the same for the shapes whose tokens are a multiple of 128.
+
+Run it: python benchmarks/grid_density.py [--device "NVIDIA H200"]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+import msgspec
+import numpy as np
+from against_torchao_rule import DATA, measured_speedups, score
+from tabulate import tabulate
+
+from fp8gate.filter.decision import decide
+from fp8gate.filter.devices import device_slug
+from fp8gate.filter.find_table import find_table
+from fp8gate.filter.lookup import LOOKUPS, Lookup, LookupName
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import RECIPES, Grid, Table
+
+MIN_SPEEDUP = 1.02
+THINNED = {"all": "", "half of M": "m", "half of K": "k", "half of N": "n", "half of M, K and N": "mkn"}
+TILE = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="NVIDIA H200", help="a device with tables and off-grid data")
+    print(compare(parser.parse_args().device))
+
+
+def compare(device: str) -> str:
+    """Every thinned grid under every lookup for every recipe, as a Markdown table."""
+    rows = []
+    for recipe in RECIPES:
+        truth = measured_speedups(DATA / device_slug(device) / f"{recipe}.yaml")
+        table, _ = find_table(recipe, device=device, tables=None)
+        for name, axes in THINNED.items():
+            for lookup in LOOKUPS:
+                rows.append((recipe, name, lookup, *_judge(_thin(table, axes), lookup, truth)))
+    headers = ("recipe", "grid", "lookup", "points", "right", "mean loss", "worst loss", "off by", "aligned")
+    return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
+
+
+def _judge(table: Table, kind: LookupName, truth: dict[LinearShape, float]) -> tuple[str, ...]:
+    lookup = Lookup(table, kind)
+    decisions = {shape: decide(shape, lookup, min_speedup=MIN_SPEEDUP) for shape in truth}
+    right, mean_loss, worst_loss, _ = score(lambda shape: decisions[shape].convert, truth)
+    off_by = {shape: abs((decisions[shape].speedup or 0.0) / speedup - 1) for shape, speedup in truth.items()}
+    aligned = [off_by[shape] for shape in truth if shape.m % TILE == 0]
+    return str(len(table.points)), right, mean_loss, worst_loss, _p95(off_by.values()), _p95(aligned)
+
+
+def _thin(table: Table, axes: str) -> Table:
+    """The table with every other size of these axes, the smallest kept."""
+    sizes = {axis: getattr(table.grid, axis)[:: 2 if axis in axes else 1] for axis in ("m", "k", "n")}
+    points = tuple(p for p in table.points if p.m in sizes["m"] and p.k in sizes["k"] and p.n in sizes["n"])
+    return msgspec.structs.replace(table, grid=Grid(**sizes), points=points)
+
+
+def _p95(values: Iterable[float]) -> str:
+    return f"{np.quantile(list(values), 0.95):.1%}"
+
+
+if __name__ == "__main__":
+    main()

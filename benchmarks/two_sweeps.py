@@ -1,0 +1,88 @@
+"""How far do two sweeps of the same device agree?
+
+Compares the tables of two folders, recipe by recipe, at the shapes that both measured: the differences of the speedups
+by the time that bf16 takes, the decisions that flip, and how often one sweep's speedup lies within the other's bounds.
+
+Run it: python benchmarks/two_sweeps.py [FIRST SECOND]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+
+from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP
+from fp8gate.filter.table import RECIPES, WITH_NUMBERS, Point, read_table
+
+ROOT = Path(__file__).parents[1]
+BF16_US = (0.0, 30.0, 60.0, 120.0, 300.0, 1000.0, 4000.0, float("inf"))
+QUANTILES = (0.5, 0.9, 0.95, 1.0)
+
+Pair = tuple[Point, Point]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", nargs="?", type=Path, default=ROOT / "thresholds" / "nvidia-h200")
+    parser.add_argument("second", nargs="?", type=Path, default=ROOT / "benchmarks/data/nvidia-h200-second-sweep")
+    arguments = parser.parse_args()
+    print(compare(arguments.first, arguments.second))
+
+
+def compare(first: Path, second: Path) -> str:
+    """Both sweeps' agreement by recipe and by bf16 time, then the flips, as Markdown."""
+    by_recipe = {recipe: _pairs(first / f"{recipe}.yaml", second / f"{recipe}.yaml") for recipe in RECIPES}
+    everything = [pair for pairs in by_recipe.values() for pair in pairs]
+    rows = [_row(recipe, pairs) for recipe, pairs in by_recipe.items()]
+    for low, high in itertools.pairwise(BF16_US):
+        rows.append(_row(f"bf16 {low:g} to {high:g} us", [p for p in everything if low <= _bf16_us(p[0]) < high]))
+    rows.append(_row("all", everything))
+    headers = ("", "speedups", "median", "90 %", "95 %", "worst", "within 0.5 %", "within 1 %", "in the other's bounds")
+    flips = [
+        f"- {recipe} {one.shape}: {one.speedup} and {other.speedup}"
+        for recipe, pairs in by_recipe.items()
+        for one, other in pairs
+        if _converts(one) != _converts(other)
+    ]
+    table = tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
+    return "\n".join([table, "", f"{len(flips)} decisions at {DEFAULT_MIN_SPEEDUP} flip:", *flips])
+
+
+def _pairs(first: Path, second: Path) -> list[Pair]:
+    """The points of both files that have numbers."""
+    one, other = ({p.shape: p for p in read_table(path).points if p.status in WITH_NUMBERS} for path in (first, second))
+    return [(one[shape], other[shape]) for shape in sorted(one.keys() & other.keys())]
+
+
+def _row(name: str, pairs: list[Pair]) -> tuple[str, ...]:
+    apart = np.array([abs(_speedup(other) / _speedup(one) - 1) for one, other in pairs])
+    inside = np.mean([(o.speedup_low or 0) <= _speedup(p) <= (o.speedup_high or 0) for p, o in pairs])
+    shares = [np.mean(apart <= limit) for limit in (0.005, 0.01)]
+    return (
+        name,
+        str(len(pairs)),
+        *(f"{value:.2%}" for value in np.quantile(apart, QUANTILES)),
+        *(f"{share:.0%}" for share in shares),
+        f"{inside:.0%}",
+    )
+
+
+def _bf16_us(point: Point) -> float:
+    return (point.bf16_fwd_us or 0.0) + (point.bf16_bwd_us or 0.0)
+
+
+def _speedup(point: Point) -> float:
+    assert point.speedup, point
+    return point.speedup
+
+
+def _converts(point: Point) -> bool:
+    return _speedup(point) >= DEFAULT_MIN_SPEEDUP
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Compiling without running: what is compiled computes what it should later, and other processes find it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from samples import python
+
+from fp8gate.calibrate.compilation import compiled_linear, eager_linear
+from fp8gate.calibrate.linears import INDUCTOR, Operands
+from fp8gate.calibrate.numerics import References, acceptable
+from fp8gate.calibrate.timing import CpuTimer
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import RECIPES
+
+CPU = torch.device("cpu")
+SHAPE = LinearShape(64, 64, 64)
+
+COMPILE = """
+{first_import}
+import json
+import fp8gate.calibrate.sweep
+from torch._dynamo.utils import counters
+from fp8gate.calibrate.compilation import compiled_linear
+from fp8gate.filter.shapes import LinearShape
+
+compiled_linear("tensorwise", LinearShape(64, 64, 64), {{}}, "cpu")
+print(json.dumps({{name: n for name, n in counters["inductor"].items() if name.startswith("fxgraph_cache")}}))
+"""
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def linears():
+    """All recipes, compiled before any of them runs, as a point's are."""
+    if shutil.which("g++") is None:
+        pytest.skip("compiling for the CPU needs g++")
+    torch._dynamo.reset()
+    return {recipe: compiled_linear(recipe, SHAPE, INDUCTOR[recipe], "cpu") for recipe in RECIPES}
+
+
+def errors_of(linear):
+    """Of the linear over random operands, computed by a timer."""
+    torch.manual_seed(0)
+    operands = Operands.random(SHAPE, CPU)
+    timer = CpuTimer()
+    return References(operands).relative_errors(timer.results(timer.prepare(linear.over(operands))))
+
+
+def test_every_recipe_computes_as_it_does_uncompiled(linears):
+    """Each has its own errors, so none runs another's code."""
+    compiled = {recipe: errors_of(linear) for recipe, linear in linears.items()}
+    eager = {recipe: errors_of(eager_linear(recipe, SHAPE)) for recipe in RECIPES}
+    for recipe in RECIPES:
+        assert acceptable(compiled[recipe])
+        assert compiled[recipe] == pytest.approx(eager[recipe], rel=0.02)
+    assert len({tuple(round(error, 4) for error in errors.values()) for errors in compiled.values()}) == len(RECIPES)
+
+
+def test_it_runs_again_over_other_operands(linears):
+    for _ in range(2):
+        arm = linears["rowwise"].over(Operands.random(SHAPE, CPU))
+        assert acceptable(References(arm.operands).relative_errors(CpuTimer().results(arm)))
+
+
+@needs_compiler
+def test_compiling_runs_nothing(monkeypatch):
+    """Neither kernels nor the code around them: on a GPU another process may be timing."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    def run(*_):
+        raise AssertionError("compiled code ran")
+
+    monkeypatch.setattr(CompiledFxGraph, "__call__", run)
+    linear = compiled_linear("tensorwise", SHAPE, {}, "cpu")
+    with pytest.raises(AssertionError, match="compiled code ran"):
+        linear.over(Operands.random(SHAPE, CPU)).forward()
+
+
+def test_operands_of_another_shape_are_refused_not_recompiled(linears):
+    with pytest.raises(AssertionError, match="size"):
+        linears["tensorwise"].over(Operands.random(LinearShape(32, 64, 64), CPU)).forward()
+
+
+@needs_compiler
+def test_what_the_compiler_refuses_is_raised():
+    with pytest.raises(AttributeError, match="no_such_setting"):
+        compiled_linear("tensorwise", SHAPE, {"no_such_setting": True}, "cpu")
+
+
+@needs_compiler
+def test_other_processes_find_it_whatever_they_imported_first(tmp_path):
+    def compile_after(first_import):
+        process = python("-c", COMPILE.format(first_import=first_import), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+        output, errors = process.communicate()
+        assert output, errors
+        return json.loads(output)
+
+    assert compile_after("") == {"fxgraph_cache_miss": 2}  # forward and backward
+    assert compile_after("import torch") == {"fxgraph_cache_hit": 2}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last, torch.preserve_format])
+def test_a_cache_key_does_not_depend_on_who_imported_torch(monkeypatch, memory_format):
+    key = pickle.dumps(memory_format)
+    assert pickle.loads(key) is memory_format
+    monkeypatch.setattr(sys, "modules", {"first": SimpleNamespace(torch=torch), **sys.modules})
+    assert pickle.dumps(memory_format) == key

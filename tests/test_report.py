@@ -1,0 +1,172 @@
+"""What a report counts and sums over the records of a call, how far repeats are apart, and the text of both."""
+
+from __future__ import annotations
+
+import pytest
+from samples import PROTOCOL, PROTOCOLS, point_record, replaced, timed_arm
+
+from fp8gate.calibrate.records import CONTROL, ArmRecord, Stages
+from fp8gate.calibrate.report import Report, make_report, spread
+from fp8gate.filter.table import Spread
+
+FAILED = ArmRecord(status="failed", detail="broken kernel")
+AMBIGUOUS = [90.0, 110.0] * 4  # against a bf16 of 100 in each round: as often faster as slower
+REPORT = Report(
+    measured=12,
+    resumed=3,
+    retried=2,
+    ambiguous=4,
+    without_numbers=5,
+    capped=6,
+    total_s=100.4,
+    starting_s=20.6,
+    compiling_s=300.0,
+    loading_s=10.0,
+    settling_s=8.0,
+    timing_s=50.0,
+    idle_s=11.0,
+    controls=2,
+    worst_control=0.00312,
+    spread={"tensorwise": Spread(points=7, median=0.001, p95=0.0049, worst=0.01234)},
+)
+
+
+def measured(speedup=2.0, *, k=32, recipe="tensorwise", **fields):
+    """A record whose recipe has this speedup in each round."""
+    arms = {"bf16": timed_arm([100.0] * 8), recipe: timed_arm([100.0 / speedup] * 8)}
+    return point_record((64, k, 16), arms=arms, **fields)
+
+
+def again(speedup, *, k=32, process=8, **fields):
+    return measured(speedup, k=k, process=process, repeat=True, **fields)
+
+
+def controlled(ratio, **fields):
+    """A record whose bf16 differs from itself by this ratio."""
+    record = measured(**fields)
+    return replaced(record, arms={**record.arms, CONTROL: timed_arm([100.0 / ratio] * 8)})
+
+
+def report_of(*records, protocols=PROTOCOLS, **fields):
+    known = {"resumed": 0, "retried": 0, "capped": 0, "total_s": 0.0, "starting_s": 0.0, "idle_s": 0.0}
+    return make_report(records, protocols, **known | fields)
+
+
+def test_what_only_the_sweep_knows_is_taken_over():
+    known = {"resumed": 1, "retried": 2, "capped": 3, "total_s": 4.0, "starting_s": 5.0, "idle_s": 6.0}
+    report = report_of(measured(), **known)
+    assert {name: getattr(report, name) for name in known} == known
+
+
+def test_the_stages_of_all_records_are_summed():
+    one = Stages(compiling_s=1.0, loading_s=2.0, settling_s=3.0, timing_s=4.0)
+    other = Stages(compiling_s=10.0, loading_s=20.0, settling_s=30.0, timing_s=40.0)
+    report = report_of(measured(stages=one), again(2.0, stages=other))
+    assert (report.compiling_s, report.loading_s, report.settling_s, report.timing_s) == (11.0, 22.0, 33.0, 44.0)
+
+
+def test_ambiguous_and_missing_numbers_are_counted_for_each_recipe():
+    ambiguous, won = timed_arm(AMBIGUOUS), timed_arm([50.0] * 8)
+    bf16 = timed_arm([100.0] * 8)
+    report = report_of(
+        point_record(arms={"bf16": bf16, "tensorwise": ambiguous, "rowwise": ambiguous}),
+        point_record(arms={"bf16": bf16, "tensorwise": won, "rowwise": replaced(FAILED, status="out_of_memory")}),
+        point_record(arms={"bf16": FAILED, "tensorwise": won, "rowwise": replaced(FAILED, status="unstable")}),
+    )
+    assert (report.measured, report.ambiguous, report.without_numbers) == (3, 2, 3)
+
+
+def test_a_recipes_own_protocol_says_what_is_ambiguous():
+    lenient = {"tensorwise": replaced(PROTOCOL, tolerance=0.5), "rowwise": PROTOCOL}
+    arms = {"bf16": timed_arm([100.0] * 8), **dict.fromkeys(("tensorwise", "rowwise"), timed_arm(AMBIGUOUS))}
+    assert report_of(point_record(arms=arms), protocols=lenient).ambiguous == 1
+
+
+def test_repeats_are_measured_but_are_no_points_of_the_table():
+    ambiguous = {"bf16": timed_arm([100.0] * 8), "tensorwise": timed_arm(AMBIGUOUS)}
+    missing = {"bf16": timed_arm([100.0] * 8), "tensorwise": FAILED}
+    report = report_of(*(point_record(arms=arms, repeat=True) for arms in (ambiguous, missing)))
+    assert (report.measured, report.ambiguous, report.without_numbers) == (2, 0, 0)
+
+
+@pytest.mark.parametrize(("ratios", "worst"), [((1.01, 1.002), 0.01), ((1.01, 0.97), 0.03)])
+def test_the_worst_control_is_the_furthest_from_one(ratios, worst):
+    report = report_of(measured(), *map(controlled, ratios))
+    assert report.controls == 2
+    assert report.worst_control == pytest.approx(worst)
+
+
+def test_a_control_without_numbers_is_none():
+    failed = replaced(measured(), arms={**measured().arms, CONTROL: FAILED})
+    report = report_of(measured(), failed)
+    assert (report.controls, report.worst_control) == (0, None)
+
+
+def test_an_empty_call_is_all_zeros():
+    report = report_of()
+    assert (report.measured, report.timing_s, report.controls, report.worst_control) == (0, 0, 0, None)
+    assert report.spread == {}
+
+
+def test_the_spread_is_how_far_the_repeats_are_from_the_first_times():
+    apart = {16: 0.01, 32: -0.02, 48: 0.03, 64: -0.04, 80: 0.1}  # by k
+    firsts = [measured(2.0, k=k) for k in apart]
+    repeats = [again(2.0 * (1 + apart[k]), k=k) for k in apart]
+    expected = Spread(points=5, median=0.03, p95=0.088, worst=0.1)  # 95 % is 0.8 of the way from the 4th to the 5th
+    assert spread("tensorwise", PROTOCOL, [*firsts, *repeats]) == expected
+    assert spread("tensorwise", PROTOCOL, [*repeats, *firsts]) == expected
+
+
+def test_one_repeat_is_its_own_quantiles():
+    found = spread("tensorwise", PROTOCOL, [measured(2.0), again(2.5)])
+    assert found == Spread(points=1, median=0.25, p95=0.25, worst=0.25)
+
+
+def test_a_repeat_is_compared_with_the_record_the_table_takes():
+    without_numbers = point_record((64, 32, 16), arms={"bf16": timed_arm([100.0] * 8), "tensorwise": FAILED})
+    records = [measured(4.0), measured(2.0), without_numbers, again(2.5)]
+    assert spread("tensorwise", PROTOCOL, records).worst == 0.25
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        pytest.param([], id="nothing"),
+        pytest.param([measured(2.0), measured(2.5, process=8)], id="measured twice, no repeat"),
+        pytest.param([measured(2.0), again(2.5, process=7)], id="by the same process"),
+        pytest.param([measured(2.0, k=48), again(2.5)], id="of another shape"),
+        pytest.param([measured(2.0), again(2.5, recipe="rowwise")], id="of another recipe"),
+        pytest.param([measured(2.0, recipe="rowwise"), again(2.5)], id="of a recipe that was not measured"),
+        pytest.param([measured(2.0), replaced(again(2.5), arms={"bf16": FAILED, "tensorwise": FAILED})], id="failed"),
+        pytest.param(
+            [replaced(measured(), arms={"bf16": FAILED, "tensorwise": FAILED}), again(2.5)], id="of a failure"
+        ),
+    ],
+)
+def test_other_records_make_no_spread(records):
+    assert spread("tensorwise", PROTOCOL, records) is None
+    assert report_of(*records).spread == {}
+
+
+def test_each_recipe_that_was_repeated_has_its_spread():
+    report = report_of(measured(2.0), again(2.5), measured(2.0, recipe="rowwise"), again(3.0, recipe="rowwise"))
+    assert {recipe: found.worst for recipe, found in report.spread.items()} == {"tensorwise": 0.25, "rowwise": 0.5}
+
+
+def test_the_text_has_every_number():
+    assert REPORT.text().splitlines() == [
+        "12 measured, 3 taken from the journal, 2 retried, 4 ambiguous, 5 without numbers, 6 left out",
+        "100 s: starting 21, then on the device loading and tuning 10, settling 8, timing 50, idle 11; "
+        "compiling 300 s over all processes",
+        "bf16 against itself at 2 points: at most 0.31% apart",
+        "tensorwise again at 7 points: 0.10% apart (median), 0.49% (95th percentile), 1.23% (worst)",
+    ]
+
+
+def test_without_controls_or_repeats_there_is_no_line_for_them():
+    first_two = REPORT.text().splitlines()[:2]
+    assert replaced(REPORT, controls=0, worst_control=None, spread={}).text().splitlines() == first_two
+
+
+def test_a_perfect_control_has_its_line():
+    assert "bf16 against itself at 2 points: at most 0.00% apart" in replaced(REPORT, worst_control=0.0).text()

@@ -10,16 +10,17 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 
-from fp8gate.calibrate.records import CONTROL, PointRecord
+from fp8gate.calibrate.records import CONTROL, PointRecord, Stages
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Protocol, Recipe, Spread
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """Points and seconds of one call. compiling_s is summed over all processes, the others are of the device.
+    """Points and seconds of one call. ambiguous and without_numbers count speedups: one a point and recipe.
 
-    starting_s: until the first point was ready. idle_s: from then on, with nobody's turn on the device. worst_control:
-    the largest |bf16 / bf16 - 1| of the control points. spread: of the points that were measured again.
+    compiling_s is summed over all processes, the others are of the device. starting_s: until the first point was ready.
+    idle_s: from then on, with nobody's turn on the device. worst_control: the largest |bf16 / bf16 - 1| of the control
+    points. spread: of the points that were measured again.
     """
 
     measured: int
@@ -41,8 +42,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     def text(self) -> str:
         lines = [
-            f"{self.measured} measured, {self.resumed} taken from the journal, {self.retried} retried, "
-            f"{self.ambiguous} ambiguous, {self.without_numbers} without numbers, {self.capped} left out",
+            f"{self.measured} points measured, {self.resumed} taken from the journal, {self.retried} retried, "
+            f"{self.capped} left out; {self.ambiguous} speedups ambiguous, {self.without_numbers} without numbers",
             f"{self.total_s:.0f} s: starting {self.starting_s:.0f}, then on the device loading and tuning "
             f"{self.loading_s:.0f}, settling {self.settling_s:.0f}, timing {self.timing_s:.0f}, idle "
             f"{self.idle_s:.0f}; compiling {self.compiling_s:.0f} s over all processes",
@@ -61,6 +62,7 @@ def make_report(
     records: Sequence[PointRecord],
     protocols: Mapping[Recipe, Protocol],
     *,
+    discarded: Sequence[Stages] = (),
     resumed: int,
     retried: int,
     capped: int,
@@ -68,7 +70,8 @@ def make_report(
     starting_s: float,
     idle_s: float,
 ) -> Report:
-    """Count and sum over the records of one call."""
+    """Count and sum over the records of one call; discarded: what was measured again took its time too."""
+    stages = [*(r.stages for r in records), *discarded]
     statuses = [r.point(recipe, protocols[recipe]).status for r in records if not r.repeat for recipe in r.recipes]
     controls = [control for r in records if (control := _control(r)) is not None]
     spreads = {recipe: spread(recipe, protocol, records) for recipe, protocol in protocols.items()}
@@ -81,10 +84,10 @@ def make_report(
         capped=capped,
         total_s=total_s,
         starting_s=starting_s,
-        compiling_s=sum(r.stages.compiling_s for r in records),
-        loading_s=sum(r.stages.loading_s for r in records),
-        settling_s=sum(r.stages.settling_s for r in records),
-        timing_s=sum(r.stages.timing_s for r in records),
+        compiling_s=sum(s.compiling_s for s in stages),
+        loading_s=sum(s.loading_s for s in stages),
+        settling_s=sum(s.settling_s for s in stages),
+        timing_s=sum(s.timing_s for s in stages),
         idle_s=idle_s,
         controls=len(controls),
         worst_control=max(controls, default=None),

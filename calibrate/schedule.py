@@ -57,8 +57,8 @@ class Schedule:
 
     def may_try_after_death(self, task: Task) -> bool:
         """Whether to try again, as its process died; if so, it is scheduled."""
-        self._deaths[task] += 1
-        if self._deaths[task] == MAX_DEATHS:
+        if self._deaths[task] == MAX_DEATHS - 1:
             return False
+        self._deaths[task] += 1
         self._waiting.append(task)
         return True

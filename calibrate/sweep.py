@@ -165,8 +165,10 @@ class _Run:
         self, job: Job, tasks: list[Task], journal: Journal, observer: Observer, stop_after_s: float | None
     ) -> None:
         self.job, self.journal, self.observer = job, journal, observer
+        self.tasks = len(tasks)
         self.schedule = Schedule(tasks)
         self.measured: list[PointRecord] = []
+        self.discarded: list[Stages] = []
         self.off: dict[LinearShape, float] = {}
         self.idle_s = self.starting_s = 0.0
         self.start = time.monotonic()
@@ -176,10 +178,10 @@ class _Run:
 
     def measure(self, workers: int) -> None:
         """Until every task has its record or the time is up."""
-        if self._is_late():
+        if not self.tasks or self._is_late():
             return
         self._look_for_others([])
-        crew = Workers(self.job, workers) if workers else InThisProcess(self.job)
+        crew = Workers(self.job, min(workers, self.tasks)) if workers else InThisProcess(self.job)
         with crew:
             try:
                 for outcome in crew.run(self.schedule):
@@ -198,6 +200,7 @@ class _Run:
         return make_report(
             self.measured,
             self.job.protocols,
+            discarded=self.discarded,
             resumed=resumed,
             retried=self.schedule.retries,
             capped=capped,
@@ -216,8 +219,10 @@ class _Run:
             trouble = f"bf16 against itself differs by {control_error:.1%}"
         if trouble and self.schedule.may_retry(task):
             self.observer.say(f"{task.shape}: {trouble}; measured again later")
+            self.discarded.append(record.stages)
         elif control_error:
             self.observer.say(f"{task.shape}: {trouble}, again: not to be trusted")
+            self.discarded.append(record.stages)
             self.off[task.shape] = control_error
         else:
             self._keep(record)

@@ -48,10 +48,10 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The record; lost: the device failed in this process, which ends. memory_bytes: the most it has held."""
+    """The record; lost: how the device failed in this process, which ends. memory_bytes: the most it has held."""
 
     record: PointRecord
-    lost: bool
+    lost: str
     memory_bytes: int
 
 
@@ -80,9 +80,9 @@ def work(connection: Connection, job: Job) -> None:
         connection.send(Ready())
         inbox.get()
         try:
-            record, lost = bench.measure(point), False
+            record, lost = bench.measure(point), ""
         except DeviceLostError as error:
-            record, lost = error.args[0], True
+            record, lost = error.args[0], str(error.__cause__)
         connection.send(Measured(record, lost, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
         if lost:
             return

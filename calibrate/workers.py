@@ -189,11 +189,11 @@ class Workers:
     def _finished(self, worker: _Worker, task: Task, message: Measured) -> Finished | Died:
         self._lost = self._lost + 1 if message.lost else 0
         if self._lost == MAX_LOST:
-            raise DeviceLostError(message.record)
+            raise DeviceLostError(message.record) from RuntimeError(message.lost)
         if message.lost or message.memory_bytes > MAX_WORKER_BYTES:
             self._replace(self._workers.index(worker))
         if message.lost:
-            return Died(task, "the device failed in its process")
+            return Died(task, f"the device failed in its process ({message.lost})")
         return Finished(task, message.record)
 
     def _bury(self, worker: _Worker) -> Died | None:

@@ -16,6 +16,7 @@ from samples import journal_points, point_record, python, quick_points
 from typer.testing import CliRunner
 
 from fp8gate import cli
+from fp8gate.calibrate import forkserver
 from fp8gate.calibrate import sweep as sweep_module
 from fp8gate.calibrate.gpu_watch import DeviceLock
 from fp8gate.calibrate.measure import DeviceLostError
@@ -72,6 +73,11 @@ def _quick_points(monkeypatch):
     monkeypatch.setattr(sweep_module, "CPU_CONTROL_ERROR", TOLERANT)
     with quick_points():
         yield
+
+
+@pytest.fixture
+def _fewest_rounds(_quick_points, monkeypatch):
+    monkeypatch.setattr(sweep_module, "ROUNDS", (8,))
 
 
 @pytest.fixture
@@ -157,7 +163,7 @@ def test_killed_again_and_again_it_measures_every_point_once(calibrate, start, o
 
     finished = calibrate()
     assert finished.exit_code == 0
-    assert f"{len(SIX_SHAPES) + 1 - before} measured, {before} taken from the journal" in finished.stdout
+    assert f"{len(SIX_SHAPES) + 1 - before} points measured, {before} taken from the journal" in finished.stdout
     measured = journal_points(out)
     assert sorted(measured[:6]) == SIX_SHAPES
     assert len(measured) == len(SIX_SHAPES) + 1  # one of them again, for the spread
@@ -189,7 +195,7 @@ def test_ctrl_c_says_how_to_go_on(start, out):
     assert list(out.rglob("*.yaml")) == []
 
 
-@pytest.mark.usefixtures("_quick_points")
+@pytest.mark.usefixtures("_fewest_rounds")
 def test_stopped_by_the_clock_it_says_so_and_goes_on(calibrate, out):
     stopped = calibrate("--stop-after", "0")
     assert stopped.exit_code == 1
@@ -197,12 +203,12 @@ def test_stopped_by_the_clock_it_says_so_and_goes_on(calibrate, out):
     assert list(out.rglob("*.yaml")) == []
     finished = calibrate("--recipes", "rowwise")
     assert finished.exit_code == 0
-    assert "7 measured, 0 taken from the journal, 0 retried" in finished.stdout
+    assert "7 points measured, 0 taken from the journal, 0 retried" in finished.stdout
     (table,) = out.rglob("*.yaml")
     assert f"wrote {table}: " in finished.stdout
 
 
-@pytest.mark.usefixtures("_quick_points")
+@pytest.mark.usefixtures("_fewest_rounds")
 def test_the_summary_has_speedups_by_k_and_n(calibrate, out):
     lines = calibrate("--recipes", "tensorwise").stdout.splitlines()
     (table,) = (read_table(path) for path in out.rglob("*.yaml"))
@@ -396,6 +402,14 @@ def test_the_device_is_the_cpu_where_there_is_no_gpu(swept, monkeypatch):
     assert swept["device"] == torch.device("cpu")
     assert swept["grid"] == Grid(m=(64, 128), k=(128, 256), n=(128, 256))
     assert str(swept["out"]) == "thresholds"
+
+
+@pytest.mark.parametrize(("args", "starts"), [([], 1), (["--device", "cpu"], 0), (["--workers", "0"], 0)])
+def test_only_where_there_may_be_workers_are_they_prepared_for(swept, monkeypatch, args, starts):
+    started = []
+    monkeypatch.setattr(forkserver, "start_early", lambda: started.append("the server"))
+    assert CliRunner().invoke(cli.app, ["calibrate", "--grid", "quick", *args]).exit_code == 0
+    assert len(started) == starts
 
 
 def test_a_models_local_shapes():

@@ -232,8 +232,7 @@ def test_a_process_holds_the_lock_until_it_is_killed(temporary):
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_another_user_can_take_a_lock_that_is_free(monkeypatch):
-    monkeypatch.undo()
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # only its owner may enter pytest's
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     folder.chmod(0o1777)  # as /tmp is
     try:

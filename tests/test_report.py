@@ -155,7 +155,7 @@ def test_each_recipe_that_was_repeated_has_its_spread():
 
 def test_the_text_has_every_number():
     assert REPORT.text().splitlines() == [
-        "12 measured, 3 taken from the journal, 2 retried, 4 ambiguous, 5 without numbers, 6 left out",
+        "12 points measured, 3 taken from the journal, 2 retried, 6 left out; 4 speedups ambiguous, 5 without numbers",
         "100 s: starting 21, then on the device loading and tuning 10, settling 8, timing 50, idle 11; "
         "compiling 300 s over all processes",
         "bf16 against itself at 2 points: at most 0.31% apart",

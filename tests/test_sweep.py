@@ -746,7 +746,7 @@ def test_a_run_with_nothing_to_measure_takes_no_time(run, script, monkeypatch):
 
 def test_each_other_process_on_the_device_is_named_once(run, script, monkeypatch, capsys):
     own = {os.getpid(): "python"}
-    seen = iter([{5: "train"}, {**own, 5: "train"}, {**own, 5: "train", 6: "eval"}, {**own, 6: "eval"}])
+    seen = iter([{5: "train"}, {**own, 6: "eval"}, {**own, 5: "train", 6: "eval"}, {**own, 6: "eval"}])
     monkeypatch.setattr(sweep_module, "make_watch", lambda device: SimpleNamespace(processes=lambda: next(seen)))
     run()
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
@@ -820,17 +820,23 @@ def crew_sizes(monkeypatch):
         return InThisProcess(job)
 
     monkeypatch.setattr(sweep_module, "Workers", start)
-    monkeypatch.setattr(sweep_module, "default_workers", lambda: 5)
+    monkeypatch.setattr(sweep_module, "default_workers", lambda: 2)
     return sizes
 
 
 @pytest.mark.parametrize(
-    ("compiled", "asked", "sizes"), [(True, None, [5]), (False, None, []), (True, 0, []), (False, 3, [3])]
+    ("compiled", "asked", "sizes"), [(True, None, [2]), (False, None, []), (True, 0, []), (False, 1, [1])]
 )
 def test_only_what_is_compiled_has_workers_unless_told_so(run, script, crew_sizes, compiled, asked, sizes):
     protocols = {recipe: replaced(PROTOCOL, compile=compiled) for recipe in RECIPES}
     run(setup=replaced(SETUP, protocols=protocols), workers=asked)
     assert crew_sizes == sizes
+
+
+def test_no_more_workers_than_there_is_to_measure(run, script, crew_sizes):
+    run(workers=100)
+    run(workers=100)
+    assert crew_sizes == [len(SHAPES) + 1]  # a point is repeated; the second sweep has nothing to do
 
 
 # Tables from records.

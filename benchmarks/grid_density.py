@@ -19,14 +19,13 @@ import numpy as np
 from against_torchao_rule import DATA, measured_speedups, score
 from tabulate import tabulate
 
-from fp8gate.filter.decision import decide
+from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP, decide
 from fp8gate.filter.devices import device_slug
 from fp8gate.filter.find_table import find_table
 from fp8gate.filter.lookup import LOOKUPS, Lookup, LookupName
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES, Grid, Table
 
-MIN_SPEEDUP = 1.02
 THINNED = {"all": "", "half of M": "m", "half of K": "k", "half of N": "n", "half of M, K and N": "mkn"}
 TILE = 128
 
@@ -52,7 +51,7 @@ def compare(device: str) -> str:
 
 def _judge(table: Table, kind: LookupName, truth: dict[LinearShape, float]) -> tuple[str, ...]:
     lookup = Lookup(table, kind)
-    decisions = {shape: decide(shape, lookup, min_speedup=MIN_SPEEDUP) for shape in truth}
+    decisions = {shape: decide(shape, lookup, min_speedup=DEFAULT_MIN_SPEEDUP) for shape in truth}
     right, mean_loss, worst_loss, _ = score(lambda shape: decisions[shape].convert, truth)
     off_by = {shape: abs((decisions[shape].speedup or 0.0) / speedup - 1) for shape, speedup in truth.items()}
     aligned = [off_by[shape] for shape in truth if shape.m % TILE == 0]

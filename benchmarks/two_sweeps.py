@@ -1,7 +1,8 @@
 """How far do two sweeps of the same device agree?
 
-Compares the tables of two folders, recipe by recipe, at the shapes that both measured: the differences of the speedups
-by the time that bf16 takes, the decisions that flip, and how often one sweep's speedup lies within the other's bounds.
+Compares the tables of two folders, recipe by recipe, at the shapes that both measured: the differences of the
+logarithms of the speedups (0.01 is 1 %) by the time that bf16 takes, how often one sweep's speedup lies within the
+other's bounds, and the decisions that flip.
 
 Run it: python benchmarks/two_sweeps.py [FIRST SECOND]
 """
@@ -59,7 +60,7 @@ def _pairs(first: Path, second: Path) -> list[Pair]:
 
 
 def _row(name: str, pairs: list[Pair]) -> tuple[str, ...]:
-    apart = np.array([abs(_speedup(other) / _speedup(one) - 1) for one, other in pairs])
+    apart = np.array([abs(np.log(_speedup(other) / _speedup(one))) for one, other in pairs])
     inside = np.mean([(o.speedup_low or 0) <= _speedup(p) <= (o.speedup_high or 0) for p, o in pairs])
     shares = [np.mean(apart <= limit) for limit in (0.005, 0.01)]
     return (

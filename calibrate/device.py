@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -22,8 +25,8 @@ def choose_device(kind: str | None) -> torch.device:
 def describe_device(device: torch.device) -> Device:
     """The device's facts, from torch and, for a GPU's power limit, NVML."""
     if device.type == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Device(name=cpu_name(), kind="cpu", threads=torch.get_num_threads(), memory_gib=_gib(memory))
+        memory_gib = _gib(physical_memory_bytes())
+        return Device(name=cpu_name(), kind="cpu", threads=torch.get_num_threads(), memory_gib=memory_gib)
     properties = torch.cuda.get_device_properties(device)
     return Device(
         name=properties.name,
@@ -32,8 +35,12 @@ def describe_device(device: torch.device) -> Device:
         multiprocessors=properties.multi_processor_count,
         memory_gib=_gib(properties.total_memory),
         l2_mib=round(properties.L2_cache_size / 2**20, 1),
-        power_limit_w=_nvml_power_limit_w(str(properties.uuid)),
+        power_limit_w=_power_limit_w(str(properties.uuid)),
     )
+
+
+def physical_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def describe_software(device: torch.device) -> Software:
@@ -44,7 +51,7 @@ def describe_software(device: torch.device) -> Software:
         torchao=metadata.version("torchao"),
         triton=_triton_version() if on_gpu else None,
         cuda=torch.version.cuda if on_gpu else None,
-        driver=_nvml_driver() if on_gpu else None,
+        driver=_driver() if on_gpu else None,
         fp8gate=fp8gate.__version__,
     )
 
@@ -59,16 +66,36 @@ def _triton_version() -> str:
     return str(triton.__version__)
 
 
-def _nvml_power_limit_w(uuid: str) -> float:
+@contextlib.contextmanager
+def nvml() -> Iterator[Any]:
+    """NVML's functions. Raises ValueError if it cannot answer."""
     import pynvml
 
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    return float(pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000)
+    try:
+        pynvml.nvmlInit()
+        yield pynvml
+    except pynvml.NVMLError as error:
+        raise ValueError(f"device: expected NVML to answer, the driver's management library; got {error}") from error
 
 
-def _nvml_driver() -> str:
-    import pynvml
+def nvml_handle(uuid: str) -> Any:
+    """NVML's handle of the GPU, or part of one, that torch knows by this UUID."""
+    with nvml() as functions:
+        try:
+            return functions.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        except functions.NVMLError_NotFound:
+            return functions.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
 
-    pynvml.nvmlInit()
-    return str(pynvml.nvmlSystemGetDriverVersion())
+
+def _power_limit_w(uuid: str) -> float | None:
+    """None for what has none of its own, such as a part of a GPU."""
+    with nvml() as functions:
+        try:
+            return float(functions.nvmlDeviceGetPowerManagementLimit(nvml_handle(uuid)) / 1000)
+        except functions.NVMLError_NotSupported:
+            return None
+
+
+def _driver() -> str:
+    with nvml() as functions:
+        return str(functions.nvmlSystemGetDriverVersion())

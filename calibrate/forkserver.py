@@ -8,9 +8,11 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import tempfile
 from multiprocessing.context import ForkServerContext
 
 PRELOADED = (
+    "fp8gate.calibrate.ignore_interrupts",
     "fp8gate.calibrate.worker",
     "torch._inductor.compile_fx",
     "torch._inductor.lowering",
@@ -22,11 +24,20 @@ PRELOADED = (
 )
 
 
-def forkserver_context() -> ForkServerContext:
-    """The context that starts workers; its server imports them once."""
+def start_server() -> ForkServerContext:
+    """The context that starts workers, its server running: it imports once what they need.
+
+    Raises ValueError if the server's socket has no place.
+    """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else asking for a GPU spoils it for forks
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    except OSError as error:
+        if "AF_UNIX" not in str(error):
+            raise
+        raise ValueError(f"TMPDIR: expected a path short enough for a socket; got {tempfile.gettempdir()}") from error
     return context
 
 
@@ -34,9 +45,10 @@ def start_early() -> None:
     """Let the server import torch while this process does, where there is a GPU and so something to compile."""
     import pynvml
 
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return
-    forkserver_context()
-    multiprocessing.forkserver.ensure_running()
+    start_server()

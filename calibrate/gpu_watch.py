@@ -11,8 +11,11 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
+
+from fp8gate.calibrate.device import nvml, nvml_handle
 
 
 class DeviceBusyError(ValueError):
@@ -20,33 +23,37 @@ class DeviceBusyError(ValueError):
 
 
 class GpuWatch:
-    """NVML's view of one GPU."""
+    """NVML's view of one GPU. What the driver does not tell, or not just now, is not known."""
 
     def __init__(self, device: torch.device) -> None:
-        import pynvml
-
-        self._nvml = pynvml
-        pynvml.nvmlInit()
-        self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        with nvml() as self._nvml:
+            self._handle = nvml_handle(str(torch.cuda.get_device_properties(device).uuid))
         self._slowdowns = {
-            pynvml.nvmlClocksEventReasonHwSlowdown: "hardware slowdown",
-            pynvml.nvmlClocksEventReasonHwThermalSlowdown: "hardware thermal slowdown",
-            pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown: "power brake",
-            pynvml.nvmlClocksEventReasonSwThermalSlowdown: "thermal slowdown",
+            self._nvml.nvmlClocksEventReasonHwSlowdown: "hardware slowdown",
+            self._nvml.nvmlClocksEventReasonHwThermalSlowdown: "hardware thermal slowdown",
+            self._nvml.nvmlClocksEventReasonHwPowerBrakeSlowdown: "power brake",
+            self._nvml.nvmlClocksEventReasonSwThermalSlowdown: "thermal slowdown",
         }
 
     def slowdown(self) -> str | None:
         """Why the GPU is slower than it should be now. The power limit is no reason: training runs at it."""
-        reasons = self._nvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle)
+        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
         return ", ".join(name for bit, name in self._slowdowns.items() if reasons & bit) or None
 
-    def sm_clock_mhz(self) -> int:
-        return int(self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM))
+    def sm_clock_mhz(self) -> int | None:
+        clock: int | None = self._ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM)
+        return clock
 
     def processes(self) -> dict[int, str]:
         """Every process that computes on the GPU, by its number, as far as the driver tells."""
-        found = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        found = self._ask("nvmlDeviceGetComputeRunningProcesses") or []
         return {process.pid: self._name(process.pid) for process in found}
+
+    def _ask(self, question: str, *arguments: object) -> Any:
+        try:
+            return getattr(self._nvml, question)(self._handle, *arguments)
+        except self._nvml.NVMLError:
+            return None
 
     def _name(self, pid: int) -> str:
         try:

@@ -17,7 +17,7 @@ from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Device, Grid, Size, load_plain_yaml
 
 MAX_POINT_FLOP = 6 * 2**41
-"""Forward plus backward of one bf16 run: about 20 ms on an H200, where a point takes 2 s. What is
+"""Forward plus backward of one bf16 run: about 20 ms on an H200, where a point takes 1 s. What is
 larger than this is compute-bound, and its nearest neighbour below decides the same way."""
 MAX_CPU_POINT_FLOP = 6 * 2**29
 """The same for a CPU: about 30 ms in bf16 on 2 cores, and five times that in float8."""
@@ -86,14 +86,17 @@ def measuring_order(shapes: Iterable[LinearShape], seed: int) -> list[LinearShap
     return ordered
 
 
-def too_large(shape: LinearShape, device: Device, *, on_grid: bool) -> str | None:
-    """Why a shape is left out on this device, or None. Time only limits a grid, whose corners nobody asked for."""
+def too_large(shape: LinearShape, device: Device, *, on_grid: bool, taken_gib: float = 0.0) -> str | None:
+    """Why a shape is left out on this device, or None. Time only limits a grid, whose corners nobody asked for.
+
+    taken_gib: of the device's memory, by whoever else measures.
+    """
     budget = MAX_POINT_FLOP if device.kind == "cuda" else MAX_CPU_POINT_FLOP
     if on_grid and shape.flop > budget:
         return f"{shape.flop:.2g} FLOP, more than {budget:.2g} a point"
     needed_gib = point_memory_bytes(shape) / 2**30
-    if needed_gib > device.memory_gib * MAX_MEMORY_SHARE:
-        return f"needs about {needed_gib:.0f} GiB of {device.memory_gib}"
+    if needed_gib > device.memory_gib * MAX_MEMORY_SHARE - taken_gib:
+        return f"needs about {needed_gib:.0f} GiB of {device.memory_gib - taken_gib:.1f}"
     return None
 
 

@@ -47,6 +47,10 @@ class Schedule:
     def only_repeats_left(self) -> bool:
         return bool(self._waiting) and all(task.repeat for task in self._waiting)
 
+    def give_back(self, task: Task) -> None:
+        """Not measured, for no fault of the point: it is scheduled again."""
+        self._waiting.append(task)
+
     def may_retry(self, task: Task) -> bool:
         """Whether to measure it again later, as its numbers are not to be trusted; if so, it is scheduled."""
         if self._retries[task] == MAX_RETRIES:

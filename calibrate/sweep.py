@@ -9,12 +9,11 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-import msgspec
 import torch
 
 from fp8gate.calibrate.device import describe_device, describe_software
@@ -25,13 +24,14 @@ from fp8gate.calibrate.linears import DATA, INDUCTOR
 from fp8gate.calibrate.measure import SETTLE_S, DeviceLostError
 from fp8gate.calibrate.progress import Observer, make_observer
 from fp8gate.calibrate.records import ArmName, ArmRecord, PointRecord, Stages
-from fp8gate.calibrate.report import Report, make_report, spread
+from fp8gate.calibrate.report import Report, make_report
 from fp8gate.calibrate.schedule import Schedule, Task
+from fp8gate.calibrate.tables import require_nothing_lost, write_tables
 from fp8gate.calibrate.worker import Job
-from fp8gate.calibrate.workers import Died, InThisProcess, Workers, default_workers
+from fp8gate.calibrate.workers import WORKER_DEVICE_GIB, Died, InThisProcess, Workers, default_workers
 from fp8gate.filter.devices import device_slug
 from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES, Grid, Protocol, Recipe, Table, read_table, write_table
+from fp8gate.filter.table import RECIPES, Device, Grid, Protocol, Recipe, Table
 
 ROUNDS = (8, 12, 16, 24, 32, 48, 64, 96, 128)  # 8 is the fewest that give bounds at 99 %
 CONFIDENCE = 0.99  # looking after every few rounds with 95 % bounds would give 15 % false decisions at a tie, 4 % so
@@ -111,18 +111,15 @@ def sweep(
     fails for good, WorkersDiedError if no worker can start.
     """
     folder = out / device_slug(setup.device.name)
-    wanted = measuring_order(shapes, seed)
-    swept = set(grid_shapes(grid))
-    capped = {shape: why for shape in wanted if (why := too_large(shape, setup.device, on_grid=shape in swept))}
-    wanted = [shape for shape in wanted if shape not in capped]
-    if not wanted:
-        raise ValueError(f"no point to measure: all {len(capped)} were left out, {next(iter(capped.values()), '')}")
     protocols = {recipe: setup.protocols[recipe] for recipe in recipes}
     if workers is None:
-        workers = default_workers() if any(protocol.compile for protocol in protocols.values()) else 0
+        workers = _useful_workers(setup.device, protocols)
+    wanted, capped = _affordable(grid, measuring_order(shapes, seed), setup.device, workers)
+    if not wanted:
+        raise ValueError(f"no point to measure: all {len(capped)} were left out, {next(iter(capped.values()), '')}")
     with DeviceLock(device), Journal(folder, setup, fresh=fresh) as journal:
         if not fresh:
-            _require_nothing_lost(folder, recipes, wanted, journal.records)
+            require_nothing_lost(folder, recipes, wanted, journal.records)
         tasks = _tasks(wanted, recipes, journal.records, seed)
         with make_observer(len(tasks), protocols) as observer:
             _say_start(observer, journal, len(tasks), len(wanted), capped)
@@ -131,31 +128,26 @@ def sweep(
         remaining = len(tasks) - len(run.measured) - len(run.off)
         tables = {}
         if not remaining and not run.off:
-            tables = _write_tables(folder, grid, recipes, journal, fresh)
+            tables = write_tables(folder, grid, recipes, journal, fresh)
         resumed = len(wanted) - sum(not task.repeat for task in tasks)
         return SweepResult(tables, run.report(resumed, len(capped)), remaining, capped, run.off)
 
 
-def make_table(grid: Grid, recipe: Recipe, setup: Setup, records: Sequence[PointRecord]) -> Table:
-    """A recipe's table from a journal's records; where a shape was measured twice, the last with numbers counts.
+def _useful_workers(device: Device, protocols: Mapping[Recipe, Protocol]) -> int:
+    """None where nothing is compiled: workers exist to do that beside the timing."""
+    if not any(protocol.compile for protocol in protocols.values()):
+        return 0
+    return default_workers(device.memory_gib if device.kind == "cuda" else None)
 
-    `measured_at` is that of its newest record, so that the same measurements give the same file. Repeats only go into
-    the protocol's spread.
-    """
-    latest: dict[LinearShape, PointRecord] = {}
-    for record in (r for r in records if recipe in r.arms and not r.repeat):
-        if record.shape not in latest or record.status(recipe) == "measured":
-            latest[record.shape] = record
-    protocol = setup.protocols[recipe]
-    return Table(
-        recipe=recipe,
-        device=setup.device,
-        software=setup.software,
-        protocol=msgspec.structs.replace(protocol, spread=spread(recipe, protocol, records)),
-        measured_at=max(r.measured_at for r in latest.values()),
-        grid=grid,
-        points=tuple(latest[shape].point(recipe, protocol) for shape in sorted(latest)),
-    )
+
+def _affordable(
+    grid: Grid, shapes: Sequence[LinearShape], device: Device, workers: int
+) -> tuple[list[LinearShape], dict[LinearShape, str]]:
+    """The shapes that are measured, and those left out with the reason; each worker keeps some of a GPU's memory."""
+    swept = set(grid_shapes(grid))
+    taken_gib = workers * WORKER_DEVICE_GIB if device.kind == "cuda" else 0.0
+    reasons = {s: too_large(s, device, on_grid=s in swept, taken_gib=taken_gib) for s in shapes}
+    return [s for s in shapes if not reasons[s]], {s: reason for s, reason in reasons.items() if reason}
 
 
 class _Run:
@@ -200,6 +192,7 @@ class _Run:
         return make_report(
             self.measured,
             self.job.protocols,
+            history=self.journal.records,
             discarded=self.discarded,
             resumed=resumed,
             retried=self.schedule.retries,
@@ -275,58 +268,16 @@ def _tasks(
     rng = random.Random(seed)
     controls = set(rng.sample(wanted, _share(CONTROL_SHARE, len(wanted))))
     repeats = rng.sample(wanted, _share(REPEAT_SHARE, len(wanted)))
-    points = [
-        Task(shape, control=shape in controls)
-        for shape in wanted
-        if any((shape, r) not in measured and attempts[shape, r] < MAX_ATTEMPTS for r in recipes)
-    ]
+    left = [s for s in wanted if any((s, r) not in measured and attempts[s, r] < MAX_ATTEMPTS for r in recipes)]
+    if controls.isdisjoint(left):
+        controls.update(left[:1])  # every session has its own
+    points = [Task(shape, control=shape in controls) for shape in left]
     again = [Task(shape, repeat=True) for shape in repeats if any((shape, r) not in repeated for r in recipes)]
     return points + again
 
 
 def _share(share: float, count: int) -> int:
     return max(1, round(share * count))
-
-
-def _require_nothing_lost(
-    folder: Path, recipes: Sequence[Recipe], wanted: Sequence[LinearShape], records: Sequence[PointRecord]
-) -> None:
-    """A small sweep must not replace a large table: raise ValueError before measuring, not after."""
-    for recipe in recipes:
-        path = folder / f"{recipe}.yaml"
-        if path.exists():
-            kept = {*wanted, *(record.shape for record in records if recipe in record.arms)}
-            lost = sum(point.shape not in kept for point in read_table(path).points)
-            if lost:
-                raise ValueError(
-                    f"{path}: {lost} of its points are not in this sweep and would be lost; "
-                    "give another --out, or --fresh to replace the table"
-                )
-
-
-def _write_tables(
-    folder: Path, grid: Grid, recipes: Sequence[Recipe], journal: Journal, fresh: bool
-) -> dict[Path, Table]:
-    """Write everything the journal holds for each recipe: a later, smaller sweep adds to a table."""
-    tables = {}
-    for recipe in recipes:
-        path = folder / f"{recipe}.yaml"
-        table = make_table(grid, recipe, journal.setup, journal.records)
-        tables[path] = table if fresh else _with_earlier_axes(table, path)
-        write_table(tables[path], path)
-    return tables
-
-
-def _with_earlier_axes(table: Table, path: Path) -> Table:
-    """State the axes of the table being replaced too, where their points are in the new one."""
-    if not path.exists():
-        return table
-    earlier, shapes = read_table(path), {point.shape for point in table.points}
-    if not shapes.issuperset(point.shape for point in earlier.points):
-        return table
-    old, new = earlier.grid, table.grid
-    axes = {axis: tuple(sorted({*getattr(old, axis), *getattr(new, axis)})) for axis in ("m", "k", "n")}
-    return msgspec.structs.replace(table, grid=Grid(**axes))
 
 
 def _say_start(observer: Observer, journal: Journal, todo: int, wanted: int, capped: dict[LinearShape, str]) -> None:

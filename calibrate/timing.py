@@ -165,7 +165,7 @@ def balanced_orders(arms: int, rounds: int, rng: random.Random) -> list[list[int
 
     Under a power limit an arm's clock depends on what ran before it; a Williams design spreads that evenly (Williams,
     Australian Journal of Scientific Research A 2, 1949). Each square of `arms` rounds (twice as many for an odd number
-    of arms) is relabelled at random.
+    of arms) is relabelled at random; a last square that is cut short is not balanced.
     """
     orders: list[list[int]] = []
     while len(orders) < rounds:

@@ -47,12 +47,23 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class Broken:
+    """The device cannot be used from this process, which ends; the point is not at fault."""
+
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """The record; lost: how the device failed in this process, which ends. memory_bytes: the most it has held."""
 
     record: PointRecord
     lost: str
     memory_bytes: int
+
+
+class BrokenError(RuntimeError):
+    """The device cannot be used from this process."""
 
 
 class Bench:
@@ -63,10 +74,18 @@ class Bench:
         self._tools: tuple[Timer[Any], Watch] | None = None
 
     def measure(self, point: ReadyPoint) -> PointRecord:
+        """Raises BrokenError if the device cannot be used at all, DeviceLostError if it failed at this point."""
         if not self._tools:
-            timer: Timer[Any] = CudaTimer(self.job.device) if self.job.device.type == "cuda" else CpuTimer()
-            self._tools = timer, make_watch(self.job.device)
+            try:
+                self._tools = _open(self.job.device)
+            except Exception as error:
+                raise BrokenError(f"{type(error).__name__}: {error}") from error
         return measure_point(point, *self._tools, self.job.device, self.job.seed)
+
+
+def _open(device: torch.device) -> tuple[Timer[Any], Watch]:
+    timer: Timer[Any] = CudaTimer(device) if device.type == "cuda" else CpuTimer()
+    return timer, make_watch(device)
 
 
 def work(connection: Connection, job: Job) -> None:
@@ -78,9 +97,13 @@ def work(connection: Connection, job: Job) -> None:
     while isinstance(task := inbox.get(), Task):
         point = make_ready(task, job.protocols, job.device)
         connection.send(Ready())
-        inbox.get()
+        if not isinstance(inbox.get(), Turn):
+            return
         try:
             record, lost = bench.measure(point), ""
+        except BrokenError as error:
+            connection.send(Broken(str(error)))
+            return
         except DeviceLostError as error:
             record, lost = error.args[0], str(error.__cause__)
         connection.send(Measured(record, lost, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))

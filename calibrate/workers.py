@@ -12,14 +12,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from fp8gate.calibrate.forkserver import forkserver_context
+from fp8gate.calibrate.device import physical_memory_bytes
+from fp8gate.calibrate.forkserver import start_server
 from fp8gate.calibrate.measure import DeviceLostError, make_ready
 from fp8gate.calibrate.records import PointRecord
 from fp8gate.calibrate.schedule import Schedule, Task
-from fp8gate.calibrate.worker import Bench, Job, Measured, Ready, Turn, work
+from fp8gate.calibrate.worker import Bench, Broken, BrokenError, Job, Measured, Ready, Turn, work
 from fp8gate.filter.shapes import LinearShape
 
 if TYPE_CHECKING:
@@ -29,6 +31,11 @@ SPARE_CORES = 2  # one for whoever is timing, one for the rest of the machine
 MAX_WORKER_BYTES = 4 * 2**30
 """A worker that has held more ends after its point, and another takes its place. On an H200 machine they hold 1.5 to
 2 GiB after 100 points."""
+MAX_WORKERS = 16  # 14 leave an H200 idle for 1 % of a sweep
+WORKER_DEVICE_GIB = 2.0
+"""What each worker keeps on the GPU: CUDA's context and kernels, the buffer that flushes L2, cuBLAS's workspaces (14
+workers on an H200 kept less than 28 GiB)."""
+MAX_DEVICE_SHARE = 0.25  # of the GPU's memory, for all workers together
 MAX_STEP_S = 600.0  # to compile a point, or to measure it: who takes longer is stuck
 POLL_S = 5.0
 GOODBYE_S = 5.0  # for an idle worker to end by itself
@@ -53,7 +60,7 @@ class Died:
 
 
 class WorkersDiedError(RuntimeError):
-    """Workers die before they have done anything."""
+    """No process can measure anything: none can start, or none can use the device."""
 
 
 @dataclass(slots=True)
@@ -98,7 +105,10 @@ class InThisProcess:
         while task := schedule.next():
             point = make_ready(task, self.job.protocols, self.job.device)
             self.use.begin(time.monotonic())
-            record = bench.measure(point)
+            try:
+                record = bench.measure(point)
+            except BrokenError as error:
+                raise WorkersDiedError(str(error)) from error
             self.use.end(time.monotonic())
             yield Finished(task, record)
 
@@ -115,8 +125,13 @@ class Workers:
         self._lost = 0
 
     def __enter__(self) -> Workers:
-        self._context = forkserver_context()
-        self._workers = [self._start() for _ in range(self._count)]
+        self._context = start_server()
+        try:
+            while len(self._workers) < self._count:
+                self._workers.append(self._start())
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -148,15 +163,17 @@ class Workers:
             self._end_stuck(busy)
             for connection in wait([worker.connection for worker in busy], POLL_S):
                 worker = next(w for w in self._workers if w.connection is connection)
-                outcome = self._hear(worker)
+                outcome = self._hear(worker, schedule)
                 self._give_turn()  # before the outcome is dealt with: the device need not wait for that
                 if outcome:
                     yield outcome
 
     def _deal(self, schedule: Schedule) -> None:
-        for worker in self._workers:
+        for index, worker in enumerate(self._workers):
             if worker.task is None and (task := schedule.next(worker.measured)):
-                worker.take(task)
+                if not worker.process.is_alive():  # while it was idle: the task is not at fault
+                    self._replace(index)
+                self._workers[index].take(task)
 
     def _give_turn(self) -> None:
         """To the one that waits longest, if nobody has the device."""
@@ -172,17 +189,23 @@ class Workers:
             if worker.ready_at is None and time.monotonic() - worker.busy_since > MAX_STEP_S:
                 worker.process.kill()
 
-    def _hear(self, worker: _Worker) -> Finished | Died | None:
+    def _hear(self, worker: _Worker, schedule: Schedule) -> Finished | Died | None:
         try:
             message = worker.connection.recv()
         except (EOFError, OSError):
             return self._bury(worker)
+        if isinstance(message, Broken):
+            self.use.end(time.monotonic())
+            schedule.give_back(worker.finish())
+            self._count_stillborn(message.detail)
+            self._replace(self._workers.index(worker))
+            return None
         if isinstance(message, Ready):
             worker.ready_at = time.monotonic()
             worker.was_ready = True
-            self._stillborn = 0
             return None
         task = worker.finish()
+        self._stillborn = 0
         self.use.end(time.monotonic())
         return self._finished(worker, task, message)
 
@@ -199,13 +222,17 @@ class Workers:
     def _bury(self, worker: _Worker) -> Died | None:
         if worker.has_turn:
             self.use.end(time.monotonic())
-        self._stillborn = 0 if worker.was_ready else self._stillborn + 1
         task = worker.task
         detail = worker.how_it_died()
-        if self._stillborn > MAX_STILLBORN:
-            raise WorkersDiedError(f"{self._stillborn} workers in a row died before their first point: {detail}")
+        if not worker.was_ready:
+            self._count_stillborn(detail)
         self._replace(self._workers.index(worker))
         return Died(task, detail) if task else None
+
+    def _count_stillborn(self, detail: str) -> None:
+        self._stillborn += 1
+        if self._stillborn > MAX_STILLBORN:
+            raise WorkersDiedError(f"{self._stillborn} processes in a row could not measure anything: {detail}")
 
     def _replace(self, index: int) -> None:
         self._workers[index].process.kill()
@@ -215,7 +242,10 @@ class Workers:
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=work, args=(theirs, self.job), daemon=True)
-        process.start()
+        try:
+            process.start()
+        except (EOFError, ConnectionError) as error:
+            raise WorkersDiedError("the process that starts workers died; is there enough memory?") from error
         theirs.close()
         return _Worker(process, ours)
 
@@ -268,12 +298,28 @@ class _Worker:
         self.connection.close()
 
 
+def default_workers(device_gib: float | None = None) -> int:
+    """As many as have a core each, MAX_WORKER_BYTES of memory, and WORKER_DEVICE_GIB of a share of the GPU's."""
+    limits = [usable_cores() - SPARE_CORES, usable_memory_bytes() // MAX_WORKER_BYTES - 1, MAX_WORKERS]
+    if device_gib is not None:
+        limits.append(int(device_gib * MAX_DEVICE_SHARE / WORKER_DEVICE_GIB))
+    return max(1, min(limits))
+
+
 def usable_cores() -> int:
-    """The cores this process may run on, which a job scheduler may have made fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores this process may use: a scheduler or a container may have left it fewer than there are."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _cgroup("cpu.max").partition(" ")
+    return min(allowed, max(1, int(quota) // int(period))) if quota.isdigit() else allowed
 
 
-def default_workers() -> int:
-    """As many as have a core each and MAX_WORKER_BYTES of memory."""
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(usable_cores() - SPARE_CORES, memory_bytes // MAX_WORKER_BYTES - 1))
+def usable_memory_bytes() -> int:
+    """The memory of the machine, or of the container."""
+    limit, memory = _cgroup("memory.max"), physical_memory_bytes()
+    return min(memory, int(limit)) if limit.isdigit() else memory
+
+
+def _cgroup(name: str) -> str:
+    """A limit of the container, as Linux (cgroup v2) shows it; "max" or nothing if there is none."""
+    path = Path("/sys/fs/cgroup") / name
+    return path.read_text().strip() if path.is_file() else ""

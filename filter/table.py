@@ -24,7 +24,7 @@ Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 
 SCHEMA = 1
-SIGNIFICANT_DIGITS = 4  # two sweeps differ by about 0.2 %: a fifth digit would be noise in every diff
+SIGNIFICANT_DIGITS = 4  # two sweeps differ by 0.6 % (median): a fifth digit would be noise in every diff
 
 Size = Annotated[int, msgspec.Meta(gt=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]

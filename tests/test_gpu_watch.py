@@ -59,8 +59,8 @@ class FakeNvml(ModuleType):
 
     def __init__(self, uuid):
         super().__init__("pynvml")
-        names = [name for name in dir(pynvml) if name.startswith("nvmlClocksEventReason")]
-        self.__dict__.update({name: getattr(pynvml, name) for name in (*names, "NVML_CLOCK_SM", "NVMLError")})
+        names = [name for name in dir(pynvml) if name.startswith(("nvmlClocksEventReason", "NVMLError"))]
+        self.__dict__.update({name: getattr(pynvml, name) for name in (*names, "NVML_CLOCK_SM")})
         self.uuid = uuid
         self.initialized = False
         self.reasons = pynvml.nvmlClocksEventReasonNone
@@ -142,7 +142,7 @@ def test_the_clock_is_the_multiprocessors(nvml):
 
 def test_the_watch_is_on_the_gpu_that_torch_uses(nvml):
     nvml.uuid = "GPU-of-another"
-    with pytest.raises(pynvml.NVMLError):
+    with pytest.raises(ValueError, match="Not Found"):
         GpuWatch(CUDA)
 
 

@@ -24,7 +24,8 @@ from fp8gate.calibrate.journal import Journal, JournalError
 from fp8gate.calibrate.measure import DeviceLostError, ReadyPoint
 from fp8gate.calibrate.records import CONTROL, ArmRecord, Stages
 from fp8gate.calibrate.schedule import MAX_RETRIES
-from fp8gate.calibrate.sweep import ROUNDS, make_setup, make_table, sweep
+from fp8gate.calibrate.sweep import ROUNDS, make_setup, sweep
+from fp8gate.calibrate.tables import make_table
 from fp8gate.calibrate.workers import Died, Finished, InThisProcess
 from fp8gate.filter.devices import cpu_name, device_slug
 from fp8gate.filter.shapes import LinearShape
@@ -617,6 +618,21 @@ def test_a_point_without_numbers_is_tried_once_more(run, script):
     assert script.points[-1] == (SHAPES[0], ("tensorwise",))
 
 
+def test_a_table_keeps_its_numbers_when_something_broke(run, script, tmp_path):
+    """Another set-up, as after an upgrade, so that every point is measured again."""
+    run(SHAPES[:1], recipes=["tensorwise", "rowwise"])
+    before = tables_in(tmp_path)
+    upgraded = replaced(SETUP, software=replaced(SETUP.software, torch="2.14.0"))
+    with_rowwise(script, FAILED)
+    with pytest.raises(
+        ValueError, match=r"rowwise\.yaml: 1 of its points .*\(32, 32, 48\) failed: broken kernel.*--fresh"
+    ):
+        run(SHAPES[:1], recipes=["tensorwise", "rowwise"], setup=upgraded)
+    assert tables_in(tmp_path) == before
+    result = run(SHAPES[:1], recipes=["tensorwise", "rowwise"], setup=upgraded, fresh=True)
+    assert [table.points[0].status for table in result.tables.values()] == ["measured", "failed"]
+
+
 def test_a_second_attempt_that_succeeds_counts(run, script):
     with_rowwise(script, FAILED)
     run(SHAPES[:1], recipes=["rowwise"])
@@ -820,7 +836,7 @@ def crew_sizes(monkeypatch):
         return InThisProcess(job)
 
     monkeypatch.setattr(sweep_module, "Workers", start)
-    monkeypatch.setattr(sweep_module, "default_workers", lambda: 2)
+    monkeypatch.setattr(sweep_module, "default_workers", lambda device_gib: 2)
     return sizes
 
 

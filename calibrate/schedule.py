@@ -29,6 +29,7 @@ class Schedule:
 
     def __init__(self, tasks: Iterable[Task]) -> None:
         self._waiting = list(tasks)
+        self._repeated: set[LinearShape] = set()
         self._retries: Counter[Task] = Counter()
         self._deaths: Counter[Task] = Counter()
 
@@ -38,14 +39,17 @@ class Schedule:
         return sum(self._retries.values()) + sum(self._deaths.values())
 
     def next(self, measured: Container[LinearShape] = ()) -> Task | None:
-        """The first task for a process that has measured these shapes: a repeat needs another process."""
+        """The first task for a process that has measured these shapes: a point and its repeat need two processes."""
         for i, task in enumerate(self._waiting):
-            if not (task.repeat and task.shape in measured):
+            is_pair = task.repeat or task.shape in self._repeated
+            if not (is_pair and task.shape in measured):
+                if task.repeat:
+                    self._repeated.add(task.shape)
                 return self._waiting.pop(i)
         return None
 
-    def only_repeats_left(self) -> bool:
-        return bool(self._waiting) and all(task.repeat for task in self._waiting)
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
 
     def give_back(self, task: Task) -> None:
         """Not measured, for no fault of the point: it is scheduled again."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from fp8gate.calibrate.capacity import WORKER_DEVICE_GIB, default_workers
 from fp8gate.calibrate.device import describe_device, describe_software
 from fp8gate.calibrate.gpu_watch import DeviceLock, Watch, foreign, make_watch
 from fp8gate.calibrate.grid import grid_shapes, measuring_order, too_large
@@ -28,7 +29,7 @@ from fp8gate.calibrate.report import Report, make_report
 from fp8gate.calibrate.schedule import Schedule, Task
 from fp8gate.calibrate.tables import require_nothing_lost, write_tables
 from fp8gate.calibrate.worker import Job
-from fp8gate.calibrate.workers import WORKER_DEVICE_GIB, Died, InThisProcess, Workers, default_workers
+from fp8gate.calibrate.workers import Died, InThisProcess, Workers
 from fp8gate.filter.devices import device_slug
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES, Device, Grid, Protocol, Recipe, Table

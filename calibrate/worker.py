@@ -58,7 +58,7 @@ class Measured:
     """The record; lost: how the device failed in this process, which ends. memory_bytes: the most it has held."""
 
     record: PointRecord
-    lost: str
+    lost: str | None
     memory_bytes: int
 
 
@@ -100,14 +100,14 @@ def work(connection: Connection, job: Job) -> None:
         if not isinstance(inbox.get(), Turn):
             return
         try:
-            record, lost = bench.measure(point), ""
+            record, lost = bench.measure(point), None
         except BrokenError as error:
             connection.send(Broken(str(error)))
             return
         except DeviceLostError as error:
             record, lost = error.args[0], str(error.__cause__)
         connection.send(Measured(record, lost, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
-        if lost:
+        if lost is not None:
             return
         del point
         gc.collect()  # compiled functions are in reference cycles

@@ -12,11 +12,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from fp8gate.calibrate.device import physical_memory_bytes
+from fp8gate.calibrate.capacity import MAX_WORKER_BYTES
 from fp8gate.calibrate.forkserver import start_server
 from fp8gate.calibrate.measure import DeviceLostError, make_ready
 from fp8gate.calibrate.records import PointRecord
@@ -27,15 +26,6 @@ from fp8gate.filter.shapes import LinearShape
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
 
-SPARE_CORES = 2  # one for whoever is timing, one for the rest of the machine
-MAX_WORKER_BYTES = 4 * 2**30
-"""A worker that has held more ends after its point, and another takes its place. On an H200 machine they hold 1.5 to
-2 GiB after 100 points."""
-MAX_WORKERS = 16  # 14 leave an H200 idle for 1 % of a sweep
-WORKER_DEVICE_GIB = 2.0
-"""What each worker keeps on the GPU: CUDA's context and kernels, the buffer that flushes L2, cuBLAS's workspaces (14
-workers on an H200 kept less than 28 GiB)."""
-MAX_DEVICE_SHARE = 0.25  # of the GPU's memory, for all workers together
 MAX_STEP_S = 600.0  # to compile a point, or to measure it: who takes longer is stuck
 POLL_S = 5.0
 GOODBYE_S = 5.0  # for an idle worker to end by itself
@@ -154,8 +144,8 @@ class Workers:
         while True:
             self._deal(schedule)
             busy = [worker for worker in self._workers if worker.task]
-            if not busy and schedule.only_repeats_left():
-                self._replace(0)  # everyone has measured these: a fresh process has not
+            if not busy and schedule:
+                self._replace(0)  # everyone has measured what is left: a fresh process has not
                 continue
             if not busy:
                 return
@@ -187,6 +177,7 @@ class Workers:
     def _end_stuck(self, busy: list[_Worker]) -> None:
         for worker in busy:
             if worker.ready_at is None and time.monotonic() - worker.busy_since > MAX_STEP_S:
+                worker.is_stuck = True
                 worker.process.kill()
 
     def _hear(self, worker: _Worker, schedule: Schedule) -> Finished | Died | None:
@@ -210,12 +201,12 @@ class Workers:
         return self._finished(worker, task, message)
 
     def _finished(self, worker: _Worker, task: Task, message: Measured) -> Finished | Died:
-        self._lost = self._lost + 1 if message.lost else 0
+        self._lost = 0 if message.lost is None else self._lost + 1
         if self._lost == MAX_LOST:
             raise DeviceLostError(message.record) from RuntimeError(message.lost)
-        if message.lost or message.memory_bytes > MAX_WORKER_BYTES:
+        if message.lost is not None or message.memory_bytes > MAX_WORKER_BYTES:
             self._replace(self._workers.index(worker))
-        if message.lost:
+        if message.lost is not None:
             return Died(task, f"the device failed in its process ({message.lost})")
         return Finished(task, message.record)
 
@@ -261,6 +252,7 @@ class _Worker:
     has_turn: bool = False
     busy_since: float = 0.0  # with compiling, or with its turn
     was_ready: bool = False
+    is_stuck: bool = False
     measured: set[LinearShape] = field(default_factory=set)
 
     def take(self, task: Task) -> None:
@@ -278,6 +270,8 @@ class _Worker:
         return task
 
     def how_it_died(self) -> str:
+        if self.is_stuck:
+            return f"it took more than {MAX_STEP_S:.0f} s to compile or to measure"
         self.process.join(1)
         code = self.process.exitcode
         if code is not None and code < 0:
@@ -296,30 +290,3 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.connection.close()
-
-
-def default_workers(device_gib: float | None = None) -> int:
-    """As many as have a core each, MAX_WORKER_BYTES of memory, and WORKER_DEVICE_GIB of a share of the GPU's."""
-    limits = [usable_cores() - SPARE_CORES, usable_memory_bytes() // MAX_WORKER_BYTES - 1, MAX_WORKERS]
-    if device_gib is not None:
-        limits.append(int(device_gib * MAX_DEVICE_SHARE / WORKER_DEVICE_GIB))
-    return max(1, min(limits))
-
-
-def usable_cores() -> int:
-    """The cores this process may use: a scheduler or a container may have left it fewer than there are."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _cgroup("cpu.max").partition(" ")
-    return min(allowed, max(1, int(quota) // int(period))) if quota.isdigit() else allowed
-
-
-def usable_memory_bytes() -> int:
-    """The memory of the machine, or of the container."""
-    limit, memory = _cgroup("memory.max"), physical_memory_bytes()
-    return min(memory, int(limit)) if limit.isdigit() else memory
-
-
-def _cgroup(name: str) -> str:
-    """A limit of the container, as Linux (cgroup v2) shows it; "max" or nothing if there is none."""
-    path = Path("/sys/fs/cgroup") / name
-    return path.read_text().strip() if path.is_file() else ""

@@ -23,7 +23,7 @@ def test_tasks_are_dealt_out_once_and_in_order():
 
 def test_an_empty_schedule_has_nothing_to_deal():
     assert dealt(Schedule([])) == []
-    assert not Schedule([]).only_repeats_left()
+    assert not Schedule([])
 
 
 def test_a_process_repeats_no_shape_that_it_measured():
@@ -37,15 +37,14 @@ def test_a_point_is_not_a_repeat_though_its_shape_was_measured():
     assert dealt(Schedule([A, B]), measured={A.shape, B.shape}) == [A, B]
 
 
-def test_only_repeats_are_left_when_all_else_is_dealt_out():
-    schedule = Schedule([A, A_AGAIN, B_AGAIN])
-    assert not schedule.only_repeats_left()
-    schedule.next()
-    assert schedule.only_repeats_left()
-    assert schedule.next({A.shape}) == B_AGAIN
-    assert schedule.only_repeats_left()
-    schedule.next()
-    assert not schedule.only_repeats_left()
+def test_a_point_given_back_does_not_go_where_it_was_repeated():
+    schedule = Schedule([A, A_AGAIN])
+    assert [schedule.next(), schedule.next()] == [A, A_AGAIN]
+    schedule.give_back(A)
+    assert schedule.next({A.shape}) is None
+    assert schedule  # it is left for another process
+    assert schedule.next() == A
+    assert not schedule
 
 
 def test_what_is_given_back_comes_after_all_others():

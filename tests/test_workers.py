@@ -30,8 +30,6 @@ from fp8gate.calibrate.workers import (
     InThisProcess,
     Workers,
     WorkersDiedError,
-    default_workers,
-    usable_cores,
 )
 from fp8gate.filter.shapes import LinearShape
 
@@ -441,30 +439,3 @@ def test_the_device_is_idle_between_turns():
         use.begin(begin)
         use.end(end)
     assert (use.first_turn_at, use.idle_s) == (10.0, 3.5)
-
-
-@pytest.mark.parametrize(
-    ("cores", "memory_gib", "expected"),
-    [(8, 64, 6), (8, 12, 2), (8, 11, 1), (3, 64, 1), (2, 64, 1), (1, 64, 1), (8, 2, 1), (18, 2000, 16), (96, 2000, 16)],
-)
-def test_there_are_as_many_workers_as_cores_and_memory_allow(monkeypatch, cores, memory_gib, expected):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": memory_gib * GIB // 4096}
-    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
-    assert default_workers() == expected
-
-
-def test_cores_that_this_process_may_not_use_do_not_count():
-    before = os.sched_getaffinity(0)
-    assert usable_cores() == len(before)
-    os.sched_setaffinity(0, {min(before)})
-    try:
-        assert usable_cores() == 1
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def test_where_a_process_may_use_all_cores_all_count(monkeypatch):
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    assert usable_cores() == 12

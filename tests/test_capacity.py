@@ -9,7 +9,6 @@ import pytest
 from fp8gate.calibrate import capacity
 from fp8gate.calibrate.capacity import default_workers, usable_cores
 
-
 GIB = 2**30
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -439,3 +439,27 @@ def test_the_device_is_idle_between_turns():
         use.begin(begin)
         use.end(end)
     assert (use.first_turn_at, use.idle_s) == (10.0, 3.5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+@pytest.mark.parametrize("crew", [InThisProcess, lambda job: Workers(job, 2)], ids=["here", "workers"])
+def test_a_device_that_cannot_be_used_is_no_fault_of_the_points(crew):
+    """Its reason is said, and no point has failed."""
+    job = replace(JOB, device=torch.device("cuda"))
+    schedule, outcomes = Schedule(TASKS), []
+    with crew(job) as measuring, pytest.raises(WorkersDiedError, match="CUDA|NVIDIA|cuda"):
+        outcomes.extend(measuring.run(schedule))
+    assert outcomes == []
+
+
+def break_once(folder, step, shape):
+    if step == "measuring" and first_time(folder, "broken"):
+        raise worker.BrokenError("NVMLError: Unknown Error")
+
+
+def test_a_device_that_could_not_be_used_once_is_tried_again(hook_into, tmp_path):
+    hook_into(break_once, tmp_path)
+    with Workers(JOB, 2) as crew:
+        outcomes = list(crew.run(Schedule(TASKS)))
+    assert sorted(outcome.task.shape for outcome in outcomes) == sorted(task.shape for task in TASKS)
+    assert {type(outcome) for outcome in outcomes} == {Finished}

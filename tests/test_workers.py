@@ -447,7 +447,7 @@ def test_a_device_that_cannot_be_used_is_no_fault_of_the_points(crew):
     """Its reason is said, and no point has failed."""
     job = replace(JOB, device=torch.device("cuda"))
     schedule, outcomes = Schedule(TASKS), []
-    with crew(job) as measuring, pytest.raises(WorkersDiedError, match="CUDA|NVIDIA|cuda"):
+    with crew(job) as measuring, pytest.raises(WorkersDiedError, match=r"CUDA|NVIDIA|cuda"):
         outcomes.extend(measuring.run(schedule))
     assert outcomes == []
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import random
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from tabulate import tabulate
 
 from fp8gate.calibrate.device import describe_device
@@ -31,9 +33,13 @@ SETTLE_ROUNDS, ROUNDS = 16, 48
 def main() -> None:
     device = torch.device("cuda")
     timer = CudaTimer(device)
-    rows = [row for shape in spread_shapes(describe_device(device)) for row in compare(shape, timer, device)]
-    headers = ("(m, k, n)", "bf16 us", "recipe", "do_bench", "sweep", "difference")
-    print(tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github"))
+    rows: list[tuple[object, ...]] = []
+    try:
+        for shape in track(spread_shapes(describe_device(device)), console=Console(stderr=True)):
+            rows += compare(shape, timer, device)
+    finally:  # what was measured is shown, also on Ctrl-C
+        headers = ("(m, k, n)", "bf16 us", "recipe", "do_bench", "sweep", "difference")
+        print(tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github"))
 
 
 def spread_shapes(device: Device) -> list[LinearShape]:

@@ -1,14 +1,13 @@
 """A second opinion: `triton.testing.do_bench` on the very graphs that the sweep times, at 20 shapes of all sizes.
 
-do_bench times one arm after the other, each for 0.1 s at a time, and flushes L2 by writing zeros; the sweep interleaves
-the arms and flushes by reading. Where they differ by more than 3 %, LOG.md says why.
+do_bench times forward and backward one after the other, each for 0.1 s, and flushes L2 by writing zeros; the sweep runs
+each arm, forward and backward in turn, until the clock has settled, and flushes by reading. Where they differ by more
+than 3 %, LOG.md says why.
 
 Run it: python benchmarks/against_do_bench.py
 """
 
 from __future__ import annotations
-
-import random
 
 import torch
 from rich.console import Console
@@ -16,18 +15,17 @@ from rich.progress import track
 from tabulate import tabulate
 
 from fp8gate.calibrate.device import describe_device
+from fp8gate.calibrate.gpu_watch import make_watch
 from fp8gate.calibrate.grid import GRIDS, grid_shapes, too_large
 from fp8gate.calibrate.linears import Operands
-from fp8gate.calibrate.measure import make_ready
+from fp8gate.calibrate.measure import make_ready, measure_point
 from fp8gate.calibrate.schedule import Task
-from fp8gate.calibrate.statistics import paired_speedup
-from fp8gate.calibrate.sweep import CONFIDENCE, make_setup
-from fp8gate.calibrate.timing import CapturedArm, CudaTimer, balanced_orders
+from fp8gate.calibrate.sweep import make_setup
+from fp8gate.calibrate.timing import CapturedArm, CudaTimer
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Device
 
 POINTS = 20
-SETTLE_ROUNDS, ROUNDS = 16, 48
 
 
 def main() -> None:
@@ -52,21 +50,20 @@ def spread_shapes(device: Device) -> list[LinearShape]:
 
 def compare(shape: LinearShape, timer: CudaTimer, device: torch.device) -> list[tuple[object, ...]]:
     """Both opinions on every recipe at one shape."""
-    point = make_ready(Task(shape), make_setup(device).protocols, device)
+    protocols = make_setup(device).protocols
+    point = make_ready(Task(shape), protocols, device)
+    record = measure_point(point, timer, make_watch(device), device, seed=0)
     operands = Operands.random(shape, device)
     arms = {name: timer.prepare(linear.over(operands)) for name, linear in point.linears.items()}
-    orders = balanced_orders(len(arms), SETTLE_ROUNDS + ROUNDS, random.Random(0))
-    rounds = timer.rounds(list(arms.values()), orders)[SETTLE_ROUNDS:]
-    total_us = {name: [one[i].fwd_us + one[i].bwd_us for one in rounds] for i, name in enumerate(arms)}
     do_bench_us = {name: bench_us(arm) for name, arm in arms.items()}
     operands.free()
     timer.free(list(arms.values()))
     rows: list[tuple[object, ...]] = []
-    for name in (name for name in arms if name != "bf16"):
-        theirs = do_bench_us["bf16"] / do_bench_us[name]
-        ours = paired_speedup(total_us["bf16"], total_us[name], confidence=CONFIDENCE).estimate
+    for recipe, protocol in protocols.items():
+        theirs = do_bench_us["bf16"] / do_bench_us[recipe]
+        ours = record.speedup(recipe, protocol.confidence).estimate
         rows.append(
-            (shape, f"{do_bench_us['bf16']:.1f}", name, f"{theirs:.3f}", f"{ours:.3f}", f"{ours / theirs - 1:+.1%}")
+            (shape, f"{do_bench_us['bf16']:.1f}", recipe, f"{theirs:.3f}", f"{ours:.3f}", f"{ours / theirs - 1:+.1%}")
         )
     return rows
 

@@ -10,9 +10,10 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,9 +28,11 @@ from fp8gate.calibrate.statistics import paired_speedup
 from fp8gate.calibrate.timing import Sample, Timer, balanced_orders
 from fp8gate.filter.table import Protocol, Recipe
 
-SETTLE_S = 0.15
-"""How long rounds go uncounted before those that count: a GPU that idled boosts its clocks for about 0.1 s of load,
-until the power limit brings them down (by 13 % at (8192, 14336, 4096) on an H200); steady training never idles."""
+SETTLE_S, RUN_S = 0.12, 0.05
+"""An arm runs alone on the device, for SETTLE_S uncounted and then for RUN_S or longer. Under the power limit the clock
+follows what runs, within about 0.1 s (H200, 700 W): 1485 MHz for a bf16 product, 1890 MHz for a rowwise one full of
+casts. Interleaved they share a clock that neither has in training, which made rowwise up to 18 % slower against bf16
+than it is (LOG.md, 2026-11-24)."""
 BUSY_SHARE = 0.5
 """Arms that keep the device busy for less of the time (between flushes and host work) do not reach the power limit: on
 an H200 the clock stays at its maximum, and there is nothing to wait for."""
@@ -118,7 +121,8 @@ class _Session:
         self.prepared: dict[ArmName, Any] = {}
         self.samples: dict[ArmName, list[Sample]] = {}
         self.clocks_mhz: list[int] = []
-        self.marks = [time.perf_counter()]  # after loading, settling, timing
+        self.start = time.perf_counter()
+        self.loading_s = self.settling_s = self.timing_s = 0.0
 
     def run(self) -> dict[ArmName, ArmRecord]:
         names = (*self.point.linears, *self.point.failures)
@@ -129,7 +133,7 @@ class _Session:
             return {name: _failure(error) for name in names}
         for name, linear in self.point.linears.items():
             self._prepare(name, linear.over(self.operands), references)
-        self.marks.append(time.perf_counter())
+        self.loading_s = time.perf_counter() - self.start
         if "bf16" in self.prepared and len(self.prepared) > 1:
             try:
                 self._run_rounds()
@@ -144,13 +148,11 @@ class _Session:
         self.timer.free(list(self.prepared.values()))
 
     def stages(self) -> Stages:
-        spent_s = [round(b - a, 3) for a, b in itertools.pairwise(self.marks)]
-        loading_s, settling_s, timing_s, *_ = (*spent_s, 0.0, 0.0, 0.0)
         return Stages(
             compiling_s=round(self.point.compiling_s, 3),
-            loading_s=loading_s,
-            settling_s=settling_s,
-            timing_s=timing_s,
+            loading_s=round(self.loading_s, 3),
+            settling_s=round(self.settling_s, 3),
+            timing_s=round(self.timing_s, 3),
         )
 
     def _prepare(self, name: ArmName, arm: Arm, references: References) -> None:
@@ -171,46 +173,56 @@ class _Session:
             )
 
     def _run_rounds(self) -> None:
+        """Passes over the arms in random order, each alone, until the bounds or the time decide."""
         protocol = next(iter(self.point.protocols.values()))
-        batch = self._settle(protocol.settle_s)
-        self.marks.append(time.perf_counter())
-        orders = balanced_orders(len(self.prepared), protocol.rounds[-1], self.rng)
+        runs: list[list[ArmName]] = [[name] for name in self.prepared if name not in ("bf16", CONTROL)]
+        runs.append([name for name in ("bf16", CONTROL) if name in self.prepared])  # one power draw, one run
+        start = time.perf_counter()
         for target in protocol.rounds:
-            while (done := len(self.samples["bf16"])) < target:
-                self._run_batch(orders[done : min(target, done + batch)])
-                if slowdown := self.watch.slowdown():
+            for run in self.rng.sample(runs, len(runs)):
+                if slowdown := self._run_alone(run, target - len(self.samples[run[0]]), protocol):
                     self._none_counts(ArmRecord(status="unstable", detail=f"{slowdown} of the GPU while timing"))
                     return
-            spent_s = time.perf_counter() - self.marks[-1]
+            spent_s = time.perf_counter() - start
             if all(self._enough(recipe, spent_s) for recipe in self.point.protocols if recipe in self.prepared):
                 break
-        self.marks.append(time.perf_counter())
 
-    def _settle(self, at_most_s: float) -> int:
+    def _run_alone(self, names: Sequence[ArmName], samples: int, protocol: Protocol) -> str | None:
+        """Settle, then run for run_s, at least `samples` rounds; they become so many samples. Returns a slowdown."""
+        arms = [self.prepared[name] for name in names]
+        start = time.perf_counter()
+        batch = self._settle(arms, protocol.settle_s)
+        settled = time.perf_counter()
+        rounds: list[list[Sample]] = []
+        while len(rounds) < samples or time.perf_counter() < settled + protocol.run_s:
+            rounds += self.timer.rounds(arms, balanced_orders(len(arms), batch, self.rng))
+            if (clock_mhz := self.watch.sm_clock_mhz()) is not None:
+                self.clocks_mhz.append(clock_mhz)
+            if slowdown := self.watch.slowdown():
+                return slowdown
+        for name, of_arm in zip(names, zip(*rounds, strict=True), strict=True):
+            self.samples[name] += condensed(of_arm, samples)
+        self.settling_s += settled - start
+        self.timing_s += time.perf_counter() - settled
+        return None
+
+    def _settle(self, arms: Sequence[Any], at_most_s: float) -> int:
         """Run rounds that do not count until the clock is steady; returns how many fill a batch."""
-        arms = list(self.prepared.values())
         start, batch, passes = time.perf_counter(), 1, 0
         while True:
             before = time.perf_counter()
-            samples = self.timer.rounds(arms, balanced_orders(len(arms), batch, self.rng))
+            rounds = self.timer.rounds(arms, balanced_orders(len(arms), batch, self.rng))
             now, passes = time.perf_counter(), passes + 1
-            busy_s = sum(sample.fwd_us + sample.bwd_us for one in samples for sample in one) / 1e6
+            busy_s = sum(sample.fwd_us + sample.bwd_us for one in rounds for sample in one) / 1e6
             batch = max(1, round(BATCH_S / ((now - before) / batch)))
             is_idle = passes > 1 and busy_s < BUSY_SHARE * (now - before)
             if is_idle or now >= start + at_most_s:
                 return batch
 
-    def _run_batch(self, orders: list[list[int]]) -> None:
-        for one in self.timer.rounds(list(self.prepared.values()), orders):
-            for name, sample in zip(self.prepared, one, strict=True):
-                self.samples[name].append(sample)
-        if (clock_mhz := self.watch.sm_clock_mhz()) is not None:
-            self.clocks_mhz.append(clock_mhz)
-
     def _enough(self, recipe: Recipe, spent_s: float) -> bool:
         bf16, fp8 = ([s.fwd_us + s.bwd_us for s in self.samples[name]] for name in ("bf16", recipe))
         protocol = self.point.protocols[recipe]
-        return enough(paired_speedup(bf16, fp8, confidence=protocol.confidence), protocol, spent_s)
+        return enough(paired_speedup(bf16, fp8, confidence=protocol.confidence), protocol, len(bf16), spent_s)
 
     def _none_counts(self, why: ArmRecord) -> None:
         self.samples.clear()
@@ -225,6 +237,13 @@ class _Session:
             errors=record.errors,
             detail=record.detail,
         )
+
+
+def condensed(rounds: Sequence[Sample], samples: int) -> list[Sample]:
+    """The medians of so many slices of consecutive rounds, as equal as can be."""
+    bounds = [len(rounds) * i // samples for i in range(samples + 1)]
+    slices = [rounds[a:b] for a, b in itertools.pairwise(bounds)]
+    return [Sample(median(s.fwd_us for s in one), median(s.bwd_us for s in one)) for one in slices]
 
 
 def _failure(error: Exception) -> ArmRecord:

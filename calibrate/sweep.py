@@ -22,7 +22,7 @@ from fp8gate.calibrate.gpu_watch import DeviceLock, Watch, foreign, make_watch
 from fp8gate.calibrate.grid import grid_shapes, measuring_order, too_large
 from fp8gate.calibrate.journal import Journal, Setup
 from fp8gate.calibrate.linears import DATA, INDUCTOR
-from fp8gate.calibrate.measure import SETTLE_S, DeviceLostError
+from fp8gate.calibrate.measure import RUN_S, SETTLE_S, DeviceLostError
 from fp8gate.calibrate.progress import Observer, make_observer
 from fp8gate.calibrate.records import ArmName, ArmRecord, PointRecord, Stages
 from fp8gate.calibrate.report import Report, make_report
@@ -34,12 +34,12 @@ from fp8gate.filter.devices import device_slug
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES, Device, Grid, Protocol, Recipe, Table
 
-ROUNDS = (8, 12, 16, 24, 32, 48, 64, 96, 128)  # 8 is the fewest that give bounds at 99 %
+ROUNDS = (8, 16, 24, 32, 48, 64, 96, 128)  # 8 is the fewest that give bounds at 99 %
 CONFIDENCE = 0.99  # looking after every few rounds with 95 % bounds would give 15 % false decisions at a tie, 4 % so
 THRESHOLD = 1.0
 TOLERANCE = 0.01
 PRECISION = 0.0025  # narrower than this, two processes differ by more than the bounds
-NEAR, NEAR_S, FAR_S = 0.15, 0.35, 0.12
+NEAR, NEAR_S, FAR_S = 0.15, 1.0, 0.12  # under the power limit: two passes over the arms, or one
 CONTROL_ERROR = 0.005
 CPU_CONTROL_ERROR = 0.2  # wall-clock times of a shared machine: only gross faults show
 MAX_ATTEMPTS = 2  # a point without numbers is tried once more by the next run: memory may have been taken then
@@ -73,6 +73,7 @@ def make_setup(device: torch.device) -> Setup:
             l2="cold",
             data=DATA,
             settle_s=SETTLE_S,
+            run_s=RUN_S,
             rounds=ROUNDS,
             confidence=CONFIDENCE,
             threshold=THRESHOLD,

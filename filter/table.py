@@ -72,11 +72,12 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the numbers were taken; two tables with different protocols are not comparable.
 
-    Rounds are added, up to each of `rounds` in turn, until the bounds at `confidence` are within `precision` of the
-    speedup, or the rounds have taken near_s where the speedup is within `near` of the threshold or its bounds straddle
-    it, far_s elsewhere. A point whose bounds then still straddle it and are wider than `tolerance` is ambiguous.
-    control: how far bf16 timed against itself may be from 1, beyond chance. spread: of the points that were measured
-    twice.
+    settle_s, run_s: each arm runs alone on the device for settle_s uncounted, then for run_s or longer; a table
+    without run_s is of arms that took turns round by round. Rounds are added, up to each of `rounds` in turn, until the
+    bounds at `confidence` are within `precision` of the speedup, or the point has taken near_s where the speedup is
+    within `near` of the threshold or its bounds straddle it, far_s elsewhere. A point whose bounds then still straddle
+    it and are wider than `tolerance` is ambiguous. control: how far bf16 timed against itself may be from 1, beyond
+    chance. spread: of the points that were measured twice.
     """
 
     timer: Literal["cuda_graphs", "wall_clock"]
@@ -86,6 +87,7 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     l2: Literal["cold"]
     data: str
     settle_s: Annotated[float, msgspec.Meta(ge=0)]
+    run_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     rounds: tuple[Size, ...]
     confidence: Annotated[float, msgspec.Meta(gt=0, lt=1)]
     threshold: Positive

@@ -86,7 +86,13 @@ def test_the_tolerance_decides_what_is_wide(tolerance):
     ],
 )
 def test_rounds_are_spent_where_the_decision_is(interval, spent_s, is_enough):
-    assert enough(interval, PROTOCOL, spent_s) is is_enough  # near: within 15 % of 1.0, 0.4 s; else 0.1 s
+    assert enough(interval, PROTOCOL, 16, spent_s) is is_enough  # near: within 15 % of 1.0, 0.4 s; else 0.1 s
+
+
+@pytest.mark.parametrize(("speedup", "rounds", "is_enough"), [(1.1, 8, False), (1.1, 12, True), (1.5, 8, True)])
+def test_near_the_threshold_the_first_pass_is_not_believed(speedup, rounds, is_enough):
+    narrow = Interval(speedup, speedup * 0.999, speedup * 1.001)
+    assert enough(narrow, PROTOCOL, rounds, 0.0) is is_enough
 
 
 def with_control(ratios):

@@ -10,10 +10,10 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import WITH_NUMBERS, Point, Status, Table
+from fp8gate.filter.table import Point, Status, Table
 
 LookupName = Literal["nearest", "interpolate"]
 LOOKUPS: tuple[LookupName, ...] = get_args(LookupName)
@@ -63,20 +63,23 @@ class Lookup:
             raise ValueError(f"lookup: expected one of {', '.join(LOOKUPS)}; got {kind!r}")
         self.table = table
         self._estimate: Callable[[LinearShape], Estimate] = self._nearest if kind == "nearest" else self._interpolate
-        self._measured = {p.shape: p for p in table.points if p.status in WITH_NUMBERS}
-        self._everything = [(_log2(p.shape), p) for p in table.points]
-        grid = table.grid
-        on_grid = [s for s in self._measured if s.m in grid.m and s.k in grid.k and s.n in grid.n]
-        self._range = _bounding_box(on_grid or self._measured)
+        self._points: dict[Sizes, Point] = {(p.m, p.k, p.n): p for p in table.points}
+        self._logs = {at: tuple(map(math.log, _numbers(p))) for at, p in self._points.items() if p.speedup is not None}
+        self._grid = tuple(map(_Axis, (table.grid.m, table.grid.k, table.grid.n)))
+        self._everywhere = tuple(_Axis(sizes) for sizes in zip(*self._points, strict=True))
+        on_grid = [
+            at for at in self._logs if all(size in axis.sizes for size, axis in zip(at, self._grid, strict=True))
+        ]
+        self._range = [(min(sizes), max(sizes)) for sizes in zip(*(on_grid or self._logs), strict=True)]
 
     def __call__(self, shape: LinearShape) -> Estimate | None:
         """The estimate for `shape`, or None if the table holds no number at all."""
-        return self._estimate(shape) if self._measured else None
+        return self._estimate(shape) if self._logs else None
 
     def _nearest(self, shape: LinearShape) -> Estimate:
         """The nearest point's speedup as it was measured; its times scaled with the work."""
-        point, *_ = self._nearest_point(shape)
-        return self._estimate_from(shape, _numbers(point), measured_at=point.shape, interpolated=False)
+        nearest = self._find_nearest(shape)
+        return self._make(shape, nearest, _numbers(nearest.point), nearest.point.shape, interpolated=False)
 
     def _interpolate(self, shape: LinearShape) -> Estimate:
         """ln of every number, linear in log2 of each axis between the 8 grid points around the shape.
@@ -85,106 +88,129 @@ class Lookup:
         not measured, as the largest are not, fewer tokens stand in: the next m below at which all were. Without any,
         and where the shape itself was measured, this is the nearest point.
         """
-        if shape in self._measured:
-            return self._nearest(shape)
-        inside = self._clamp(shape)
-        fewer_tokens = (m for m in reversed(self.table.grid.m) if m < inside.m)
-        for m in (inside.m, *fewer_tokens):
-            at = LinearShape(m, inside.k, inside.n)
-            if corners := self._corners(at):
-                numbers = [0.0] * 7
-                for point, weight in corners:
-                    numbers = [t + weight * math.log(x) for t, x in zip(numbers, _numbers(point), strict=True)]
-                return self._estimate_from(shape, list(map(math.exp, numbers)), measured_at=at, interpolated=True)
-        return self._nearest(shape)
+        nearest = self._find_nearest(shape)
+        if nearest.distance > 0:
+            on_m, on_k, on_n = self._grid
+            m, k, n = on_m.clamp(shape.m), on_k.clamp(shape.k), on_n.clamp(shape.n)
+            around_k, around_n = on_k.around(k), on_n.around(n)
+            for at_m in (m, *(size for size in reversed(on_m.sizes) if size < m)):
+                if numbers := self._blend(on_m.around(at_m), around_k, around_n):
+                    return self._make(shape, nearest, numbers, LinearShape(at_m, k, n), interpolated=True)
+        return self._make(shape, nearest, _numbers(nearest.point), nearest.point.shape, interpolated=False)
 
-    def _estimate_from(
-        self, shape: LinearShape, numbers: Sequence[float], *, measured_at: LinearShape, interpolated: bool
+    def _blend(self, *around: Sequence[tuple[int, float]]) -> list[float] | None:
+        """The `_numbers` between these sizes of each axis, or None if they were not measured at every corner."""
+        total: list[float] = []
+        for (m, weight_m), (k, weight_k), (n, weight_n) in itertools.product(*around):
+            logs = self._logs.get((m, k, n))
+            if logs is None:
+                return None
+            weight = weight_m * weight_k * weight_n
+            total = [t + weight * x for t, x in zip(total, logs, strict=True)] if total else [weight * x for x in logs]
+        return list(map(math.exp, total))
+
+    def _make(
+        self,
+        shape: LinearShape,
+        nearest: _Nearest,
+        numbers: Sequence[float],
+        measured_at: LinearShape,
+        *,
+        interpolated: bool,
     ) -> Estimate:
         """An estimate for `shape` from the `_numbers` known at `measured_at`."""
-        speedup, low, high, *times_us = numbers
+        speedup, low, high, bf16_fwd_us, bf16_bwd_us, fp8_fwd_us, fp8_bwd_us = numbers
         work = shape.flop / measured_at.flop
-        bf16_fwd_us, bf16_bwd_us, fp8_fwd_us, fp8_bwd_us = (time_us * work for time_us in times_us)
-        point, distance, gap = self._nearest_point(shape)
         return Estimate(
             speedup=speedup,
             speedup_low=low,
             speedup_high=high,
-            bf16_fwd_us=bf16_fwd_us,
-            bf16_bwd_us=bf16_bwd_us,
-            fp8_fwd_us=fp8_fwd_us,
-            fp8_bwd_us=fp8_bwd_us,
-            point=point,
-            distance=distance,
-            outside=self._outside(shape),
-            gap=gap,
+            bf16_fwd_us=bf16_fwd_us * work,
+            bf16_bwd_us=bf16_bwd_us * work,
+            fp8_fwd_us=fp8_fwd_us * work,
+            fp8_bwd_us=fp8_bwd_us * work,
+            point=nearest.point,
+            distance=nearest.distance,
+            outside=nearest.distance > 0 and self._outside(shape),
+            gap=nearest.gap,
             interpolated=interpolated,
         )
 
-    def _nearest_point(self, shape: LinearShape) -> tuple[Point, float, Status | None]:
-        """The nearest point with numbers, its distance, and the status of a nearer one without.
+    def _find_nearest(self, shape: LinearShape) -> _Nearest:
+        """The nearest point with numbers, and the status of a nearer one without.
 
-        Ties go to the lower speedup: converting a layer that loses costs more than leaving one that wins.
+        Ties go to the lower speedup: converting a layer that loses costs more than leaving one that wins. Goes
+        outwards on every axis, and no further than the nearest found so far.
         """
-        exact = self._measured.get(shape)
-        if exact is not None:
-            return exact, 0.0, None
-        at = _log2(shape)
-        # rounded, so that equal distances stay equal whatever the order of their sums
-        ranked = [(round(math.dist(at, where), 9), p) for where, p in self._everything]
-        distance, point = min(
-            ((d, p) for d, p in ranked if p.speedup is not None),
-            key=lambda dp: (dp[0], dp[1].speedup, dp[1].shape),
-        )
-        nearer = [(d, p) for d, p in ranked if p.speedup is None and d < distance]
-        gap = min(nearer, key=lambda dp: (dp[0], dp[1].shape))[1].status if nearer else None
-        return point, distance, gap
-
-    def _corners(self, shape: LinearShape) -> list[tuple[Point, float]] | None:
-        """The measured grid points around a shape with their weights, or None where one was not measured."""
-        grid = self.table.grid
-        sides = [_bracket(size, axis) for size, axis in zip(_sizes(shape), (grid.m, grid.k, grid.n), strict=True)]
-        corners = []
-        for (m, wm), (k, wk), (n, wn) in itertools.product(*sides):
-            point = self._measured.get(LinearShape(m, k, n))
-            if point is None:
-                return None
-            corners.append((point, wm * wk * wn))
-        return corners or None
-
-    def _clamp(self, shape: LinearShape) -> LinearShape:
-        grid = self.table.grid
-        axes = zip(_sizes(shape), (grid.m, grid.k, grid.n), strict=True)
-        return LinearShape(*(min(max(size, axis[0]), axis[-1]) if axis else size for size, axis in axes))
+        at = (shape.m, shape.k, shape.n)
+        if at in self._logs:
+            return _Nearest(self._points[at], 0.0, None)
+        by_m, by_k, by_n = (axis.by_distance(size) for axis, size in zip(self._everywhere, at, strict=True))
+        best = (math.inf, math.inf, at)
+        gaps: list[tuple[float, Sizes]] = []
+        for m_away, m in by_m:
+            if m_away > best[0]:
+                break
+            for k_away, k in by_k:
+                if m_away + k_away > best[0]:
+                    break
+                for n_away, n in by_n:
+                    # rounded, so that equal distances stay equal whatever the order of their sums
+                    away = round(m_away + k_away + n_away, 9)
+                    if away > best[0]:
+                        break
+                    point = self._points.get((m, k, n))
+                    if point is None:
+                        continue
+                    if point.speedup is None:
+                        gaps.append((away, (m, k, n)))
+                    else:
+                        best = min(best, (away, point.speedup, (m, k, n)))
+        gap = min((gap for gap in gaps if gap[0] < best[0]), default=None)
+        return _Nearest(self._points[best[2]], math.sqrt(best[0]), self._points[gap[1]].status if gap else None)
 
     def _outside(self, shape: LinearShape) -> bool:
-        return shape not in self._measured and any(
-            not low <= size <= high for size, (low, high) in zip(_sizes(shape), self._range, strict=True)
-        )
+        sizes = (shape.m, shape.k, shape.n)
+        return any(not low <= size <= high for size, (low, high) in zip(sizes, self._range, strict=True))
 
 
-def _sizes(shape: LinearShape) -> tuple[int, int, int]:
-    return shape.m, shape.k, shape.n
+Sizes = tuple[int, int, int]
 
 
-def _log2(shape: LinearShape) -> tuple[float, ...]:
-    return tuple(map(math.log2, _sizes(shape)))
+class _Nearest(NamedTuple):
+    """See `Estimate`."""
+
+    point: Point
+    distance: float
+    gap: Status | None
 
 
-def _bounding_box(shapes: Iterable[LinearShape]) -> list[tuple[int, int]]:
-    return [(min(axis), max(axis)) for axis in zip(*map(_sizes, shapes), strict=True)]
+class _Axis:
+    """The sizes along one dimension, ascending, and the distances between them in octaves."""
 
+    def __init__(self, sizes: Iterable[int]) -> None:
+        self.sizes = sorted(set(sizes))
+        self._log2 = [(math.log2(size), size) for size in self.sizes]
 
-def _bracket(size: int, axis: tuple[int, ...]) -> list[tuple[int, float]]:
-    """The axis values around a size, each with its weight in log2 space; one value if it is on the axis."""
-    if size in axis:
-        return [(size, 1.0)]
-    i = bisect_right(axis, size)
-    if not 0 < i < len(axis):
-        return []
-    low, high = axis[i - 1], axis[i]
-    share = math.log2(size / low) / math.log2(high / low)
-    return [(low, 1.0 - share), (high, share)]
+    def clamp(self, size: int) -> int:
+        """Moved to the border of the axis, if it has one."""
+        return min(max(size, self.sizes[0]), self.sizes[-1]) if self.sizes else size
+
+    def around(self, size: int) -> list[tuple[int, float]]:
+        """The sizes on both sides with their weights in log2; one if it is on the axis, none outside of it."""
+        i = bisect_right(self._log2, (math.log2(size), size))
+        if i and self.sizes[i - 1] == size:
+            return [(size, 1.0)]
+        if not 0 < i < len(self.sizes):
+            return []
+        (low_log2, low), (high_log2, high) = self._log2[i - 1 : i + 1]
+        share = (math.log2(size) - low_log2) / (high_log2 - low_log2)
+        return [(low, 1.0 - share), (high, share)]
+
+    def by_distance(self, size: int) -> list[tuple[float, int]]:
+        """Every size with its squared distance, nearest first."""
+        at = math.log2(size)
+        return sorted(((log2 - at) ** 2, other) for log2, other in self._log2)
 
 
 def _numbers(point: Point) -> list[float]:

@@ -2,30 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 _NOT_PRODUCTS = ("embedding_dim", "nf", "normalized_shape")
 """Attributes of layers with a 2-D weight that are no float8 candidates: nn.Embedding looks its rows up, norms scale,
 and the Conv1D of transformers stores its weight transposed and is no nn.Linear, so torchao cannot convert it."""
 
+_TENSOR_PARALLEL = ("tp", "tensor", "tensor_parallel")
+"""Names of the mesh dimension that divides layers. Others (dp, fsdp, ...) divide storage: FSDP gathers before use."""
 
-def linear_size(layer: object) -> tuple[int, int] | str:
-    """(in_features, out_features) of a layer or layer config, or for anything else the reason it is no candidate.
+
+class LinearSize(NamedTuple):
+    """A layer's sizes. is_local: a rank's part already, which no plan divides again."""
+
+    in_features: int
+    out_features: int
+    is_local: bool = False
+
+
+def linear_size(layer: object) -> LinearSize | str:
+    """The sizes of a layer or layer config, or for anything else the reason it is no candidate.
 
     Accepted: any object with integer `in_features` and `out_features` (nn.Linear, torchtitan's Linear.Config), or
-    with a 2-D `weight` of shape (out_features, in_features). torchao's Float8Linear is already converted.
+    with a 2-D `weight` of shape (out_features, in_features). Of a weight that tensor parallelism has divided (a
+    DTensor), the local part counts. torchao's Float8Linear is already converted.
     """
-    if _is_float8(layer):
+    if _is_float8(type(layer)):
         return "already float8"
-    sizes = (getattr(layer, "in_features", None), getattr(layer, "out_features", None))
-    if all(isinstance(size, int) for size in sizes):
-        return sizes if all(sizes) else "of no size yet"  # type: ignore[return-value]
-    shape: Any = getattr(getattr(layer, "weight", None), "shape", ())
+    weight = getattr(layer, "weight", None)
+    if hasattr(weight, "placements") and (local := _local_size(layer, weight)):
+        return local
+    in_features, out_features = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    if isinstance(in_features, int) and isinstance(out_features, int):
+        return LinearSize(in_features, out_features) if in_features and out_features else "of no size yet"
+    shape: Any = getattr(weight, "shape", ())
     if len(shape) == 2 and not any(hasattr(layer, attribute) for attribute in _NOT_PRODUCTS):
-        return int(shape[1]), int(shape[0])
+        return LinearSize(int(shape[1]), int(shape[0]))
     return "not a linear layer"
 
 
-def _is_float8(layer: object) -> bool:
+def _local_size(layer: object, weight: Any) -> LinearSize | None:
+    """What the tensor parallel dimensions of the weight's mesh leave of it, or None if they do not divide it.
+
+    Without names, a mesh is a tensor parallel one if `parallelize_module` has marked the layer.
+    """
+    mesh = weight.device_mesh
+    names = mesh.mesh_dim_names or [_TENSOR_PARALLEL[0] if _is_parallelized(layer) else ""] * mesh.ndim
+    sizes = list(weight.shape)
+    for i, (name, placement) in enumerate(zip(names, weight.placements, strict=True)):
+        if name in _TENSOR_PARALLEL and placement.is_shard():
+            sizes[placement.dim] = -(-sizes[placement.dim] // mesh.size(i))  # the first ranks' part if it is uneven
+    if sizes == list(weight.shape):
+        return None
+    return LinearSize(int(sizes[1]), int(sizes[0]), is_local=True)
+
+
+def _is_parallelized(layer: object) -> bool:
+    return getattr(layer, "_distribute_module_applied", False)
+
+
+_FLOAT8: dict[type, bool] = {}
+
+
+def _is_float8(cls: type) -> bool:
     """torchao's Float8Linear, subclasses of it, and their nested Config classes as torchtitan has them."""
-    return any("Float8Linear" in cls.__qualname__.split(".") for cls in type(layer).__mro__)
+    if cls not in _FLOAT8:
+        _FLOAT8[cls] = any("Float8Linear" in ancestor.__qualname__.split(".") for ancestor in cls.__mro__)
+    return _FLOAT8[cls]

@@ -1,0 +1,76 @@
+"""What a user should know before trusting a filter's answers: a warning category each, any of which can be an error."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Policy = Literal["ignore", "warn", "error"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+
+class FilterWarning(UserWarning):
+    """Every warning of the filter; raised as what it is where it is an error."""
+
+
+class StaleTableWarning(FilterWarning):
+    """The table was measured with another torch, torchao, triton or driver than is here."""
+
+
+class OutsideGridWarning(FilterWarning):
+    """A layer's shape lies outside what was measured: the answer is that of the border."""
+
+
+class AmbiguousPointWarning(FilterWarning):
+    """The point nearest to a layer's shape could not be told from 1.0."""
+
+
+class MissingPointWarning(FilterWarning):
+    """The point nearest to a layer's shape has no number: it failed, did not fit into memory, or was unstable."""
+
+
+class UnmatchedPatternWarning(FilterWarning):
+    """A pattern of `filter_fqns` or of the parallel plan matched no linear."""
+
+
+class NothingConvertedWarning(FilterWarning):
+    """No linear was converted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing to know."""
+
+    category: type[FilterWarning]
+    message: str
+
+
+class Findings:
+    """What was found, each once, and dealt with as the category's policy says."""
+
+    def __init__(self, policies: Mapping[type[FilterWarning], Policy]) -> None:
+        self._policies = policies
+        self._known: dict[Finding, None] = {}
+        self._pending: list[Finding] = []
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self._known)
+
+    def add(self, category: type[FilterWarning], message: str) -> None:
+        """Note a finding, to be dealt with by `settle`. An error is raised as often as it is found."""
+        finding, policy = Finding(category, message), self._policies[category]
+        if policy == "error" or (policy == "warn" and finding not in self._known):
+            self._pending.append(finding)
+            self._known[finding] = None
+
+    def settle(self, stacklevel: int = 3) -> None:
+        """Warn of what was added since the last time, then raise all errors as one, of the first one's category."""
+        pending, self._pending = self._pending, []
+        errors = [finding for finding in pending if self._policies[finding.category] == "error"]
+        for finding in pending:
+            if finding not in errors:
+                warnings.warn(finding.message, finding.category, stacklevel=stacklevel)
+        if errors:
+            raise errors[0].category("\n".join(finding.message for finding in errors))

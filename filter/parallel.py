@@ -1,0 +1,195 @@
+"""The shape a rank multiplies: what tensor, sequence and context parallelism make of a linear. Pure; needs no torch.
+
+In: degrees and the plan that `parallelize_module` is given. Out: local (m, k, n) by layer name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from fp8gate.filter.shapes import LinearShape
+
+Style = Literal["colwise", "rowwise", "sequence", "replicated"]
+"""What a rank holds of a linear: out_features / tp, in_features / tp, all of it over tokens / tp, or all of it."""
+
+PlanName = Literal["torchtitan", "transformers"]
+READY_PLANS: dict[PlanName, dict[str, Style]] = {
+    "torchtitan": {
+        **dict.fromkeys((f"layers.*.attention.{name}" for name in ("wq", "wk", "wv")), "colwise"),
+        **dict.fromkeys(
+            (f"layers.*.attention.qkv_linear.{name}" for name in ("wq", "wk", "wv", "wkv", "wqkv")), "colwise"
+        ),
+        "layers.*.attention.wo": "rowwise",
+        "layers.*.feed_forward.w1": "colwise",
+        "layers.*.feed_forward.w3": "colwise",
+        "layers.*.feed_forward.w2": "rowwise",
+        "output": "colwise",
+        "lm_head": "colwise",
+    },
+    "transformers": {
+        **dict.fromkeys((f"model.layers.*.self_attn.{name}_proj" for name in ("q", "k", "v")), "colwise"),
+        "model.layers.*.self_attn.o_proj": "rowwise",
+        "model.layers.*.mlp.gate_proj": "colwise",
+        "model.layers.*.mlp.up_proj": "colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
+        "lm_head": "colwise",
+    },
+}
+"""Llama-style names. torchtitan's are those of its modules and of its config tree, where wk and wv share `wkv`."""
+
+_CLASSES: dict[str, Style] = {
+    "ColwiseParallel": "colwise",
+    "RowwiseParallel": "rowwise",
+    "SequenceParallel": "sequence",
+}
+"""torch's styles, transformers' of the same names, and their subclasses, such as torchao's Float8ColwiseParallel."""
+_BASES = ("ParallelStyle", "TensorParallelLayer")
+"""Every other style of torch or transformers prepares inputs and outputs, or replicates."""
+
+_STRINGS: dict[str, Style] = {
+    **dict.fromkeys(("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise", "local_colwise"), "colwise"),
+    **dict.fromkeys(("rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise", "local_rowwise"), "rowwise"),
+    **dict.fromkeys(("sequence", "sequence_parallel"), "sequence"),
+    **dict.fromkeys(("replicated", "replicate", "replicated_with_grad_allreduce", "all_reduce"), "replicated"),
+    **dict.fromkeys(("mla_kv_a_proj", "embedding_rowwise", "embedding_colwise", "local", "local_params"), "replicated"),
+    **dict.fromkeys(("moe_tp_experts", "moe_identity_expert", "grouped_gemm", "ep_router", "gather"), "replicated"),
+}
+"""Our own names, and the strings of a transformers tp_plan: those of embeddings and experts divide no linear."""
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""What torch.compile, activation checkpointing and FSDP put into module names."""
+
+
+class ShardError(ValueError):
+    """A layer that a degree does not divide; the message names the dimension."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How a model is divided among ranks, other than by data parallelism, which leaves shapes as they are.
+
+    tp: tensor parallel degree. plan: which layers it divides, and how: the mapping given to `parallelize_module`
+    (fully qualified name pattern -> ColwiseParallel(), RowwiseParallel(), SequenceParallel(), a subclass of these, or a
+    mapping again, for a submodule), a transformers `tp_plan` of strings, or the name of a ready one, "torchtitan" or
+    "transformers". A layer in no pattern is whole on every rank. cp: context parallel degree, which divides the tokens.
+
+    Sequence parallelism changes nothing for the linears of such a plan: they gather their input first, or scatter their
+    output, and multiply all tokens. Give a linear that stays within the divided sequence the style "sequence".
+    Raises ValueError for a degree below 1, a tp without a plan, or a style that is not known.
+    """
+
+    tp: int = 1
+    cp: int = 1
+    plan: Mapping[str, Any] | PlanName = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "cp"):
+            degree = getattr(self, name)
+            if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+                raise ValueError(f"parallel.{name}: expected a degree of at least 1; got {degree!r}")
+        if self.tp > 1 and not self.patterns():
+            raise ValueError(f"parallel.plan: expected the plan that tp = {self.tp} follows; got an empty one")
+
+    def patterns(self) -> list[Pattern]:
+        """The plan, flat. Of several patterns that match a layer, the last that divides it counts."""
+        if not isinstance(self.plan, str):
+            return list(_flatten(self.plan, ()))
+        if self.plan not in READY_PLANS:
+            raise ValueError(f"parallel.plan: expected a mapping or one of {', '.join(READY_PLANS)}; got {self.plan!r}")
+        return list(_flatten(READY_PLANS[self.plan], ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """One entry of a plan: the name's parts, each of which may hold wildcards."""
+
+    parts: tuple[str, ...]
+    style: Style
+
+    def __str__(self) -> str:
+        return ".".join(self.parts)
+
+    def matches(self, names: Sequence[str]) -> bool:
+        """Part by part, as `parallelize_module` does; from the end, where names differ most."""
+        parts = self.parts
+        return len(names) == len(parts) and all(map(fnmatchcase, reversed(names), reversed(parts)))
+
+
+class Shards:
+    """The local shapes under one `Parallel` at `tokens` rows; remembers which patterns matched.
+
+    tokens: batch x sequence of one microbatch, before context parallelism divides it.
+    Raises ValueError if the context parallel degree does not divide the tokens.
+    """
+
+    def __init__(self, parallel: Parallel, tokens: int) -> None:
+        if tokens % parallel.cp:
+            raise ValueError(f"parallel.cp: expected a divisor of tokens = {tokens}; got {parallel.cp}")
+        self._tp = parallel.tp
+        self._tokens = tokens // parallel.cp
+        self._patterns = parallel.patterns()
+        self._matched: set[Pattern] = set()
+        self._is_ready_made = isinstance(parallel.plan, str)
+
+    def local_shape(self, fqn: str, in_features: int, out_features: int) -> LinearShape:
+        """What a rank multiplies of the linear known as `fqn`. Raises ShardError if the degree does not divide it."""
+        return divided(self._style(fqn), self._tp, LinearShape(self._tokens, in_features, out_features))
+
+    def whole(self, in_features: int, out_features: int) -> LinearShape:
+        """The shape of a linear whose sizes are local already."""
+        return LinearShape(self._tokens, in_features, out_features)
+
+    @property
+    def unmatched(self) -> tuple[str, ...]:
+        """Patterns that should divide a linear and matched none. A ready plan knows several names for each layer."""
+        dividing = [p for p in self._patterns if p.style != "replicated"]
+        if self._is_ready_made:
+            return () if self._matched else ("any of the ready plan",)
+        return tuple(str(p) for p in dividing if p not in self._matched)
+
+    def _style(self, fqn: str) -> Style:
+        if not self._patterns:
+            return "replicated"
+        names = [name for name in fqn.split(".") if name not in _WRAPPERS]
+        matching = [pattern for pattern in self._patterns if pattern.matches(names)]
+        self._matched.update(matching)
+        return next((p.style for p in reversed(matching) if p.style != "replicated"), "replicated")
+
+
+def divided(style: Style, tp: int, shape: LinearShape) -> LinearShape:
+    """A rank's part of a linear. Raises ShardError if `tp` does not divide the dimension that `style` divides."""
+    if style == "replicated" or tp == 1:
+        return shape
+    axis = {"colwise": "n", "rowwise": "k", "sequence": "m"}[style]
+    size: int = getattr(shape, axis)
+    if size % tp:
+        raise ShardError(f"tp = {tp} does not divide {axis} = {size} ({style})")
+    return replace(shape, **{axis: size // tp})
+
+
+def _flatten(plan: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[Pattern]:
+    for name, style in plan.items():
+        parts = (*prefix, *name.split(".")) if name else prefix
+        if isinstance(style, Mapping):
+            yield from _flatten(style, parts)
+        else:
+            yield Pattern(parts, _style_of(style, ".".join(parts)))
+
+
+def _style_of(style: Any, pattern: str) -> Style:
+    if isinstance(style, str):
+        if style in _STRINGS:
+            return _STRINGS[style]
+        raise ValueError(
+            f"parallel.plan[{pattern!r}]: expected a style such as {', '.join(get_args(Style))}; got {style!r}"
+        )
+    ancestors = [cls.__name__ for cls in type(style).__mro__]
+    known = [_CLASSES[name] for name in ancestors if name in _CLASSES]
+    if known:
+        return known[0]
+    if any(name in _BASES for name in ancestors):
+        return "replicated"
+    raise ValueError(f"parallel.plan[{pattern!r}]: expected a ParallelStyle or a string; got {style!r}")

@@ -7,13 +7,14 @@ Try it: python -c "from fp8gate import auto_filter; print(auto_filter('rowwise',
 
 from __future__ import annotations
 
+import hashlib
 import os
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from fp8gate.filter.agreement import require_agreement
 from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP, Decision, decide
 from fp8gate.filter.find_table import find_table
 from fp8gate.filter.findings import (
@@ -34,7 +35,13 @@ from fp8gate.filter.lookup import DEFAULT_LOOKUP, Lookup, LookupName
 from fp8gate.filter.parallel import Parallel, ShardError, Shards
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.stale import stale
-from fp8gate.filter.table import RECIPES, Recipe, Table
+from fp8gate.filter.table import RECIPES, Recipe, Table, format_table
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+AGREE_TIMEOUT_S = 60.0  # ranks decide within seconds of each other
+NOT_PARALLEL = Parallel()
 
 Recompute = Literal["none", "full"] | Callable[[str], bool]
 """Which forwards run twice, under activation checkpointing: none, all, or those of the names it is true for."""
@@ -48,7 +55,7 @@ class FilterSettings:
     filter_fqns: tuple[str, ...] = ()
     min_speedup: float = DEFAULT_MIN_SPEEDUP
     lookup: LookupName = DEFAULT_LOOKUP
-    parallel: Parallel = Parallel()
+    parallel: Parallel = NOT_PARALLEL
     recompute: Recompute = "none"
 
     def __post_init__(self) -> None:
@@ -123,6 +130,24 @@ class AutoFilter:
         self._findings.settle()
         return list(self._findings)
 
+    def agree(self, group: ProcessGroup | None = None, *, timeout_s: float = AGREE_TIMEOUT_S) -> None:
+        """Make sure that every rank of a process group decided the same by the same table. All of them must call this.
+
+        Call it after `check` or the conversion: what was not asked is not compared. Under pipeline parallelism give the
+        group of one stage. Raises RanksDisagreeError on all ranks, naming those that differ, their tables and layers;
+        RanksMissingError if a rank does not answer within `timeout_s` seconds.
+        """
+        settings = self.settings
+        decided = {
+            "table": f"{self.path} (sha256 {hashlib.sha256(format_table(self.table).encode()).hexdigest()[:12]})",
+            "recipe": self.table.recipe,
+            "tokens": settings.tokens,
+            "min_speedup": settings.min_speedup,
+            "lookup": settings.lookup,
+            "layers": {fqn: "float8" if d.convert else "bf16" for fqn, d in self.decisions.items()},
+        }
+        require_agreement(decided, group, timeout_s)
+
     @property
     def unmatched(self) -> tuple[str, ...]:
         """The `filter_fqns` patterns found in no name asked about so far."""
@@ -141,7 +166,9 @@ class AutoFilter:
         if self.unmatched:
             sentences.append(f"filter_fqns that matched no linear: {', '.join(self.unmatched)}")
         if self._shards.unmatched:
-            sentences.append(f"patterns of the parallel plan that matched no linear: {', '.join(self._shards.unmatched)}")
+            sentences.append(
+                f"patterns of the parallel plan that matched no linear: {', '.join(self._shards.unmatched)}"
+            )
         if self.left_alone:
             sentences.append(f"no linears, left in bf16: {', '.join(self.left_alone)}")
         return "; ".join(sentences)
@@ -176,8 +203,9 @@ class AutoFilter:
         return decision
 
     def _local_shape(self, size: LinearSize, fqn: str) -> LinearShape:
-        shard = self._shards.whole if size.is_local else self._shards.local_shape
-        return shard(fqn, size.in_features, size.out_features)
+        if size.is_local:
+            return self._shards.whole(size.in_features, size.out_features)
+        return self._shards.local_shape(fqn, size.in_features, size.out_features)
 
     def _question(self, decision: Decision, fqn: str) -> None:
         """Note what makes a decision less than certain."""
@@ -188,3 +216,91 @@ class AutoFilter:
             self._findings.add(AmbiguousPointWarning, where)
         if decision.gap:
             self._findings.add(MissingPointWarning, where)
+
+
+def auto_filter(
+    recipe: Recipe,
+    *,
+    tokens: int,
+    device: str | None = None,
+    filter_fqns: Sequence[str] = (),
+    min_speedup: float = DEFAULT_MIN_SPEEDUP,
+    lookup: LookupName = DEFAULT_LOOKUP,
+    tables: str | os.PathLike[str] | None = None,
+    parallel: Parallel = NOT_PARALLEL,
+    recompute: Recompute = "none",
+    strict: bool = False,
+    on_stale: Policy | None = None,
+    on_outside: Policy | None = None,
+    on_ambiguous: Policy | None = None,
+    on_missing: Policy | None = None,
+    on_unmatched: Policy | None = None,
+    on_nothing: Policy | None = None,
+) -> AutoFilter:
+    """A `module_filter_fn` for torchao's `convert_to_float8_training`, and a `filter_fn` for torchtitan.
+
+    recipe: the float8 recipe trained with. tokens: rows of each linear's input per microbatch (batch x sequence), as
+    one data parallel rank has them, before context parallelism divides them. device: as the driver names it; None asks
+    torch for the local one. filter_fqns: never convert linears whose name contains one of these. min_speedup: convert
+    from this measured bf16 / float8 time ratio on. lookup: "interpolate" ln(speedup) between the measured points around
+    a shape, or take the "nearest" one's. tables: a table file or a folder of them, before FP8GATE_THRESHOLDS and the
+    packaged ones. parallel: how tensor and context parallelism divide the model; a weight that is divided already (a
+    DTensor) is taken as it is. recompute: the layers under activation checkpointing, "none", "full", or a predicate of
+    their names: their forward runs twice.
+
+    on_stale and its like: "ignore", "warn" of or raise ("error") a StaleTableWarning, OutsideGridWarning,
+    AmbiguousPointWarning, MissingPointWarning, UnmatchedPatternWarning or NothingConvertedWarning; None warns, or, if
+    strict, raises. The last two come from `check` alone, the others from any question, a StaleTableWarning from here.
+
+    Raises ValueError for arguments out of range, and TableError (a ValueError) if there is no valid table for the
+    device and recipe.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}; got {recipe!r}")
+    if isinstance(filter_fqns, str):
+        raise ValueError(f"filter_fqns: expected a list of strings; got the string {filter_fqns!r}")
+    settings = FilterSettings(
+        tokens=tokens,
+        filter_fqns=tuple(filter_fqns),
+        min_speedup=min_speedup,
+        lookup=lookup,
+        parallel=parallel,
+        recompute=recompute,
+    )
+    findings = Findings(
+        _policies(
+            "error" if strict else "warn",
+            {
+                "on_stale": (StaleTableWarning, on_stale),
+                "on_outside": (OutsideGridWarning, on_outside),
+                "on_ambiguous": (AmbiguousPointWarning, on_ambiguous),
+                "on_missing": (MissingPointWarning, on_missing),
+                "on_unmatched": (UnmatchedPatternWarning, on_unmatched),
+                "on_nothing": (NothingConvertedWarning, on_nothing),
+            },
+        )
+    )
+    table, path = find_table(recipe, device=device, tables=tables)
+    wants_float8 = AutoFilter(table, path, settings, findings)
+    differences = stale(table.software)
+    if differences:
+        findings.add(StaleTableWarning, f"{path} was measured with {differences}; to measure again: fp8gate calibrate")
+        findings.settle()
+    return wants_float8
+
+
+def _policies(
+    default: Policy, asked: dict[str, tuple[type[FilterWarning], Policy | None]]
+) -> dict[type[FilterWarning], Policy]:
+    for name, (_, policy) in asked.items():
+        if policy is not None and policy not in POLICIES:
+            raise ValueError(f"{name}: expected one of {', '.join(POLICIES)}; got {policy!r}")
+    return {category: policy or default for category, policy in asked.values()}
+
+
+def _sizes(decision: Decision) -> tuple[int | None, int | None, int | None]:
+    return decision.m, decision.k, decision.n
+
+
+def _ratio(speedup: float | None) -> str:
+    return "" if speedup is None else f"{speedup:.2f}x"

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from fp8gate.filter.lookup import Estimate, Lookup
 from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import Point
+from fp8gate.filter.table import Point, Status
 
 DEFAULT_MIN_SPEEDUP = 1.02
 """Near 1.0 it is better not to convert: llama3-8b's wk and wv, neutral alone (0.96 to 1.0), cost 8 % of a block
 when converted together with wq (measured on one NVIDIA H200, tensorwise)."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """Whether one linear is converted to float8, and why.
 
     speedup and bounds: float8 against bf16 for `shape` (local m, k, n); None where no number was needed or there.
-    point, distance, outside: see `Estimate`.
+    point, distance, outside, gap: see `Estimate`.
     """
 
     convert: bool
@@ -30,6 +29,7 @@ class Decision:
     point: Point | None = None
     distance: float | None = None
     outside: bool = False
+    gap: Status | None = None
 
     @property
     def m(self) -> int | None:
@@ -44,15 +44,15 @@ class Decision:
         return self.shape.n if self.shape else None
 
 
-def decide(shape: LinearShape, lookup: Lookup, *, min_speedup: float) -> Decision:
-    """Choose float8 only where it was measured to win by `min_speedup`."""
+def decide(shape: LinearShape, lookup: Lookup, *, min_speedup: float, recomputed: bool = False) -> Decision:
+    """Choose float8 only where it was measured to win by `min_speedup`; recomputed: its forward runs twice."""
     indivisible = shape.indivisible()
     if indivisible:
         return Decision(convert=False, shape=shape, reason=f"{indivisible}: not a multiple of 16")
     estimate = lookup(shape)
     if estimate is None:
         return Decision(convert=False, shape=shape, reason="the table holds no measured point")
-    return _judge(shape, estimate, min_speedup)
+    return _judge(shape, estimate.recomputed() if recomputed else estimate, min_speedup)
 
 
 def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decision:
@@ -71,6 +71,7 @@ def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decisi
         point=estimate.point,
         distance=estimate.distance,
         outside=estimate.outside,
+        gap=estimate.gap,
     )
 
 
@@ -94,6 +95,8 @@ def _provenance(estimate: Estimate, min_speedup: float) -> str:
         parts.append("ambiguous")
     if estimate.speedup_low < min_speedup <= estimate.speedup_high:
         parts.append(f"bounds {estimate.speedup_low:.2f} to {estimate.speedup_high:.2f}")
+    if estimate.forwards > 1:
+        parts.append("recomputed")
     if estimate.gap:
         parts.append(f"a nearer point is {estimate.gap}")
     return ", ".join(parts)

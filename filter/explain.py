@@ -8,15 +8,15 @@ from typing import Any
 from fp8gate.filter.decision import Decision, decide
 from fp8gate.filter.lookup import Lookup
 from fp8gate.filter.models import LinearRole, ModelConfig, linear_roles, not_linear
+from fp8gate.filter.parallel import ShardError, Shards
 from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.shards import local_shape
 from fp8gate.filter.table import Table, TableError
 from fp8gate.filter.torchao_rule import torchao_converts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerExplanation:
-    """One role: its decision, and what torchao's rule would do (None if it has none for the recipe)."""
+    """One role: its local shape, its decision, and what torchao's rule would do (None: no rule for the recipe)."""
 
     linear: LinearRole
     shape: LinearShape
@@ -46,7 +46,7 @@ class LayerExplanation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predicted:
-    """Forward + backward of all linears of the model, one microbatch, microseconds; None for no torchao rule.
+    """Forward + backward of all linears of a rank, one microbatch, microseconds; None for no torchao rule.
 
     Sums of table times: single layers do not tell what fusion in a compiled model adds or takes away.
     """
@@ -70,31 +70,45 @@ class Predicted:
 class Explanation:
     """A model under one table."""
 
+    table: Table
     layers: list[LayerExplanation]
     predicted: Predicted
     note: str | None
 
 
-def explain(config: ModelConfig, table: Table, lookup: Lookup, *, tokens: int, min_speedup: float) -> Explanation:
-    """Decide every linear role of a model at `tokens` rows, and sum the times of each choice.
+def explain(
+    config: ModelConfig, table: Table, lookup: Lookup, *, shards: Shards, recomputed: bool, min_speedup: float
+) -> Explanation:
+    """Decide every linear role of a model as one rank holds it, and sum the times of each choice.
 
-    Raises TableError if the table holds no number at all.
+    recomputed: every forward runs twice. Raises TableError if the table holds no number at all, and ShardError if a
+    layer cannot be divided.
     """
-    layers = [_explain_layer(linear, table, lookup, tokens, min_speedup) for linear in linear_roles(config)]
-    return Explanation(layers=layers, predicted=_predict(layers), note=not_linear(config))
+    layers = [_explain_layer(linear, table, lookup, shards, recomputed, min_speedup) for linear in linear_roles(config)]
+    return Explanation(table=table, layers=layers, predicted=_predict(layers), note=not_linear(config))
+
+
+def role_shape(linear: LinearRole, shards: Shards) -> LinearShape:
+    """What a rank holds of a role. Raises ShardError, naming the role, if it cannot be divided."""
+    try:
+        return shards.local_shape(linear.fqn, linear.in_features, linear.out_features)
+    except ShardError as error:
+        raise ShardError(f"{linear.fqn}: {error}") from error
 
 
 def _explain_layer(
-    linear: LinearRole, table: Table, lookup: Lookup, tokens: int, min_speedup: float
+    linear: LinearRole, table: Table, lookup: Lookup, shards: Shards, recomputed: bool, min_speedup: float
 ) -> LayerExplanation:
-    shape = local_shape(linear, tokens=tokens)
+    shape = role_shape(linear, shards)
     estimate = lookup(shape)
     if estimate is None:
         raise TableError(f"{table.recipe} on {table.device.name}: $.points: expected a measured point, found none")
+    if recomputed:
+        estimate = estimate.recomputed()
     return LayerExplanation(
         linear=linear,
         shape=shape,
-        decision=decide(shape, lookup, min_speedup=min_speedup),
+        decision=decide(shape, lookup, min_speedup=min_speedup, recomputed=recomputed),
         torchao=torchao_converts(table.recipe, in_features=linear.in_features, out_features=linear.out_features),
         bf16_us=estimate.bf16_us,
         # what float8 cannot compute stays bf16 in every choice
@@ -105,8 +119,8 @@ def _explain_layer(
 def _predict(layers: list[LayerExplanation]) -> Predicted:
     has_rule = all(layer.torchao is not None for layer in layers)
     return Predicted(
-        bf16_us=sum(layer.linear.count * layer.bf16_us for layer in layers),
-        all_float8_us=sum(layer.linear.count * layer.fp8_us for layer in layers),
+        bf16_us=_total(layers, [False] * len(layers)),
+        all_float8_us=_total(layers, [True] * len(layers)),
         torchao_rule_us=_total(layers, [bool(layer.torchao) for layer in layers]) if has_rule else None,
         fp8gate_us=_total(layers, [layer.decision.convert for layer in layers]),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 _NOT_PRODUCTS = ("embedding_dim", "nf", "normalized_shape")
@@ -69,3 +71,18 @@ def _is_float8(cls: type) -> bool:
     if cls not in _FLOAT8:
         _FLOAT8[cls] = any("Float8Linear" in ancestor.__qualname__.split(".") for ancestor in cls.__mro__)
     return _FLOAT8[cls]
+
+
+def linears_of(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every nn.Linear of a model under each of its names: what torchao's conversion asks about."""
+    return ((fqn, m) for fqn, m in model.named_modules(remove_duplicate=False) if _is_torch_linear(type(m)))
+
+
+def grouped_weights(model: Any) -> tuple[str, ...]:
+    """Modules that hold several matrices in one parameter, such as grouped experts; layer indices as *."""
+    grouped = (fqn for fqn, m in model.named_modules() if any(p.ndim == 3 for p in m.parameters(recurse=False)))
+    return tuple(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", fqn) for fqn in grouped))
+
+
+def _is_torch_linear(cls: type) -> bool:
+    return any((c.__module__, c.__name__) == ("torch.nn.modules.linear", "Linear") for c in cls.__mro__)

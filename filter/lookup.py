@@ -9,8 +9,10 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from operator import mul
 from typing import Literal, NamedTuple, get_args
+
+import msgspec
 
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Point, Status, Table
@@ -22,9 +24,8 @@ DEFAULT_LOOKUP: LookupName = "interpolate"
 mean loss was 0.00, 0.00 and 0.07 % against 0.12, 0.28 and 0.25 % (measured on one NVIDIA H200, LOG.md)."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
-    """Forward + backward of one shape, from the table. Times in microseconds.
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """Forward + backward of one shape, from the table. Times in microseconds; forwards: how often the forward runs.
 
     point: the nearest measured point. distance: how far it is, in octaves (Euclidean, log2 per axis; 0 = exact,
     1 = one dimension twice as large). outside: the shape was not measured and lies outside the
@@ -44,15 +45,33 @@ class Estimate:
     outside: bool
     gap: Status | None
     interpolated: bool
+    forwards: int = 1
 
     @property
     def bf16_us(self) -> float:
-        return self.bf16_fwd_us + self.bf16_bwd_us
+        return self.forwards * self.bf16_fwd_us + self.bf16_bwd_us
 
     @property
     def fp8_us(self) -> float:
         """bf16 time over the paired speedup: consistent with the decision, unlike a quotient of medians."""
         return self.bf16_us / self.speedup
+
+    def recomputed(self) -> Estimate:
+        """The same under activation checkpointing, which runs the forward twice in both precisions.
+
+        The paired speedup and its bounds change as the quotient of the summed times does.
+        """
+        once, twice = (
+            (n * self.bf16_fwd_us + self.bf16_bwd_us) / (n * self.fp8_fwd_us + self.fp8_bwd_us) for n in (1, 2)
+        )
+        change = twice / once
+        return msgspec.structs.replace(
+            self,
+            speedup=self.speedup * change,
+            speedup_low=self.speedup_low * change,
+            speedup_high=self.speedup_high * change,
+            forwards=2,
+        )
 
 
 class Lookup:
@@ -100,14 +119,14 @@ class Lookup:
 
     def _blend(self, *around: Sequence[tuple[int, float]]) -> list[float] | None:
         """The `_numbers` between these sizes of each axis, or None if they were not measured at every corner."""
-        total: list[float] = []
+        weights, corners = [], []
         for (m, weight_m), (k, weight_k), (n, weight_n) in itertools.product(*around):
             logs = self._logs.get((m, k, n))
             if logs is None:
                 return None
-            weight = weight_m * weight_k * weight_n
-            total = [t + weight * x for t, x in zip(total, logs, strict=True)] if total else [weight * x for x in logs]
-        return list(map(math.exp, total))
+            weights.append(weight_m * weight_k * weight_n)
+            corners.append(logs)
+        return [math.exp(sum(map(mul, weights, column))) for column in zip(*corners, strict=True)]
 
     def _make(
         self,
@@ -139,24 +158,35 @@ class Lookup:
     def _find_nearest(self, shape: LinearShape) -> _Nearest:
         """The nearest point with numbers, and the status of a nearer one without.
 
-        Ties go to the lower speedup: converting a layer that loses costs more than leaving one that wins. Goes
-        outwards on every axis, and no further than the nearest found so far.
+        Ties go to the lower speedup: converting a layer that loses costs more than leaving one that wins.
         """
         at = (shape.m, shape.k, shape.n)
         if at in self._logs:
             return _Nearest(self._points[at], 0.0, None)
+        on_m, on_k, on_n = self._everywhere
+        m, m_away = on_m.nearest(shape.m)
+        k, k_away = on_k.nearest(shape.k)
+        n, n_away = on_n.nearest(shape.n)
+        if (m, k, n) in self._logs:  # nearest on every axis: nothing can be nearer
+            return _Nearest(self._points[m, k, n], math.sqrt(m_away + k_away + n_away), None)
+        return self._search(at)
+
+    def _search(self, at: Sizes) -> _Nearest:
+        """The same for any points: goes outwards on every axis, no further than the nearest point found so far.
+
+        Distances are rounded, so that equal ones stay equal whatever the order of their sums.
+        """
         by_m, by_k, by_n = (axis.by_distance(size) for axis, size in zip(self._everywhere, at, strict=True))
         best = (math.inf, math.inf, at)
         gaps: list[tuple[float, Sizes]] = []
         for m_away, m in by_m:
-            if m_away > best[0]:
+            if round(m_away, DIGITS) > best[0]:
                 break
             for k_away, k in by_k:
-                if m_away + k_away > best[0]:
+                if round(m_away + k_away, DIGITS) > best[0]:
                     break
                 for n_away, n in by_n:
-                    # rounded, so that equal distances stay equal whatever the order of their sums
-                    away = round(m_away + k_away + n_away, 9)
+                    away = round(m_away + k_away + n_away, DIGITS)
                     if away > best[0]:
                         break
                     point = self._points.get((m, k, n))
@@ -175,6 +205,7 @@ class Lookup:
 
 
 Sizes = tuple[int, int, int]
+DIGITS = 9  # of squared distances in octaves
 
 
 class _Nearest(NamedTuple):
@@ -206,6 +237,16 @@ class _Axis:
         (low_log2, low), (high_log2, high) = self._log2[i - 1 : i + 1]
         share = (math.log2(size) - low_log2) / (high_log2 - low_log2)
         return [(low, 1.0 - share), (high, share)]
+
+    def nearest(self, size: int) -> tuple[int, float]:
+        """The nearest size with its squared distance; 0 if two are equally near."""
+        at = math.log2(size)
+        i = bisect_right(self._log2, (at, size))
+        sides = [((log2 - at) ** 2, other) for log2, other in self._log2[max(i - 1, 0) : i + 1]]
+        if len(sides) == 2 and round(sides[0][0] - sides[1][0], DIGITS) == 0:
+            return 0, 0.0
+        away, other = min(sides)
+        return other, away
 
     def by_distance(self, size: int) -> list[tuple[float, int]]:
         """Every size with its squared distance, nearest first."""

@@ -1,21 +1,16 @@
 """Models as lists of linear roles: from a Hugging Face config.json, or from a bundled name.
 
-In: a config. Out: one `LinearRole` per kind of `nn.Linear` in the model, with its count, sizes and how tensor
-parallelism shards it.
+In: a config. Out: one `LinearRole` per kind of `nn.Linear` in the model, with its count and sizes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
 from fp8gate.filter.table import Size
-
-Sharding = Literal["colwise", "rowwise"]
-"""What tensor parallelism divides: colwise out_features, rowwise in_features."""
 
 
 class ModelError(ValueError):
@@ -57,7 +52,6 @@ class LinearRole:
     count: int
     in_features: int
     out_features: int
-    sharding: Sharding
 
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
@@ -142,19 +136,19 @@ def load_model(model: str) -> ModelConfig:
 def linear_roles(config: ModelConfig) -> list[LinearRole]:
     """Every kind of `nn.Linear` in the model, in forward order; `lm_head` too where its weight is tied."""
     hidden, layer = config.hidden_size, "model.layers.*"
-    roles: list[tuple[str, str, int, int, Sharding]] = [
-        ("wq", f"{layer}.self_attn.q_proj", hidden, config.query_size, "colwise"),
-        ("wk", f"{layer}.self_attn.k_proj", hidden, config.key_value_size, "colwise"),
-        ("wv", f"{layer}.self_attn.v_proj", hidden, config.key_value_size, "colwise"),
-        ("wo", f"{layer}.self_attn.o_proj", config.query_size, hidden, "rowwise"),
+    roles: list[tuple[str, str, int, int]] = [
+        ("wq", f"{layer}.self_attn.q_proj", hidden, config.query_size),
+        ("wk", f"{layer}.self_attn.k_proj", hidden, config.key_value_size),
+        ("wv", f"{layer}.self_attn.v_proj", hidden, config.key_value_size),
+        ("wo", f"{layer}.self_attn.o_proj", config.query_size, hidden),
     ]
     if config.model_type in DENSE:
         roles += [
-            ("w1", f"{layer}.mlp.gate_proj", hidden, config.intermediate_size, "colwise"),
-            ("w3", f"{layer}.mlp.up_proj", hidden, config.intermediate_size, "colwise"),
-            ("w2", f"{layer}.mlp.down_proj", config.intermediate_size, hidden, "rowwise"),
+            ("w1", f"{layer}.mlp.gate_proj", hidden, config.intermediate_size),
+            ("w3", f"{layer}.mlp.up_proj", hidden, config.intermediate_size),
+            ("w2", f"{layer}.mlp.down_proj", config.intermediate_size, hidden),
         ]
-    roles.append(("output", "lm_head", hidden, config.vocab_size, "colwise"))
+    roles.append(("output", "lm_head", hidden, config.vocab_size))
     return [
         LinearRole(
             role=role,
@@ -162,9 +156,8 @@ def linear_roles(config: ModelConfig) -> list[LinearRole]:
             count=config.num_hidden_layers if fqn.startswith(layer) else 1,
             in_features=in_features,
             out_features=out_features,
-            sharding=sharding,
         )
-        for role, fqn, in_features, out_features, sharding in roles
+        for role, fqn, in_features, out_features in roles
     ]
 
 

@@ -4,18 +4,41 @@ from fp8gate import auto_filter
 convert_to_float8_training(model, module_filter_fn=auto_filter("rowwise", tokens=8192))
 """
 
-from fp8gate.filter.auto_filter import AutoFilter, StaleTableWarning, auto_filter
+from fp8gate.filter.agreement import RanksDisagreeError, RanksMissingError
+from fp8gate.filter.auto_filter import AutoFilter, auto_filter
 from fp8gate.filter.decision import Decision
+from fp8gate.filter.findings import (
+    AmbiguousPointWarning,
+    FilterWarning,
+    Finding,
+    MissingPointWarning,
+    NothingConvertedWarning,
+    OutsideGridWarning,
+    StaleTableWarning,
+    UnmatchedPatternWarning,
+)
+from fp8gate.filter.parallel import Parallel, ShardError
 from fp8gate.filter.table import Table, TableError, read_table
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AmbiguousPointWarning",
     "AutoFilter",
     "Decision",
+    "FilterWarning",
+    "Finding",
+    "MissingPointWarning",
+    "NothingConvertedWarning",
+    "OutsideGridWarning",
+    "Parallel",
+    "RanksDisagreeError",
+    "RanksMissingError",
+    "ShardError",
     "StaleTableWarning",
     "Table",
     "TableError",
+    "UnmatchedPatternWarning",
     "__version__",
     "auto_filter",
     "read_table",

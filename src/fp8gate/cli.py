@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from tabulate import tabulate
 
 from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP
-from fp8gate.filter.explain import Explanation, explain
+from fp8gate.filter.explain import Explanation, explain, role_shape
+from fp8gate.filter.explain_output import (
+    comparison_json,
+    comparison_text,
+    explanation_json,
+    explanation_text,
+)
 from fp8gate.filter.find_table import ENVIRONMENT, find_table
 from fp8gate.filter.lookup import DEFAULT_LOOKUP, Lookup, LookupName
 from fp8gate.filter.models import BUNDLED, linear_roles, load_model
+from fp8gate.filter.parallel import Parallel, Shards
 from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.shards import local_shape
-from fp8gate.filter.table import RECIPES, Recipe, Table
+from fp8gate.filter.table import RECIPES, Recipe
 
 if TYPE_CHECKING:
     from fp8gate.calibrate.sweep import SweepResult
@@ -37,6 +42,7 @@ app = typer.Typer(
 )
 
 DeviceKind = Literal["cuda", "cpu"]
+RecipeOrAll = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp", "all"]
 
 
 @app.command("calibrate")
@@ -77,6 +83,8 @@ def calibrate_command(
         _fail(f"calibrate needs {', '.join(missing)}: pip install 'fp8gate[calibrate]'")
     if (model is None) != (tokens is None):
         _fail("--model and --tokens go together: a linear's shape depends on both")
+    if tp > 1 and model is None:
+        _fail("--tp: expected a --model whose shapes it divides; a grid's shapes are a rank's already")
     try:
         chosen = _parse_recipes(recipes)
         extra = _model_shapes(model, tokens, tp) if model and tokens else []
@@ -94,8 +102,13 @@ def calibrate_command(
 @app.command("explain")
 def explain_command(
     model: Annotated[str, typer.Argument(help=f"A Hugging Face config.json, or {', '.join(BUNDLED)}.")],
-    recipe: Annotated[Recipe, typer.Option(help="The float8 recipe.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens per rank and microbatch: batch x sequence.")],
+    recipe: Annotated[RecipeOrAll, typer.Option(help="The float8 recipe, or all to compare them.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per data parallel rank and microbatch: batch x sequence.")],
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallel degree: what a rank holds is decided.")] = 1,
+    cp: Annotated[int, typer.Option(min=1, help="Context parallel degree, which divides the tokens.")] = 1,
+    recompute: Annotated[
+        Literal["none", "full"], typer.Option(help="full: activation checkpointing runs every forward twice.")
+    ] = "none",
     device: Annotated[
         str | None,
         typer.Option(help="Device name, such as 'NVIDIA H200'; by default the one here (asks torch)."),
@@ -113,16 +126,33 @@ def explain_command(
     """Say which linears of a model would be converted, why, and what it is worth. Needs no GPU."""
     if not min_speedup > 0:
         _fail(f"--min-speedup: expected a ratio above 0, such as {DEFAULT_MIN_SPEEDUP}; got {min_speedup}")
+    asked = {"model": model, "tokens": tokens, "tp": tp, "cp": cp, "recompute": recompute}
+    explanations: dict[Recipe, Explanation] = {}
     try:
-        config = load_model(model)
-        table, _ = find_table(recipe, device=device, tables=tables)
-        explanation = explain(config, table, Lookup(table, lookup), tokens=tokens, min_speedup=min_speedup)
+        config, shards = load_model(model), _shards(tokens, tp, cp)
+        for one in RECIPES if recipe == "all" else (recipe,):
+            table, _ = find_table(one, device=device, tables=tables)
+            explanations[one] = explain(
+                config,
+                table,
+                Lookup(table, lookup),
+                shards=shards,
+                recomputed=recompute == "full",
+                min_speedup=min_speedup,
+            )
     except ValueError as error:
         _fail(str(error))
     if as_json:
-        typer.echo(json.dumps(_explanation_json(model, table, tokens, explanation), indent=2))
+        found = (
+            explanation_json(asked, explanations[recipe]) if recipe != "all" else comparison_json(asked, explanations)
+        )
+        typer.echo(json.dumps(found, indent=2))
     else:
-        typer.echo(_explanation_text(model, table, tokens, explanation))
+        title = _title(asked)
+        text = (
+            explanation_text(title, explanations[recipe]) if recipe != "all" else comparison_text(title, explanations)
+        )
+        typer.echo(text)
 
 
 def _run_sweep(
@@ -196,70 +226,27 @@ def _parse_recipes(names: str) -> tuple[Recipe, ...]:
 
 
 def _model_shapes(model: str, tokens: int, tp: int) -> list[LinearShape]:
-    """The model's local shapes that float8 can compute."""
-    shapes = [local_shape(linear, tokens=tokens, tp=tp) for linear in linear_roles(load_model(model))]
-    return [shape for shape in shapes if not shape.indivisible()]
+    """The model's local shapes that float8 can compute; says which it cannot."""
+    shapes, shards = [], _shards(tokens, tp, cp=1)
+    for linear in linear_roles(load_model(model)):
+        shape = role_shape(linear, shards)
+        if problem := shape.indivisible():
+            typer.echo(f"{linear.fqn} {shape} is not measured: {problem} is no multiple of 16", err=True)
+        else:
+            shapes.append(shape)
+    return shapes
 
 
-def _explanation_json(model: str, table: Table, tokens: int, explanation: Explanation) -> dict[str, Any]:
-    predicted = explanation.predicted
-    return {
-        "model": model,
-        "recipe": table.recipe,
-        "tokens": tokens,
-        "device": table.device.name,
-        "layers": [layer.row() for layer in explanation.layers],
-        "predicted": {
-            "bf16_us": predicted.bf16_us,
-            "all_float8_us": predicted.all_float8_us,
-            "torchao_rule_us": predicted.torchao_rule_us,
-            "fp8gate_us": predicted.fp8gate_us,
-            "speedup": predicted.speedups(),
-        },
-        "note": explanation.note,
-    }
+def _shards(tokens: int, tp: int, cp: int) -> Shards:
+    """Of the bundled models' names."""
+    return Shards(Parallel(tp=tp, cp=cp, plan="transformers"), tokens)
 
 
-def _explanation_text(model: str, table: Table, tokens: int, explanation: Explanation) -> str:
-    rows = [
-        (
-            layer.linear.role,
-            layer.linear.fqn,
-            layer.linear.count,
-            *(layer.shape.m, layer.shape.k, layer.shape.n),
-            "float8" if layer.decision.convert else "bf16",
-            "" if layer.decision.speedup is None else f"{layer.decision.speedup:.2f}x",
-            layer.decision.reason,
-        )
-        for layer in explanation.layers
-    ]
-    headers = ("role", "linear", "count", "m", "k", "n", "train in", "speedup", "reason")
-    software = table.software
-    parts = [
-        f"{model}, {table.recipe}, {tokens} tokens, {table.device.name} "
-        f"(torch {software.torch}, torchao {software.torchao}, measured {table.measured_at:%Y-%m-%d})",
-        tabulate(rows, headers=headers, disable_numparse=True),
-        _predicted_text(explanation),
-    ]
-    if explanation.note:
-        parts.append(explanation.note)
-    return "\n\n".join(parts)
-
-
-def _predicted_text(explanation: Explanation) -> str:
-    predicted, speedups = explanation.predicted, explanation.predicted.speedups()
-    choices = [
-        ("bf16", predicted.bf16_us, 1.0),
-        ("all float8", predicted.all_float8_us, speedups["all_float8"]),
-        ("torchao's rule", predicted.torchao_rule_us, speedups["torchao_rule"]),
-        ("this filter", predicted.fp8gate_us, speedups["fp8gate"]),
-    ]
-    rows = [
-        (name, "no rule" if us is None else f"{us / 1e3:.1f}", "" if ratio is None else f"{ratio:.3f}x")
-        for name, us, ratio in choices
-    ]
-    headers = ("linears, forward + backward", "predicted ms", "speedup")
-    return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "right"))
+def _title(asked: dict[str, Any]) -> str:
+    """ "llama3-70b, 8192 tokens, tp 8": what is not the default."""
+    parts = [asked["model"], f"{asked['tokens']} tokens"]
+    parts += [f"{name} {asked[name]}" for name in ("tp", "cp") if asked[name] > 1]
+    return ", ".join(parts if asked["recompute"] == "none" else [*parts, "recomputed"])
 
 
 def _fail(message: str) -> NoReturn:

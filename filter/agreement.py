@@ -1,0 +1,111 @@
+"""Do all ranks convert the same layers? Over torch.distributed's store: any backend, bounded in time.
+
+In: what one rank decided, a process group. Out: nothing, or an error on every rank that names the differences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+MAX_NAMED = 5  # layers in an error; a model has hundreds
+
+
+class RanksDisagreeError(RuntimeError):
+    """Ranks would convert different layers, or by different tables; raised on all of them."""
+
+
+class RanksMissingError(RuntimeError):
+    """Ranks did not say in time what they decided."""
+
+
+def require_agreement(decided: Mapping[str, Any], group: ProcessGroup | None, timeout_s: float) -> None:
+    """Compare what this rank decided with every other rank of the group (None: all), which must call this too.
+
+    decided: plain data, by topic; topics and the layers in `decided["layers"]` are named where ranks differ.
+    Raises RanksDisagreeError, RanksMissingError after `timeout_s` seconds, or ValueError without torch.distributed.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        raise ValueError("agree: expected torch.distributed to be initialized; call it after init_process_group")
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    board = _Board(ranks, dist.get_rank(), timeout_s)
+    content = json.dumps(decided, sort_keys=True)
+    digests = board.exchange("digest", hashlib.sha256(content.encode()).hexdigest(), ranks)
+    speakers = {digest: rank for rank, digest in reversed(digests.items())}  # the first of those that agree
+    if len(speakers) == 1:
+        return
+    contents = board.exchange("content", content, sorted(speakers.values()))
+    raise RanksDisagreeError(_describe(digests, {rank: json.loads(text) for rank, text in contents.items()}))
+
+
+class _Board:
+    """Where every rank of a group can leave texts for the others."""
+
+    def __init__(self, ranks: Sequence[int], rank: int, timeout_s: float) -> None:
+        from torch.distributed import distributed_c10d
+
+        self._store = distributed_c10d._get_default_store()
+        self._rank, self._timeout_s = rank, timeout_s
+        group = hashlib.sha256(str(sorted(ranks)).encode()).hexdigest()[:16]
+        try:
+            call = self._store.add(f"fp8gate/{group}/calls/{rank}", 1)  # ranks call in the same order
+        except RuntimeError as error:
+            raise _no_store(error) from error
+        self._prefix = f"fp8gate/{group}/{call}"
+
+    def exchange(self, topic: str, text: str, speakers: Sequence[int]) -> dict[int, str]:
+        """Leave a text if this rank is one of the speakers, and read those of all speakers."""
+        keys = [f"{self._prefix}/{topic}/{rank}" for rank in speakers]
+        try:
+            if self._rank in speakers:
+                self._store.set(f"{self._prefix}/{topic}/{self._rank}", text)
+            self._store.wait(keys, timedelta(seconds=self._timeout_s))
+            return dict(zip(speakers, (t.decode() for t in self._store.multi_get(keys)), strict=True))
+        except RuntimeError as error:
+            raise self._missing(speakers, keys, error) from error
+
+    def _missing(self, speakers: Sequence[int], keys: Sequence[str], error: RuntimeError) -> RanksMissingError:
+        try:
+            missing = [str(rank) for rank, key in zip(speakers, keys, strict=True) if not self._store.check([key])]
+        except RuntimeError:
+            return _no_store(error)
+        return RanksMissingError(f"rank {', '.join(missing)} did not answer within {self._timeout_s:g} s")
+
+
+def _no_store(error: RuntimeError) -> RanksMissingError:
+    return RanksMissingError(f"the rank that keeps torch.distributed's store does not answer: {error}")
+
+
+def _describe(digests: Mapping[int, str], contents: Mapping[int, Mapping[str, Any]]) -> str:
+    """Who differs from whom, and in what: each group of ranks that agree against the first."""
+    members = {rank: [r for r, d in digests.items() if d == digests[rank]] for rank in contents}
+    first, *others = sorted(contents)
+    lines = ["the ranks do not agree on what to convert:"]
+    for other in others:
+        lines.append(f"rank {_list(members[first])} against rank {_list(members[other])}:")
+        lines += [f"  {difference}" for difference in _differences(contents[first], contents[other])]
+    return "\n".join(lines)
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
+    for topic in one:
+        if topic != "layers" and one[topic] != other[topic]:
+            yield f"{topic}: {one[topic]} against {other[topic]}"
+    layers, others = one["layers"], other["layers"]
+    differ = [fqn for fqn in sorted({*layers, *others}) if layers.get(fqn) != others.get(fqn)]
+    for fqn in differ[:MAX_NAMED]:
+        yield f"{fqn}: {layers.get(fqn, 'not asked')} against {others.get(fqn, 'not asked')}"
+    if len(differ) > MAX_NAMED:
+        yield f"and {len(differ) - MAX_NAMED} more layers"
+
+
+def _list(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))

@@ -142,17 +142,12 @@ def explain_command(
             )
     except ValueError as error:
         _fail(str(error))
-    if as_json:
-        found = (
-            explanation_json(asked, explanations[recipe]) if recipe != "all" else comparison_json(asked, explanations)
-        )
-        typer.echo(json.dumps(found, indent=2))
+    title = _title(asked)
+    if recipe == "all":
+        typer.echo(_json(comparison_json(asked, explanations)) if as_json else comparison_text(title, explanations))
     else:
-        title = _title(asked)
-        text = (
-            explanation_text(title, explanations[recipe]) if recipe != "all" else comparison_text(title, explanations)
-        )
-        typer.echo(text)
+        explanation = explanations[recipe]
+        typer.echo(_json(explanation_json(asked, explanation)) if as_json else explanation_text(title, explanation))
 
 
 def _run_sweep(
@@ -247,6 +242,10 @@ def _title(asked: dict[str, Any]) -> str:
     parts = [asked["model"], f"{asked['tokens']} tokens"]
     parts += [f"{name} {asked[name]}" for name in ("tp", "cp") if asked[name] > 1]
     return ", ".join(parts if asked["recompute"] == "none" else [*parts, "recomputed"])
+
+
+def _json(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=2)
 
 
 def _fail(message: str) -> NoReturn:

@@ -5,8 +5,6 @@ In: what one rank decided, a process group. Out: nothing, or an error on every r
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -31,6 +29,9 @@ def require_agreement(decided: Mapping[str, Any], group: ProcessGroup | None, ti
     decided: plain data, by topic; topics and the layers in `decided["layers"]` are named where ranks differ.
     Raises RanksDisagreeError, RanksMissingError after `timeout_s` seconds, or ValueError without torch.distributed.
     """
+    import hashlib
+    import json
+
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -50,11 +51,13 @@ class _Board:
     """Where every rank of a group can leave texts for the others."""
 
     def __init__(self, ranks: Sequence[int], rank: int, timeout_s: float) -> None:
+        from hashlib import sha256
+
         from torch.distributed import distributed_c10d
 
         self._store = distributed_c10d._get_default_store()
         self._rank, self._timeout_s = rank, timeout_s
-        group = hashlib.sha256(str(sorted(ranks)).encode()).hexdigest()[:16]
+        group = sha256(str(sorted(ranks)).encode()).hexdigest()[:16]
         try:
             call = self._store.add(f"fp8gate/{group}/calls/{rank}", 1)  # ranks call in the same order
         except RuntimeError as error:

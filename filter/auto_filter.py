@@ -7,12 +7,12 @@ Try it: python -c "from fp8gate import auto_filter; print(auto_filter('rowwise',
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from fp8gate.filter.agreement import require_agreement
 from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP, Decision, decide
@@ -47,8 +47,7 @@ Recompute = Literal["none", "full"] | Callable[[str], bool]
 """Which forwards run twice, under activation checkpointing: none, all, or those of the names it is true for."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FilterSettings:
+class FilterSettings(msgspec.Struct, frozen=True, kw_only=True):
     """All that decides beside the table."""
 
     tokens: int
@@ -137,9 +136,11 @@ class AutoFilter:
         group of one stage. Raises RanksDisagreeError on all ranks, naming those that differ, their tables and layers;
         RanksMissingError if a rank does not answer within `timeout_s` seconds.
         """
+        from hashlib import sha256
+
         settings = self.settings
         decided = {
-            "table": f"{self.path} (sha256 {hashlib.sha256(format_table(self.table).encode()).hexdigest()[:12]})",
+            "table": f"{self.path} (sha256 {sha256(format_table(self.table).encode()).hexdigest()[:12]})",
             "recipe": self.table.recipe,
             "tokens": settings.tokens,
             "min_speedup": settings.min_speedup,

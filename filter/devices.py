@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from pathlib import Path
 
@@ -41,4 +40,6 @@ def cpu_name() -> str:
         for line in cpuinfo.read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return f"CPU {line.split(':', 1)[1].strip()}"
+    import platform
+
     return f"CPU {platform.processor() or platform.machine()}"

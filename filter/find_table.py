@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib import resources
 from pathlib import Path
 
 from fp8gate.filter.devices import device_slug, local_device_name
@@ -34,6 +33,8 @@ def find_table(
 
 def packaged_thresholds() -> Path:
     """The folder of the tables that come with fp8gate."""
+    from importlib import resources
+
     return Path(str(resources.files("fp8gate") / "thresholds"))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Literal, get_args
+
+import msgspec
 
 Policy = Literal["ignore", "warn", "error"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -39,8 +40,7 @@ class NothingConvertedWarning(FilterWarning):
     """No linear was converted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """One thing to know."""
 
     category: type[FilterWarning]

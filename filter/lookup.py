@@ -9,6 +9,7 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from operator import mul
 from typing import Literal, NamedTuple, get_args
 
@@ -222,12 +223,14 @@ class _Axis:
     def __init__(self, sizes: Iterable[int]) -> None:
         self.sizes = sorted(set(sizes))
         self._log2 = [(math.log2(size), size) for size in self.sizes]
+        self.around = cache(self._around)  # a model's layers share their tokens and most of their sizes
+        self.nearest = cache(self._nearest)
 
     def clamp(self, size: int) -> int:
         """Moved to the border of the axis, if it has one."""
         return min(max(size, self.sizes[0]), self.sizes[-1]) if self.sizes else size
 
-    def around(self, size: int) -> list[tuple[int, float]]:
+    def _around(self, size: int) -> list[tuple[int, float]]:
         """The sizes on both sides with their weights in log2; one if it is on the axis, none outside of it."""
         i = bisect_right(self._log2, (math.log2(size), size))
         if i and self.sizes[i - 1] == size:
@@ -238,7 +241,7 @@ class _Axis:
         share = (math.log2(size) - low_log2) / (high_log2 - low_log2)
         return [(low, 1.0 - share), (high, share)]
 
-    def nearest(self, size: int) -> tuple[int, float]:
+    def _nearest(self, size: int) -> tuple[int, float]:
         """The nearest size with its squared distance; 0 if two are equally near."""
         at = math.log2(size)
         i = bisect_right(self._log2, (at, size))

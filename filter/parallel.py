@@ -6,9 +6,10 @@ In: degrees and the plan that `parallelize_module` is given. Out: local (m, k, n
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
+
+import msgspec
 
 from fp8gate.filter.shapes import LinearShape
 
@@ -67,8 +68,7 @@ class ShardError(ValueError):
     """A layer that a degree does not divide; the message names the dimension."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parallel:
+class Parallel(msgspec.Struct, frozen=True, kw_only=True):
     """How a model is divided among ranks, other than by data parallelism, which leaves shapes as they are.
 
     tp: tensor parallel degree. plan: which layers it divides, and how: the mapping given to `parallelize_module`
@@ -83,7 +83,7 @@ class Parallel:
 
     tp: int = 1
     cp: int = 1
-    plan: Mapping[str, Any] | PlanName = field(default_factory=dict)
+    plan: Mapping[str, Any] | PlanName = {}
 
     def __post_init__(self) -> None:
         for name in ("tp", "cp"):
@@ -102,8 +102,7 @@ class Parallel:
         return list(_flatten(READY_PLANS[self.plan], ()))
 
 
-@dataclass(frozen=True, slots=True)
-class Pattern:
+class Pattern(msgspec.Struct, frozen=True):
     """One entry of a plan: the name's parts, each of which may hold wildcards."""
 
     parts: tuple[str, ...]
@@ -113,9 +112,10 @@ class Pattern:
         return ".".join(self.parts)
 
     def matches(self, names: Sequence[str]) -> bool:
-        """Part by part, as `parallelize_module` does; from the end, where names differ most."""
-        parts = self.parts
-        return len(names) == len(parts) and all(map(fnmatchcase, reversed(names), reversed(parts)))
+        """Part by part, as `parallelize_module` does."""
+        if len(names) != len(self.parts):
+            return False
+        return all(name == part or fnmatchcase(name, part) for name, part in zip(names, self.parts, strict=True))
 
 
 class Shards:
@@ -131,6 +131,10 @@ class Shards:
         self._tp = parallel.tp
         self._tokens = tokens // parallel.cp
         self._patterns = parallel.patterns()
+        self._by_last: dict[str, list[Pattern]] = {}  # the last part of a name leaves few patterns to try
+        for pattern in self._patterns:
+            self._by_last.setdefault(pattern.parts[-1], []).append(pattern)
+        self._has_wild_last = any(sign in last for last in self._by_last for sign in "*?[")
         self._matched: set[Pattern] = set()
         self._is_ready_made = isinstance(parallel.plan, str)
 
@@ -154,9 +158,12 @@ class Shards:
         if not self._patterns:
             return "replicated"
         names = [name for name in fqn.split(".") if name not in _WRAPPERS]
-        matching = [pattern for pattern in self._patterns if pattern.matches(names)]
-        self._matched.update(matching)
-        return next((p.style for p in reversed(matching) if p.style != "replicated"), "replicated")
+        style: Style = "replicated"
+        for pattern in self._patterns if self._has_wild_last else self._by_last.get(names[-1], ()):
+            if pattern.matches(names):
+                self._matched.add(pattern)
+                style = style if pattern.style == "replicated" else pattern.style
+        return style
 
 
 def divided(style: Style, tp: int, shape: LinearShape) -> LinearShape:
@@ -167,16 +174,16 @@ def divided(style: Style, tp: int, shape: LinearShape) -> LinearShape:
     size: int = getattr(shape, axis)
     if size % tp:
         raise ShardError(f"tp = {tp} does not divide {axis} = {size} ({style})")
-    return replace(shape, **{axis: size // tp})
+    return msgspec.structs.replace(shape, **{axis: size // tp})
 
 
 def _flatten(plan: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[Pattern]:
     for name, style in plan.items():
-        parts = (*prefix, *name.split(".")) if name else prefix
+        parts = (*prefix, *name.split(".")) if name else prefix  # "" is the module itself
         if isinstance(style, Mapping):
             yield from _flatten(style, parts)
         else:
-            yield Pattern(parts, _style_of(style, ".".join(parts)))
+            yield Pattern(parts or ("",), _style_of(style, ".".join(parts)))
 
 
 def _style_of(style: Any, pattern: str) -> Style:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 FLOAT8_MULTIPLE = 16
 """torch._scaled_mm takes float8 operands only with dimensions that are multiples of 16 (one 16-byte vector)."""
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class LinearShape:
+class LinearShape(msgspec.Struct, frozen=True, order=True):
     """One linear layer as one rank computes it: (m, k) @ (k, n) forward, two products of that size backward.
 
     m: tokens, the rows of the input per microbatch. k: in_features. n: out_features. Ordered by (m, k, n).

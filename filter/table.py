@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Hashable
 from datetime import datetime
 from pathlib import Path
@@ -184,6 +183,8 @@ def write_table(table: Table, path: str | os.PathLike[str]) -> None:
 
     The same measurements give the same bytes. Raises TableError rather than write what could not be read again.
     """
+    import tempfile  # what only reads tables need not wait for
+
     text = format_table(table)
     parse_table(text, source=str(path))
     path = Path(path)

@@ -100,11 +100,22 @@ def test_the_torchtitan_snippet_converts_only_the_winner(
     assert "converted 1 of 3 linears" in capsys.readouterr().out
 
 
-def test_the_explain_output_is_what_the_command_prints() -> None:
-    command = next(c for c in COMMANDS if c.startswith("fp8gate explain"))
+@pytest.mark.parametrize(("model", "name"), [("llama3-8b", "explain"), ("llama3-70b", "explain-tp")])
+def test_the_explain_output_is_what_the_command_prints(model: str, name: str) -> None:
+    command = next(c for c in COMMANDS if c.startswith(f"fp8gate explain {model}"))
     result = CliRunner().invoke(app, shlex.split(command)[1:])
     assert result.exit_code == 0
-    assert result.output == marked("explain")
+    assert result.output == marked(name)
+
+
+@pytest.mark.filterwarnings(f"ignore::{StaleTableWarning.__module__}.StaleTableWarning")
+def test_the_parallel_snippet_refuses_what_loses_on_a_rank() -> None:
+    namespace: dict[str, Any] = {}
+    exec(SNIPPETS[2], namespace)
+    wants_float8 = namespace["wants_float8"]
+    assert not wants_float8(LinearConfig(8192, 8192), "layers.3.attention.wq")
+    decision = wants_float8.decisions["layers.3.attention.wq"]
+    assert (decision.m, decision.k, decision.n) == (4096, 8192, 1024)
 
 
 @pytest.mark.filterwarnings(f"ignore::{StaleTableWarning.__module__}.StaleTableWarning")

@@ -115,7 +115,10 @@ class Pattern(msgspec.Struct, frozen=True):
         """Part by part, as `parallelize_module` does."""
         if len(names) != len(self.parts):
             return False
-        return all(name == part or fnmatchcase(name, part) for name, part in zip(names, self.parts, strict=True))
+        for name, part in zip(names, self.parts, strict=True):
+            if name != part and not fnmatchcase(name, part):
+                return False
+        return True
 
 
 class Shards:

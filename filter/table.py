@@ -6,6 +6,7 @@ Try it: python -c "from fp8gate.filter.table import read_table; print(len(read_t
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Hashable
@@ -222,11 +223,16 @@ def load_plain_yaml(text: str, *, source: str, error: type[ValueError]) -> Any:
 
     Raises `error`, with the source and the line, for anything else.
     """
+    was_enabled = gc.isenabled()
+    gc.disable()  # nothing made here is garbage, and a collection would visit every object of the process: torch's too
     try:
         return yaml.load(text, Loader=_PlainLoader)
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as cause:
         # the last five are what PyYAML's constructors raise for an explicit tag on a value it does not fit
         raise error(f"{source}: not plain YAML data: {' '.join(str(cause).split())}") from cause
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _check(table: Table, source: str) -> None:

@@ -78,7 +78,15 @@ def choices(recipe: Recipe, device: str, tables: str | None) -> list[tuple[str, 
 def table_choice(recipe: Recipe, device: str, tables: str | None, lookup: LookupName) -> Choice:
     @cache
     def filter_for(tokens: int) -> AutoFilter:
-        return auto_filter(recipe, tokens=tokens, device=device, tables=tables, lookup=lookup)
+        return auto_filter(
+            recipe,
+            tokens=tokens,
+            device=device,
+            tables=tables,
+            lookup=lookup,
+            on_outside="ignore",
+            on_ambiguous="ignore",
+        )
 
     return lambda shape: filter_for(shape.m)(_linear(shape), "layer")
 

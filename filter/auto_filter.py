@@ -8,7 +8,7 @@ Try it: python -c "from fp8gate import auto_filter; print(auto_filter('rowwise',
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,7 +97,7 @@ class AutoFilter:
         if isinstance(size, str):
             return False
         decision = self._by_layer.get((fqn, size)) or self._ask(size, fqn)
-        self._findings.settle()
+        self._settle()
         self.decisions[fqn] = decision
         return decision.convert
 
@@ -119,15 +119,16 @@ class AutoFilter:
                 size = linear_size(layer)
                 if not isinstance(size, str):
                     self.decisions[fqn] = self._ask(size, fqn)
+            if is_module:
+                for name, _ in (*model.named_modules(), *model.named_parameters()):
+                    self._shards.saw(name)
             self.left_alone = grouped_weights(model) if is_module else ()
-        for pattern in self.unmatched:
-            self._findings.add(UnmatchedPatternWarning, f"filter_fqns: {pattern!r} is in no linear's name")
-        for pattern in self._shards.unmatched:
-            self._findings.add(UnmatchedPatternWarning, f"parallel.plan: {pattern} matched no linear")
-        if not any(decision.convert for decision in self.decisions.values()):
-            self._findings.add(NothingConvertedWarning, f"none of {len(self.decisions)} linears is converted to float8")
-        self._findings.settle()
-        return list(self._findings)
+        of_all = list(self._question_all())
+        for finding in of_all:
+            self._findings.add(finding)
+        self._settle()
+        of_layers = [f for f in self._findings if f.category not in (UnmatchedPatternWarning, NothingConvertedWarning)]
+        return [*of_layers, *(f for f in self._findings if f in of_all)]
 
     def agree(self, group: ProcessGroup | None = None, *, timeout_s: float = AGREE_TIMEOUT_S) -> None:
         """Make sure that every rank of a process group decided the same by the same table. All of them must call this.
@@ -205,18 +206,37 @@ class AutoFilter:
 
     def _local_shape(self, size: LinearSize, fqn: str) -> LinearShape:
         if size.is_local:
+            self._shards.saw(fqn)
             return self._shards.whole(size.in_features, size.out_features)
         return self._shards.local_shape(fqn, size.in_features, size.out_features)
+
+    def _settle(self) -> None:
+        """Warn or raise; whoever asks again after an error is told again."""
+        try:
+            self._findings.settle(stacklevel=4)
+        except FilterWarning:
+            self._by_shape.clear()
+            self._by_layer.clear()
+            raise
+
+    def _question_all(self) -> Iterator[Finding]:
+        """What all answers together leave open."""
+        for pattern in self.unmatched:
+            yield Finding(UnmatchedPatternWarning, f"filter_fqns: {pattern!r} is in no linear's name")
+        for pattern in self._shards.unmatched:
+            yield Finding(UnmatchedPatternWarning, f"parallel.plan: {pattern} matched no linear")
+        if not any(decision.convert for decision in self.decisions.values()):
+            yield Finding(NothingConvertedWarning, f"none of {len(self.decisions)} linears is converted to float8")
 
     def _question(self, decision: Decision, fqn: str) -> None:
         """Note what makes a decision less than certain."""
         where = f"{fqn}, {decision.shape}: {decision.reason}"
         if decision.outside:
-            self._findings.add(OutsideGridWarning, where)
+            self._findings.add(Finding(OutsideGridWarning, where))
         if decision.point and decision.point.status == "ambiguous":
-            self._findings.add(AmbiguousPointWarning, where)
+            self._findings.add(Finding(AmbiguousPointWarning, where))
         if decision.gap:
-            self._findings.add(MissingPointWarning, where)
+            self._findings.add(Finding(MissingPointWarning, where))
 
 
 def auto_filter(
@@ -285,7 +305,8 @@ def auto_filter(
     wants_float8 = AutoFilter(table, path, settings, findings)
     differences = stale(table.software)
     if differences:
-        findings.add(StaleTableWarning, f"{path} was measured with {differences}; to measure again: fp8gate calibrate")
+        message = f"{path} was measured with {differences}; to measure again: fp8gate calibrate"
+        findings.add(Finding(StaleTableWarning, message))
         findings.settle()
     return wants_float8
 

@@ -58,9 +58,9 @@ class Findings:
     def __iter__(self) -> Iterator[Finding]:
         return iter(self._known)
 
-    def add(self, category: type[FilterWarning], message: str) -> None:
+    def add(self, finding: Finding) -> None:
         """Note a finding, to be dealt with by `settle`. An error is raised as often as it is found."""
-        finding, policy = Finding(category, message), self._policies[category]
+        policy = self._policies[finding.category]
         if policy == "error" or (policy == "warn" and finding not in self._known):
             self._pending.append(finding)
             self._known[finding] = None

@@ -49,10 +49,12 @@ def _local_size(layer: object, weight: Any) -> LinearSize | None:
     Without names, a mesh is a tensor parallel one if `parallelize_module` has marked the layer.
     """
     mesh = weight.device_mesh
-    names = mesh.mesh_dim_names or [_TENSOR_PARALLEL[0] if _is_parallelized(layer) else ""] * mesh.ndim
+    names = mesh.mesh_dim_names or [""] * mesh.ndim
+    if mesh.ndim == 1 and _is_parallelized(layer):
+        names = [_TENSOR_PARALLEL[0]]
     sizes = list(weight.shape)
     for i, (name, placement) in enumerate(zip(names, weight.placements, strict=True)):
-        if name in _TENSOR_PARALLEL and placement.is_shard():
+        if name in _TENSOR_PARALLEL and hasattr(placement, "dim"):
             sizes[placement.dim] = -(-sizes[placement.dim] // mesh.size(i))  # the first ranks' part if it is uneven
     if sizes == list(weight.shape):
         return None
@@ -73,9 +75,12 @@ def _is_float8(cls: type) -> bool:
     return _FLOAT8[cls]
 
 
-def linears_of(model: Any) -> Iterator[tuple[str, Any]]:
-    """Every nn.Linear of a model under each of its names: what torchao's conversion asks about."""
-    return ((fqn, m) for fqn, m in model.named_modules(remove_duplicate=False) if _is_torch_linear(type(m)))
+def linears_of(module: Any, fqn: str = "") -> Iterator[tuple[str, Any]]:
+    """Every nn.Linear of a model in torchao's order: of two names in one module it replaces the first alone."""
+    for name, child in module.named_children():
+        yield from linears_of(child, f"{fqn}.{name}" if fqn else name)
+    if _is_torch_linear(type(module)):
+        yield fqn, module
 
 
 def grouped_weights(model: Any) -> tuple[str, ...]:

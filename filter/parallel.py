@@ -44,6 +44,8 @@ READY_PLANS: dict[PlanName, dict[str, Style]] = {
 _CLASSES: dict[str, Style] = {
     "ColwiseParallel": "colwise",
     "RowwiseParallel": "rowwise",
+    "PackedColwiseParallel": "colwise",
+    "PackedRowwiseParallel": "rowwise",
     "SequenceParallel": "sequence",
 }
 """torch's styles, transformers' of the same names, and their subclasses, such as torchao's Float8ColwiseParallel."""
@@ -56,7 +58,8 @@ _STRINGS: dict[str, Style] = {
     **dict.fromkeys(("sequence", "sequence_parallel"), "sequence"),
     **dict.fromkeys(("replicated", "replicate", "replicated_with_grad_allreduce", "all_reduce"), "replicated"),
     **dict.fromkeys(("mla_kv_a_proj", "embedding_rowwise", "embedding_colwise", "local", "local_params"), "replicated"),
-    **dict.fromkeys(("moe_tp_experts", "moe_identity_expert", "grouped_gemm", "ep_router", "gather"), "replicated"),
+    **dict.fromkeys(("moe_tp_experts", "moe_identity_expert", "ep_dispatch_experts", "ep_router"), "replicated"),
+    **dict.fromkeys(("grouped_gemm", "gather"), "replicated"),
 }
 """Our own names, and the strings of a transformers tp_plan: those of embeddings and experts divide no linear."""
 
@@ -95,9 +98,9 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True):
 
     def patterns(self) -> list[Pattern]:
         """The plan, flat. Of several patterns that match a layer, the last that divides it counts."""
-        if not isinstance(self.plan, str):
+        if isinstance(self.plan, Mapping):
             return list(_flatten(self.plan, ()))
-        if self.plan not in READY_PLANS:
+        if not isinstance(self.plan, str) or self.plan not in READY_PLANS:
             raise ValueError(f"parallel.plan: expected a mapping or one of {', '.join(READY_PLANS)}; got {self.plan!r}")
         return list(_flatten(READY_PLANS[self.plan], ()))
 
@@ -149,6 +152,10 @@ class Shards:
         """The shape of a linear whose sizes are local already."""
         return LinearShape(self._tokens, in_features, out_features)
 
+    def saw(self, fqn: str) -> None:
+        """Remember which patterns match something that is divided without being asked about."""
+        self._style(fqn)
+
     @property
     def unmatched(self) -> tuple[str, ...]:
         """Patterns that should divide a linear and matched none. A ready plan knows several names for each layer."""
@@ -160,7 +167,7 @@ class Shards:
     def _style(self, fqn: str) -> Style:
         if not self._patterns:
             return "replicated"
-        names = [name for name in fqn.split(".") if name not in _WRAPPERS]
+        names = _without_wrappers(fqn) or [""]
         style: Style = "replicated"
         for pattern in self._patterns if self._has_wild_last else self._by_last.get(names[-1], ()):
             if pattern.matches(names):
@@ -182,11 +189,15 @@ def divided(style: Style, tp: int, shape: LinearShape) -> LinearShape:
 
 def _flatten(plan: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[Pattern]:
     for name, style in plan.items():
-        parts = (*prefix, *name.split(".")) if name else prefix  # "" is the module itself
+        parts = (*prefix, *_without_wrappers(name)) if name else prefix  # "" is the module itself
         if isinstance(style, Mapping):
             yield from _flatten(style, parts)
         else:
             yield Pattern(parts or ("",), _style_of(style, ".".join(parts)))
+
+
+def _without_wrappers(fqn: str) -> list[str]:
+    return [name for name in fqn.split(".") if name not in _WRAPPERS]
 
 
 def _style_of(style: Any, pattern: str) -> Style:

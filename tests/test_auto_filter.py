@@ -16,15 +16,21 @@ from torch import nn
 from torchao.float8 import convert_to_float8_training
 from torchao.float8.float8_linear import Float8Linear
 
-from fp8gate import AutoFilter, StaleTableWarning, auto_filter
-from fp8gate.filter.auto_filter import stale
+from fp8gate import AutoFilter, OutsideGridWarning, Parallel, StaleTableWarning, auto_filter
+from fp8gate.filter import stale as stale_module
 from fp8gate.filter.linear_layer import linear_size
 from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import Software
+from fp8gate.filter.stale import stale
+from fp8gate.filter.table import Point, Software
 
 TOKENS = 32
 WINNER, LOSER = (64, 128), (128, 64)  # (in_features, out_features): swapped, they would change places
 TABLE = make_table(make_point(TOKENS, *WINNER, 1.5), make_point(TOKENS, *LOSER, 0.5))
+
+
+@pytest.fixture(autouse=True)
+def _no_driver(tmp_path, monkeypatch):
+    monkeypatch.setattr(stale_module, "DRIVER_VERSION", tmp_path / "version")
 
 
 @pytest.fixture
@@ -236,6 +242,44 @@ def test_lookup_by_interpolation(tmp_path):
         assert wants_float8.decisions["w1"].speedup == pytest.approx(speedup)
 
 
+# --- recomputation ---------------------------------------------------------------------------------------------
+
+SLOW_FORWARD = Point(32, *WINNER, 100.0, 200.0, 150.0, 90.0, 1.25, 1.2, 1.3, "measured")
+"""Once: 300 us against 240 us, 1.25x. With the forward twice: 400 us against 390 us."""
+
+
+@pytest.fixture
+def decided(tmp_path):
+    path = write_file(make_table(SLOW_FORWARD), tmp_path / "t.yaml")
+
+    def decide(recompute, *fqns):
+        wants_float8 = auto_filter("rowwise", tokens=32, tables=path, min_speedup=1.1, recompute=recompute)
+        for fqn in fqns:
+            wants_float8(LinearConfig(*WINNER), fqn)
+        return {fqn: (d.convert, d.reason) for fqn, d in wants_float8.decisions.items()}
+
+    return decide
+
+
+ONCE, TWICE = (True, "1.25x (measured)"), (False, "1.03x, below 1.10x (measured, recomputed)")
+
+
+@pytest.mark.parametrize(
+    ("recompute", "expected"),
+    [
+        ("none", [ONCE, ONCE, ONCE]),
+        ("full", [TWICE, TWICE, TWICE]),
+        (lambda fqn: fqn.startswith("layers."), [TWICE, TWICE, ONCE]),
+        (lambda fqn: ".1." in fqn, [ONCE, TWICE, ONCE]),
+        (lambda fqn: False, [ONCE, ONCE, ONCE]),
+    ],
+)
+def test_recomputed_layers_are_judged_with_two_forwards(decided, recompute, expected):
+    names = ["layers.0.w1", "layers.1.w1", "output"]
+    assert decided(recompute, *names) == dict(zip(names, expected, strict=True))
+    assert list(decided(recompute, *names[::-1]).values()) == expected[::-1]
+
+
 # --- what it says ----------------------------------------------------------------------------------------------
 
 
@@ -248,7 +292,8 @@ def test_summary_counts_converted_linears(wants_float8):
 
 def test_summary_says_what_is_outside_and_what_matched_nothing(table_path):
     wants_float8 = auto_filter("rowwise", tokens=TOKENS, tables=table_path, filter_fqns=["mlp", "wq", "moe"])
-    wants_float8(LinearConfig(64, 256), "output")
+    with pytest.warns(OutsideGridWarning):
+        wants_float8(LinearConfig(64, 256), "output")
     wants_float8(LinearConfig(*WINNER), "wq")
     assert wants_float8.summary() == (
         "converted 1 of 2 linears to float8 rowwise (at least 1.02x on NVIDIA H200 at 32 tokens); "
@@ -296,6 +341,10 @@ def test_repr_says_which_table_is_used(wants_float8, table_path):
         ({"min_speedup": -1.0}, "min_speedup: .* got -1.0"),
         ({"min_speedup": float("nan")}, "min_speedup: .* got nan"),
         ({"lookup": "linear"}, "lookup: expected one of nearest, interpolate; got 'linear'"),
+        ({"recompute": "selective"}, "recompute: expected none, full or a predicate of names; got 'selective'"),
+        ({"recompute": True}, "recompute: .* got True"),
+        ({"recompute": None}, "recompute: .* got None"),
+        ({"parallel": 8}, "parallel: expected a fp8gate.Parallel; got 8"),
     ],
 )
 def test_argument_out_of_range_is_named(table_path, arguments, complaint):
@@ -305,7 +354,16 @@ def test_argument_out_of_range_is_named(table_path, arguments, complaint):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"tokens": 1}, {"filter_fqns": ()}, {"filter_fqns": ["output"]}, {"min_speedup": 0.01}, {"lookup": "interpolate"}],
+    [
+        {"tokens": 1},
+        {"filter_fqns": ()},
+        {"filter_fqns": ["output"]},
+        {"min_speedup": 0.01},
+        {"lookup": "interpolate"},
+        {"recompute": "full"},
+        {"recompute": lambda fqn: True},
+        {"parallel": Parallel()},
+    ],
 )
 def test_argument_in_range_is_taken(table_path, arguments):
     assert auto_filter(**{"recipe": "rowwise", "tokens": 32, "tables": table_path, **arguments}).decisions == {}

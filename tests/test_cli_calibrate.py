@@ -242,7 +242,8 @@ def test_ctrl_c_before_anything_is_measured(calibrate, monkeypatch):
         (["--model", "llama3-8b"], "--model and --tokens go together"),
         (["--tokens", "8192"], "--model and --tokens go together"),
         (["--model", "llama4", "--tokens", "8192"], "expected a config.json or one of llama3-8b, "),
-        (["--model", "llama3-8b", "--tokens", "64", "--tp", "3"], "q_proj: tensor parallel degree 3 does not divide"),
+        (["--model", "llama3-8b", "--tokens", "64", "--tp", "3"], "q_proj: tp = 3 does not divide n = 4096"),
+        (["--tp", "2"], "--tp: expected a --model whose shapes it divides; a grid's shapes are a rank's already"),
         (["--grid", "nosuch.yaml"], "expected quick, default or a readable YAML file; got 'nosuch.yaml'"),
     ],
 )
@@ -440,6 +441,22 @@ def test_a_config_file_is_a_model_and_what_float8_cannot_compute_is_left_out(tmp
     assert LinearShape(32, 64, 100) not in shapes  # the output layer
 
 
+def test_what_is_left_out_of_a_models_shapes_is_said(calibrate, swept, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(TINY_CONFIG))
+    result = calibrate("--model", str(config), "--tokens", "32")
+    assert result.exit_code == 0
+    assert result.stderr == "lm_head (32, 64, 100) is not measured: n = 100 is no multiple of 16\n"
+    config.write_text(json.dumps({**TINY_CONFIG, "vocab_size": 128}))
+    assert calibrate("--model", str(config), "--tokens", "32").stderr == ""
+
+
+@pytest.mark.parametrize("args", [["--tp", "1"], ["--model", "llama3-8b", "--tokens", "64", "--tp", "2"]])
+def test_a_degree_is_taken_where_there_is_something_to_divide(calibrate, swept, args):
+    assert calibrate(*args).exit_code == 0
+    assert swept["shapes"]
+
+
 @pytest.mark.parametrize("model", BUNDLED)
 def test_every_bundled_model_has_shapes(model):
     shapes = cli._model_shapes(model, 4096, 1)
@@ -451,7 +468,7 @@ def test_every_bundled_model_has_shapes(model):
     ("command", "params"),
     [
         ("calibrate", "grid recipes device out resume model tokens tp stop_after workers seed"),
-        ("explain", "model recipe tokens device tables lookup min_speedup as_json"),
+        ("explain", "model recipe tokens tp cp recompute device tables lookup min_speedup as_json"),
     ],
 )
 def test_the_options_are_those_documented(command, params):
@@ -468,5 +485,5 @@ def test_option_spellings():
         for name, command in commands.items()
     }
     calibrate = "--device --fresh --grid --model --out --recipes --resume --seed --stop-after --tokens --tp --workers"
-    explain = "--device --json --lookup --min-speedup --recipe --tables --tokens"
+    explain = "--cp --device --json --lookup --min-speedup --recipe --recompute --tables --tokens --tp"
     assert {name: " ".join(flags) for name, flags in spelled.items()} == {"calibrate": calibrate, "explain": explain}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from builders import make_point, make_table
 
@@ -11,8 +12,15 @@ from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Point
 
 
-def decided(shape: tuple[int, int, int], *points: Point, kind: str = "nearest", min_speedup: float = 1.02) -> Decision:
-    return decide(LinearShape(*shape), Lookup(make_table(*points), kind), min_speedup=min_speedup)
+def decided(
+    shape: tuple[int, int, int],
+    *points: Point,
+    kind: str = "nearest",
+    min_speedup: float = 1.02,
+    recomputed: bool = False,
+) -> Decision:
+    lookup = Lookup(make_table(*points), kind)
+    return decide(LinearShape(*shape), lookup, min_speedup=min_speedup, recomputed=recomputed)
 
 
 def answer(decision: Decision) -> tuple[bool, str]:
@@ -132,3 +140,51 @@ def test_decision_names_the_local_sizes():
     assert (decision.m, decision.k, decision.n) == (32, 64, 128)
     nameless = Decision(convert=False, reason="no shape")
     assert (nameless.m, nameless.k, nameless.n) == (None, None, None)
+
+
+# --- recomputation ---------------------------------------------------------------------------------------------
+
+
+def timed(bf16_us: tuple[float, float], fp8_us: tuple[float, float], *, off: float = 1.0) -> Point:
+    """A point of these times (forward, backward); off: its paired speedup over the quotient of the times."""
+    speedup = off * sum(bf16_us) / sum(fp8_us)
+    return Point(32, 64, 128, *bf16_us, *fp8_us, speedup, speedup / 1.25, speedup * 1.25, "measured")
+
+
+@pytest.mark.parametrize(
+    ("bf16_us", "fp8_us", "once", "twice"),
+    [
+        ((100.0, 200.0), (50.0, 100.0), 2.0, 2.0),
+        ((100.0, 200.0), (150.0, 50.0), 1.5, 400 / 350),
+        ((100.0, 200.0), (25.0, 175.0), 1.5, 400 / 225),
+        ((10.0, 10.0), (20.0, 4.0), 20 / 24, 30 / 44),
+    ],
+)
+@pytest.mark.parametrize("kind", ["nearest", "interpolate"])
+def test_recomputed_forward_counts_twice_in_both_precisions(bf16_us, fp8_us, once, twice, kind):
+    point = timed(bf16_us, fp8_us)
+    plain, recomputed = (decided((32, 64, 128), point, kind=kind, recomputed=r) for r in (False, True))
+    assert plain.speedup == pytest.approx(once)
+    assert recomputed.speedup == pytest.approx(twice)
+    assert recomputed.speedup_low == pytest.approx(twice / 1.25)
+    assert recomputed.speedup_high == pytest.approx(twice * 1.25)
+    assert recomputed.point == plain.point == point
+
+
+def test_paired_speedup_is_changed_as_the_quotient_of_the_times_is():
+    """The paired speedup is better than the quotient of two medians, and the times only say how it changes."""
+    decision = decided((32, 64, 128), timed((100.0, 200.0), (150.0, 50.0), off=1.1), recomputed=True)
+    assert decision.speedup == pytest.approx(1.1 * 400 / 350)
+
+
+@pytest.mark.parametrize(
+    ("recomputed", "expected"),
+    [(False, (True, "1.50x (measured)")), (True, (False, "1.14x, below 1.45x (measured, recomputed)"))],
+)
+def test_recomputation_can_turn_a_decision(recomputed, expected):
+    point = msgspec.structs.replace(timed((100.0, 200.0), (150.0, 50.0)), speedup_low=1.46, speedup_high=1.54)
+    assert answer(decided((32, 64, 128), point, min_speedup=1.45, recomputed=recomputed)) == expected
+
+
+def test_indivisible_shape_is_refused_with_recomputation_too():
+    assert decided((32, 64, 100), make_point(32, 64, 100), recomputed=True).reason == "n = 100: not a multiple of 16"

@@ -11,7 +11,8 @@ from builders import make_point, make_table
 from fp8gate.filter.explain import Explanation, explain
 from fp8gate.filter.lookup import Lookup
 from fp8gate.filter.models import ModelConfig
-from fp8gate.filter.table import TableError
+from fp8gate.filter.parallel import Parallel, ShardError, Shards
+from fp8gate.filter.table import Point, TableError
 
 TOKENS = 32
 CONFIG = ModelConfig(
@@ -38,10 +39,18 @@ ROWWISE_RULE_US = BF16_US  # k <= 1024 everywhere
 
 
 def explained(
-    *, recipe: str = "tensorwise", config: ModelConfig = CONFIG, points=POINTS, min_speedup: float = 1.02
+    *,
+    recipe: str = "tensorwise",
+    config: ModelConfig = CONFIG,
+    points=POINTS,
+    min_speedup: float = 1.02,
+    tokens: int = TOKENS,
+    recomputed: bool = False,
+    **degrees: int,
 ) -> Explanation:
     table = make_table(*points, recipe=recipe)
-    return explain(config, table, Lookup(table), tokens=TOKENS, min_speedup=min_speedup)
+    shards = Shards(Parallel(plan="transformers", **degrees), tokens)
+    return explain(config, table, Lookup(table), shards=shards, recomputed=recomputed, min_speedup=min_speedup)
 
 
 def test_every_role_is_decided():
@@ -145,3 +154,72 @@ def test_experts_are_noted_and_not_counted():
 def test_table_without_numbers_is_an_error():
     with pytest.raises(TableError, match=r"tensorwise on NVIDIA H200: \$\.points: expected a measured point"):
         explained(points=[make_point(32, 64, 64, status="failed")])
+
+
+# --- shards ----------------------------------------------------------------------------------------------------
+
+
+def local_sizes(explanation: Explanation) -> dict[str, tuple[int, int, int]]:
+    return {layer.linear.role: (layer.shape.m, layer.shape.k, layer.shape.n) for layer in explanation.layers}
+
+
+@pytest.mark.parametrize(
+    ("degrees", "tokens", "expected"),
+    [
+        ({}, 32, {"wq": (32, 64, 64), "wk": (32, 64, 32), "wo": (32, 64, 64), "w2": (32, 128, 64)}),
+        ({"tp": 2}, 32, {"wq": (32, 64, 32), "wk": (32, 64, 16), "wo": (32, 32, 64), "w2": (32, 64, 64)}),
+        ({"tp": 4}, 32, {"wq": (32, 64, 16), "wk": (32, 64, 8), "wo": (32, 16, 64), "w2": (32, 32, 64)}),
+        ({"cp": 2}, 64, {"wq": (32, 64, 64), "wk": (32, 64, 32), "wo": (32, 64, 64), "w2": (32, 128, 64)}),
+        ({"tp": 2, "cp": 4}, 64, {"wq": (16, 64, 32), "wk": (16, 64, 16), "wo": (16, 32, 64), "w2": (16, 64, 64)}),
+    ],
+)
+def test_rank_decides_by_its_part(degrees, tokens, expected):
+    shapes = local_sizes(explained(tokens=tokens, **degrees))
+    assert {role: shapes[role] for role in expected} == expected
+
+
+def test_part_that_float8_cannot_compute_stays_bf16_in_every_choice():
+    wk = explained(tp=4, min_speedup=0.01).layers[1]
+    assert (wk.decision.convert, wk.decision.reason) == (False, "n = 8: not a multiple of 16")
+    assert wk.fp8_us == wk.bf16_us
+
+
+def test_torchaos_rule_is_asked_about_the_whole_layer():
+    """As torchao does, which is what costs it the speedup: the output has 2048 columns, a rank 256 of them."""
+    output = explained(tp=8).layers[-1]
+    assert (output.shape.n, output.torchao) == (256, True)
+    assert not explained(config=msgspec.structs.replace(CONFIG, vocab_size=1024)).layers[-1].torchao
+
+
+@pytest.mark.parametrize(
+    ("tp", "complaint"),
+    [
+        (3, r"^model\.layers\.\*\.self_attn\.q_proj: tp = 3 does not divide n = 64 \(colwise\)$"),
+        (64, r"^model\.layers\.\*\.self_attn\.k_proj: tp = 64 does not divide n = 32 \(colwise\)$"),
+    ],
+)
+def test_degree_that_does_not_divide_names_the_layer(tp, complaint):
+    with pytest.raises(ShardError, match=complaint):
+        explained(tp=tp)
+
+
+# --- recomputation ---------------------------------------------------------------------------------------------
+
+RECOMPUTED_BF16_US = 2 * (40 + 24 + 24 + 40 + 80 + 80 + 80) + 160
+
+
+def test_recomputed_forwards_are_counted_in_both_precisions():
+    """All forwards are a third of the whole in both precisions: the speedups stay as they are."""
+    once, twice = explained(), explained(recomputed=True)
+    assert twice.predicted.bf16_us == pytest.approx(RECOMPUTED_BF16_US)
+    assert twice.predicted.fp8gate_us == pytest.approx(FILTER_US * 4 / 3)
+    assert [x.decision.speedup for x in twice.layers] == pytest.approx([x.decision.speedup for x in once.layers])
+    assert [x.decision.convert for x in twice.layers] == [x.decision.convert for x in once.layers]
+
+
+def test_recomputation_turns_a_decision_where_the_forward_loses():
+    output = Point(TOKENS, 64, 2048, 40.0, 80.0, 80.0, 20.0, 1.2, 1.2, 1.2, "measured")
+    once, twice = (explained(points=[*POINTS[:-1], output], recomputed=r).layers[-1] for r in (False, True))
+    assert (once.decision.convert, once.bf16_us, once.fp8_us) == (True, 120.0, pytest.approx(100.0))
+    assert (twice.decision.convert, twice.bf16_us, twice.fp8_us) == (False, 160.0, pytest.approx(180.0))
+    assert twice.decision.reason == "0.89x, below 1.02x (measured, recomputed)"

@@ -1,4 +1,4 @@
-"""Models as lists of linears, and the part of each that a tensor parallel rank holds."""
+"""Models as lists of linears."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 
 import pytest
 
-from fp8gate.filter.models import BUNDLED, LinearRole, ModelConfig, ModelError, linear_roles, load_model, not_linear
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.shards import ShardError, local_shape
+from fp8gate.filter.models import BUNDLED, ModelConfig, ModelError, linear_roles, load_model, not_linear
 
 LLAMA = {
     "model_type": "llama",
@@ -24,10 +22,6 @@ LLAMA = {
 def sizes(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
     """role -> (count, in_features, out_features)."""
     return {role.role: (role.count, role.in_features, role.out_features) for role in linear_roles(config)}
-
-
-def role_of(model: str, name: str) -> LinearRole:
-    return next(role for role in linear_roles(load_model(model)) if role.role == name)
 
 
 @pytest.fixture
@@ -118,17 +112,16 @@ def test_linears_and_embedding_and_norms_are_the_whole_model(model, parameters, 
     assert weights == parameters - vocabulary - norms
 
 
-def test_roles_carry_hugging_face_names_and_shardings():
-    roles = [(role.role, role.fqn, role.sharding) for role in linear_roles(load_model("llama3-8b"))]
-    assert roles == [
-        ("wq", "model.layers.*.self_attn.q_proj", "colwise"),
-        ("wk", "model.layers.*.self_attn.k_proj", "colwise"),
-        ("wv", "model.layers.*.self_attn.v_proj", "colwise"),
-        ("wo", "model.layers.*.self_attn.o_proj", "rowwise"),
-        ("w1", "model.layers.*.mlp.gate_proj", "colwise"),
-        ("w3", "model.layers.*.mlp.up_proj", "colwise"),
-        ("w2", "model.layers.*.mlp.down_proj", "rowwise"),
-        ("output", "lm_head", "colwise"),
+def test_roles_carry_hugging_face_names():
+    assert [(role.role, role.fqn) for role in linear_roles(load_model("llama3-8b"))] == [
+        ("wq", "model.layers.*.self_attn.q_proj"),
+        ("wk", "model.layers.*.self_attn.k_proj"),
+        ("wv", "model.layers.*.self_attn.v_proj"),
+        ("wo", "model.layers.*.self_attn.o_proj"),
+        ("w1", "model.layers.*.mlp.gate_proj"),
+        ("w3", "model.layers.*.mlp.up_proj"),
+        ("w2", "model.layers.*.mlp.down_proj"),
+        ("output", "lm_head"),
     ]
 
 
@@ -216,43 +209,3 @@ def test_unknown_name_lists_the_bundled_models(model):
     with pytest.raises(ModelError) as error:
         load_model(model)
     assert f"expected a config.json or one of {', '.join(BUNDLED)}; got {model!r}" in str(error.value)
-
-
-# --- shards ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("role", "tp", "expected"),
-    [
-        ("wq", 8, (8192, 8192, 1024)),
-        ("wk", 8, (8192, 8192, 128)),
-        ("wv", 8, (8192, 8192, 128)),
-        ("wo", 8, (8192, 1024, 8192)),
-        ("w1", 8, (8192, 8192, 3584)),
-        ("w2", 8, (8192, 3584, 8192)),
-        ("output", 8, (8192, 8192, 16032)),
-        ("wk", 1, (8192, 8192, 1024)),
-        ("wo", 1, (8192, 8192, 8192)),
-        ("w2", 7, (8192, 4096, 8192)),
-    ],
-)
-def test_rank_holds_its_part_of_70b(role, tp, expected):
-    assert local_shape(role_of("llama3-70b", role), tokens=8192, tp=tp) == LinearShape(*expected)
-
-
-def test_one_rank_holds_everything():
-    assert local_shape(role_of("llama3-70b", "w2"), tokens=4096) == LinearShape(4096, 28672, 8192)
-
-
-@pytest.mark.parametrize(
-    ("role", "tp", "complaint"),
-    [
-        ("wk", 3, r"self_attn\.k_proj: tensor parallel degree 3 does not divide 1024, sharded colwise"),
-        ("wo", 3, r"self_attn\.o_proj: tensor parallel degree 3 does not divide 8192, sharded rowwise"),
-        ("w1", 5, r"mlp\.gate_proj: tensor parallel degree 5 does not divide 28672, sharded colwise"),
-        ("w2", 5, r"mlp\.down_proj: tensor parallel degree 5 does not divide 28672, sharded rowwise"),
-    ],
-)
-def test_degree_that_does_not_divide_is_refused(role, tp, complaint):
-    with pytest.raises(ShardError, match=complaint):
-        local_shape(role_of("llama3-70b", role), tokens=8192, tp=tp)

@@ -1,0 +1,113 @@
+"""Hugging Face Accelerate and Trainer: the filter as `module_filter_func` of AORecipeKwargs.
+
+On a GPU that has been calibrated, with a Llama 3 8B's widths:
+    python examples/accelerate_trainer.py accelerate
+    python examples/accelerate_trainer.py trainer
+Without a GPU both run on the CPU, float8 included. Accelerate's own default leaves the first and the last linear in
+bf16; a filter of one's own replaces that, so name them in `filter_fqns` if they should stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AORecipeKwargs
+from torchao.float8 import Float8LinearConfig
+from torchao.float8.float8_linear import Float8Linear
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from fp8gate import AutoFilter, auto_filter
+
+COMPILER = "inductor" if torch.cuda.is_available() else "no"  # the casts are fast only where they are compiled
+
+
+def main() -> None:
+    args = arguments()
+    config = LlamaConfig(
+        hidden_size=args.dim,
+        intermediate_size=args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=args.vocab,
+    )
+    wants_float8 = auto_filter(
+        args.recipe,
+        tokens=args.batch * args.sequence,  # rows of a linear's input, per rank and microbatch
+        filter_fqns=["lm_head"],
+        device=args.device,
+        tables=args.tables,
+    )
+    with torch.device("meta"):
+        wants_float8.check(LlamaForCausalLM(config))  # before there are weights
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(args.vocab, (args.steps, args.batch, args.sequence))
+    {"accelerate": with_accelerate, "trainer": with_trainer}[args.framework](model, ids, recipe(args, wants_float8))
+    print(wants_float8.report())
+    print(f"{sum(isinstance(m, Float8Linear) for m in model.modules())} Float8Linear in the model")
+
+
+def recipe(args: argparse.Namespace, wants_float8: AutoFilter) -> AORecipeKwargs:
+    return AORecipeKwargs(config=Float8LinearConfig.from_recipe_name(args.recipe), module_filter_func=wants_float8)
+
+
+def with_accelerate(model: LlamaForCausalLM, ids: torch.Tensor, recipe: AORecipeKwargs) -> None:
+    accelerator = Accelerator(mixed_precision="fp8", kwargs_handlers=[recipe], dynamo_backend=COMPILER)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    for step, batch in enumerate(ids.to(accelerator.device)):
+        loss = model(input_ids=batch, labels=batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        accelerator.print(f"step {step}: loss {loss.item():.4f}")
+
+
+class Float8Trainer(Trainer):
+    """TrainingArguments know neither "fp8" nor a recipe: this gives both to the Accelerator that Trainer builds."""
+
+    def __init__(self, *args: Any, recipe: AORecipeKwargs, **kwargs: Any) -> None:
+        self.recipe = recipe  # first: Trainer builds its Accelerator in __init__
+        super().__init__(*args, **kwargs)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        args = super()._build_accelerator_args(**kwargs)
+        return {**args, "mixed_precision": "fp8", "kwargs_handlers": [*args["kwargs_handlers"], self.recipe]}
+
+
+def with_trainer(model: LlamaForCausalLM, ids: torch.Tensor, recipe: AORecipeKwargs) -> None:
+    examples = [{"input_ids": row, "labels": row} for row in ids.flatten(0, 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        options = TrainingArguments(
+            folder,
+            per_device_train_batch_size=ids.shape[1],
+            num_train_epochs=1,
+            torch_compile=COMPILER != "no",
+            save_strategy="no",
+            report_to="none",
+        )
+        result = Float8Trainer(model=model, args=options, train_dataset=examples, recipe=recipe).train()
+    print(f"step {result.global_step - 1}: loss {result.training_loss:.4f} on average")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("framework", choices=["accelerate", "trainer"])
+    parser.add_argument("--recipe", default="rowwise")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--sequence", type=int, default=8192)
+    parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, default=14336)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--device", help="whose table to use, such as 'NVIDIA H200'; default: this machine's")
+    parser.add_argument("--tables", help="a table, or a folder of tables; default: those that come with fp8gate")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -35,4 +35,6 @@ lint: $(INSTALLED)
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[calibrate,dev]"
+	-$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[examples]"
+	-$(VENV)/bin/python -m pip install --quiet --no-deps torchtitan==0.3.0
 	touch $@

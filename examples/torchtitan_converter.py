@@ -25,8 +25,7 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.models.llama3 import model_registry
 from torchtitan.protocols.module import Module
 
-from fp8gate import AutoFilter, Parallel, auto_filter
-from fp8gate.filter.auto_filter import Recompute
+from fp8gate import AutoFilter, Parallel, Recompute, auto_filter
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ In: what one rank decided, a process group. Out: nothing, or an error on every r
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,11 @@ class RanksMissingError(RuntimeError):
     """Ranks did not say in time what they decided."""
 
 
-def require_agreement(decided: Mapping[str, Any], group: ProcessGroup | None, timeout_s: float) -> None:
+def require_agreement(decided: Mapping[str, Any], file: str, group: ProcessGroup | None, timeout_s: float) -> None:
     """Compare what this rank decided with every other rank of the group (None: all), which must call this too.
 
-    decided: plain data, by topic; topics and the layers in `decided["layers"]` are named where ranks differ.
+    decided: plain data, by topic; topics and the layers in `decided["layers"]` are named where ranks differ. file: its
+    source; each node may have its own copy, so that alone is no difference.
     Raises RanksDisagreeError, RanksMissingError after `timeout_s` seconds, or ValueError without torch.distributed.
     """
     import hashlib
@@ -36,14 +38,18 @@ def require_agreement(decided: Mapping[str, Any], group: ProcessGroup | None, ti
 
     if not dist.is_initialized():
         raise ValueError("agree: expected torch.distributed to be initialized; call it after init_process_group")
+    if group is not None and not isinstance(group, dist.ProcessGroup):  # what new_group gives to other ranks
+        raise ValueError("agree: expected a group that this rank belongs to")
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
     board = _Board(ranks, dist.get_rank(), timeout_s)
-    content = json.dumps(decided, sort_keys=True)
-    digests = board.exchange("digest", hashlib.sha256(content.encode()).hexdigest(), ranks)
+    digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+    digests = board.exchange("digest", digest, ranks)
     speakers = {digest: rank for rank, digest in reversed(digests.items())}  # the first of those that agree
     if len(speakers) == 1:
+        board.leave(ranks)
         return
-    contents = board.exchange("content", content, sorted(speakers.values()))
+    contents = board.exchange("content", json.dumps({**decided, "file": file}), sorted(speakers.values()))
+    board.leave(ranks)
     raise RanksDisagreeError(_describe(digests, {rank: json.loads(text) for rank, text in contents.items()}))
 
 
@@ -74,6 +80,13 @@ class _Board:
             return dict(zip(speakers, (t.decode() for t in self._store.multi_get(keys)), strict=True))
         except RuntimeError as error:
             raise self._missing(speakers, keys, error) from error
+
+    def leave(self, ranks: Sequence[int]) -> None:
+        """Wait until all have read: the store may be in this process, which an error may end."""
+        keys = [f"{self._prefix}/read/{rank}" for rank in ranks]
+        with contextlib.suppress(RuntimeError):  # a rank that is gone now has nothing more to say
+            self._store.set(f"{self._prefix}/read/{self._rank}", "")
+            self._store.wait(keys, timedelta(seconds=self._timeout_s))
 
     def _missing(self, speakers: Sequence[int], keys: Sequence[str], error: RuntimeError) -> RanksMissingError:
         try:

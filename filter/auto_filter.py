@@ -141,14 +141,14 @@ class AutoFilter:
 
         settings = self.settings
         decided = {
-            "table": f"{self.path} (sha256 {sha256(format_table(self.table).encode()).hexdigest()[:12]})",
+            "table": f"sha256 {sha256(format_table(self.table).encode()).hexdigest()[:12]}",
             "recipe": self.table.recipe,
             "tokens": settings.tokens,
             "min_speedup": settings.min_speedup,
             "lookup": settings.lookup,
             "layers": {fqn: "float8" if d.convert else "bf16" for fqn, d in self.decisions.items()},
         }
-        require_agreement(decided, group, timeout_s)
+        require_agreement(decided, str(self.path), group, timeout_s)
 
     @property
     def unmatched(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ convert_to_float8_training(model, module_filter_fn=auto_filter("rowwise", tokens
 """
 
 from fp8gate.filter.agreement import RanksDisagreeError, RanksMissingError
-from fp8gate.filter.auto_filter import AutoFilter, auto_filter
+from fp8gate.filter.auto_filter import AutoFilter, Recompute, auto_filter
 from fp8gate.filter.decision import Decision
 from fp8gate.filter.findings import (
     AmbiguousPointWarning,
@@ -34,6 +34,7 @@ __all__ = [
     "Parallel",
     "RanksDisagreeError",
     "RanksMissingError",
+    "Recompute",
     "ShardError",
     "StaleTableWarning",
     "Table",

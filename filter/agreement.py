@@ -46,10 +46,11 @@ def require_agreement(decided: Mapping[str, Any], file: str, group: ProcessGroup
     digests = board.exchange("digest", digest, ranks)
     speakers = {digest: rank for rank, digest in reversed(digests.items())}  # the first of those that agree
     if len(speakers) == 1:
-        board.leave(ranks)
+        board.leave(ranks)  # for a rank that came late, the others may have given up
         return
     contents = board.exchange("content", json.dumps({**decided, "file": file}), sorted(speakers.values()))
-    board.leave(ranks)
+    with contextlib.suppress(RanksMissingError):  # that they differ is the better error
+        board.leave(ranks)
     raise RanksDisagreeError(_describe(digests, {rank: json.loads(text) for rank, text in contents.items()}))
 
 
@@ -82,18 +83,34 @@ class _Board:
             raise self._missing(speakers, keys, error) from error
 
     def leave(self, ranks: Sequence[int]) -> None:
-        """Wait until all have read: the store may be in this process, which an error may end."""
+        """Wait until all have read: the store may be in this process, which an error may end.
+
+        Raises RanksMissingError if some did not. A store that is gone was left by a rank that had read.
+        """
         keys = [f"{self._prefix}/read/{rank}" for rank in ranks]
-        with contextlib.suppress(RuntimeError):  # a rank that is gone now has nothing more to say
+        try:
             self._store.set(f"{self._prefix}/read/{self._rank}", "")
             self._store.wait(keys, timedelta(seconds=self._timeout_s))
+        except RuntimeError as error:
+            try:
+                late = self._without(ranks, keys)
+            except RuntimeError:
+                return
+            if late:
+                raise RanksMissingError(
+                    f"rank {_list(late)} gave up before this rank answered, or did not read the answers within "
+                    f"{self._timeout_s:g} s"
+                ) from error
 
     def _missing(self, speakers: Sequence[int], keys: Sequence[str], error: RuntimeError) -> RanksMissingError:
         try:
-            missing = [str(rank) for rank, key in zip(speakers, keys, strict=True) if not self._store.check([key])]
+            missing = self._without(speakers, keys)
         except RuntimeError:
             return _no_store(error)
-        return RanksMissingError(f"rank {', '.join(missing)} did not answer within {self._timeout_s:g} s")
+        return RanksMissingError(f"rank {_list(missing)} did not answer within {self._timeout_s:g} s")
+
+    def _without(self, ranks: Sequence[int], keys: Sequence[str]) -> list[int]:
+        return [rank for rank, key in zip(ranks, keys, strict=True) if not self._store.check([key])]
 
 
 def _no_store(error: RuntimeError) -> RanksMissingError:

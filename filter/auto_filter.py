@@ -28,11 +28,20 @@ from fp8gate.filter.findings import (
     OutsideGridWarning,
     Policy,
     StaleTableWarning,
+    UnknownShardWarning,
     UnmatchedPatternWarning,
 )
-from fp8gate.filter.linear_layer import LinearSize, grouped_weights, linear_size, linears_of
+from fp8gate.filter.linear_layer import (
+    LinearSize,
+    grouped_weights,
+    is_head,
+    linear_size,
+    linears_of,
+    names_without_linears,
+    role,
+)
 from fp8gate.filter.lookup import DEFAULT_LOOKUP, Lookup, LookupName
-from fp8gate.filter.parallel import Parallel, ShardError, Shards
+from fp8gate.filter.parallel import Parallel, ShardError, Shards, without_wrappers
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.stale import stale
 from fp8gate.filter.table import RECIPES, Recipe, Table, format_table
@@ -44,7 +53,8 @@ AGREE_TIMEOUT_S = 60.0  # ranks decide within seconds of each other
 NOT_PARALLEL = Parallel()
 
 Recompute = Literal["none", "full"] | Callable[[str], bool]
-"""Which forwards run twice, under activation checkpointing: none, all, or those of the names it is true for."""
+"""Which forwards run twice, under activation checkpointing: none; full: all but the head's, which stands outside of the
+checkpointed blocks (`lm_head`, or `output` at the top); or those of the names it is true for."""
 
 
 class FilterSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,13 +80,17 @@ class FilterSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"recompute: expected none, full or a predicate of names; got {self.recompute!r}")
 
     def recomputes(self, fqn: str) -> bool:
-        return self.recompute(fqn) if callable(self.recompute) else self.recompute == "full"
+        """Whether the forward of the linear of this name, without wrappers, runs twice."""
+        if callable(self.recompute):
+            return self.recompute(fqn)
+        return self.recompute == "full" and not is_head(fqn)
 
 
 class AutoFilter:
     """Converts only the linears measured to win; made by `auto_filter`.
 
-    decisions: fqn -> `Decision`, in the order asked, linears only.
+    decisions: fqn -> `Decision`, in the order asked, linears only. left_alone: modules with several matrices in one
+    parameter. unknown_shards: linears of which nothing says what a rank holds, layer indices as *; taken as whole.
     """
 
     def __init__(self, table: Table, path: Path, settings: FilterSettings, findings: Findings) -> None:
@@ -85,6 +99,8 @@ class AutoFilter:
         self.settings = settings
         self.decisions: dict[str, Decision] = {}
         self.left_alone: tuple[str, ...] = ()
+        self.unknown_shards: dict[str, None] = {}
+        self._saw_all_modules = False
         self._findings = findings
         self._lookup = Lookup(table, settings.lookup)
         self._shards = Shards(settings.parallel, settings.tokens)
@@ -110,19 +126,22 @@ class AutoFilter:
     def check(self, model: Any = None) -> list[Finding]:
         """Everything to know about the answers for a model, before any layer is converted.
 
-        model: an nn.Module, or (fqn, layer or config) pairs; None goes by what was asked so far. Warns of each
+        model: an nn.Module, or (fqn, layer or config) pairs, with which all starts anew; None goes by what was asked so
+        far. Only a module shows what a parallel plan's patterns match beside linears. Warns of each
         finding, or raises all those that are errors as one. Returns all that are not ignored.
         """
         if model is not None:
+            self._start_anew()
             is_module = hasattr(model, "named_modules")
             for fqn, layer in linears_of(model) if is_module else model:
                 size = linear_size(layer)
                 if not isinstance(size, str):
                     self.decisions[fqn] = self._ask(size, fqn)
             if is_module:
-                for name, _ in (*model.named_modules(), *model.named_parameters()):
-                    self._shards.saw(name)
-            self.left_alone = grouped_weights(model) if is_module else ()
+                for name in names_without_linears(model):
+                    self._shards.style(name)
+                self.left_alone = grouped_weights(model)
+                self._saw_all_modules = True
         of_all = list(self._question_all())
         for finding in of_all:
             self._findings.add(finding)
@@ -134,11 +153,14 @@ class AutoFilter:
         """Make sure that every rank of a process group decided the same by the same table. All of them must call this.
 
         Call it after `check` or the conversion: what was not asked is not compared. Under pipeline parallelism give the
-        group of one stage. Raises RanksDisagreeError on all ranks, naming those that differ, their tables and layers;
-        RanksMissingError if a rank does not answer within `timeout_s` seconds.
+        group of one stage. Raises ValueError if nothing was asked yet, RanksDisagreeError on all ranks, naming those
+        that differ, their tables and layers, and RanksMissingError if a rank does not answer within `timeout_s`
+        seconds.
         """
         from hashlib import sha256
 
+        if not self.decisions:
+            raise ValueError("agree: nothing is decided yet; call check(model) first")
         settings = self.settings
         decided = {
             "table": f"sha256 {sha256(format_table(self.table).encode()).hexdigest()[:12]}",
@@ -153,7 +175,8 @@ class AutoFilter:
     @property
     def unmatched(self) -> tuple[str, ...]:
         """The `filter_fqns` patterns found in no name asked about so far."""
-        return tuple(p for p in self.settings.filter_fqns if not any(p in fqn for fqn in self.decisions))
+        names = [".".join(without_wrappers(fqn)) for fqn in self.decisions]
+        return tuple(p for p in self.settings.filter_fqns if not any(p in name for name in names))
 
     def summary(self) -> str:
         """What was decided, in a sentence or two for a log."""
@@ -167,10 +190,10 @@ class AutoFilter:
             sentences.append(f"{outside} lie outside the measured range")
         if self.unmatched:
             sentences.append(f"filter_fqns that matched no linear: {', '.join(self.unmatched)}")
-        if self._shards.unmatched:
-            sentences.append(
-                f"patterns of the parallel plan that matched no linear: {', '.join(self._shards.unmatched)}"
-            )
+        if unmatched := self._shards.unmatched(of_linears=not self._saw_all_modules):
+            sentences.append(f"patterns of the parallel plan that matched no linear: {', '.join(unmatched)}")
+        if self.unknown_shards:
+            sentences.append(f"taken as whole on every rank, for want of a pattern: {', '.join(self.unknown_shards)}")
         if self.left_alone:
             sentences.append(f"no linears, left in bf16: {', '.join(self.left_alone)}")
         return "; ".join(sentences)
@@ -188,14 +211,15 @@ class AutoFilter:
 
     def _ask(self, size: LinearSize, fqn: str) -> Decision:
         """The decision for one layer; what is found on the way awaits `settle`."""
+        plain = ".".join(without_wrappers(fqn))
         try:
-            shape = self._local_shape(size, fqn)
+            shape = self._local_shape(size, plain)
         except ShardError as error:
             return Decision(convert=False, reason=str(error))
         for pattern in self.settings.filter_fqns:
-            if pattern in fqn:
+            if pattern in plain:
                 return Decision(convert=False, shape=shape, reason=f"filter_fqns has {pattern!r}")
-        key = shape, self.settings.recomputes(fqn)
+        key = shape, self.settings.recomputes(plain)
         decision = self._by_shape.get(key)
         if decision is None:
             decision = decide(shape, self._lookup, min_speedup=self.settings.min_speedup, recomputed=key[1])
@@ -205,25 +229,40 @@ class AutoFilter:
         return decision
 
     def _local_shape(self, size: LinearSize, fqn: str) -> LinearShape:
+        style = self._shards.style(fqn)
+        unknown = size.unknown or ("no pattern of the parallel plan names it" if style is None else "")
         if size.is_local:
-            self._shards.saw(fqn)
-            return self._shards.whole(size.in_features, size.out_features)
-        return self._shards.local_shape(fqn, size.in_features, size.out_features)
+            style = "replicated"
+        elif unknown:
+            self.unknown_shards[role(fqn)] = None
+            self._findings.add(Finding(UnknownShardWarning, f"{role(fqn)}: {unknown}; taken as whole on every rank"))
+        return self._shards.part(style, size.in_features, size.out_features)
+
+    def _start_anew(self) -> None:
+        """With another model: nothing was asked yet."""
+        self.decisions.clear()
+        self.left_alone, self.unknown_shards, self._saw_all_modules = (), {}, False
+        self._shards.forget()
+        self._findings.forget(but=StaleTableWarning)
+        self._forget_answers()
+
+    def _forget_answers(self) -> None:
+        self._by_shape.clear()
+        self._by_layer.clear()
 
     def _settle(self) -> None:
         """Warn or raise; whoever asks again after an error is told again."""
         try:
             self._findings.settle(stacklevel=4)
         except FilterWarning:
-            self._by_shape.clear()
-            self._by_layer.clear()
+            self._forget_answers()
             raise
 
     def _question_all(self) -> Iterator[Finding]:
         """What all answers together leave open."""
         for pattern in self.unmatched:
             yield Finding(UnmatchedPatternWarning, f"filter_fqns: {pattern!r} is in no linear's name")
-        for pattern in self._shards.unmatched:
+        for pattern in self._shards.unmatched(of_linears=not self._saw_all_modules):
             yield Finding(UnmatchedPatternWarning, f"parallel.plan: {pattern} matched no linear")
         if not any(decision.convert for decision in self.decisions.values()):
             yield Finding(NothingConvertedWarning, f"none of {len(self.decisions)} linears is converted to float8")
@@ -255,6 +294,7 @@ def auto_filter(
     on_outside: Policy | None = None,
     on_ambiguous: Policy | None = None,
     on_missing: Policy | None = None,
+    on_unknown_shard: Policy | None = None,
     on_unmatched: Policy | None = None,
     on_nothing: Policy | None = None,
 ) -> AutoFilter:
@@ -270,8 +310,9 @@ def auto_filter(
     their names: their forward runs twice.
 
     on_stale and its like: "ignore", "warn" of or raise ("error") a StaleTableWarning, OutsideGridWarning,
-    AmbiguousPointWarning, MissingPointWarning, UnmatchedPatternWarning or NothingConvertedWarning; None warns, or, if
-    strict, raises. The last two come from `check` alone, the others from any question, a StaleTableWarning from here.
+    AmbiguousPointWarning, MissingPointWarning, UnknownShardWarning, UnmatchedPatternWarning or NothingConvertedWarning;
+    None warns, or, if strict, raises. The last two come from `check` alone, the others from any question, a
+    StaleTableWarning from here.
 
     Raises ValueError for arguments out of range, and TableError (a ValueError) if there is no valid table for the
     device and recipe.
@@ -296,6 +337,7 @@ def auto_filter(
                 "on_outside": (OutsideGridWarning, on_outside),
                 "on_ambiguous": (AmbiguousPointWarning, on_ambiguous),
                 "on_missing": (MissingPointWarning, on_missing),
+                "on_unknown_shard": (UnknownShardWarning, on_unknown_shard),
                 "on_unmatched": (UnmatchedPatternWarning, on_unmatched),
                 "on_nothing": (NothingConvertedWarning, on_nothing),
             },

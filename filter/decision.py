@@ -89,6 +89,8 @@ def _provenance(estimate: Estimate, min_speedup: float) -> str:
         parts = ["interpolated"]
     else:
         parts = [f"nearest {estimate.point.shape}"]
+    if estimate.from_tokens:
+        parts.append(f"from {estimate.from_tokens} tokens")
     if estimate.outside:
         parts.append("outside the measured range")
     if estimate.point.status == "ambiguous":

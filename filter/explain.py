@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp8gate.filter.decision import Decision, decide
+from fp8gate.filter.linear_layer import is_head
 from fp8gate.filter.lookup import Lookup
 from fp8gate.filter.models import LinearRole, ModelConfig, linear_roles, not_linear
 from fp8gate.filter.parallel import ShardError, Shards
@@ -81,11 +82,12 @@ def explain(
 ) -> Explanation:
     """Decide every linear role of a model as one rank holds it, and sum the times of each choice.
 
-    recomputed: every forward runs twice. Raises TableError if the table holds no number at all, and ShardError if a
-    layer cannot be divided.
+    recomputed: every forward but the head's runs twice. Raises TableError if the table holds no number at all, and
+    ShardError if a layer cannot be divided.
     """
     layers = [_explain_layer(linear, table, lookup, shards, recomputed, min_speedup) for linear in linear_roles(config)]
-    return Explanation(table=table, layers=layers, predicted=_predict(layers), note=not_linear(config))
+    notes = [note for note in (not_linear(config), _unknown_shards(config, shards)) if note]
+    return Explanation(table=table, layers=layers, predicted=_predict(layers), note="; ".join(notes) or None)
 
 
 def role_shape(linear: LinearRole, shards: Shards) -> LinearShape:
@@ -96,10 +98,16 @@ def role_shape(linear: LinearRole, shards: Shards) -> LinearShape:
         raise ShardError(f"{linear.fqn}: {error}") from error
 
 
+def _unknown_shards(config: ModelConfig, shards: Shards) -> str | None:
+    unknown = [linear.fqn for linear in linear_roles(config) if shards.style(linear.fqn) is None]
+    return f"in no pattern of the parallel plan, taken as whole: {', '.join(unknown)}" if unknown else None
+
+
 def _explain_layer(
     linear: LinearRole, table: Table, lookup: Lookup, shards: Shards, recomputed: bool, min_speedup: float
 ) -> LayerExplanation:
     shape = role_shape(linear, shards)
+    recomputed = recomputed and not is_head(linear.fqn)
     estimate = lookup(shape)
     if estimate is None:
         raise TableError(f"{table.recipe} on {table.device.name}: $.points: expected a measured point, found none")

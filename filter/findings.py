@@ -32,6 +32,10 @@ class MissingPointWarning(FilterWarning):
     """The point nearest to a layer's shape has no number: it failed, did not fit into memory, or was unstable."""
 
 
+class UnknownShardWarning(FilterWarning):
+    """Neither the parallel plan nor a linear's weight says what a rank holds of it."""
+
+
 class UnmatchedPatternWarning(FilterWarning):
     """A pattern of `filter_fqns` or of the parallel plan matched no linear."""
 
@@ -53,6 +57,7 @@ class Findings:
     def __init__(self, policies: Mapping[type[FilterWarning], Policy]) -> None:
         self._policies = policies
         self._known: dict[Finding, None] = {}
+        self._warned: set[Finding] = set()
         self._pending: list[Finding] = []
 
     def __iter__(self) -> Iterator[Finding]:
@@ -61,16 +66,26 @@ class Findings:
     def add(self, finding: Finding) -> None:
         """Note a finding, to be dealt with by `settle`. An error is raised as often as it is found."""
         policy = self._policies[finding.category]
-        if policy == "error" or (policy == "warn" and finding not in self._known):
+        if policy == "error" or (policy == "warn" and finding not in (*self._known, *self._pending)):
             self._pending.append(finding)
-            self._known[finding] = None
+
+    def forget(self, *, but: type[FilterWarning]) -> None:
+        """Start anew with another model: only findings of this category are still known. None is warned of twice."""
+        self._known = {finding: None for finding in self._known if finding.category is but}
+        self._pending.clear()
 
     def settle(self, stacklevel: int = 3) -> None:
-        """Warn of what was added since the last time, then raise all errors as one, of the first one's category."""
-        pending, self._pending = self._pending, []
-        errors = [finding for finding in pending if self._policies[finding.category] == "error"]
-        for finding in pending:
-            if finding not in errors:
+        """Warn of what was added since the last time, then raise all errors as one, of the first one's category.
+
+        Where Python makes the first warning an error, the others await the next call.
+        """
+        errors = [finding for finding in self._pending if self._policies[finding.category] == "error"]
+        self._pending = [finding for finding in self._pending if finding not in errors]
+        while self._pending:
+            finding = self._pending.pop(0)
+            if finding not in self._warned:
                 warnings.warn(finding.message, finding.category, stacklevel=stacklevel)
+            self._warned.add(finding)
+            self._known[finding] = None
         if errors:
             raise errors[0].category("\n".join(finding.message for finding in errors))

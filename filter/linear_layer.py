@@ -11,15 +11,18 @@ _NOT_PRODUCTS = ("embedding_dim", "nf", "normalized_shape")
 and the Conv1D of transformers stores its weight transposed and is no nn.Linear, so torchao cannot convert it."""
 
 _TENSOR_PARALLEL = ("tp", "tensor", "tensor_parallel")
-"""Names of the mesh dimension that divides layers. Others (dp, fsdp, ...) divide storage: FSDP gathers before use."""
+"""Names of a mesh dimension that divides layers."""
+_STORAGE = ("dp", "fsdp", "dp_shard", "dp_replicate", "dp_shard_cp", "dp_cp", "shard", "replicate", "data")
+"""Names of a mesh dimension that divides what is stored: FSDP gathers it before use."""
 
 
 class LinearSize(NamedTuple):
-    """A layer's sizes. is_local: a rank's part already, which no plan divides again."""
+    """A layer's sizes. is_local: a rank's part already, which no plan divides again. unknown: why that is not known."""
 
     in_features: int
     out_features: int
     is_local: bool = False
+    unknown: str = ""
 
 
 def linear_size(layer: object) -> LinearSize | str:
@@ -44,25 +47,36 @@ def linear_size(layer: object) -> LinearSize | str:
 
 
 def _local_size(layer: object, weight: Any) -> LinearSize | None:
-    """What the tensor parallel dimensions of the weight's mesh leave of it, or None if they do not divide it.
-
-    Without names, a mesh is a tensor parallel one if `parallelize_module` has marked the layer.
-    """
+    """What the tensor parallel dimensions of the weight's mesh leave of it, or None if they do not divide it."""
     mesh = weight.device_mesh
-    names = mesh.mesh_dim_names or [""] * mesh.ndim
-    if mesh.ndim == 1 and _is_parallelized(layer):
-        names = [_TENSOR_PARALLEL[0]]
     sizes = list(weight.shape)
-    for i, (name, placement) in enumerate(zip(names, weight.placements, strict=True)):
-        if name in _TENSOR_PARALLEL and hasattr(placement, "dim"):
+    for i, placement in enumerate(weight.placements):
+        if not hasattr(placement, "dim") or mesh.size(i) == 1:
+            continue
+        divides = _divides_layer(layer, mesh, i)
+        if divides is None:
+            name = repr(mesh.mesh_dim_names[i]) if mesh.mesh_dim_names else f"{i}, without a name,"
+            unknown = f"mesh dimension {name} divides the weight: expected tp, or a name of data parallelism such as dp"
+            return LinearSize(int(weight.shape[1]), int(weight.shape[0]), unknown=unknown)
+        if divides:
             sizes[placement.dim] = -(-sizes[placement.dim] // mesh.size(i))  # the first ranks' part if it is uneven
     if sizes == list(weight.shape):
         return None
     return LinearSize(int(sizes[1]), int(sizes[0]), is_local=True)
 
 
-def _is_parallelized(layer: object) -> bool:
-    return getattr(layer, "_distribute_module_applied", False)
+def _divides_layer(layer: object, mesh: Any, i: int) -> bool | None:
+    """Whether dimension `i` of the mesh divides what is multiplied (True) or only what is stored; None: not known.
+
+    Where the name says neither, the marks do that torch, transformers and FSDP leave; FSDP puts its dimensions first.
+    """
+    name = mesh.mesh_dim_names[i] if mesh.mesh_dim_names else ""
+    if name in _TENSOR_PARALLEL:
+        return True
+    if i == mesh.ndim - 1 and any(getattr(layer, mark, False) for mark in ("_distribute_module_applied", "_is_hooked")):
+        return True
+    is_storage = name in _STORAGE or getattr(layer, "_is_fsdp_managed_module", False)
+    return False if is_storage else None
 
 
 _FLOAT8: dict[type, bool] = {}
@@ -85,8 +99,30 @@ def linears_of(module: Any, fqn: str = "") -> Iterator[tuple[str, Any]]:
 
 def grouped_weights(model: Any) -> tuple[str, ...]:
     """Modules that hold several matrices in one parameter, such as grouped experts; layer indices as *."""
-    grouped = (fqn for fqn, m in model.named_modules() if any(p.ndim == 3 for p in m.parameters(recurse=False)))
-    return tuple(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", fqn) for fqn in grouped))
+    grouped = (
+        fqn
+        for fqn, module in model.named_modules()
+        if any(p.ndim == 3 for p in module.parameters(recurse=False)) and not hasattr(module, "kernel_size")
+    )
+    return tuple(dict.fromkeys(map(role, grouped)))
+
+
+def names_without_linears(model: Any) -> Iterator[str]:
+    """Modules that hold no nn.Linear, and all parameters: what a parallel plan may name beside linears."""
+    for name, module in model.named_modules():
+        if not any(_is_torch_linear(type(inner)) for inner in module.modules()):
+            yield name
+    yield from (name for name, _ in model.named_parameters())
+
+
+def is_head(fqn: str) -> bool:
+    """Whether this names the last linear, which stands outside of the blocks: lm_head, or output at the top."""
+    return fqn == "output" or fqn.rpartition(".")[2] == "lm_head"
+
+
+def role(fqn: str) -> str:
+    """The name with layer indices as *."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", fqn)
 
 
 def _is_torch_linear(cls: type) -> bool:

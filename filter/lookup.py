@@ -29,9 +29,10 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """Forward + backward of one shape, from the table. Times in microseconds; forwards: how often the forward runs.
 
     point: the nearest measured point. distance: how far it is, in octaves (Euclidean, log2 per axis; 0 = exact,
-    1 = one dimension twice as large). outside: the shape was not measured and lies outside the
-    measured part of the grid (without a grid, outside all points).
-    gap: the status of a still nearer point that has no numbers, or None.
+    1 = one dimension twice as large). outside: the shape was not measured and lies outside the measured part of the
+    grid (without a grid, outside all points). gap: the status of a still nearer point that has no numbers, or None.
+    from_tokens: the fewer tokens whose speedup stands in, because the shape's own were not measured around its size, or
+    None.
     """
 
     speedup: float
@@ -46,6 +47,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     outside: bool
     gap: Status | None
     interpolated: bool
+    from_tokens: int | None = None
     forwards: int = 1
 
     @property
@@ -105,8 +107,8 @@ class Lookup:
         """ln of every number, linear in log2 of each axis between the 8 grid points around the shape.
 
         Outside the grid the shape is moved to its border (times still scale with the work). Where one of the 8 was
-        not measured, as the largest are not, fewer tokens stand in: the next m below at which all were. Without any,
-        and where the shape itself was measured, this is the nearest point.
+        not measured, as the largest are not, fewer tokens stand in: the next m below at which all were, unless the
+        nearest point is nearer. Without any, and where the shape itself was measured, this is the nearest point.
         """
         nearest = self._find_nearest(shape)
         if nearest.distance > 0:
@@ -114,8 +116,12 @@ class Lookup:
             m, k, n = on_m.clamp(shape.m), on_k.clamp(shape.k), on_n.clamp(shape.n)
             around_k, around_n = on_k.around(k), on_n.around(n)
             for at_m in (m, *(size for size in reversed(on_m.sizes) if size < m)):
+                if math.log2(m / at_m) > nearest.distance + NO_FURTHER:
+                    break
                 if numbers := self._blend(on_m.around(at_m), around_k, around_n):
                     return self._make(shape, nearest, numbers, LinearShape(at_m, k, n), interpolated=True)
+            if not self._in_table(on_m.around(m), around_k, around_n):
+                nearest = nearest._replace(outside=True)
         return self._make(shape, nearest, _numbers(nearest.point), nearest.point.shape, interpolated=False)
 
     def _blend(self, *around: Sequence[tuple[int, float]]) -> list[float] | None:
@@ -129,6 +135,11 @@ class Lookup:
             corners.append(logs)
         return [math.exp(sum(map(mul, weights, column))) for column in zip(*corners, strict=True)]
 
+    def _in_table(self, *around: Sequence[tuple[int, float]]) -> bool:
+        """Whether every corner has its row, with or without numbers; also where there are no corners."""
+        sizes = ([size for size, _ in sides] for sides in around)
+        return all(corner in self._points for corner in itertools.product(*sizes))
+
     def _make(
         self,
         shape: LinearShape,
@@ -141,6 +152,9 @@ class Lookup:
         """An estimate for `shape` from the `_numbers` known at `measured_at`."""
         speedup, low, high, bf16_fwd_us, bf16_bwd_us, fp8_fwd_us, fp8_bwd_us = numbers
         work = shape.flop / measured_at.flop
+        is_fewer = interpolated and measured_at.m < self._grid[0].clamp(shape.m)
+        from_tokens = measured_at.m if is_fewer else None
+        is_inside = nearest.distance == 0 or not (is_fewer or nearest.outside or self._outside(shape))
         return Estimate(
             speedup=speedup,
             speedup_low=low,
@@ -151,9 +165,10 @@ class Lookup:
             fp8_bwd_us=fp8_bwd_us * work,
             point=nearest.point,
             distance=nearest.distance,
-            outside=nearest.distance > 0 and self._outside(shape),
+            outside=not is_inside,
             gap=nearest.gap,
             interpolated=interpolated,
+            from_tokens=from_tokens,
         )
 
     def _find_nearest(self, shape: LinearShape) -> _Nearest:
@@ -206,6 +221,7 @@ class Lookup:
 
 
 Sizes = tuple[int, int, int]
+NO_FURTHER = 1e-9  # octaves
 DIGITS = 9  # of squared distances in octaves
 
 
@@ -215,6 +231,7 @@ class _Nearest(NamedTuple):
     point: Point
     distance: float
     gap: Status | None
+    outside: bool = False
 
 
 class _Axis:

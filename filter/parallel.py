@@ -27,6 +27,7 @@ READY_PLANS: dict[PlanName, dict[str, Style]] = {
         "layers.*.feed_forward.w1": "colwise",
         "layers.*.feed_forward.w3": "colwise",
         "layers.*.feed_forward.w2": "rowwise",
+        "layers.*.moe.router.gate": "replicated",
         "output": "colwise",
         "lm_head": "colwise",
     },
@@ -36,6 +37,7 @@ READY_PLANS: dict[PlanName, dict[str, Style]] = {
         "model.layers.*.mlp.gate_proj": "colwise",
         "model.layers.*.mlp.up_proj": "colwise",
         "model.layers.*.mlp.down_proj": "rowwise",
+        "model.layers.*.mlp.gate": "replicated",
         "lm_head": "colwise",
     },
 }
@@ -49,8 +51,18 @@ _CLASSES: dict[str, Style] = {
     "SequenceParallel": "sequence",
 }
 """torch's styles, transformers' of the same names, and their subclasses, such as torchao's Float8ColwiseParallel."""
-_BASES = ("ParallelStyle", "TensorParallelLayer")
-"""Every other style of torch or transformers prepares inputs and outputs, or replicates."""
+_REPLICATED = (
+    *(
+        "PrepareModuleInput",
+        "PrepareModuleOutput",
+        "PrepareModuleInputOutput",
+        "PrepareFloat8ModuleInput",
+        "NoParallel",
+    ),
+    *("AllReduceParallel", "ReplicatedWithGradAllReduce", "MlaKvAProjParallel"),
+    *("MoeExpertsParallel", "MoeIdentityParallel", "MoeIdentityExpertParallel", "MoeTensorParalellExperts"),
+)
+"""Styles of torch, torchao, torchtitan and transformers that divide no linear's weight."""
 
 _STRINGS: dict[str, Style] = {
     **dict.fromkeys(("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise", "local_colwise"), "colwise"),
@@ -64,7 +76,8 @@ _STRINGS: dict[str, Style] = {
 """Our own names, and the strings of a transformers tp_plan: those of embeddings and experts divide no linear."""
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""What torch.compile, activation checkpointing and FSDP put into module names."""
+_OUTER_WRAPPER = "module"
+"""What torch.compile, activation checkpointing and FSDP put into module names, and DistributedDataParallel in front."""
 
 
 class ShardError(ValueError):
@@ -77,7 +90,8 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True):
     tp: tensor parallel degree. plan: which layers it divides, and how: the mapping given to `parallelize_module`
     (fully qualified name pattern -> ColwiseParallel(), RowwiseParallel(), SequenceParallel(), a subclass of these, or a
     mapping again, for a submodule), a transformers `tp_plan` of strings, or the name of a ready one, "torchtitan" or
-    "transformers". A layer in no pattern is whole on every rank. cp: context parallel degree, which divides the tokens.
+    "transformers". A linear in no pattern is taken as whole, with an UnknownShardWarning; the style "replicated" says
+    that it is. cp: context parallel degree, which divides the tokens.
 
     Sequence parallelism changes nothing for the linears of such a plan: they gather their input first, or scatter their
     output, and multiply all tokens. Give a linear that stays within the divided sequence the style "sequence".
@@ -114,6 +128,11 @@ class Pattern(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         return ".".join(self.parts)
 
+    @property
+    def is_of_no_linear(self) -> bool:
+        """Norms follow the sequence; that a layer is an embedding only its name tells."""
+        return self.style == "sequence" or "embed" in self.parts[-1]
+
     def matches(self, names: Sequence[str]) -> bool:
         """Part by part, as `parallelize_module` does."""
         if len(names) != len(self.parts):
@@ -146,33 +165,38 @@ class Shards:
 
     def local_shape(self, fqn: str, in_features: int, out_features: int) -> LinearShape:
         """What a rank multiplies of the linear known as `fqn`. Raises ShardError if the degree does not divide it."""
-        return divided(self._style(fqn), self._tp, LinearShape(self._tokens, in_features, out_features))
+        return self.part(self.style(fqn), in_features, out_features)
 
-    def whole(self, in_features: int, out_features: int) -> LinearShape:
-        """The shape of a linear whose sizes are local already."""
-        return LinearShape(self._tokens, in_features, out_features)
+    def part(self, style: Style | None, in_features: int, out_features: int) -> LinearShape:
+        """The shape under this style, whole under None. Raises ShardError if the degree does not divide it."""
+        return divided(style or "replicated", self._tp, LinearShape(self._tokens, in_features, out_features))
 
-    def saw(self, fqn: str) -> None:
-        """Remember which patterns match something that is divided without being asked about."""
-        self._style(fqn)
+    def forget(self) -> None:
+        """Start anew with another model: no pattern has matched."""
+        self._matched.clear()
 
-    @property
-    def unmatched(self) -> tuple[str, ...]:
-        """Patterns that should divide a linear and matched none. A ready plan knows several names for each layer."""
-        dividing = [p for p in self._patterns if p.style != "replicated"]
+    def unmatched(self, *, of_linears: bool) -> tuple[str, ...]:
+        """Patterns that should divide a layer and matched none. A ready plan knows several names for each layer.
+
+        of_linears: only linears were asked about, so norms and embeddings are not missed.
+        """
+        dividing = [p for p in self._patterns if p.style != "replicated" and not (of_linears and p.is_of_no_linear)]
         if self._is_ready_made:
             return () if self._matched else ("any of the ready plan",)
         return tuple(str(p) for p in dividing if p not in self._matched)
 
-    def _style(self, fqn: str) -> Style:
-        if not self._patterns:
-            return "replicated"
-        names = _without_wrappers(fqn) or [""]
-        style: Style = "replicated"
+    def style(self, fqn: str) -> Style | None:
+        """What the plan says of this name, None if nothing; remembers the patterns that match.
+
+        Without tensor parallelism, whatever the plan says not is "replicated".
+        """
+        names = without_wrappers(fqn) or [""]
+        style: Style | None = None if self._tp > 1 else "replicated"
         for pattern in self._patterns if self._has_wild_last else self._by_last.get(names[-1], ()):
             if pattern.matches(names):
                 self._matched.add(pattern)
-                style = style if pattern.style == "replicated" else pattern.style
+                if pattern.style != "replicated" or style is None:
+                    style = pattern.style
         return style
 
 
@@ -189,15 +213,21 @@ def divided(style: Style, tp: int, shape: LinearShape) -> LinearShape:
 
 def _flatten(plan: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[Pattern]:
     for name, style in plan.items():
-        parts = (*prefix, *_without_wrappers(name)) if name else prefix  # "" is the module itself
+        parts = (*prefix, *_within(name.split("."))) if name else prefix  # "" is the module itself
         if isinstance(style, Mapping):
             yield from _flatten(style, parts)
         else:
             yield Pattern(parts or ("",), _style_of(style, ".".join(parts)))
 
 
-def _without_wrappers(fqn: str) -> list[str]:
-    return [name for name in fqn.split(".") if name not in _WRAPPERS]
+def without_wrappers(fqn: str) -> list[str]:
+    """The parts of a layer's name as the model's author wrote it."""
+    names = fqn.split(".")
+    return _within(names[1:] if names[0] == _OUTER_WRAPPER else names)
+
+
+def _within(names: list[str]) -> list[str]:
+    return [name for name in names if name not in _WRAPPERS]
 
 
 def _style_of(style: Any, pattern: str) -> Style:
@@ -211,6 +241,9 @@ def _style_of(style: Any, pattern: str) -> Style:
     known = [_CLASSES[name] for name in ancestors if name in _CLASSES]
     if known:
         return known[0]
-    if any(name in _BASES for name in ancestors):
+    if any(name in _REPLICATED for name in ancestors):
         return "replicated"
-    raise ValueError(f"parallel.plan[{pattern!r}]: expected a ParallelStyle or a string; got {style!r}")
+    raise ValueError(
+        f"parallel.plan[{pattern!r}]: expected ColwiseParallel, RowwiseParallel, SequenceParallel, a subclass, or one "
+        f"of the strings {', '.join(get_args(Style))}; got {style!r}"
+    )

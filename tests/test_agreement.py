@@ -119,6 +119,15 @@ def scenes_with_a_file_store(rank: int, folder: Path, tell: Tell) -> None:
     tell("rank 0 is dead", agreeing(same, timeout_s=IMPATIENT_S))
 
 
+def scene_of_a_rank_that_comes_late(rank: int, folder: Path, tell: Tell) -> None:
+    """Rank 2 answers when the others have given up: what it finds on the board is all the same."""
+    same = asked(folder / "same.yaml")
+    if rank == 2:
+        time.sleep(2 * IMPATIENT_S)
+    tell("late", agreeing(same, timeout_s=IMPATIENT_S))
+    time.sleep(4 * IMPATIENT_S if rank == 0 else 0.0)  # the store lives in it
+
+
 def scene_of_an_error_that_ends_rank_0(rank: int, folder: Path, tell: Tell) -> None:
     """Nobody catches it, so the store is gone as soon as rank 0 knows; the other ranks are to know as well."""
     exchange = agreement._Board.exchange
@@ -271,3 +280,16 @@ def test_all_ranks_know_of_a_difference_before_it_ends_one(tmp_path: Path) -> No
 def test_without_a_process_group_it_says_what_to_call_first(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="init_process_group"):
         asked(write_file(TABLE, tmp_path / "rowwise.yaml")).agree()
+
+
+def test_a_rank_that_comes_late_does_not_believe_that_all_agree(tmp_path: Path) -> None:
+    outcomes = Group(scene_of_a_rank_that_comes_late, free_address(), tmp_path).outcomes("late")
+    assert [outcomes[rank].error for rank in RANKS] == ["RanksMissingError"] * 3
+    assert outcomes[0].message == f"rank 2 did not answer within {IMPATIENT_S:g} s"
+    assert outcomes[2].message.startswith("rank 0, 1 gave up before this rank answered")
+
+
+def test_nothing_decided_is_nothing_to_agree_on(tmp_path: Path) -> None:
+    path = write_file(TABLE, tmp_path / "t.yaml")
+    with pytest.raises(ValueError, match=r"^agree: nothing is decided yet; call check\(model\) first$"):
+        auto_filter("rowwise", tokens=TOKENS, tables=path).agree()

@@ -22,6 +22,7 @@ from fp8gate import (
     OutsideGridWarning,
     Parallel,
     StaleTableWarning,
+    UnknownShardWarning,
     UnmatchedPatternWarning,
     auto_filter,
 )
@@ -105,6 +106,13 @@ CASES = {
         r"w2, \(32, 128, 128\): 0\.50x, below 1\.02x \(nearest \(32, 128, 64\), a nearer point is out_of_memory\)",
         ({}, [WINNER, (80, 112)]),
     ),
+    "unknown shard": (
+        UnknownShardWarning,
+        "on_unknown_shard",
+        ({"parallel": Parallel(tp=2, plan={"w1": "colwise"})}, [(64, 256), WINNER]),
+        r"w2: no pattern of the parallel plan names it; taken as whole on every rank",
+        ({"parallel": Parallel(tp=2, plan={"w1": "colwise", "w2": "replicated"})}, [(64, 256), WINNER]),
+    ),
     "unmatched name": (
         UnmatchedPatternWarning,
         "on_unmatched",
@@ -186,7 +194,7 @@ def test_error_of_one_leaves_the_others_warnings(make_filter, category, policy, 
     assert warned is category
 
 
-@pytest.mark.parametrize("name", ["on_stale", "on_outside", "on_ambiguous", "on_missing", "on_unmatched", "on_nothing"])
+@pytest.mark.parametrize("name", sorted({case[1] for case in CASES.values()}))
 @pytest.mark.parametrize("policy", ["raise", "", True])
 def test_bad_policy_is_named(make_filter, name, policy):
     with pytest.raises(ValueError, match=f"^{name}: expected one of ignore, warn, error; got {policy!r}$"):
@@ -560,3 +568,53 @@ def test_bias_changes_no_answer_and_stays(make_filter, size, names, bias):
     before = model[0].bias
     assert converted(make_filter(), model) == names
     assert model[0].bias is before
+
+
+def test_another_model_is_checked_as_if_it_were_the_first(make_filter):
+    asked = make_filter(filter_fqns=["w1"], on_ambiguous="warn", parallel=Parallel(tp=2, plan={"w1": "replicated"}))
+    warned_of(lambda: asked.check(pairs(AMBIGUOUS, WINNER)))
+    warned, findings = warned_of(lambda: asked.check([("w7", LinearConfig(*WINNER))]))
+    assert list(asked.decisions) == ["w7"]
+    assert [text for _, text in warned] == [finding.message for finding in findings]
+    assert [category for category, _ in warned] == [UnknownShardWarning, UnmatchedPatternWarning]
+    assert list(asked.unknown_shards) == ["w7"]
+
+
+def test_where_python_makes_warnings_errors_none_is_lost(make_filter):
+    asked, said = make_filter(), []
+    layers = pairs(AMBIGUOUS, MISSING, OUTSIDE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(FilterWarning) as error:
+                asked.check(layers)
+            said.append(type(error.value))
+    assert said == [AmbiguousPointWarning, AmbiguousPointWarning]  # it was never only a warning
+        with pytest.raises(AmbiguousPointWarning):
+            asked.check(layers)
+        with pytest.raises(MissingPointWarning):  # of those that the first kept from being told
+            asked(LinearConfig(*WINNER), "w0")
+    warned, findings = warned_of(lambda: asked.check(layers))
+    assert {category for category, _ in warned} == {AmbiguousPointWarning, MissingPointWarning, OutsideGridWarning}
+    assert len(findings) == 3
+
+
+@pytest.mark.parametrize(
+    "wrapped", ["module.w1", "_orig_mod.w1", "module._orig_mod.w1", "w1._checkpoint_wrapped_module"]
+)
+def test_names_are_matched_without_wrappers(make_filter, wrapped):
+    asked = make_filter(filter_fqns=["w1"], recompute=lambda fqn: fqn == "w1")
+    assert asked.settings.recomputes("w1")
+    assert not asked(LinearConfig(*WINNER), wrapped)
+    assert asked.decisions[wrapped].reason == "filter_fqns has 'w1'"
+    assert asked.unmatched == ()
+    recomputed = make_filter(recompute=lambda fqn: fqn == "w1")
+    recomputed(LinearConfig(*WINNER), wrapped)
+    assert "recomputed" in recomputed.decisions[wrapped].reason
+
+
+def test_convolutions_are_no_grouped_experts(make_filter):
+    model = nn.ModuleDict({"conv": nn.Conv1d(8, 8, 3), "w1": nn.Linear(*WINNER)})
+    asked = make_filter()
+    asked.check(model)
+    assert asked.left_alone == ()

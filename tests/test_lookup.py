@@ -209,6 +209,15 @@ def test_where_a_corner_was_not_measured_fewer_tokens_stand_in():
     estimate = look_up((128, 16, 32), *points, kind="interpolate", grid=grid)
     assert (estimate.interpolated, estimate.speedup) == (True, pytest.approx(1.0))  # of 2.0 and 0.5, at 64 tokens
     assert estimate.bf16_us == pytest.approx(3 * 128 * 32)  # the time is that of all tokens
+    assert (estimate.outside, estimate.from_tokens) == (True, 64)
+
+
+def test_the_nearest_point_is_nearer_than_much_fewer_tokens():
+    grid = Grid(m=(16, 64, 256), k=(16,), n=(16, 64))
+    points = [make_point(m, 16, n, speedup) for m, n, speedup in [(16, 16, 0.5), (16, 64, 0.5), (256, 16, 3.0)]]
+    estimate = look_up((256, 16, 32), *points, kind="interpolate", grid=grid)
+    assert (estimate.interpolated, estimate.speedup, estimate.distance) == (False, 3.0, 1.0)
+    assert (estimate.outside, estimate.from_tokens) == (True, None)
 
 
 def test_interpolation_is_the_default():

@@ -11,7 +11,7 @@ from builders import make_point, make_table, write_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -26,8 +26,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchao.float8 import convert_to_float8_training
 from torchao.float8.float8_tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel
 
-from fp8gate import Parallel, ShardError, UnmatchedPatternWarning, auto_filter
-from fp8gate.filter.linear_layer import linear_size
+from fp8gate import FilterWarning, Parallel, ShardError, UnknownShardWarning, UnmatchedPatternWarning, auto_filter
+from fp8gate.filter.linear_layer import LinearSize, linear_size
 from fp8gate.filter.parallel import READY_PLANS, Shards, divided
 from fp8gate.filter.shapes import LinearShape
 
@@ -226,7 +226,13 @@ class OwnColwise(ColwiseParallel):
     """A style of one's own."""
 
 
-class PreparesOnly(ParallelStyle):
+EXPECTED_STYLE = (
+    "expected ColwiseParallel, RowwiseParallel, SequenceParallel, a subclass, or one of the strings colwise, rowwise, "
+    "sequence, replicated"
+)
+
+
+class DividesNobodyKnowsHow(ParallelStyle):
     def _apply(self, module, device_mesh):
         return module
 
@@ -253,7 +259,6 @@ class PreparesOnly(ParallelStyle):
         ("moe_tp_experts", WHOLE),
         (PrepareModuleInput(), WHOLE),
         (PrepareModuleOutput(output_layouts=(), desired_output_layouts=()), WHOLE),
-        (PreparesOnly(), WHOLE),
     ],
 )
 def test_style_says_what_is_divided(style, expected):
@@ -266,9 +271,10 @@ def test_style_says_what_is_divided(style, expected):
     [
         ("Colwise", "expected a style such as colwise, rowwise, sequence, replicated; got 'Colwise'"),
         ("", "expected a style such as colwise, rowwise, sequence, replicated; got ''"),
-        (ColwiseParallel, "expected a ParallelStyle or a string; got <class"),
-        (None, "expected a ParallelStyle or a string; got None"),
-        (nn.Linear(1, 1), "expected a ParallelStyle or a string; got Linear"),
+        (ColwiseParallel, f"{EXPECTED_STYLE}; got <class"),
+        (None, f"{EXPECTED_STYLE}; got None"),
+        (nn.Linear(1, 1), f"{EXPECTED_STYLE}; got Linear"),
+        pytest.param(DividesNobodyKnowsHow(), f"{EXPECTED_STYLE}; got <", id="a style of the user's own"),
     ],
 )
 def test_unknown_style_is_named_with_its_pattern(style, complaint):
@@ -374,7 +380,7 @@ def test_ready_plan_divides_every_linear_of_a_block(plan):
     styles = [
         style for name, style in READY_PLANS[plan].items() if name.startswith(("layers.*.f", "model.layers.*.mlp"))
     ]
-    assert sorted(styles) == ["colwise", "colwise", "rowwise"]
+    assert sorted(style for style in styles if style != "replicated") == ["colwise", "colwise", "rowwise"]
 
 
 # --- inside the filter -----------------------------------------------------------------------------------------
@@ -466,9 +472,12 @@ def test_parallelized_weight_is_local_already(wants_float8, names, parallel):
 
 def test_plan_of_a_model_that_is_parallelized_is_no_unmatched_pattern(wants_float8, mesh):
     asked = wants_float8(parallel=Parallel(tp=TP, plan={**PLAN, "w9": ColwiseParallel()}))
-    with pytest.warns(UnmatchedPatternWarning) as caught:
+    with pytest.warns(FilterWarning) as caught:
         asked.check(parallelize_module(three_linears(), mesh, PLAN))
-    assert [str(w.message) for w in caught] == ["parallel.plan: w9 matched no linear"]
+    assert [str(w.message) for w in caught] == [
+        "w3: no pattern of the parallel plan names it; taken as whole on every rank",
+        "parallel.plan: w9 matched no linear",
+    ]
 
 
 @pytest.mark.parametrize("parallel", [Parallel(), Parallel(tp=TP, plan=PLAN)], ids=["no plan", "a plan"])
@@ -482,14 +491,61 @@ def test_fully_sharded_weight_is_whole_where_it_is_used(wants_float8, parallel, 
     assert answers(asked) == (LOCAL if parallel.tp > 1 else GLOBAL)
 
 
+@pytest.mark.parametrize(
+    ("names", "said"), [(("data", "model"), "'model'"), (("dp", "experts"), "'experts'"), (None, "1, without a name,")]
+)
+def test_mesh_of_which_nobody_says_what_it_divides_is_no_secret(wants_float8, names, said):
+    both = init_device_mesh("cpu", (2, 4), mesh_dim_names=names)
+    model = three_linears("cpu")
+    weight = distribute_tensor(model.w1.weight, both, [Replicate(), Shard(0)])
+    model.w1.weight = nn.Parameter(weight)
+    asked = wants_float8()
+    with pytest.warns(UnknownShardWarning) as caught:
+        asked.check(model)
+    assert [str(w.message) for w in caught] == [
+        f"w1: mesh dimension {said} divides the weight: expected tp, or a name of data parallelism such as dp; "
+        "taken as whole on every rank"
+    ]
+    assert asked.summary().endswith("; taken as whole on every rank, for want of a pattern: w1")
+    with pytest.raises(UnknownShardWarning):
+        wants_float8(strict=True).check(model)
+
+
+def test_layer_that_transformers_has_divided_over_a_mesh_without_names_is_local(mesh):
+    layer = nn.Linear(64, 1024, bias=False, device="cpu")
+    mesh = init_device_mesh("cpu", (TP,))
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight, mesh, [Shard(0)]))
+    assert linear_size(layer).unknown
+    layer._is_hooked = True
+    assert linear_size(layer) == LinearSize(64, 128, is_local=True)
+
+
+def test_container_is_no_match(wants_float8):
+    """A pattern names the layer that is divided; the block around it divides nothing."""
+    model = nn.ModuleDict({"mlp": nn.ModuleDict({"w1": nn.Linear(64, 128)}), "norm": nn.LayerNorm(64)})
+    plan = {"mlp": "colwise", "mlp.w1": "replicated", "norm": "sequence"}
+    with pytest.warns(UnmatchedPatternWarning, match=r"^parallel\.plan: mlp matched no linear$") as caught:
+        wants_float8(parallel=Parallel(tp=2, plan=plan)).check(model)
+    assert len(caught) == 1
+
+
+def test_norms_and_embeddings_are_missed_only_where_they_would_be_seen(wants_float8):
+    plan = {"w1": "colwise", "norm": "sequence", "embed_tokens": "rowwise", "w9": "colwise"}
+    pairs = [("w1", nn.Linear(64, 256))]
+    for model, unmatched in ((pairs, 1), (nn.ModuleDict(dict(pairs)), 3)):
+        with pytest.warns(UnmatchedPatternWarning) as caught:
+            wants_float8(parallel=Parallel(tp=2, plan=plan)).check(model)
+        assert len(caught) == unmatched
+
+
 def test_fully_sharded_parts_of_a_parallelized_weight_are_its_local_part(wants_float8):
     both = init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "tp"))
     model = parallelize_module(three_linears("cpu"), both["tp"], PLAN)
     fully_shard(model, mesh=both["dp"])
     assert model.w1.weight.to_local().shape == (128, 64)  # 1024 / 4 / 2
-    assert linear_size(model.w1) == (64, 256, True)
-    assert linear_size(model.w2) == (256, 64, True)
-    assert linear_size(model.w3) == (64, 128, False)
+    assert linear_size(model.w1) == LinearSize(64, 256, is_local=True)
+    assert linear_size(model.w2) == LinearSize(256, 64, is_local=True)
+    assert linear_size(model.w3) == LinearSize(64, 128)
 
 
 def test_packed_weight_is_local_already(mesh):
@@ -498,12 +554,12 @@ def test_packed_weight_is_local_already(mesh):
     packed = distribute_tensor(layer.weight, mesh, [_StridedShard(0, split_factor=2)], src_data_rank=None)
     layer.weight = nn.Parameter(packed)
     assert layer.weight.to_local().shape == (128, 64)
-    assert linear_size(layer) == (64, 128, True)
+    assert linear_size(layer) == LinearSize(64, 128, is_local=True)
 
 
 def test_uneven_part_is_that_of_the_first_ranks(mesh):
     layer = nn.Linear(64, 1004, device="meta")
-    assert linear_size(parallelize_module(layer, mesh, ColwiseParallel())) == (64, 126, True)
+    assert linear_size(parallelize_module(layer, mesh, ColwiseParallel())) == LinearSize(64, 126, is_local=True)
 
 
 # --- patterns that match nothing -------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from fp8gate.filter.findings import (
     NothingConvertedWarning,
     OutsideGridWarning,
     StaleTableWarning,
+    UnknownShardWarning,
     UnmatchedPatternWarning,
 )
 from fp8gate.filter.parallel import Parallel, ShardError
@@ -37,6 +38,7 @@ __all__ = [
     "Recompute",
     "ShardError",
     "StaleTableWarning",
+    "UnknownShardWarning",
     "Table",
     "TableError",
     "UnmatchedPatternWarning",

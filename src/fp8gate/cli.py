@@ -104,10 +104,10 @@ def explain_command(
     model: Annotated[str, typer.Argument(help=f"A Hugging Face config.json, or {', '.join(BUNDLED)}.")],
     recipe: Annotated[RecipeOrAll, typer.Option(help="The float8 recipe, or all to compare them.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per data parallel rank and microbatch: batch x sequence.")],
-    tp: Annotated[int, typer.Option(min=1, help="Tensor parallel degree: what a rank holds is decided.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallel degree, which must divide every layer.")] = 1,
     cp: Annotated[int, typer.Option(min=1, help="Context parallel degree, which divides the tokens.")] = 1,
     recompute: Annotated[
-        Literal["none", "full"], typer.Option(help="full: activation checkpointing runs every forward twice.")
+        Literal["none", "full"], typer.Option(help="full: activation checkpointing runs the blocks' forwards twice.")
     ] = "none",
     device: Annotated[
         str | None,

@@ -581,18 +581,14 @@ def test_another_model_is_checked_as_if_it_were_the_first(make_filter):
 
 
 def test_where_python_makes_warnings_errors_none_is_lost(make_filter):
-    asked, said = make_filter(), []
+    asked = make_filter()
     layers = pairs(AMBIGUOUS, MISSING, OUTSIDE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
-            with pytest.raises(FilterWarning) as error:
+            with pytest.raises(AmbiguousPointWarning):
                 asked.check(layers)
-            said.append(type(error.value))
-    assert said == [AmbiguousPointWarning, AmbiguousPointWarning]  # it was never only a warning
-        with pytest.raises(AmbiguousPointWarning):
-            asked.check(layers)
-        with pytest.raises(MissingPointWarning):  # of those that the first kept from being told
+        with pytest.raises(MissingPointWarning):  # the first had kept it from being told
             asked(LinearConfig(*WINNER), "w0")
     warned, findings = warned_of(lambda: asked.check(layers))
     assert {category for category, _ in warned} == {AmbiguousPointWarning, MissingPointWarning, OutsideGridWarning}
@@ -600,7 +596,7 @@ def test_where_python_makes_warnings_errors_none_is_lost(make_filter):
 
 
 @pytest.mark.parametrize(
-    "wrapped", ["module.w1", "_orig_mod.w1", "module._orig_mod.w1", "w1._checkpoint_wrapped_module"]
+    "wrapped", ["module.w1", "_orig_mod.w1", "module._orig_mod.w1", "_checkpoint_wrapped_module.w1"]
 )
 def test_names_are_matched_without_wrappers(make_filter, wrapped):
     asked = make_filter(filter_fqns=["w1"], recompute=lambda fqn: fqn == "w1")

@@ -36,7 +36,8 @@ class GatedFloat8Converter(Float8LinearConverter):
     @dataclass(kw_only=True, slots=True)
     class Config(Float8LinearConverter.Config):
         tokens: int
-        """Rows of a linear's input per microbatch and data parallel rank: training.local_batch_size x seq_len."""
+        """Rows of a linear's input per data parallel rank: training.local_batch_size x seq_len, or under pipeline
+        parallelism those of one microbatch."""
         parallel: Parallel = field(default_factory=Parallel)
         """The degrees of the trainer's `parallelism`: Parallel(tp=8, cp=1, plan="torchtitan")."""
         recompute: Recompute = "none"
@@ -69,7 +70,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     converter = GatedFloat8Converter.Config(
         recipe_name=args.recipe,
-        filter_fqns=["lm_head"],
+        filter_fqns=["lm_head"],  # computed in chunks of the tokens and not compiled: no table is about that
         tokens=args.tokens,
         parallel=Parallel(tp=args.tp, cp=args.cp, plan="torchtitan"),
         device=args.device,

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,11 +77,19 @@ class Converter:
     def __init__(self, config: Config) -> None:
         self.filter_fn = lambda config, fqn: True
 
-    def convert(self, configs: dict[str, LinearConfig]) -> list[str]:
+    def convert(self, configs: Configs) -> list[str]:
         return [fqn for fqn, config in configs.items() if self.filter_fn(config, fqn)]
 
 
 Converter.Config._owner = Converter
+
+
+class Configs(dict[str, LinearConfig]):
+    """torchtitan's config tree, flat."""
+
+    def traverse(self, cls: type) -> Iterator[tuple[str, LinearConfig, None, str]]:
+        assert cls is LinearConfig
+        yield from ((fqn, config, None, fqn) for fqn, config in self.items())
 
 
 @pytest.mark.filterwarnings(f"ignore::{StaleTableWarning.__module__}.StaleTableWarning")
@@ -89,13 +98,17 @@ def test_the_torchtitan_snippet_converts_only_the_winner(
 ) -> None:
     module = types.ModuleType("torchtitan.components.quantization.float8")
     module.Float8LinearConverter = Converter  # type: ignore[attr-defined]
-    for name in ("torchtitan", "torchtitan.components", "torchtitan.components.quantization"):
+    linear = types.ModuleType("torchtitan.models.common.linear")
+    linear.Linear = types.SimpleNamespace(Config=LinearConfig)  # type: ignore[attr-defined]
+    parents = ("", ".components", ".components.quantization", ".models", ".models.common")
+    for name in (f"torchtitan{parent}" for parent in parents):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for leaf in (module, linear):
+        monkeypatch.setitem(sys.modules, leaf.__name__, leaf)
     namespace: dict[str, Any] = {}
     exec(SNIPPETS[1], namespace)
-    configs = {"w1": LinearConfig(4096, 14336), "wk": LinearConfig(4096, 1024), "output": LinearConfig(4096, 128256)}
-    converter = namespace["GatedFloat8Converter"].Config(tokens=8192, filter_fqns=["output"]).build()
+    configs = Configs(w1=LinearConfig(4096, 14336), wk=LinearConfig(4096, 1024), lm_head=LinearConfig(4096, 128256))
+    converter = namespace["GatedFloat8Converter"].Config(tokens=8192, filter_fqns=["lm_head"]).build()
     assert converter.convert(configs) == ["w1"]
     assert "converted 1 of 3 linears" in capsys.readouterr().out
 

@@ -61,8 +61,11 @@ _REPLICATED = (
     ),
     *("AllReduceParallel", "ReplicatedWithGradAllReduce", "MlaKvAProjParallel"),
     *("MoeExpertsParallel", "MoeIdentityParallel", "MoeIdentityExpertParallel", "MoeTensorParalellExperts"),
+    *("EmbeddingParallel", "LocalParamsParallel"),
 )
 """Styles of torch, torchao, torchtitan and transformers that divide no linear's weight."""
+_PLAIN = "TensorParallelLayer"
+"""transformers' base class, which is its "replicate" itself; what a subclass divides only its own name says."""
 
 _STRINGS: dict[str, Style] = {
     **dict.fromkeys(("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise", "local_colwise"), "colwise"),
@@ -241,7 +244,7 @@ def _style_of(style: Any, pattern: str) -> Style:
     known = [_CLASSES[name] for name in ancestors if name in _CLASSES]
     if known:
         return known[0]
-    if any(name in _REPLICATED for name in ancestors):
+    if ancestors[0] == _PLAIN or any(name in _REPLICATED for name in ancestors):
         return "replicated"
     raise ValueError(
         f"parallel.plan[{pattern!r}]: expected ColwiseParallel, RowwiseParallel, SequenceParallel, a subclass, or one "

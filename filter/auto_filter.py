@@ -41,7 +41,7 @@ from fp8gate.filter.linear_layer import (
     role,
 )
 from fp8gate.filter.lookup import DEFAULT_LOOKUP, Lookup, LookupName
-from fp8gate.filter.parallel import Parallel, ShardError, Shards, without_wrappers
+from fp8gate.filter.parallel import Parallel, ShardError, Shards, plain_name
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.stale import stale
 from fp8gate.filter.table import RECIPES, Recipe, Table, format_table
@@ -175,7 +175,7 @@ class AutoFilter:
     @property
     def unmatched(self) -> tuple[str, ...]:
         """The `filter_fqns` patterns found in no name asked about so far."""
-        names = [".".join(without_wrappers(fqn)) for fqn in self.decisions]
+        names = [plain_name(fqn) for fqn in self.decisions]
         return tuple(p for p in self.settings.filter_fqns if not any(p in name for name in names))
 
     def summary(self) -> str:
@@ -211,7 +211,7 @@ class AutoFilter:
 
     def _ask(self, size: LinearSize, fqn: str) -> Decision:
         """The decision for one layer; what is found on the way awaits `settle`."""
-        plain = ".".join(without_wrappers(fqn))
+        plain = plain_name(fqn)
         try:
             shape = self._local_shape(size, plain)
         except ShardError as error:

@@ -115,7 +115,7 @@ class Lookup:
             on_m, on_k, on_n = self._grid
             m, k, n = on_m.clamp(shape.m), on_k.clamp(shape.k), on_n.clamp(shape.n)
             around_k, around_n = on_k.around(k), on_n.around(n)
-            for at_m in (m, *(size for size in reversed(on_m.sizes) if size < m)):
+            for at_m in itertools.chain((m,), (size for size in reversed(on_m.sizes) if size < m)):
                 if math.log2(m / at_m) > nearest.distance + NO_FURTHER:
                     break
                 if numbers := self._blend(on_m.around(at_m), around_k, around_n):
@@ -152,7 +152,7 @@ class Lookup:
         """An estimate for `shape` from the `_numbers` known at `measured_at`."""
         speedup, low, high, bf16_fwd_us, bf16_bwd_us, fp8_fwd_us, fp8_bwd_us = numbers
         work = shape.flop / measured_at.flop
-        is_fewer = interpolated and measured_at.m < self._grid[0].clamp(shape.m)
+        is_fewer = measured_at.m < shape.m and interpolated and measured_at.m < self._grid[0].clamp(shape.m)
         from_tokens = measured_at.m if is_fewer else None
         is_inside = nearest.distance == 0 or not (is_fewer or nearest.outside or self._outside(shape))
         return Estimate(

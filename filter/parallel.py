@@ -193,7 +193,9 @@ class Shards:
 
         Without tensor parallelism, whatever the plan says not is "replicated".
         """
-        names = without_wrappers(fqn) or [""]
+        if not self._patterns:
+            return "replicated"
+        names = plain_name(fqn).split(".")
         style: Style | None = None if self._tp > 1 else "replicated"
         for pattern in self._patterns if self._has_wild_last else self._by_last.get(names[-1], ()):
             if pattern.matches(names):
@@ -223,10 +225,12 @@ def _flatten(plan: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[Patte
             yield Pattern(parts or ("",), _style_of(style, ".".join(parts)))
 
 
-def without_wrappers(fqn: str) -> list[str]:
-    """The parts of a layer's name as the model's author wrote it."""
+def plain_name(fqn: str) -> str:
+    """A layer's name as the model's author wrote it."""
+    if "._" not in fqn and not fqn.startswith(("_", _OUTER_WRAPPER)):
+        return fqn  # in a microsecond less
     names = fqn.split(".")
-    return _within(names[1:] if names[0] == _OUTER_WRAPPER else names)
+    return ".".join(_within(names[1:] if names[0] == _OUTER_WRAPPER else names))
 
 
 def _within(names: list[str]) -> list[str]:

@@ -269,10 +269,13 @@ class AutoFilter:
 
     def _question(self, decision: Decision, fqn: str) -> None:
         """Note what makes a decision less than certain."""
+        is_ambiguous = decision.point is not None and decision.point.status == "ambiguous"
+        if not (decision.outside or is_ambiguous or decision.gap):
+            return
         where = f"{fqn}, {decision.shape}: {decision.reason}"
         if decision.outside:
             self._findings.add(Finding(OutsideGridWarning, where))
-        if decision.point and decision.point.status == "ambiguous":
+        if is_ambiguous:
             self._findings.add(Finding(AmbiguousPointWarning, where))
         if decision.gap:
             self._findings.add(Finding(MissingPointWarning, where))

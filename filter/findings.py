@@ -79,6 +79,8 @@ class Findings:
 
         Where Python makes the first warning an error, the others await the next call.
         """
+        if not self._pending:
+            return
         errors = [finding for finding in self._pending if self._policies[finding.category] == "error"]
         self._pending = [finding for finding in self._pending if finding not in errors]
         while self._pending:

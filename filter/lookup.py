@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from operator import mul
@@ -113,14 +113,15 @@ class Lookup:
         nearest = self._find_nearest(shape)
         if nearest.distance > 0:
             on_m, on_k, on_n = self._grid
-            m, k, n = on_m.clamp(shape.m), on_k.clamp(shape.k), on_n.clamp(shape.n)
-            around_k, around_n = on_k.around(k), on_n.around(n)
-            for at_m in itertools.chain((m,), (size for size in reversed(on_m.sizes) if size < m)):
+            (m, around_m), (k, around_k), (n, around_n) = on_m.place(shape.m), on_k.place(shape.k), on_n.place(shape.n)
+            if numbers := self._blend(around_m, around_k, around_n):
+                return self._make(shape, nearest, numbers, LinearShape(m, k, n), interpolated=True)
+            for at_m in reversed(on_m.sizes[: bisect_left(on_m.sizes, m)]):
                 if math.log2(m / at_m) > nearest.distance + NO_FURTHER:
                     break
-                if numbers := self._blend(on_m.around(at_m), around_k, around_n):
+                if numbers := self._blend([(at_m, 1.0)], around_k, around_n):
                     return self._make(shape, nearest, numbers, LinearShape(at_m, k, n), interpolated=True)
-            if not self._in_table(on_m.around(m), around_k, around_n):
+            if not self._in_table(around_m, around_k, around_n):
                 nearest = nearest._replace(outside=True)
         return self._make(shape, nearest, _numbers(nearest.point), nearest.point.shape, interpolated=False)
 
@@ -152,7 +153,7 @@ class Lookup:
         """An estimate for `shape` from the `_numbers` known at `measured_at`."""
         speedup, low, high, bf16_fwd_us, bf16_bwd_us, fp8_fwd_us, fp8_bwd_us = numbers
         work = shape.flop / measured_at.flop
-        is_fewer = measured_at.m < shape.m and interpolated and measured_at.m < self._grid[0].clamp(shape.m)
+        is_fewer = measured_at.m < shape.m and interpolated and measured_at.m < self._grid[0].place(shape.m)[0]
         from_tokens = measured_at.m if is_fewer else None
         is_inside = nearest.distance == 0 or not (is_fewer or nearest.outside or self._outside(shape))
         return Estimate(
@@ -240,12 +241,13 @@ class _Axis:
     def __init__(self, sizes: Iterable[int]) -> None:
         self.sizes = sorted(set(sizes))
         self._log2 = [(math.log2(size), size) for size in self.sizes]
-        self.around = cache(self._around)  # a model's layers share their tokens and most of their sizes
+        self.place = cache(self._place)  # a model's layers share their tokens and most of their sizes
         self.nearest = cache(self._nearest)
 
-    def clamp(self, size: int) -> int:
-        """Moved to the border of the axis, if it has one."""
-        return min(max(size, self.sizes[0]), self.sizes[-1]) if self.sizes else size
+    def _place(self, size: int) -> tuple[int, list[tuple[int, float]]]:
+        """The size, moved to the border if it is outside of the axis, and the sizes on both sides of that."""
+        inside = min(max(size, self.sizes[0]), self.sizes[-1]) if self.sizes else size
+        return inside, self._around(inside)
 
     def _around(self, size: int) -> list[tuple[int, float]]:
         """The sizes on both sides with their weights in log2; one if it is on the axis, none outside of it."""

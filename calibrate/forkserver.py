@@ -14,6 +14,7 @@ from multiprocessing.context import ForkServerContext
 PRELOADED = (
     "fp8gate.calibrate.ignore_interrupts",
     "fp8gate.calibrate.worker",
+    "fp8gate.calibrate.compiler_keys",
     "torch._inductor.compile_fx",
     "torch._inductor.lowering",
     "torch._inductor.codegen.cuda_combined_scheduling",

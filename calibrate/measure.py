@@ -22,21 +22,24 @@ from fp8gate.calibrate.compilation import ReadyLinear, compiled_linear, eager_li
 from fp8gate.calibrate.gpu_watch import Watch
 from fp8gate.calibrate.linears import Arm, Operands
 from fp8gate.calibrate.numerics import References, acceptable
-from fp8gate.calibrate.records import CONTROL, ArmName, ArmRecord, PointRecord, Stages, enough
+from fp8gate.calibrate.records import CONTROL, ArmName, ArmRecord, PointRecord, Stages, enough, speedup_of
 from fp8gate.calibrate.schedule import Task
-from fp8gate.calibrate.statistics import paired_speedup
 from fp8gate.calibrate.timing import Sample, Timer, balanced_orders
+from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Protocol, Recipe
 
-SETTLE_S, RUN_S = 0.12, 0.05
+SETTLE_S, RUN_S = 0.12, 0.03
 """An arm runs alone on the device, for SETTLE_S uncounted and then for RUN_S or longer. Under the power limit the clock
-follows what runs, within about 0.1 s (H200, 700 W): 1485 MHz for a bf16 product, 1890 MHz for a rowwise one full of
-casts. Interleaved they share a clock that neither has in training, which made rowwise up to 18 % slower against bf16
-than it is (LOG.md, 2026-11-24)."""
+follows what runs (H200, 700 W): 1485 MHz for a bf16 product, 1890 MHz for a rowwise one full of casts. Interleaved they
+share a clock that neither has in training, which made rowwise up to 18 % slower against bf16 than it is. The GPU sets
+its clock every 0.1 s, so that a longer run sees the same one (LOG.md, 2026-11-24)."""
+FIRST_SETTLE = 2
+"""A point's first arm settles so many times longer: after the pause of loading, a GPU runs above its power limit for
+about 0.2 s (2.5 % fast on an H200)."""
 BUSY_SHARE = 0.5
 """Arms that keep the device busy for less of the time (between flushes and host work) do not reach the power limit: on
 an H200 the clock stays at its maximum, and there is nothing to wait for."""
-BATCH_S = 0.02  # rounds that are run, and watched, together
+BATCH_S = 0.01  # rounds that are run, and watched, together
 
 DETAIL_LENGTH = 2000  # Inductor's errors carry whole graphs; their first lines say what is wrong
 
@@ -55,13 +58,17 @@ class ReadyPoint:
     failures: dict[ArmName, ArmRecord] = field(default_factory=dict)
     compiling_s: float = 0.0
 
+    @classmethod
+    def of_bf16(cls, shape: LinearShape) -> ReadyPoint:
+        """bf16 alone, which needs no compilation."""
+        return cls(Task(shape), {}, {"bf16": eager_linear(None, shape)})
+
 
 def make_ready(task: Task, protocols: Mapping[Recipe, Protocol], device: torch.device) -> ReadyPoint:
     """Compile what the task needs; `protocols` are those of its recipes. Touches no device."""
     start = time.perf_counter()
     torch._dynamo.reset()
-    point = ReadyPoint(task, protocols)
-    point.linears["bf16"] = eager_linear(None, task.shape)
+    point = ReadyPoint(task, protocols, {"bf16": eager_linear(None, task.shape)})
     if task.control:
         point.linears[CONTROL] = eager_linear(None, task.shape)
     for recipe, protocol in protocols.items():
@@ -175,26 +182,30 @@ class _Session:
     def _run_rounds(self) -> None:
         """Passes over the arms in random order, each alone, until the bounds or the time decide."""
         protocol = next(iter(self.point.protocols.values()))
-        runs: list[list[ArmName]] = [[name] for name in self.prepared if name not in ("bf16", CONTROL)]
-        runs.append([name for name in ("bf16", CONTROL) if name in self.prepared])  # one power draw, one run
+        undecided: list[ArmName] = [name for name in self.prepared if name not in ("bf16", CONTROL)]
+        bf16: list[ArmName] = [name for name in ("bf16", CONTROL) if name in self.prepared]  # one power draw, one run
         start = time.perf_counter()
+        settle_s = FIRST_SETTLE * protocol.settle_s
         for target in protocol.rounds:
+            runs = [bf16, *([name] for name in undecided)]
             for run in self.rng.sample(runs, len(runs)):
-                if slowdown := self._run_alone(run, target - len(self.samples[run[0]]), protocol):
+                if slowdown := self._run_alone(run, target - len(self.samples[run[0]]), settle_s, protocol.run_s):
                     self._none_counts(ArmRecord(status="unstable", detail=f"{slowdown} of the GPU while timing"))
                     return
+                settle_s = protocol.settle_s
             spent_s = time.perf_counter() - start
-            if all(self._enough(recipe, spent_s) for recipe in self.point.protocols if recipe in self.prepared):
+            undecided = [name for name in undecided if not self._enough(name, spent_s)]
+            if not undecided:
                 break
 
-    def _run_alone(self, names: Sequence[ArmName], samples: int, protocol: Protocol) -> str | None:
+    def _run_alone(self, names: Sequence[ArmName], samples: int, settle_s: float, run_s: float) -> str | None:
         """Settle, then run for run_s, at least `samples` rounds; they become so many samples. Returns a slowdown."""
         arms = [self.prepared[name] for name in names]
         start = time.perf_counter()
-        batch = self._settle(arms, protocol.settle_s)
+        batch = self._settle(arms, settle_s)
         settled = time.perf_counter()
         rounds: list[list[Sample]] = []
-        while len(rounds) < samples or time.perf_counter() < settled + protocol.run_s:
+        while len(rounds) < samples or time.perf_counter() < settled + run_s:
             rounds += self.timer.rounds(arms, balanced_orders(len(arms), batch, self.rng))
             if (clock_mhz := self.watch.sm_clock_mhz()) is not None:
                 self.clocks_mhz.append(clock_mhz)
@@ -219,10 +230,11 @@ class _Session:
             if is_idle or now >= start + at_most_s:
                 return batch
 
-    def _enough(self, recipe: Recipe, spent_s: float) -> bool:
-        bf16, fp8 = ([s.fwd_us + s.bwd_us for s in self.samples[name]] for name in ("bf16", recipe))
-        protocol = self.point.protocols[recipe]
-        return enough(paired_speedup(bf16, fp8, confidence=protocol.confidence), protocol, len(bf16), spent_s)
+    def _enough(self, name: ArmName, spent_s: float) -> bool:
+        bf16, fp8 = self._record("bf16"), self._record(name)
+        protocol = next(p for recipe, p in self.point.protocols.items() if recipe == name)
+        speedup = speedup_of(bf16, fp8, protocol.confidence)
+        return enough(speedup, protocol, len(fp8.total_us), spent_s)
 
     def _none_counts(self, why: ArmRecord) -> None:
         self.samples.clear()

@@ -24,7 +24,11 @@ from fp8gate.calibrate.measure import DeviceLostError, ReadyPoint, make_ready, m
 from fp8gate.calibrate.records import PointRecord
 from fp8gate.calibrate.schedule import Task
 from fp8gate.calibrate.timing import CpuTimer, CudaTimer, Timer
+from fp8gate.calibrate.tuning import tune_by
+from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Protocol, Recipe
+
+TINY = LinearShape(256, 256, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,33 +71,57 @@ class BrokenError(RuntimeError):
 
 
 class Bench:
-    """The device as one process uses it; nothing is done there before the first point is measured."""
+    """The device as one process uses it."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self._tools: tuple[Timer[Any], Watch] | None = None
 
+    def warm_up(self) -> None:
+        """Start the device's libraries by a tiny bf16 point: 0.4 s of the first turn otherwise. Raises BrokenError."""
+        try:
+            measure_point(ReadyPoint.of_bf16(TINY), *self._open(), self.job.device, self.job.seed)
+        except DeviceLostError as error:
+            raise BrokenError(str(error.__cause__)) from error
+
     def measure(self, point: ReadyPoint) -> PointRecord:
         """Raises BrokenError if the device cannot be used at all, DeviceLostError if it failed at this point."""
+        return measure_point(point, *self._open(), self.job.device, self.job.seed)
+
+    def _open(self) -> tuple[Timer[Any], Watch]:
         if not self._tools:
             try:
-                self._tools = _open(self.job.device)
+                self._tools = _tools(self.job.device)
             except Exception as error:
                 raise BrokenError(f"{type(error).__name__}: {error}") from error
-        return measure_point(point, *self._tools, self.job.device, self.job.seed)
+        return self._tools
 
 
-def _open(device: torch.device) -> tuple[Timer[Any], Watch]:
-    timer: Timer[Any] = CudaTimer(device) if device.type == "cuda" else CpuTimer()
+def _tools(device: torch.device) -> tuple[Timer[Any], Watch]:
+    if device.type != "cuda":
+        return CpuTimer(), make_watch(device)
+    timer = CudaTimer(device)
+    tune_by(timer)
     return timer, make_watch(device)
 
 
-def work(connection: Connection, job: Job) -> None:
-    """Serve tasks until the pipe closes or None comes."""
+def work(connection: Connection, job: Job, *, early: bool) -> None:
+    """Serve tasks until the pipe closes or None comes. early: nobody measures yet, so the device may be used now."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to handle
     inbox = _listen(connection)
     bench = Bench(job)
     gc.freeze()
+    try:
+        if early:
+            bench.warm_up()
+        _serve(connection, inbox, bench)
+    except BrokenError as error:
+        connection.send(Broken(str(error)))
+
+
+def _serve(connection: Connection, inbox: queue.SimpleQueue[Task | Turn | None], bench: Bench) -> None:
+    """Raises BrokenError."""
+    job = bench.job
     while isinstance(task := inbox.get(), Task):
         point = make_ready(task, job.protocols, job.device)
         connection.send(Ready())
@@ -101,9 +129,6 @@ def work(connection: Connection, job: Job) -> None:
             return
         try:
             record, lost = bench.measure(point), None
-        except BrokenError as error:
-            connection.send(Broken(str(error)))
-            return
         except DeviceLostError as error:
             record, lost = error.args[0], str(error.__cause__)
         connection.send(Measured(record, lost, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))

@@ -118,7 +118,7 @@ class Workers:
         self._context = start_server()
         try:
             while len(self._workers) < self._count:
-                self._workers.append(self._start())
+                self._workers.append(self._start(early=True))
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -228,11 +228,11 @@ class Workers:
     def _replace(self, index: int) -> None:
         self._workers[index].process.kill()
         self._workers[index].end()
-        self._workers[index] = self._start()
+        self._workers[index] = self._start(early=False)
 
-    def _start(self) -> _Worker:
+    def _start(self, *, early: bool) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=work, args=(theirs, self.job), daemon=True)
+        process = self._context.Process(target=work, args=(theirs, self.job), kwargs={"early": early}, daemon=True)
         try:
             process.start()
         except (EOFError, ConnectionError) as error:

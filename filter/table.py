@@ -77,7 +77,7 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     bounds at `confidence` are within `precision` of the speedup, or the point has taken near_s where the speedup is
     within `near` of the threshold or its bounds straddle it, far_s elsewhere. A point whose bounds then still straddle
     it and are wider than `tolerance` is ambiguous. control: how far bf16 timed against itself may be from 1, beyond
-    chance. spread: of the points that were measured twice.
+    chance and 0.5 us. spread: of the points that were measured twice.
     """
 
     timer: Literal["cuda_graphs", "wall_clock"]

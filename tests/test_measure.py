@@ -19,7 +19,7 @@ from fp8gate.calibrate.linears import Operands
 from fp8gate.calibrate.measure import DeviceLostError, condensed, make_ready, measure_point
 from fp8gate.calibrate.records import CONTROL
 from fp8gate.calibrate.schedule import Task
-from fp8gate.calibrate.sweep import make_setup
+from fp8gate.calibrate.sweep import ROUNDS, make_setup
 from fp8gate.calibrate.timing import CpuTimer, Results, Sample
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES
@@ -27,10 +27,12 @@ from fp8gate.filter.table import RECIPES
 CPU = torch.device("cpu")
 SHAPE = LinearShape(32, 48, 16)
 PROTOCOLS = {
-    recipe: replaced(protocol, settle_s=0.0, run_s=0.0) for recipe, protocol in make_setup(CPU).protocols.items()
+    recipe: replaced(protocol, settle_s=0.0, run_s=0.0, near_s=0.5)
+    for recipe, protocol in make_setup(CPU).protocols.items()
 }
 WIN, LOSS, SLIGHT_LOSS = 1.5, 0.5, 0.9
-ROUND_S = 0.0105
+ROUND_S = 0.0065  # two fill a batch
+LEAST = ROUNDS[0]
 
 
 @pytest.fixture(autouse=True)
@@ -143,11 +145,11 @@ NEAR_NOISE = [0.9 + 0.2 * (37 * i % 128) / 127 for i in range(128)]
 @pytest.mark.parametrize(
     ("speedups", "rounds", "status"),
     [
-        pytest.param([WIN] * 128, 8, "measured", id="exact at once"),
-        pytest.param([1.001, 0.999] * 64, 16, "measured", id="a tie as exact as asked: a second pass"),
-        pytest.param([LOSS, *[WIN] * 127], 16, "measured", id="one round lost: more rounds"),
-        pytest.param(FAR_NOISE, 8, "measured", id="far from the threshold: 0.12 s"),
-        pytest.param(NEAR_NOISE, 48, "ambiguous", id="near the threshold: 1 s"),
+        pytest.param([WIN] * 128, LEAST, "measured", id="exact at once"),
+        pytest.param([1.001, 0.999] * 64, ROUNDS[1], "measured", id="a tie as exact as asked: a second pass"),
+        pytest.param([LOSS, *[WIN] * 127], ROUNDS[1], "measured", id="one round lost: more rounds"),
+        pytest.param(FAR_NOISE, LEAST, "measured", id="far from the threshold: 0.12 s"),
+        pytest.param(NEAR_NOISE, ROUNDS[3], "ambiguous", id="near the threshold: 0.5 s"),
     ],
 )
 def test_rounds_are_added_until_the_bounds_or_the_time_decide(fake, speedups, rounds, status):
@@ -157,9 +159,16 @@ def test_rounds_are_added_until_the_bounds_or_the_time_decide(fake, speedups, ro
     assert points_of(record)["rowwise"].status == status
 
 
-def test_rounds_go_on_until_every_recipe_is_decided(fake):
-    record = measured(fake(speedups={"rowwise": NEAR_NOISE, "tensorwise": FAR_NOISE}))
-    assert rounds_of(record) == dict.fromkeys(("bf16", *RECIPES), 24)
+def test_a_recipe_that_is_decided_sits_out_later_passes_over_bf16_and_the_others(fake):
+    timer = fake(speedups={"rowwise": NEAR_NOISE, "tensorwise": FAR_NOISE})
+    record = measured(timer)
+    assert rounds_of(record) == {
+        "bf16": ROUNDS[2],
+        "tensorwise": LEAST,
+        "rowwise": ROUNDS[2],
+        "rowwise_with_gw_hp": LEAST,
+    }
+    assert points_of(record)["rowwise_with_gw_hp"].speedup == WIN  # over the rounds that both have
 
 
 def test_the_protocol_says_how_many_rounds_at_most(fake):
@@ -171,7 +180,7 @@ def test_the_protocol_says_how_many_rounds_at_most(fake):
 
 def test_the_control_is_timed_with_the_others_and_decides_nothing(fake):
     record = measured(fake(speedups={"rowwise": [WIN] * 128}), {"rowwise": PROTOCOLS["rowwise"]}, control=True)
-    assert rounds_of(record) == {"bf16": 8, CONTROL: 8, "rowwise": 8}
+    assert rounds_of(record) == {"bf16": LEAST, CONTROL: LEAST, "rowwise": LEAST}
     assert record.speedup(CONTROL, 0.99).estimate == 1.0
     assert record.recipes == ("rowwise",)
 
@@ -184,21 +193,21 @@ def test_each_arm_runs_alone_and_only_the_control_takes_turns_with_bf16(fake):
 
 
 def test_every_pass_runs_the_arms_in_another_order(fake):
-    timer = fake(speedups={"rowwise": NEAR_NOISE})
+    timer = fake(speedups=dict.fromkeys(RECIPES, NEAR_NOISE))
     measured(timer)
     runs = [recipe for (recipe,), _ in itertools.groupby(timer.orders)]
     passes = [tuple(runs[i : i + 4]) for i in range(0, len(runs), 4)]
-    assert len(passes) == 3
+    assert len(passes) == 2
     assert all(set(one) == {None, *RECIPES} for one in passes)
     assert len(set(passes)) > 1
 
 
 def test_a_run_lasts_as_long_as_the_protocol_says_and_its_rounds_become_samples(fake):
-    """0.1 s are 5 batches of 2 rounds."""
+    """0.1 s are 8 batches of 2 rounds."""
     protocol = replaced(PROTOCOL, settle_s=0.0, run_s=0.1, rounds=(8,))
     timer = fake()
     record = measured(timer, {"rowwise": protocol})
-    assert timer.counted == {None: 10, "rowwise": 10}
+    assert timer.counted == {None: 16, "rowwise": 16}
     assert rounds_of(record) == {"bf16": 8, "rowwise": 8}
 
 
@@ -209,9 +218,9 @@ def test_condensed_samples_are_medians_of_equal_slices():
 
 
 def test_the_samples_are_those_of_the_arm_whatever_the_order(fake):
-    record = measured(fake(speedups={"tensorwise": [3.0] * 8, "rowwise": [2.0] * 8}))
-    assert record.arms["bf16"].fwd_us == (100.0,) * 8
-    assert record.arms["tensorwise"].bwd_us == (66.667,) * 8  # rounded to a nanosecond
+    record = measured(fake(speedups={"tensorwise": [3.0] * LEAST, "rowwise": [2.0] * LEAST}))
+    assert record.arms["bf16"].fwd_us == (100.0,) * LEAST
+    assert record.arms["tensorwise"].bwd_us == (66.667,) * LEAST  # rounded to a nanosecond
     assert {recipe: point.speedup for recipe, point in points_of(record).items()} == {
         "tensorwise": 3.0,
         "rowwise": 2.0,
@@ -219,19 +228,25 @@ def test_the_samples_are_those_of_the_arm_whatever_the_order(fake):
     }
 
 
-@pytest.mark.parametrize(("busy", "settling_s"), [(0.9, 2 * 0.1575), (0.1, 2 * 0.0315)])
-def test_settling_lasts_as_long_as_the_arms_keep_the_device_busy(fake, busy, settling_s):
-    """One round to see that two fill 0.02 s, then two at a time; those of an idle device change nothing."""
+@pytest.mark.parametrize(
+    ("busy", "rounds"),
+    [
+        pytest.param(0.9, (1 + 2 * 23) + (1 + 2 * 12), id="as long as it says, and twice as long the first time"),
+        pytest.param(0.1, 2 * (1 + 2), id="until it shows that the device idles"),
+    ],
+)
+def test_settling_lasts_as_long_as_the_arms_keep_the_device_busy(fake, busy, rounds):
+    """One round to see that two fill a batch, then two at a time; those of an idle device change nothing."""
     timer = fake(settling=1000, busy=busy)
     record = measured(timer, {"rowwise": replaced(PROTOCOL, settle_s=0.15, run_s=0.0, rounds=(8,))})
-    assert record.stages.settling_s == pytest.approx(settling_s, abs=0.001)
+    assert record.stages.settling_s == pytest.approx(rounds * ROUND_S, abs=0.001)
     assert rounds_of(record)["rowwise"] == 8
 
 
 def test_rounds_run_in_batches_that_are_watched(fake):
     timer = fake()
     record = measured(timer, watch=FakeWatch(clocks_mhz=[1980, 1755, 1740, 1735]))
-    assert [len(batch) for batch in timer.batches] == [1, 2, 2, 2, 2] * 4
+    assert [len(batch) for batch in timer.batches] == [1, *[2] * (LEAST // 2)] * 4
     assert record.sm_clock_mhz == (1980, 1755, 1740, 1735)
 
 
@@ -269,8 +284,8 @@ def test_a_record_says_where_the_time_went(fake, clock, monkeypatch):
     timer.prepare = slow(timer.prepare, 0.5)
     stages = measured(timer).stages
     assert (stages.compiling_s, stages.loading_s) == (12.0, 2.0)  # of 4 arms
-    assert (stages.settling_s, stages.timing_s) == pytest.approx((4 * 0.0105, 4 * 0.084), abs=0.001)
-    assert stages.on_device_s == pytest.approx(2.378, abs=0.001)
+    assert (stages.settling_s, stages.timing_s) == pytest.approx((4 * ROUND_S, 4 * LEAST * ROUND_S), abs=0.001)
+    assert stages.on_device_s == pytest.approx(2 + 4 * (1 + LEAST) * ROUND_S, abs=0.002)
 
 
 def caused_by(cause):
@@ -303,7 +318,7 @@ def test_out_of_memory_in_one_arm_is_that_arms_result(fake, error):
         "rowwise_with_gw_hp": "measured",
     }
     assert type(error).__name__ in record.arms["rowwise"].detail
-    assert rounds_of(record) == {"bf16": 8, "tensorwise": 8, "rowwise": 0, "rowwise_with_gw_hp": 8}
+    assert rounds_of(record) == {"bf16": LEAST, "tensorwise": LEAST, "rowwise": 0, "rowwise_with_gw_hp": LEAST}
     assert all("rowwise" not in order for order in timer.orders)
 
 

@@ -111,11 +111,20 @@ def with_control(ratios):
         pytest.param([1.03] * 8, 0.03, id="off"),
         pytest.param([0.97] * 8, 0.03, id="off the other way"),
         pytest.param([0.95, 1.07] * 4, None, id="chance"),
+        pytest.param([1.0052] * 8, 0.0052, id="just off"),
     ],
 )
 def test_a_control_is_off_if_that_is_neither_chance_nor_tolerated(ratios, error):
     found = with_control(ratios).control_error(replaced(PROTOCOL, control=0.005))
     assert found == (error if error is None else pytest.approx(error))
+
+
+@pytest.mark.parametrize(("bf16_us", "is_off"), [(20.0, False), (30.0, True)])
+def test_half_a_microsecond_is_no_reason_to_distrust(bf16_us, is_off):
+    """2 % are 0.4 us of 20, and 0.6 us of 30."""
+    record = with_control([1.02] * 8)
+    arms = {name: timed_arm([t * bf16_us / 100 for t in arm.total_us]) for name, arm in record.arms.items()}
+    assert bool(replaced(record, arms=arms).control_error(replaced(PROTOCOL, control=0.005))) is is_off
 
 
 def test_without_a_measured_control_nothing_is_off():

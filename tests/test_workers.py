@@ -20,8 +20,9 @@ from samples import PROTOCOL, point_record, quick_points, replaced
 
 from fp8gate.calibrate import timing, worker, workers
 from fp8gate.calibrate.linears import INDUCTOR
-from fp8gate.calibrate.measure import DeviceLostError
+from fp8gate.calibrate.measure import DeviceLostError, make_ready
 from fp8gate.calibrate.schedule import Schedule, Task
+from fp8gate.calibrate.sweep import make_setup
 from fp8gate.calibrate.worker import Bench, Job, Ready
 from fp8gate.calibrate.workers import (
     DeviceUse,
@@ -32,6 +33,7 @@ from fp8gate.calibrate.workers import (
     WorkersDiedError,
 )
 from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import RECIPES
 
 CPU = torch.device("cpu")
 PROTOCOLS = {"tensorwise": replaced(PROTOCOL, rounds=(8,))}
@@ -41,7 +43,7 @@ VICTIM = TASKS[1].shape
 GIB = 2**30
 
 
-def hooked(hook, connection, job):
+def hooked(hook, connection, job, *, early):
     """A worker that calls `hook(step, shape)` at each step, and whose points take milliseconds."""
     torch.set_num_threads(1)
     timing.CPU_FLUSH_BYTES = 2**16
@@ -69,7 +71,7 @@ def hooked(hook, connection, job):
                 hook("ready", shape)
 
     worker.make_ready, Bench.measure = hooked_make_ready, hooked_measure
-    worker.work(HookedConnection(), job)
+    worker.work(HookedConnection(), job, early=early)
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +122,7 @@ def note(folder, seconds, step, shape):
     time.sleep(own.get(shape.n, 0.0) if isinstance(own, dict) else own)
 
 
-def die_at_once(connection, job):
+def die_at_once(connection, job, *, early):
     os._exit(3)
 
 
@@ -463,3 +465,17 @@ def test_a_device_that_could_not_be_used_once_is_tried_again(hook_into, tmp_path
         outcomes = list(crew.run(Schedule(TASKS)))
     assert sorted(outcome.task.shape for outcome in outcomes) == sorted(task.shape for task in TASKS)
     assert {type(outcome) for outcome in outcomes} == {Finished}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_real_point_on_a_gpu_compiled_tuned_captured_and_timed():
+    device = torch.device("cuda")
+    job = Job(device, make_setup(device).protocols, seed=0)
+    bench = Bench(job)
+    bench.warm_up()
+    record = bench.measure(make_ready(Task(LinearShape(2048, 1024, 512)), job.protocols, device))
+    assert {name: (arm.status, arm.detail) for name, arm in record.arms.items()} == dict.fromkeys(
+        ("bf16", *RECIPES), ("measured", "")
+    )
+    assert all(0.1 < record.speedup(recipe, 0.99).estimate < 1 for recipe in RECIPES)

@@ -1,0 +1,89 @@
+"""Inductor's choice of launch configurations: made by this package's timer, and by what a kernel takes."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._inductor.runtime import triton_heuristics
+
+from fp8gate.calibrate import timing
+from fp8gate.calibrate.timing import HEAD_START, TUNING_RUNS, CudaTimer
+from fp8gate.calibrate.tuning import tune_by
+
+
+@pytest.fixture
+def autotuner(monkeypatch):
+    """As much of Inductor's autotuner as its timing of a configuration needs; restored afterwards."""
+    monkeypatch.setattr(triton_heuristics, "benchmarker", triton_heuristics.benchmarker)
+    device = SimpleNamespace(current_device=lambda: 0, get_raw_stream=lambda _: 7)
+    return SimpleNamespace(
+        custom_kernel=True,
+        inductor_meta={},
+        device_props=SimpleNamespace(type="cuda"),
+        get_device_interface=lambda: device,
+        copy_args_to_cpu_if_needed=lambda *_, **__: {},
+        maybe_clone_args=lambda _, *args, **kwargs: (args, kwargs),
+        reset_to_zero_args=lambda *_, **__: None,
+        restore_args_from_cpu=lambda _: None,
+    )
+
+
+def test_inductor_times_a_configuration_by_the_timer(autotuner):
+    launches = []
+
+    def least_us(launch):
+        launch()
+        return 4500.0
+
+    tune_by(SimpleNamespace(least_us=least_us))
+    milliseconds = triton_heuristics.CachingAutotuner.bench(
+        autotuner, lambda *args, stream: launches.append((args, stream)), "x", "out"
+    )
+    assert milliseconds == 4.5
+    assert launches == [(("x", "out"), 7)]
+
+
+class FakeGpu:
+    """Events that tell how long each launch took, and the order of everything."""
+
+    def __init__(self, monkeypatch, times_us):
+        self.times_us, self.log = iter(times_us), []
+        monkeypatch.setattr(timing, "_event", lambda: SimpleNamespace(record=lambda: None))
+        monkeypatch.setattr(timing, "_elapsed_us", lambda start, end: next(self.times_us))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.log.append("wait"))
+        self.timer = CudaTimer.__new__(CudaTimer)
+        self.timer.device = None
+        self.timer._flush = lambda: self.log.append("flush")
+
+    def least_us(self):
+        return self.timer.least_us(lambda: self.log.append("launch"))
+
+
+def test_the_shortest_of_all_runs_counts(monkeypatch):
+    gpu = FakeGpu(monkeypatch, [25.0, 9.0, 8.0, 25.0, 25.0, 7.5, *[26.0] * 6])
+    assert gpu.least_us() == 7.5
+    assert gpu.log.count("launch") == 1 + sum(TUNING_RUNS)
+
+
+def test_of_long_runs_three_are_enough(monkeypatch):
+    gpu = FakeGpu(monkeypatch, [1210.0, 1205.0, 1206.0, math.nan])
+    assert gpu.least_us() == 1205.0
+    assert gpu.log.count("launch") == 1 + TUNING_RUNS[0]
+
+
+def test_every_run_is_cold_and_the_host_is_ahead_of_the_first(monkeypatch):
+    gpu = FakeGpu(monkeypatch, [500.0] * 3)
+    gpu.least_us()
+    assert gpu.log == ["launch", *["flush"] * HEAD_START, *["flush", "launch"] * 3, "wait"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_run_on_a_gpu_takes_as_long_as_what_it_does():
+    timer = CudaTimer(torch.device("cuda"))
+    small, large = (torch.zeros(size * 2**20, device="cuda") for size in (16, 256))
+    small_us, large_us = (timer.least_us(lambda x=x: x.add_(1)) for x in (small, large))
+    assert 8 * small_us < large_us < 32 * small_us

@@ -28,17 +28,17 @@ from fp8gate.calibrate.timing import Sample, Timer, balanced_orders
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Protocol, Recipe
 
-SETTLE_S, RUN_S = 0.12, 0.03
+SETTLE_S, RUN_S = 0.1, 0.1
 """An arm runs alone on the device, for SETTLE_S uncounted and then for RUN_S or longer. Under the power limit the clock
 follows what runs (H200, 700 W): 1485 MHz for a bf16 product, 1890 MHz for a rowwise one full of casts. Interleaved they
 share a clock that neither has in training, which made rowwise up to 18 % slower against bf16 than it is. The GPU sets
-its clock every 0.1 s, so that a longer run sees the same one (LOG.md, 2026-11-24)."""
+its clock every 0.1 s, and not well: after 0.1 s, a run of 0.03 s is off by 2.4 % (root mean square) from what the arm
+takes in the long run, one of 0.1 s by 1.8 %, one of 0.2 s by 1.3 % (LOG.md, 2026-11-24)."""
 FIRST_SETTLE = 2
-"""A point's first arm settles so many times longer: after the pause of loading, a GPU runs above its power limit for
-about 0.2 s (2.5 % fast on an H200)."""
-BUSY_SHARE = 0.5
+"""A point's first arm settles so many times longer: after the pause of loading, a GPU runs above its power limit."""
+BUSY_SHARE, IDLE_RUN_S = 0.5, 0.02
 """Arms that keep the device busy for less of the time (between flushes and host work) do not reach the power limit: on
-an H200 the clock stays at its maximum, and there is nothing to wait for."""
+an H200 the clock stays at its maximum, there is nothing to wait for, and IDLE_RUN_S is enough."""
 BATCH_S = 0.01  # rounds that are run, and watched, together
 
 DETAIL_LENGTH = 2000  # Inductor's errors carry whole graphs; their first lines say what is wrong
@@ -199,13 +199,17 @@ class _Session:
                 break
 
     def _run_alone(self, names: Sequence[ArmName], samples: int, settle_s: float, run_s: float) -> str | None:
-        """Settle, then run for run_s, at least `samples` rounds; they become so many samples. Returns a slowdown."""
+        """Settle, then run for run_s (less on an idle device), at least `samples` rounds, which become so many samples.
+
+        Returns a slowdown.
+        """
         arms = [self.prepared[name] for name in names]
         start = time.perf_counter()
-        batch = self._settle(arms, settle_s)
+        batch, is_idle = self._settle(arms, settle_s)
         settled = time.perf_counter()
+        end = settled + (min(run_s, IDLE_RUN_S) if is_idle else run_s)
         rounds: list[list[Sample]] = []
-        while len(rounds) < samples or time.perf_counter() < settled + run_s:
+        while len(rounds) < samples or time.perf_counter() < end:
             rounds += self.timer.rounds(arms, balanced_orders(len(arms), batch, self.rng))
             if (clock_mhz := self.watch.sm_clock_mhz()) is not None:
                 self.clocks_mhz.append(clock_mhz)
@@ -217,8 +221,8 @@ class _Session:
         self.timing_s += time.perf_counter() - settled
         return None
 
-    def _settle(self, arms: Sequence[Any], at_most_s: float) -> int:
-        """Run rounds that do not count until the clock is steady; returns how many fill a batch."""
+    def _settle(self, arms: Sequence[Any], at_most_s: float) -> tuple[int, bool]:
+        """Run rounds that do not count until the clock is steady; how many fill a batch, and if the device idles."""
         start, batch, passes = time.perf_counter(), 1, 0
         while True:
             before = time.perf_counter()
@@ -228,7 +232,7 @@ class _Session:
             batch = max(1, round(BATCH_S / ((now - before) / batch)))
             is_idle = passes > 1 and busy_s < BUSY_SHARE * (now - before)
             if is_idle or now >= start + at_most_s:
-                return batch
+                return batch, is_idle
 
     def _enough(self, name: ArmName, spent_s: float) -> bool:
         bf16, fp8 = self._record("bf16"), self._record(name)

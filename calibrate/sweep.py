@@ -40,7 +40,7 @@ THRESHOLD = 1.0
 TOLERANCE = 0.01
 PRECISION = 0.0025  # narrower than this, two processes differ by more than the bounds
 NEAR, NEAR_S, FAR_S = 0.05, 1.5, 0.12
-"""Under the power limit one pass over the arms errs by up to 5 % (LOG.md, 2026-11-24): what lies nearer to the
+"""Under the power limit one pass over the arms errs by 5 % at times (LOG.md, 2026-11-24): what lies nearer to the
 threshold gets two passes or more, everything else one."""
 CONTROL_ERROR = 0.005
 CPU_CONTROL_ERROR = 0.2  # wall-clock times of a shared machine: only gross faults show

@@ -203,12 +203,14 @@ def test_every_pass_runs_the_arms_in_another_order(fake):
 
 
 def test_a_run_lasts_as_long_as_the_protocol_says_and_its_rounds_become_samples(fake):
-    """0.1 s are 8 batches of 2 rounds."""
-    protocol = replaced(PROTOCOL, settle_s=0.0, run_s=0.1, rounds=(8,))
-    timer = fake()
-    record = measured(timer, {"rowwise": protocol})
-    assert timer.counted == {None: 16, "rowwise": 16}
-    assert rounds_of(record) == {"bf16": 8, "rowwise": 8}
+    """0.1 s are 8 batches of 2 rounds; 0.02 s would be 2, but 8 rounds are asked."""
+    protocol = replaced(PROTOCOL, settle_s=0.1, run_s=0.1, rounds=(8,))
+    for busy, counted in ((0.9, 16), (0.1, 8)):
+        timer = fake(settling=1000, busy=busy)
+        record = measured(timer, {"rowwise": protocol})
+        assert rounds_of(record) == {"bf16": 8, "rowwise": 8}
+        settling = record.stages.settling_s / ROUND_S
+        assert len(timer.orders) - round(settling) == 2 * counted
 
 
 def test_condensed_samples_are_medians_of_equal_slices():

@@ -40,6 +40,11 @@ class GpuWatch:
         reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
         return ", ".join(name for bit, name in self._slowdowns.items() if reasons & bit) or None
 
+    def is_power_limited(self) -> bool:
+        """Whether the clock is lowered now to keep to the power limit."""
+        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
+        return bool(reasons & self._nvml.nvmlClocksEventReasonSwPowerCap)
+
     def sm_clock_mhz(self) -> int | None:
         clock: int | None = self._ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM)
         return clock
@@ -67,6 +72,9 @@ class CpuWatch:
 
     def slowdown(self) -> None:
         return None
+
+    def is_power_limited(self) -> bool:
+        return False
 
     def sm_clock_mhz(self) -> None:
         return None

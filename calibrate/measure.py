@@ -34,8 +34,11 @@ follows what runs (H200, 700 W): 1485 MHz for a bf16 product, 1890 MHz for a row
 share a clock that neither has in training, which made rowwise up to 18 % slower against bf16 than it is. The GPU sets
 its clock every 0.1 s, and not well: after 0.1 s, a run of 0.03 s is off by 2.4 % (root mean square) from what the arm
 takes in the long run, one of 0.1 s by 1.8 %, one of 0.2 s by 1.3 % (LOG.md, 2026-11-24)."""
-FIRST_SETTLE = 2
-"""A point's first arm settles so many times longer: after the pause of loading, a GPU runs above its power limit."""
+PAUSE_S, BURST_S, FIRST_SETTLE = 0.15, 0.35, 2
+"""A GPU at its power limit keeps to it on average over about a second: after a pause it draws 3 % more for 0.8 s, and
+then 15 % less for 0.2 s, in which every arm is 7 % slower. So where the limit is reached, the device idles for PAUSE_S
+before a run that would begin more than BURST_S after the last pause; loading a point is one too. The first run after a
+pause settles FIRST_SETTLE times as long, as it begins above the limit (LOG.md, 2026-11-24)."""
 BUSY_SHARE, IDLE_RUN_S = 0.5, 0.02
 """Arms that keep the device busy for less of the time (between flushes and host work) do not reach the power limit: on
 an H200 the clock stays at its maximum, there is nothing to wait for, and IDLE_RUN_S is enough."""
@@ -129,6 +132,7 @@ class _Session:
         self.samples: dict[ArmName, list[Sample]] = {}
         self.clocks_mhz: list[int] = []
         self.start = time.perf_counter()
+        self.burst_start, self.is_power_limited = self.start, False
         self.loading_s = self.settling_s = self.timing_s = 0.0
 
     def run(self) -> dict[ArmName, ArmRecord]:
@@ -184,11 +188,13 @@ class _Session:
         protocol = next(iter(self.point.protocols.values()))
         undecided: list[ArmName] = [name for name in self.prepared if name not in ("bf16", CONTROL)]
         bf16: list[ArmName] = [name for name in ("bf16", CONTROL) if name in self.prepared]  # one power draw, one run
-        start = time.perf_counter()
+        start = self.burst_start = time.perf_counter()
         settle_s = FIRST_SETTLE * protocol.settle_s
         for target in protocol.rounds:
             runs = [bf16, *([name] for name in undecided)]
             for run in self.rng.sample(runs, len(runs)):
+                if self._paused(protocol.pause_s):
+                    settle_s = FIRST_SETTLE * protocol.settle_s
                 if slowdown := self._run_alone(run, target - len(self.samples[run[0]]), settle_s, protocol.run_s):
                     self._none_counts(ArmRecord(status="unstable", detail=f"{slowdown} of the GPU while timing"))
                     return
@@ -197,6 +203,16 @@ class _Session:
             undecided = [name for name in undecided if not self._enough(name, spent_s)]
             if not undecided:
                 break
+
+    def _paused(self, pause_s: float) -> bool:
+        """Let the device idle, if it has reached its power limit and the last pause is too long ago."""
+        now = time.perf_counter()
+        if not self.is_power_limited or now < self.burst_start + BURST_S:
+            return False
+        time.sleep(pause_s)
+        self.burst_start, self.is_power_limited = time.perf_counter(), False
+        self.settling_s += self.burst_start - now
+        return True
 
     def _run_alone(self, names: Sequence[ArmName], samples: int, settle_s: float, run_s: float) -> str | None:
         """Settle, then run for run_s (less on an idle device), at least `samples` rounds, which become so many samples.
@@ -213,6 +229,7 @@ class _Session:
             rounds += self.timer.rounds(arms, balanced_orders(len(arms), batch, self.rng))
             if (clock_mhz := self.watch.sm_clock_mhz()) is not None:
                 self.clocks_mhz.append(clock_mhz)
+            self.is_power_limited |= self.watch.is_power_limited()
             if slowdown := self.watch.slowdown():
                 return slowdown
         for name, of_arm in zip(names, zip(*rounds, strict=True), strict=True):

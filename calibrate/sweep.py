@@ -22,7 +22,7 @@ from fp8gate.calibrate.gpu_watch import DeviceLock, Watch, foreign, make_watch
 from fp8gate.calibrate.grid import grid_shapes, measuring_order, too_large
 from fp8gate.calibrate.journal import Journal, Setup
 from fp8gate.calibrate.linears import DATA, INDUCTOR
-from fp8gate.calibrate.measure import RUN_S, SETTLE_S, DeviceLostError
+from fp8gate.calibrate.measure import PAUSE_S, RUN_S, SETTLE_S, DeviceLostError
 from fp8gate.calibrate.progress import Observer, make_observer
 from fp8gate.calibrate.records import ArmName, ArmRecord, PointRecord, Stages
 from fp8gate.calibrate.report import Report, make_report
@@ -76,6 +76,7 @@ def make_setup(device: torch.device) -> Setup:
             data=DATA,
             settle_s=SETTLE_S,
             run_s=RUN_S,
+            pause_s=PAUSE_S,
             rounds=ROUNDS,
             confidence=CONFIDENCE,
             threshold=THRESHOLD,

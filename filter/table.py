@@ -73,11 +73,11 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How the numbers were taken; two tables with different protocols are not comparable.
 
     settle_s, run_s: each arm runs alone on the device for settle_s uncounted, then for run_s or longer, both less where
-    it leaves the device idle half of the time; a table without run_s is of arms that took turns round by round. Passes
-    are added, each arm up to each of `rounds` in turn, until its bounds at `confidence` are within `precision` of the
-    speedup, or the point has taken near_s where the speedup is within `near` of the threshold or its bounds straddle
-    it, far_s elsewhere. A point whose bounds then still straddle
-    it and are wider than `tolerance` is ambiguous. control: how far bf16 timed against itself may be from 1, beyond
+    it leaves the device idle half of the time; a table without run_s is of arms that took turns round by round.
+    pause_s: how long a device at its power limit idles after every second arm. Passes are added, each arm up to each of
+    `rounds` in turn, until its bounds at `confidence` are within `precision` of the speedup, or the point has taken
+    near_s where the speedup is within `near` of the threshold or its bounds straddle it, far_s elsewhere. A point whose
+    bounds then still straddle it and are wider than `tolerance` is ambiguous. control: how far bf16 timed against itself may be from 1, beyond
     chance and 0.5 us. spread: of the points that were measured twice.
     """
 
@@ -89,6 +89,7 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     data: str
     settle_s: Annotated[float, msgspec.Meta(ge=0)]
     run_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    pause_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     rounds: tuple[Size, ...]
     confidence: Annotated[float, msgspec.Meta(gt=0, lt=1)]
     threshold: Positive

@@ -131,6 +131,15 @@ def test_a_slowdown_is_named(nvml, reason, name):
     assert watch.slowdown() is None
 
 
+def test_the_power_limit_is_told(nvml):
+    watch = GpuWatch(CUDA)
+    nvml.reasons = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonSyncBoost
+    assert watch.is_power_limited()
+    nvml.reasons = pynvml.nvmlClocksEventReasonHwSlowdown
+    assert not watch.is_power_limited()
+    assert not CpuWatch().is_power_limited()
+
+
 def test_all_slowdowns_are_named(nvml):
     nvml.reasons = pynvml.nvmlClocksEventReasonHwSlowdown | pynvml.nvmlClocksEventReasonHwThermalSlowdown
     assert GpuWatch(CUDA).slowdown() == "hardware slowdown, hardware thermal slowdown"

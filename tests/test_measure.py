@@ -39,7 +39,13 @@ LEAST = ROUNDS[0]
 def clock(monkeypatch):
     """The time the module sees, in seconds: it passes in rounds only."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    clock.pauses = []
+
+    def sleep(seconds):
+        clock.now += seconds
+        clock.pauses.append(seconds)
+
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=sleep))
     return clock
 
 
@@ -105,8 +111,11 @@ class FakeTimer:
 class FakeWatch(CpuWatch):
     """Tells of each batch what it is told here; nothing after that."""
 
-    def __init__(self, slowdowns=(), clocks_mhz=()):
-        self.slowdowns, self.clocks_mhz = iter(slowdowns), iter(clocks_mhz)
+    def __init__(self, slowdowns=(), clocks_mhz=(), limited=()):
+        self.slowdowns, self.clocks_mhz, self.limited = iter(slowdowns), iter(clocks_mhz), iter(limited)
+
+    def is_power_limited(self):
+        return next(self.limited, False)
 
     def slowdown(self):
         return next(self.slowdowns, None)
@@ -250,6 +259,28 @@ def test_rounds_run_in_batches_that_are_watched(fake):
     record = measured(timer, watch=FakeWatch(clocks_mhz=[1980, 1755, 1740, 1735]))
     assert [len(batch) for batch in timer.batches] == [1, *[2] * (LEAST // 2)] * 4
     assert record.sm_clock_mhz == (1980, 1755, 1740, 1735)
+
+
+LIMITED = replaced(PROTOCOL, settle_s=0.1, run_s=0.1, pause_s=0.15, rounds=(8,))
+
+
+def test_at_the_power_limit_the_device_pauses_after_every_second_arm(fake, clock):
+    """0.2 s and 0.1 s for the first, 0.1 s and 0.1 s for the second, and again."""
+    timer = fake(settling=1000, busy=0.9)
+    record = measured(timer, dict.fromkeys(RECIPES, LIMITED), watch=FakeWatch(limited=itertools.repeat(True)))
+    assert clock.pauses == [0.15]
+    settled_s = [0.2, 0.1, 0.2, 0.1]
+    assert record.stages.settling_s == pytest.approx(0.15 + sum(settled_s), abs=4 * 2 * ROUND_S)
+
+
+@pytest.mark.parametrize(
+    ("recipes", "limited"),
+    [pytest.param(RECIPES, False, id="below the limit"), pytest.param(RECIPES[:1], True, id="two arms")],
+)
+def test_elsewhere_it_does_not_pause(fake, clock, recipes, limited):
+    watch = FakeWatch(limited=itertools.repeat(limited))
+    measured(fake(settling=1000, busy=0.9), dict.fromkeys(recipes, LIMITED), watch=watch)
+    assert clock.pauses == []
 
 
 def test_a_gpu_that_slows_down_leaves_no_numbers(fake):

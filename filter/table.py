@@ -77,8 +77,8 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pause_s: how long a device at its power limit idles after every second arm. Passes are added, each arm up to each of
     `rounds` in turn, until its bounds at `confidence` are within `precision` of the speedup, or the point has taken
     near_s where the speedup is within `near` of the threshold or its bounds straddle it, far_s elsewhere. A point whose
-    bounds then still straddle it and are wider than `tolerance` is ambiguous. control: how far bf16 timed against itself may be from 1, beyond
-    chance and 0.5 us. spread: of the points that were measured twice.
+    bounds then still straddle it and are wider than `tolerance` is ambiguous. control: how far bf16 timed against
+    itself may be from 1, beyond chance and 0.5 us. spread: of the points that were measured twice.
     """
 
     timer: Literal["cuda_graphs", "wall_clock"]

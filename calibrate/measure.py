@@ -22,23 +22,22 @@ from fp8gate.calibrate.compilation import ReadyLinear, compiled_linear, eager_li
 from fp8gate.calibrate.gpu_watch import Watch
 from fp8gate.calibrate.linears import Arm, Operands
 from fp8gate.calibrate.numerics import References, acceptable
-from fp8gate.calibrate.records import CONTROL, ArmName, ArmRecord, PointRecord, Stages, enough, speedup_of
+from fp8gate.calibrate.records import CONTROL, ArmName, ArmRecord, PointRecord, Stages, is_near, speedup_of
 from fp8gate.calibrate.schedule import Task
 from fp8gate.calibrate.timing import Sample, Timer, balanced_orders
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Protocol, Recipe
 
-SETTLE_S, RUN_S = 0.1, 0.1
+SETTLE_S, RUN_S = 0.1, 0.05
 """An arm runs alone on the device, for SETTLE_S uncounted and then for RUN_S or longer. Under the power limit the clock
 follows what runs (H200, 700 W): 1485 MHz for a bf16 product, 1890 MHz for a rowwise one full of casts. Interleaved they
 share a clock that neither has in training, which made rowwise up to 18 % slower against bf16 than it is. The GPU sets
-its clock every 0.1 s, and not well: after 0.1 s, a run of 0.03 s is off by 2.4 % (root mean square) from what the arm
-takes in the long run, one of 0.1 s by 1.8 %, one of 0.2 s by 1.3 % (LOG.md, 2026-11-24)."""
-PAUSE_S, BURST_S, FIRST_SETTLE = 0.15, 0.35, 2
+its clock every 0.1 s: an arm that has not settled so long runs at the clock of the one before (LOG.md, 2026-11-24)."""
+PAUSE_S, BURST_S, FIRST_SETTLE = 0.15, 0.6, 2
 """A GPU at its power limit keeps to it on average over about a second: after a pause it draws 3 % more for 0.8 s, and
 then 15 % less for 0.2 s, in which every arm is 7 % slower. So where the limit is reached, the device idles for PAUSE_S
 before a run that would begin more than BURST_S after the last pause; loading a point is one too. The first run after a
-pause settles FIRST_SETTLE times as long, as it begins above the limit (LOG.md, 2026-11-24)."""
+pause settles FIRST_SETTLE times as long, as it begins above the limit. Four short runs fit between two pauses."""
 BUSY_SHARE, IDLE_RUN_S = 0.5, 0.02
 """Arms that keep the device busy for less of the time (between flushes and host work) do not reach the power limit: on
 an H200 the clock stays at its maximum, there is nothing to wait for, and IDLE_RUN_S is enough."""
@@ -132,7 +131,7 @@ class _Session:
         self.samples: dict[ArmName, list[Sample]] = {}
         self.clocks_mhz: list[int] = []
         self.start = time.perf_counter()
-        self.burst_start, self.is_power_limited = self.start, False
+        self.burst_start, self.is_limited, self.has_been_limited = self.start, False, False
         self.loading_s = self.settling_s = self.timing_s = 0.0
 
     def run(self) -> dict[ArmName, ArmRecord]:
@@ -184,33 +183,40 @@ class _Session:
             )
 
     def _run_rounds(self) -> None:
-        """Passes over the arms in random order, each alone, until the bounds or the time decide."""
+        """Each arm alone, in random order; then those again, and longer, on which the decision hangs."""
         protocol = next(iter(self.point.protocols.values()))
-        undecided: list[ArmName] = [name for name in self.prepared if name not in ("bf16", CONTROL)]
+        recipes: list[ArmName] = [name for name in self.prepared if name not in ("bf16", CONTROL)]
+        self.burst_start = time.perf_counter()
+        first, *second = protocol.rounds
+        if not self._run_all(recipes, first, protocol, protocol.run_s):
+            return
+        near = [name for name in recipes if self._is_near(name)]
+        if near and second:
+            run_s = protocol.near_s if self.has_been_limited else protocol.run_s
+            self._run_all(near, second[0], protocol, run_s)
+
+    def _run_all(self, recipes: Sequence[ArmName], target: int, protocol: Protocol, run_s: float) -> bool:
+        """Run bf16, with the control if there is one, and these recipes' arms, until each has `target` samples.
+
+        Returns whether the GPU kept its speed; if not, none has any.
+        """
         bf16: list[ArmName] = [name for name in ("bf16", CONTROL) if name in self.prepared]  # one power draw, one run
-        start = self.burst_start = time.perf_counter()
-        settle_s = FIRST_SETTLE * protocol.settle_s
-        for target in protocol.rounds:
-            runs = [bf16, *([name] for name in undecided)]
-            for run in self.rng.sample(runs, len(runs)):
-                if self._paused(protocol.pause_s):
-                    settle_s = FIRST_SETTLE * protocol.settle_s
-                if slowdown := self._run_alone(run, target - len(self.samples[run[0]]), settle_s, protocol.run_s):
-                    self._none_counts(ArmRecord(status="unstable", detail=f"{slowdown} of the GPU while timing"))
-                    return
-                settle_s = protocol.settle_s
-            spent_s = time.perf_counter() - start
-            undecided = [name for name in undecided if not self._enough(name, spent_s)]
-            if not undecided:
-                break
+        runs = [bf16, *([name] for name in recipes)]
+        for i, run in enumerate(self.rng.sample(runs, len(runs))):
+            begins = self._paused(protocol.pause_s) or i == 0
+            settle_s = protocol.settle_s * (FIRST_SETTLE if begins else 1)
+            if slowdown := self._run_alone(run, target - len(self.samples[run[0]]), settle_s, run_s):
+                self._none_counts(ArmRecord(status="unstable", detail=f"{slowdown} of the GPU while timing"))
+                return False
+        return True
 
     def _paused(self, pause_s: float) -> bool:
         """Let the device idle, if it has reached its power limit and the last pause is too long ago."""
         now = time.perf_counter()
-        if not self.is_power_limited or now < self.burst_start + BURST_S:
+        if not self.is_limited or now < self.burst_start + BURST_S:
             return False
         time.sleep(pause_s)
-        self.burst_start, self.is_power_limited = time.perf_counter(), False
+        self.burst_start, self.is_limited = time.perf_counter(), False
         self.settling_s += self.burst_start - now
         return True
 
@@ -229,7 +235,8 @@ class _Session:
             rounds += self.timer.rounds(arms, balanced_orders(len(arms), batch, self.rng))
             if (clock_mhz := self.watch.sm_clock_mhz()) is not None:
                 self.clocks_mhz.append(clock_mhz)
-            self.is_power_limited |= self.watch.is_power_limited()
+            if self.watch.is_power_limited():
+                self.is_limited = self.has_been_limited = True
             if slowdown := self.watch.slowdown():
                 return slowdown
         for name, of_arm in zip(names, zip(*rounds, strict=True), strict=True):
@@ -251,11 +258,9 @@ class _Session:
             if is_idle or now >= start + at_most_s:
                 return batch, is_idle
 
-    def _enough(self, name: ArmName, spent_s: float) -> bool:
-        bf16, fp8 = self._record("bf16"), self._record(name)
-        protocol = next(p for recipe, p in self.point.protocols.items() if recipe == name)
-        speedup = speedup_of(bf16, fp8, protocol.confidence)
-        return enough(speedup, protocol, len(fp8.total_us), spent_s)
+    def _is_near(self, recipe: ArmName) -> bool:
+        protocol = next(p for name, p in self.point.protocols.items() if name == recipe)
+        return is_near(speedup_of(self._record("bf16"), self._record(recipe), protocol.confidence), protocol)
 
     def _none_counts(self, why: ArmRecord) -> None:
         self.samples.clear()

@@ -111,7 +111,7 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def speedup_of(bf16: ArmRecord, fp8: ArmRecord, confidence: float) -> Interval:
-    """bf16 / float8 time over the rounds both have: an arm that is decided sits out the later passes."""
+    """bf16 / float8 time over the rounds both have: an arm that is not near the threshold has those of one run."""
     rounds = len(fp8.total_us)
     return paired_speedup(bf16.total_us[:rounds], fp8.total_us, confidence=confidence)
 
@@ -121,12 +121,6 @@ def decided(speedup: Interval, protocol: Protocol) -> bool:
     return speedup.excludes(protocol.threshold) or speedup.within(protocol.tolerance)
 
 
-def enough(speedup: Interval, protocol: Protocol, rounds: int, spent_s: float) -> bool:
-    """No further round is worth its time: the bounds are as narrow as asked, or the time for such a point is spent.
-
-    Near the threshold one pass over the arms is not believed, however narrow its bounds: under the power limit the
-    clock wanders by 1 % from one pass to the next.
-    """
-    is_far = abs(speedup.estimate / protocol.threshold - 1) > protocol.near and speedup.excludes(protocol.threshold)
-    is_precise = speedup.within(protocol.precision) and (is_far or rounds > protocol.rounds[0])
-    return is_precise or spent_s >= (protocol.far_s if is_far else protocol.near_s)
+def is_near(speedup: Interval, protocol: Protocol) -> bool:
+    """The decision hangs on it: within `near` of the threshold, or the bounds straddle that."""
+    return abs(speedup.estimate / protocol.threshold - 1) <= protocol.near or not speedup.excludes(protocol.threshold)

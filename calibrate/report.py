@@ -11,13 +11,12 @@ import msgspec
 import numpy as np
 
 from fp8gate.calibrate.records import CONTROL, PointRecord, Stages
-from fp8gate.calibrate.statistics import Interval
 from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import Point, Protocol, Recipe, Spread
+from fp8gate.filter.table import Protocol, Recipe, Spread
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """Points and seconds of one call. ambiguous, imprecise and without_numbers count speedups: one a point and recipe.
+    """Points and seconds of one call. ambiguous and without_numbers count speedups: one a point and recipe.
 
     compiling_s is summed over all processes, the others are of the device. starting_s: until the first point was ready.
     idle_s: from then on, with nobody's turn on the device. worst_control: the largest |bf16 / bf16 - 1| of the control
@@ -28,7 +27,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     resumed: int
     retried: int
     ambiguous: int
-    imprecise: int
     without_numbers: int
     capped: int
     total_s: float
@@ -45,7 +43,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     def text(self) -> str:
         lines = [
             f"{self.measured} points measured, {self.resumed} taken from the journal, {self.retried} retried, "
-            f"{self.capped} left out; {self.ambiguous} speedups ambiguous, {self.imprecise} less precise than asked, "
+            f"{self.capped} left out; {self.ambiguous} speedups ambiguous, "
             f"{self.without_numbers} without numbers",
             f"{self.total_s:.0f} s: starting {self.starting_s:.0f}, then on the device loading and tuning "
             f"{self.loading_s:.0f}, settling {self.settling_s:.0f}, timing {self.timing_s:.0f}, idle "
@@ -80,10 +78,7 @@ def make_report(
     measured again took its time too.
     """
     stages = [*(r.stages for r in records), *discarded]
-    points = [
-        (r.point(recipe, protocols[recipe]), protocols[recipe]) for r in records if not r.repeat for recipe in r.recipes
-    ]
-    statuses = [point.status for point, _ in points]
+    statuses = [r.point(recipe, protocols[recipe]).status for r in records if not r.repeat for recipe in r.recipes]
     confidence = next(iter(protocols.values())).confidence
     controls = [control for r in records if (control := _control(r, confidence)) is not None]
     spreads = {recipe: spread(recipe, protocol, history) for recipe, protocol in protocols.items()}
@@ -92,7 +87,6 @@ def make_report(
         resumed=resumed,
         retried=retried,
         ambiguous=statuses.count("ambiguous"),
-        imprecise=sum(_is_imprecise(point, protocol) for point, protocol in points),
         without_numbers=sum(status not in ("measured", "ambiguous") for status in statuses),
         capped=capped,
         total_s=total_s,
@@ -127,13 +121,6 @@ def _apart(one: PointRecord, other: PointRecord, recipe: Recipe, protocol: Proto
     speedups = (r.speedup(recipe, protocol.confidence).estimate for r in (one, other))
     first, second = speedups
     return abs(second / first - 1)
-
-
-def _is_imprecise(point: Point, protocol: Protocol) -> bool:
-    """Whether the point's time was spent before its bounds were as narrow as asked."""
-    if point.speedup is None or point.speedup_low is None or point.speedup_high is None:
-        return False
-    return not Interval(point.speedup, point.speedup_low, point.speedup_high).within(protocol.precision)
 
 
 def _control(record: PointRecord, confidence: float) -> float | None:

@@ -34,14 +34,13 @@ from fp8gate.filter.devices import device_slug
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES, Device, Grid, Protocol, Recipe, Table
 
-ROUNDS = (10, 20, 30, 40, 50, 60, 80, 100)  # a pass each; 8 would give bounds at 99 %, but those of the extremes
+ROUNDS = (10, 30)  # 8 would give bounds at 99 %, but those of the extremes
 CONFIDENCE = 0.99  # looking after every few rounds with 95 % bounds would give 15 % false decisions at a tie, 4 % so
 THRESHOLD = 1.0
 TOLERANCE = 0.01
-PRECISION = 0.0025  # narrower than this, two processes differ by more than the bounds
-NEAR, NEAR_S, FAR_S = 0.05, 1.5, 0.12
-"""Under the power limit one pass over the arms errs by 5 % at times (LOG.md, 2026-11-24): what lies nearer to the
-threshold gets two passes or more, everything else one."""
+NEAR, NEAR_S = 0.05, 1.0
+"""Under the power limit a short run errs by 2 %, twice that at times, a whole second by less than 0.5 %: what lies
+nearer to the threshold than the first can tell runs for the second (LOG.md, 2026-11-24)."""
 CONTROL_ERROR = 0.005
 CPU_CONTROL_ERROR = 0.2  # wall-clock times of a shared machine: only gross faults show
 MAX_ATTEMPTS = 2  # a point without numbers is tried once more by the next run: memory may have been taken then
@@ -81,10 +80,8 @@ def make_setup(device: torch.device) -> Setup:
             confidence=CONFIDENCE,
             threshold=THRESHOLD,
             tolerance=TOLERANCE,
-            precision=PRECISION,
             near=NEAR,
             near_s=NEAR_S,
-            far_s=FAR_S,
             control=CONTROL_ERROR if on_gpu else CPU_CONTROL_ERROR,
         )
         for recipe in RECIPES

@@ -73,12 +73,15 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How the numbers were taken; two tables with different protocols are not comparable.
 
     settle_s, run_s: each arm runs alone on the device for settle_s uncounted, then for run_s or longer, both less where
-    it leaves the device idle half of the time; a table without run_s is of arms that took turns round by round.
-    pause_s: how long a device at its power limit idles after every second arm. Passes are added, each arm up to each of
-    `rounds` in turn, until its bounds at `confidence` are within `precision` of the speedup, or the point has taken
-    near_s where the speedup is within `near` of the threshold or its bounds straddle it, far_s elsewhere. A point whose
-    bounds then still straddle it and are wider than `tolerance` is ambiguous. control: how far bf16 timed against
-    itself may be from 1, beyond chance and 0.5 us. spread: of the points that were measured twice.
+    it leaves the device idle half of the time. pause_s: a device at its power limit idles so long after a few arms.
+    near_s: an arm whose speedup is within `near` of the threshold, or whose bounds straddle it, runs again, and bf16
+    too, for near_s at the power limit. rounds: samples after the first run and after the second, each the median of a
+    slice of the run, from which the bounds at `confidence` follow. A point whose bounds straddle the threshold and are
+    wider than `tolerance` is ambiguous. control: how far bf16 timed against itself may be from 1, beyond chance and
+    0.5 us. spread: of the points that were measured twice.
+
+    A table without run_s is of arms that took turns round by round until their bounds were within `precision` or the
+    point had taken near_s, or far_s if its speedup was not near the threshold.
     """
 
     timer: Literal["cuda_graphs", "wall_clock"]
@@ -94,10 +97,10 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     confidence: Annotated[float, msgspec.Meta(gt=0, lt=1)]
     threshold: Positive
     tolerance: Positive
-    precision: Positive
+    precision: Positive | None = None
     near: Positive
     near_s: Positive
-    far_s: Positive
+    far_s: Positive | None = None
     control: Positive
     spread: Spread | None = None
 

@@ -34,10 +34,8 @@ PROTOCOL = Protocol(
     confidence=0.99,
     threshold=1.0,
     tolerance=0.01,
-    precision=0.0025,
     near=0.15,
     near_s=0.4,
-    far_s=0.1,
     control=0.005,
 )
 MEASURED_AT = datetime(2026, 11, 24, 10, tzinfo=timezone.utc)

@@ -31,14 +31,12 @@ PROTOCOL = Protocol(
     l2="cold",
     data="random",
     settle_s=0.0,
-    rounds=(8, 12, 16, 24, 32),
+    rounds=(8, 12),
     confidence=0.99,
     threshold=1.0,
     tolerance=0.01,
-    precision=0.0025,
     near=0.15,
     near_s=0.4,
-    far_s=0.1,
     control=0.2,
 )
 PROTOCOLS = dict.fromkeys(RECIPES, PROTOCOL)

@@ -45,7 +45,6 @@ REPORT = Report(
     resumed=4,
     retried=3,
     ambiguous=2,
-    imprecise=6,
     without_numbers=1,
     capped=0,
     total_s=60.0,

@@ -27,12 +27,11 @@ from fp8gate.filter.table import RECIPES
 CPU = torch.device("cpu")
 SHAPE = LinearShape(32, 48, 16)
 PROTOCOLS = {
-    recipe: replaced(protocol, settle_s=0.0, run_s=0.0, near_s=0.5)
-    for recipe, protocol in make_setup(CPU).protocols.items()
+    recipe: replaced(protocol, settle_s=0.0, run_s=0.0) for recipe, protocol in make_setup(CPU).protocols.items()
 }
 WIN, LOSS, SLIGHT_LOSS = 1.5, 0.5, 0.9
 ROUND_S = 0.0065  # two fill a batch
-LEAST = ROUNDS[0]
+LEAST, MOST = ROUNDS
 
 
 @pytest.fixture(autouse=True)
@@ -154,37 +153,35 @@ NEAR_NOISE = [0.9 + 0.2 * (37 * i % 128) / 127 for i in range(128)]
 @pytest.mark.parametrize(
     ("speedups", "rounds", "status"),
     [
-        pytest.param([WIN] * 128, LEAST, "measured", id="exact at once"),
-        pytest.param([1.001, 0.999] * 64, ROUNDS[1], "measured", id="a tie as exact as asked: a second pass"),
-        pytest.param([LOSS, *[WIN] * 127], ROUNDS[1], "measured", id="one round lost: more rounds"),
-        pytest.param(FAR_NOISE, LEAST, "measured", id="far from the threshold: 0.12 s"),
-        pytest.param(NEAR_NOISE, ROUNDS[3], "ambiguous", id="near the threshold: 0.5 s"),
+        pytest.param([WIN] * 128, LEAST, "measured", id="far"),
+        pytest.param(FAR_NOISE, LEAST, "measured", id="far, however noisy"),
+        pytest.param([1.04] * 128, MOST, "measured", id="near"),
+        pytest.param([1.001, 0.999] * 64, MOST, "measured", id="a tie, exactly"),
+        pytest.param([LOSS] * 3 + [WIN] * 128, MOST, "measured", id="far but undecided"),
+        pytest.param(NEAR_NOISE, MOST, "ambiguous", id="near and noisy"),
     ],
 )
-def test_rounds_are_added_until_the_bounds_or_the_time_decide(fake, speedups, rounds, status):
+def test_an_arm_runs_again_if_the_decision_hangs_on_it(fake, speedups, rounds, status):
     timer = fake(speedups={"rowwise": speedups})
     record = measured(timer, {"rowwise": PROTOCOLS["rowwise"]})
     assert rounds_of(record) == {"bf16": rounds, "rowwise": rounds}
     assert points_of(record)["rowwise"].status == status
 
 
-def test_a_recipe_that_is_decided_sits_out_later_passes_over_bf16_and_the_others(fake):
+def test_only_what_is_near_runs_again_with_bf16(fake):
     timer = fake(speedups={"rowwise": NEAR_NOISE, "tensorwise": FAR_NOISE})
     record = measured(timer)
-    assert rounds_of(record) == {
-        "bf16": ROUNDS[2],
-        "tensorwise": LEAST,
-        "rowwise": ROUNDS[2],
-        "rowwise_with_gw_hp": LEAST,
-    }
+    assert rounds_of(record) == {"bf16": MOST, "tensorwise": LEAST, "rowwise": MOST, "rowwise_with_gw_hp": LEAST}
     assert points_of(record)["rowwise_with_gw_hp"].speedup == WIN  # over the rounds that both have
 
 
-def test_the_protocol_says_how_many_rounds_at_most(fake):
-    protocol = replaced(PROTOCOL, settle_s=0.0, rounds=(9, 10))
-    record = measured(fake(speedups={"rowwise": NEAR_NOISE}), {"rowwise": protocol})
-    assert rounds_of(record)["rowwise"] == 10
-    assert record.point("rowwise", protocol).status == "ambiguous"
+@pytest.mark.parametrize(("limited", "seconds"), [(True, 1.0), (False, 0.2)])
+def test_the_second_run_is_long_at_the_power_limit(fake, limited, seconds):
+    """Of 40 rounds, and no fewer: 0.26 s. Of a second at the limit: 154."""
+    protocol = replaced(PROTOCOL, settle_s=0.0, run_s=0.0, near_s=seconds, rounds=(8, 48))
+    timer = fake(speedups={"rowwise": NEAR_NOISE})
+    measured(timer, {"rowwise": protocol}, watch=FakeWatch(limited=[limited]))
+    assert timer.counted["rowwise"] == 8 + (2 * round(seconds / ROUND_S / 2) if limited else 40)
 
 
 def test_the_control_is_timed_with_the_others_and_decides_nothing(fake):
@@ -213,7 +210,7 @@ def test_every_pass_runs_the_arms_in_another_order(fake):
 
 def test_a_run_lasts_as_long_as_the_protocol_says_and_its_rounds_become_samples(fake):
     """0.1 s are 8 batches of 2 rounds; 0.02 s would be 2, but 8 rounds are asked."""
-    protocol = replaced(PROTOCOL, settle_s=0.1, run_s=0.1, rounds=(8,))
+    protocol = replaced(PROTOCOL, settle_s=0.1, run_s=0.1, rounds=(8, 9), threshold=0.1)
     for busy, counted in ((0.9, 16), (0.1, 8)):
         timer = fake(settling=1000, busy=busy)
         record = measured(timer, {"rowwise": protocol})
@@ -249,7 +246,7 @@ def test_the_samples_are_those_of_the_arm_whatever_the_order(fake):
 def test_settling_lasts_as_long_as_the_arms_keep_the_device_busy(fake, busy, rounds):
     """One round to see that two fill a batch, then two at a time; those of an idle device change nothing."""
     timer = fake(settling=1000, busy=busy)
-    record = measured(timer, {"rowwise": replaced(PROTOCOL, settle_s=0.15, run_s=0.0, rounds=(8,))})
+    record = measured(timer, {"rowwise": replaced(PROTOCOL, settle_s=0.15, run_s=0.0, rounds=(8, 9), threshold=0.1)})
     assert record.stages.settling_s == pytest.approx(rounds * ROUND_S, abs=0.001)
     assert rounds_of(record)["rowwise"] == 8
 
@@ -261,26 +258,25 @@ def test_rounds_run_in_batches_that_are_watched(fake):
     assert record.sm_clock_mhz == (1980, 1755, 1740, 1735)
 
 
-LIMITED = replaced(PROTOCOL, settle_s=0.1, run_s=0.1, pause_s=0.15, rounds=(8,))
-
-
-def test_at_the_power_limit_the_device_pauses_after_every_second_arm(fake, clock):
-    """0.2 s and 0.1 s for the first, 0.1 s and 0.1 s for the second, and again."""
-    timer = fake(settling=1000, busy=0.9)
-    record = measured(timer, dict.fromkeys(RECIPES, LIMITED), watch=FakeWatch(limited=itertools.repeat(True)))
-    assert clock.pauses == [0.15]
-    settled_s = [0.2, 0.1, 0.2, 0.1]
-    assert record.stages.settling_s == pytest.approx(0.15 + sum(settled_s), abs=4 * 2 * ROUND_S)
+LIMITED = replaced(PROTOCOL, settle_s=0.1, run_s=0.1, pause_s=0.15, rounds=(8, 9), threshold=0.1)
 
 
 @pytest.mark.parametrize(
-    ("recipes", "limited"),
-    [pytest.param(RECIPES, False, id="below the limit"), pytest.param(RECIPES[:1], True, id="two arms")],
+    ("recipes", "limited", "pauses"),
+    [
+        pytest.param(RECIPES, True, 1, id="the fourth arm would begin after 0.7 s"),
+        pytest.param(RECIPES[:2], True, 0, id="the third begins after 0.5 s"),
+        pytest.param(RECIPES, False, 0, id="below the limit"),
+    ],
 )
-def test_elsewhere_it_does_not_pause(fake, clock, recipes, limited):
-    watch = FakeWatch(limited=itertools.repeat(limited))
-    measured(fake(settling=1000, busy=0.9), dict.fromkeys(recipes, LIMITED), watch=watch)
-    assert clock.pauses == []
+def test_at_the_power_limit_the_device_pauses_before_it_overshoots(fake, clock, recipes, limited, pauses):
+    """An arm takes 0.2 s, and one that begins after a pause 0.3 s."""
+    timer = fake(settling=1000, busy=0.9)
+    protocols = dict.fromkeys(recipes, LIMITED)
+    record = measured(timer, protocols, watch=FakeWatch(limited=itertools.repeat(limited)))
+    assert clock.pauses == [0.15] * pauses
+    settled_s = 0.1 * (len(recipes) + 1) + 0.1 * (1 + pauses)
+    assert record.stages.settling_s == pytest.approx(0.15 * pauses + settled_s, abs=4 * 2 * ROUND_S)
 
 
 def test_a_gpu_that_slows_down_leaves_no_numbers(fake):

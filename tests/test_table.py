@@ -66,7 +66,7 @@ def test_file_is_made_for_diffs():
         "software: {torch: 2.13.0, torchao: 0.18.0, cuda: '13.0', fp8gate: 0.1.0}\n"
         "protocol: {timer: cuda_graphs, compile: true, inductor: {emulate_precision_casts: true}, bf16: eager, "
         "l2: cold, data: normal, settle_s: 0.5, rounds: [8, 12], confidence: 0.99, threshold: 1.0, tolerance: 0.01, "
-        "precision: 0.0025, near: 0.15, near_s: 0.4, far_s: 0.1, control: 0.005}\n"
+        "near: 0.15, near_s: 0.4, control: 0.005}\n"
         "measured_at: 2026-11-24T10:00:00Z\n"
         "grid: {m: [16, 32], k: [32], n: [48]}\n"
         "columns: [m, k, n, bf16_fwd_us, bf16_bwd_us, fp8_fwd_us, fp8_bwd_us, "

@@ -6,9 +6,11 @@ In: the GPU's memory. Out: a number of workers.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from fp8gate.calibrate.device import physical_memory_bytes
+from fp8gate.filter.table import Device, Protocol, Recipe
 
 SPARE_CORES = 2  # one for whoever is timing, one for the rest of the machine
 MAX_WORKER_BYTES = 4 * 2**30
@@ -22,12 +24,25 @@ MAX_DEVICE_SHARE = 0.25  # of the GPU's memory, for all workers together
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def default_workers(device_gib: float | None = None) -> int:
-    """As many as have a core each, MAX_WORKER_BYTES of memory, and WORKER_DEVICE_GIB of a share of the GPU's."""
-    limits = [usable_cores() - SPARE_CORES, usable_memory_bytes() // MAX_WORKER_BYTES - 1, MAX_WORKERS]
+def default_workers(device_gib: float | None = None, sweeps: int = 1) -> int:
+    """As many as have a core each, MAX_WORKER_BYTES of memory, and WORKER_DEVICE_GIB of a share of the GPU's.
+
+    sweeps: how many ranks of one sweep share this machine; cores that a launcher has bound are a rank's own.
+    """
+    cores = usable_cores()
+    if cores == os.cpu_count():
+        cores //= sweeps
+    limits = [cores - SPARE_CORES, usable_memory_bytes() // sweeps // MAX_WORKER_BYTES - 1, MAX_WORKERS]
     if device_gib is not None:
         limits.append(int(device_gib * MAX_DEVICE_SHARE / WORKER_DEVICE_GIB))
     return max(1, min(limits))
+
+
+def useful_workers(device: Device, protocols: Mapping[Recipe, Protocol], sweeps: int = 1) -> int:
+    """None where nothing is compiled: workers exist to do that beside the timing."""
+    if not any(protocol.compile for protocol in protocols.values()):
+        return 0
+    return default_workers(device.memory_gib if device.kind == "cuda" else None, sweeps)
 
 
 def usable_cores() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -37,6 +38,12 @@ def describe_device(device: torch.device) -> Device:
         l2_mib=round(properties.L2_cache_size / 2**20, 1),
         power_limit_w=_power_limit_w(str(properties.uuid)),
     )
+
+
+def device_identity(device: torch.device, local_rank: int = 0) -> str:
+    """This one device among all: the machine's name, and the GPU's UUID or the rank that uses the CPU."""
+    which = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else f"cpu {local_rank}"
+    return f"{socket.gethostname()} {which}"
 
 
 def physical_memory_bytes() -> int:

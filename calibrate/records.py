@@ -55,8 +55,9 @@ class Stages(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All arms of one shape, measured together.
 
-    process: the process that measured it. repeat: it was measured before, and this is only to see the spread.
-    sm_clock_mhz: after each batch of rounds, if the device tells.
+    process: the process that measured it. measured_on: the machine and the device (device.device_identity). repeat: it
+    was measured before, and this is only to see the spread. sm_clock_mhz: after each batch of rounds, if the device
+    tells.
     """
 
     m: int
@@ -65,6 +66,7 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     measured_at: datetime
     stages: Stages
     process: int
+    measured_on: str = ""
     repeat: bool = False
     sm_clock_mhz: tuple[int, ...] = ()
     arms: dict[ArmName, ArmRecord]

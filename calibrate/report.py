@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 
-from fp8gate.calibrate.records import CONTROL, PointRecord, Stages
+from fp8gate.calibrate.between import OddDevice, between_devices, devices_of, odd_devices
+from fp8gate.calibrate.records import CONTROL, PointRecord
+from fp8gate.calibrate.run import Part
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Protocol, Recipe, Spread
 
@@ -19,8 +21,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Points and seconds of one call. ambiguous and without_numbers count speedups: one a point and recipe.
 
     compiling_s is summed over all processes, the others are of the device. starting_s: until the first point was ready.
-    idle_s: from then on, with nobody's turn on the device. worst_control: the largest |bf16 / bf16 - 1| of the control
-    points. spread: of the points that were measured again.
+    idle_s: from then on, with nobody's turn on the device; both of rank 0, if there are several. worst_control: the
+    largest |bf16 / bf16 - 1| of the control points. spread: of the points that were measured again. between: of those
+    that several devices measured. lost: ranks that did not stay to the end, and why.
     """
 
     measured: int
@@ -39,6 +42,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     controls: int
     worst_control: float | None
     spread: dict[Recipe, Spread]
+    devices: int = 1
+    between: dict[Recipe, Spread] = {}
+    odd: tuple[OddDevice, ...] = ()
+    lost: dict[int, str] = {}
 
     def text(self) -> str:
         lines = [
@@ -56,54 +63,65 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
                 f"{recipe} again at {spread.points} points: {spread.median:.2%} apart (median), {spread.p95:.2%} "
                 f"(95th percentile), {spread.worst:.2%} (worst)"
             )
+        for recipe, spread in self.between.items():
+            lines.append(
+                f"{recipe} on {self.devices} devices at {spread.points} points: {spread.median:.2%} from their median "
+                f"(median), {spread.p95:.2%} (95th percentile), {spread.worst:.2%} (worst)"
+            )
+        lines += [f"odd: {device}" for device in self.odd]
+        lines += [f"rank {rank} {why}" for rank, why in sorted(self.lost.items())]
         return "\n".join(lines)
 
 
 def make_report(
     records: Sequence[PointRecord],
     protocols: Mapping[Recipe, Protocol],
+    part: Part,
     *,
     history: Sequence[PointRecord],
-    discarded: Sequence[Stages],
     resumed: int,
-    retried: int,
     capped: int,
     total_s: float,
-    starting_s: float,
-    idle_s: float,
 ) -> Report:
-    """Count and sum over the records of one call.
+    """Count and sum over the records of one call; what was measured again took its time too.
 
-    history: all records of the journal, as a repeat's first measurement may be of an earlier call. discarded: what was
-    measured again took its time too.
+    history: all records of the journal, as a repeat's first measurement may be of an earlier call.
     """
-    stages = [*(r.stages for r in records), *discarded]
+    stages = [*(r.stages for r in records), *part.discarded]
     statuses = [r.point(recipe, protocols[recipe]).status for r in records if not r.repeat for recipe in r.recipes]
     confidence = next(iter(protocols.values())).confidence
     controls = [control for r in records if (control := _control(r, confidence)) is not None]
     spreads = {recipe: spread(recipe, protocol, history) for recipe, protocol in protocols.items()}
+    between = {recipe: between_devices(recipe, protocol, history) for recipe, protocol in protocols.items()}
     return Report(
         measured=len(records),
         resumed=resumed,
-        retried=retried,
+        retried=part.retried,
         ambiguous=statuses.count("ambiguous"),
         without_numbers=sum(status not in ("measured", "ambiguous") for status in statuses),
         capped=capped,
         total_s=total_s,
-        starting_s=starting_s,
+        starting_s=part.starting_s,
         compiling_s=sum(s.compiling_s for s in stages),
         loading_s=sum(s.loading_s for s in stages),
         settling_s=sum(s.settling_s for s in stages),
         timing_s=sum(s.timing_s for s in stages),
-        idle_s=idle_s,
+        idle_s=part.idle_s,
         controls=len(controls),
         worst_control=max(controls, default=None),
         spread={recipe: found for recipe, found in spreads.items() if found},
+        devices=len(devices_of(history)),
+        between={recipe: found for recipe, found in between.items() if found},
+        odd=tuple(odd_devices(history, part.troubles)),
+        lost=part.lost,
     )
 
 
 def spread(recipe: Recipe, protocol: Protocol, records: Sequence[PointRecord]) -> Spread | None:
-    """How far repeats were from the first measurement of the same shape by another process; None without any."""
+    """How far repeats were from the first measurement of the same shape, by another process on the same device.
+
+    None without any.
+    """
     first = {r.shape: r for r in records if not r.repeat and recipe in r.arms and r.status(recipe) == "measured"}
     again = [r for r in records if r.repeat and recipe in r.arms and r.status(recipe) == "measured"]
     apart = [_apart(first[r.shape], r, recipe, protocol) for r in again if _is_other(first, r)]
@@ -114,7 +132,9 @@ def spread(recipe: Recipe, protocol: Protocol, records: Sequence[PointRecord]) -
 
 
 def _is_other(first: Mapping[LinearShape, PointRecord], again: PointRecord) -> bool:
-    return again.shape in first and first[again.shape].process != again.process
+    if again.shape not in first or first[again.shape].measured_on != again.measured_on:
+        return False
+    return first[again.shape].process != again.process
 
 
 def _apart(one: PointRecord, other: PointRecord, recipe: Recipe, protocol: Protocol) -> float:

@@ -51,6 +51,10 @@ class Schedule:
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
+    def wait(self) -> bool:
+        """Whether there is, or will be, anything to deal out."""
+        return bool(self)
+
     def give_back(self, task: Task) -> None:
         """Not measured, for no fault of the point: it is scheduled again."""
         self._waiting.append(task)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from fp8gate.calibrate.between import between_devices, devices_of
 from fp8gate.calibrate.journal import Journal, Setup
 from fp8gate.calibrate.records import PointRecord
 from fp8gate.calibrate.report import spread
@@ -32,7 +33,12 @@ def make_table(grid: Grid, recipe: Recipe, setup: Setup, records: Sequence[Point
         recipe=recipe,
         device=setup.device,
         software=setup.software,
-        protocol=msgspec.structs.replace(protocol, spread=spread(recipe, protocol, records)),
+        protocol=msgspec.structs.replace(
+            protocol,
+            spread=spread(recipe, protocol, records),
+            devices=len(devices_of(records)),
+            between=between_devices(recipe, protocol, records),
+        ),
         measured_at=max(r.measured_at for r in latest.values()),
         grid=grid,
         points=tuple(latest[shape].point(recipe, protocol) for shape in sorted(latest)),

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+import msgspec
 import torch
 
 from fp8gate.calibrate.gpu_watch import Watch, make_watch
@@ -38,6 +39,7 @@ class Job:
     device: torch.device
     protocols: Mapping[Recipe, Protocol]
     seed: int
+    measured_on: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ class Bench:
 
     def measure(self, point: ReadyPoint) -> PointRecord:
         """Raises BrokenError if the device cannot be used at all, DeviceLostError if it failed at this point."""
-        return measure_point(point, *self._open(), self.job.device, self.job.seed)
+        record = measure_point(point, *self._open(), self.job.device, self.job.seed)
+        return msgspec.structs.replace(record, measured_on=self.job.measured_on)
 
     def _open(self) -> tuple[Timer[Any], Watch]:
         if not self._tools:

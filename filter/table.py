@@ -61,7 +61,7 @@ class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How far a second measurement by another process differed, over `points` points: |ratio of the speedups - 1|."""
+    """How far measurements of the same `points` points differed: |ratio of the speedups - 1|."""
 
     points: Size
     median: Annotated[float, msgspec.Meta(ge=0)]
@@ -78,7 +78,8 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     too, for near_s at the power limit. rounds: samples after the first run and after the second, each the median of a
     slice of the run, from which the bounds at `confidence` follow. A point whose bounds straddle the threshold and are
     wider than `tolerance` is ambiguous. control: how far bf16 timed against itself may be from 1, beyond chance and
-    0.5 us. spread: of the points that were measured twice.
+    0.5 us. spread: of the points that a second process measured again on the same device. devices: how many took part;
+    between: how far each is from the median of all, at the points that all measured.
 
     A table without run_s is of arms that took turns round by round until their bounds were within `precision` or the
     point had taken near_s, or far_s if its speedup was not near the threshold.
@@ -103,6 +104,8 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     far_s: Positive | None = None
     control: Positive
     spread: Spread | None = None
+    devices: Size = 1
+    between: Spread | None = None
 
 
 class Grid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -94,6 +94,8 @@ def calibrate_command(
     except KeyboardInterrupt:
         typer.echo("stopped; what was measured is in the journal: run the same command to go on", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    if result is None:
+        return
     _print_result(result)
     if result.remaining or result.off:
         raise typer.Exit(EXIT_STOPPED)
@@ -160,21 +162,32 @@ def _run_sweep(
     stop_after_min: float | None,
     workers: int | None,
     seed: int,
-) -> SweepResult:
+) -> SweepResult | None:
+    """None on a rank that only takes part: rank 0 has the result."""
     from fp8gate.calibrate.forkserver import start_early
+    from fp8gate.calibrate.ranks import Place, claim_gpu
 
+    place = Place.from_environment()
+    if place:
+        claim_gpu(place)
     if kind != "cpu" and workers != 0:
         start_early()
+    from fp8gate.calibrate.board import RanksError
     from fp8gate.calibrate.device import choose_device
     from fp8gate.calibrate.grid import grid_shapes, load_grid
     from fp8gate.calibrate.measure import DeviceLostError
     from fp8gate.calibrate.sweep import make_setup, sweep
+    from fp8gate.calibrate.together import join, take_part
     from fp8gate.calibrate.workers import WorkersDiedError
 
     device = choose_device(kind)
     setup = make_setup(device)
-    grid, shapes = load_grid(grid_name, setup.device.kind)
     try:
+        ranks = join(place) if place else None
+        if ranks and ranks.place.rank > 0:
+            take_part(ranks, device, setup, workers)
+            return None
+        grid, shapes = load_grid(grid_name, setup.device.kind)
         return sweep(
             grid,
             [*grid_shapes(grid), *shapes, *extra],
@@ -186,8 +199,9 @@ def _run_sweep(
             stop_after_s=None if stop_after_min is None else stop_after_min * 60,
             workers=workers,
             seed=seed,
+            ranks=ranks,
         )
-    except WorkersDiedError as error:
+    except (WorkersDiedError, RanksError) as error:
         typer.echo(f"fp8gate: {error}", err=True)
         raise typer.Exit(EXIT_STOPPED) from error
     except DeviceLostError as error:

@@ -1,0 +1,140 @@
+"""A sweep by the ranks of torchrun: rank 0 leads it and keeps the journal, every rank measures on its own device.
+
+In: a place among the ranks, the store of torch.distributed. Out: on rank 0 what a sweep of one process gives.
+Try it: torchrun --nproc-per-node=2 -m fp8gate calibrate --device cpu --grid quick --out /tmp/tables
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import msgspec
+import torch
+
+from fp8gate.calibrate.board import Board, Message, Plan, RanksError
+from fp8gate.calibrate.capacity import useful_workers
+from fp8gate.calibrate.dealing import Collector, Posts, RankSchedule, heartbeat
+from fp8gate.calibrate.device import device_identity
+from fp8gate.calibrate.gpu_watch import DeviceLock
+from fp8gate.calibrate.journal import Setup
+from fp8gate.calibrate.measure import DeviceLostError
+from fp8gate.calibrate.ranks import Place
+from fp8gate.calibrate.run import Book, Part, Run
+from fp8gate.calibrate.worker import Job
+from fp8gate.calibrate.workers import WorkersDiedError
+
+STORE_S = 300.0  # for a call to the store: it answers at once, unless a rank that holds it has died
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Where this process is among the others, and how it speaks with them."""
+
+    place: Place
+    board: Board
+
+
+def join(place: Place) -> Ranks:
+    """Connect to the store that torchrun holds, or rank 0. Raises RanksError if there is none."""
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=STORE_S)))
+    except (RuntimeError, ValueError) as error:
+        raise RanksError(f"no store of torch.distributed (MASTER_ADDR, MASTER_PORT): {error}") from error
+    return Ranks(place, Board(store, place.rank))
+
+
+def lead(ranks: Ranks, plan: Plan, book: Book, device: torch.device, workers: int | None) -> Part:
+    """Rank 0's part: publish the plan, measure as all others do, and collect what everybody posts.
+
+    Raises ValueError if a rank's device or software differs.
+    """
+    long_first = tuple(sorted(plan.tasks, key=lambda task: -task.shape.flop))  # what is short fills the gaps at the end
+    ranks.board.publish(msgspec.structs.replace(plan, tasks=long_first))
+    with Collector(ranks.board, ranks.place.world, len(plan.tasks), book) as collector:
+        run = _measure(ranks, plan, device, workers)
+    ranks.board.require_no_error()
+    return Part(
+        remaining=collector.remaining,
+        retried=collector.retried,
+        discarded=collector.discarded,
+        starting_s=run.starting_s,
+        idle_s=run.idle_s,
+        troubles=collector.troubles,
+        lost=collector.lost,
+    )
+
+
+def take_part(ranks: Ranks, device: torch.device, setup: Setup, workers: int | None) -> None:
+    """Another rank's part.
+
+    Raises ValueError if this rank's device or software is not rank 0's, which ends the sweep for all, or if the sweep
+    was ended so; RanksError if rank 0 is gone.
+    """
+    plan = ranks.board.plan()
+    if differences := _differences(setup, plan.setup):
+        refused = f"rank {ranks.place.rank} ({device_identity(device, ranks.place.local_rank)}) differs from rank 0: "
+        refused += f"{differences}; a table is of one kind of device and software: sweep them apart"
+        ranks.board.post(Message(refused=refused, left=True))
+        raise ValueError(refused)
+    with _lock(ranks.place, device):
+        _measure(ranks, plan, device, workers)
+    ranks.board.require_no_error()
+
+
+def _measure(ranks: Ranks, plan: Plan, device: torch.device, workers: int | None) -> Run:
+    """Take tasks until none is left. A device that fails ends this rank's part, and no other's."""
+    measured_on = device_identity(device, ranks.place.local_rank)
+    protocols = {recipe: plan.setup.protocols[recipe] for recipe in plan.recipes}
+    if workers is None:
+        workers = useful_workers(plan.setup.device, protocols, ranks.place.local_world)
+    schedule = RankSchedule(plan.own_tasks(measured_on), ranks.board)
+    deadline = None if plan.stop_after_s is None else time.monotonic() + plan.stop_after_s
+    job = Job(device, protocols, plan.seed, measured_on)
+    run = Run(job, schedule, Posts(ranks.board, schedule), deadline=deadline)
+    lost = ""
+    with heartbeat(ranks.board):
+        try:
+            run.measure(workers)
+        except DeviceLostError as error:
+            lost = f"lost its device, {measured_on}: {error.__cause__}"
+        except WorkersDiedError as error:
+            lost = f"could not go on on {measured_on}: {error}"
+        ranks.board.post(
+            Message(
+                left=True,
+                lost=lost,
+                retried=schedule.retries,
+                discarded=tuple(run.discarded),
+                troubles=run.part(remaining=0).troubles,
+            )
+        )
+    return run
+
+
+def _differences(own: Setup, rank_0: Setup) -> str:
+    """What differs, field by field: "device.name is NVIDIA H100, there NVIDIA H200"."""
+    found = []
+    for part in ("device", "software"):
+        mine, theirs = (msgspec.to_builtins(getattr(setup, part)) for setup in (own, rank_0))
+        for field in sorted(mine.keys() | theirs.keys()):
+            if mine.get(field) != theirs.get(field):
+                found.append(f"{part}.{field} is {mine.get(field)}, there {theirs.get(field)}")
+    if not found and own != rank_0:
+        found.append("the protocols differ")
+    return ", ".join(found)
+
+
+@contextlib.contextmanager
+def _lock(place: Place, device: torch.device) -> Iterator[None]:
+    """The device's; on a CPU, ranks of one machine share one, which the first holds for all."""
+    if device.type == "cpu" and place.local_rank > 0:
+        yield
+    else:
+        with DeviceLock(device):
+            yield

@@ -65,9 +65,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Board:
     """The store as one rank uses it. Raises RanksError where it is gone."""
 
-    def __init__(self, store: Any, rank: int, *, plan_s: float = PLAN_S) -> None:
+    def __init__(self, store: Any, rank: int) -> None:
         self.store, self.rank = store, rank
-        self._plan_s = plan_s
         self._posted = 0
         self._ticket: int | None = None  # the number of the task that is this rank's, perhaps not there yet
 
@@ -85,10 +84,10 @@ class Board:
 
     def plan(self) -> Plan:
         """What rank 0 has published. Its tasks are taken one by one."""
-        give_up_at = time.monotonic() + self._plan_s
+        give_up_at = time.monotonic() + PLAN_S
         while (text := self._get("plan")) is None:
             if time.monotonic() > give_up_at:
-                raise RanksError(f"rank 0 said within {self._plan_s:.0f} s not what to measure")
+                raise RanksError(f"rank 0 said within {PLAN_S:.0f} s not what to measure")
             self.require_no_error()
             time.sleep(POLL_S)
         return msgspec.json.decode(text, type=Plan)
@@ -109,6 +108,11 @@ class Board:
         text = self._get(f"task/{number}")
         assert text is not None
         return msgspec.json.decode(text, type=Task)
+
+    def taken(self) -> int:
+        """How many numbers ranks have taken, of tasks that there are and of the next that there will be."""
+        with _gone():
+            return int(self.store.add(f"{PREFIX}/taken", 0))
 
     def owner(self, number: int) -> int | None:
         text = self._get(f"owner/{number}")

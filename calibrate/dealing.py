@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Container, Iterable, Iterator
 
 from fp8gate.calibrate.board import POLL_S, Board, Message, RanksError
 from fp8gate.calibrate.records import PointRecord, Stages
 from fp8gate.calibrate.run import Ledger
 from fp8gate.calibrate.schedule import Schedule, Task
+from fp8gate.filter.shapes import LinearShape
 
 BEAT_S, DEAD_S = 2.0, 30.0  # a rank shows that it lives so often; silent for so long, it is dead
 JOIN_S = 300.0  # for a rank to join, while others measure
@@ -32,26 +32,28 @@ class RankSchedule(Schedule):
         self._board = board
         self.numbers: dict[Task, int] = {}  # of those taken
 
-    def next(self, measured: Any = ()) -> Task | None:
+    def next(self, measured: Container[LinearShape] = ()) -> Task | None:
         found = super().next(measured)
-        if found is None and not self._board.has_ended() and (taken := self._board.take()):
-            number, task = taken
-            self.numbers[task] = number
-            self.give_back(task)
+        if found is None and self._take():
             found = super().next(measured)
         return found
 
     def wait(self) -> bool:
         """Until there is a task, or none will come: those of a rank that dies are dealt out again."""
-        while not self:
-            if taken := self._board.take():
-                number, task = taken
-                self.numbers[task] = number
-                self.give_back(task)
-            elif self._board.has_ended():
+        while not self and not self._take():
+            if self._board.has_ended():
                 return False
-            else:
-                time.sleep(POLL_S)
+            time.sleep(POLL_S)
+        return True
+
+    def _take(self) -> bool:
+        """Whether there was a task to take."""
+        taken = None if self._board.has_ended() else self._board.take()
+        if taken is None:
+            return False
+        number, task = taken
+        self.numbers[task] = number
+        self.give_back(task)
         return True
 
 
@@ -98,16 +100,7 @@ class Collector:
     A context: it works on a thread from its entry until all ranks have left or died, for which its exit waits.
     """
 
-    def __init__(
-        self,
-        board: Board,
-        world: int,
-        tasks: int,
-        ledger: Ledger,
-        *,
-        dead_s: float = DEAD_S,
-        join_s: float = JOIN_S,
-    ) -> None:
+    def __init__(self, board: Board, world: int, tasks: int, ledger: Ledger) -> None:
         self.board, self.ledger = board, ledger
         self.retried = 0
         self.discarded: list[Stages] = []
@@ -115,9 +108,8 @@ class Collector:
         self.lost: dict[int, str] = {}  # ranks that died or gave up, and why
         self._count = tasks
         self._open = set(range(tasks))
-        self._members = {rank: _Member() for rank in range(world)}
-        self._dead_s, self._join_s = dead_s, join_s
-        self._start = time.monotonic()
+        self._unowned: dict[int, float] = {}  # since when
+        self._members = {rank: _Member(time.monotonic()) for rank in range(world)}
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, daemon=True)
 
@@ -129,7 +121,7 @@ class Collector:
         """Raises what went wrong on the thread, unless something has gone wrong here: then the others end soon."""
         if error is not None:
             self.board.end(f"rank 0 has ended: {type(error).__name__} {error}")
-        self._thread.join(None if error is None else self._dead_s)
+        self._thread.join(None if error is None else DEAD_S)
         if self._error and error is None:
             raise self._error
 
@@ -140,11 +132,15 @@ class Collector:
 
     def _work(self) -> None:
         try:
+            checked_at = 0.0
             while any(member.is_here for member in self._members.values()):
                 heard = [self._hear(rank, member) for rank, member in self._members.items() if member.is_here]
-                self._find_dead()
                 if not self._open:
                     self.board.end()
+                if time.monotonic() > checked_at + BEAT_S:
+                    self._find_dead()
+                    self._deal_again()
+                    checked_at = time.monotonic()
                 if not any(heard):
                     time.sleep(POLL_S)
             self.board.end()
@@ -175,7 +171,6 @@ class Collector:
             self.retried += message.retried
             self.discarded += message.discarded
             self.troubles.update(message.troubles)
-            self._deal_again(rank)
         return True
 
     def _take(self, message: Message, record: PointRecord) -> None:
@@ -187,38 +182,43 @@ class Collector:
 
     def _find_dead(self) -> None:
         now = time.monotonic()
+        join_s = JOIN_S if self._open else DEAD_S
         for rank, member in self._members.items():
             if not member.is_here:
                 continue
             beats = self.board.beats(rank)
             if beats != member.beats:
                 member.beats, member.seen_at = beats, now
-            elif beats is None and now > self._start + self._join_s:
-                self._give_up(rank, f"did not join within {self._join_s:.0f} s")
-            elif beats is not None and now > member.seen_at + self._dead_s:
-                self._give_up(rank, f"has not been heard of for {self._dead_s:.0f} s")
+            elif beats is None and now > member.seen_at + join_s:
+                self._give_up(rank, f"did not join within {join_s:.0f} s")
+            elif beats is not None and now > member.seen_at + DEAD_S:
+                self._give_up(rank, f"has not been heard of for {DEAD_S:.0f} s")
 
     def _give_up(self, rank: int, why: str) -> None:
         self._members[rank].is_here = False
         self.lost[rank] = why
         self.ledger.say(f"rank {rank} {why}: its points go to others")
-        self._deal_again(rank)
 
-    def _deal_again(self, rank: int) -> None:
-        """What this rank has taken and not measured gets new numbers at the end."""
-        for number in sorted(self._open):
-            if self.board.owner(number) == rank:
+    def _deal_again(self) -> None:
+        """What ranks took that are not here any more gets new numbers at the end.
+
+        A rank may also have died between taking a number and saying so.
+        """
+        now, taken = time.monotonic(), self.board.taken()
+        for number in sorted(number for number in self._open if number < taken):
+            owner = self.board.owner(number)
+            since = self._unowned.setdefault(number, now) if owner is None else now
+            if now > since + DEAD_S or (owner is not None and not self._members[owner].is_here):
                 self._open.remove(number)
-                task = self.board.task(number)
                 self._open.add(self._count)
-                self._count = self.board.append([task], self._count)
+                self._count = self.board.append([self.board.task(number)], self._count)
 
 
 class _Member:
     """A rank as rank 0 knows it."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen_at: float) -> None:
         self.is_here = True
         self.heard = 0  # messages
         self.beats: bytes | None = None
-        self.seen_at = 0.0
+        self.seen_at = seen_at

@@ -69,12 +69,12 @@ class Part:
 
 
 class Run:
-    """The measuring of one process and its workers on one device. deadline: as time.monotonic() tells."""
+    """The measuring of one process and its workers on one device. stop_after_s: begin no further point then."""
 
-    def __init__(self, job: Job, schedule: Schedule, ledger: Ledger, *, deadline: float | None) -> None:
+    def __init__(self, job: Job, schedule: Schedule, ledger: Ledger, *, stop_after_s: float | None) -> None:
         self.job, self.schedule, self.ledger = job, schedule, ledger
-        self.deadline = deadline
         self.start = time.monotonic()
+        self.deadline = None if stop_after_s is None else self.start + stop_after_s
         self.discarded: list[Stages] = []
         self.troubles: Counter[str] = Counter()
         self.idle_s = self.starting_s = 0.0

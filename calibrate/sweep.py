@@ -152,8 +152,7 @@ def _measure_alone(plan: Plan, book: Book, device: torch.device, workers: int) -
     measured_on = device_identity(device)
     tasks = [*plan.tasks, *plan.own_tasks(measured_on)]
     job = Job(device, {recipe: plan.setup.protocols[recipe] for recipe in plan.recipes}, plan.seed, measured_on)
-    deadline = None if plan.stop_after_s is None else time.monotonic() + plan.stop_after_s
-    run = Run(job, Schedule(tasks), book, deadline=deadline)
+    run = Run(job, Schedule(tasks), book, stop_after_s=plan.stop_after_s)
     try:
         run.measure(min(workers, len(tasks)))
     except DeviceLostError as error:

@@ -7,7 +7,6 @@ Try it: torchrun --nproc-per-node=2 -m fp8gate calibrate --device cpu --grid qui
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -82,6 +81,9 @@ def take_part(ranks: Ranks, device: torch.device, setup: Setup, workers: int | N
         refused += f"{differences}; a table is of one kind of device and software: sweep them apart"
         ranks.board.post(Message(refused=refused, left=True))
         raise ValueError(refused)
+    if ranks.board.has_ended():
+        ranks.board.require_no_error()
+        return  # too late
     with _lock(ranks.place, device):
         _measure(ranks, plan, device, workers)
     ranks.board.require_no_error()
@@ -94,9 +96,8 @@ def _measure(ranks: Ranks, plan: Plan, device: torch.device, workers: int | None
     if workers is None:
         workers = useful_workers(plan.setup.device, protocols, ranks.place.local_world)
     schedule = RankSchedule(plan.own_tasks(measured_on), ranks.board)
-    deadline = None if plan.stop_after_s is None else time.monotonic() + plan.stop_after_s
     job = Job(device, protocols, plan.seed, measured_on)
-    run = Run(job, schedule, Posts(ranks.board, schedule), deadline=deadline)
+    run = Run(job, schedule, Posts(ranks.board, schedule), stop_after_s=plan.stop_after_s)
     lost = ""
     with heartbeat(ranks.board):
         try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from samples import PROTOCOL, PROTOCOLS, point_record, replaced, timed_arm
 
 from fp8gate.calibrate.records import CONTROL, ArmRecord, Stages
 from fp8gate.calibrate.report import Report, make_report, spread
+from fp8gate.calibrate.run import Part
 from fp8gate.filter.table import Spread
 
 FAILED = ArmRecord(status="failed", detail="broken kernel")
@@ -48,8 +51,10 @@ def controlled(ratio, **fields):
 
 
 def report_of(*records, protocols=PROTOCOLS, **fields):
-    known = {"resumed": 0, "retried": 0, "capped": 0, "total_s": 0.0, "starting_s": 0.0, "idle_s": 0.0}
-    return make_report(records, protocols, **{"history": records, "discarded": [], **known, **fields})
+    part = Part(remaining=0, retried=0, discarded=[], starting_s=0.0, idle_s=0.0, troubles={})
+    of_part = {name: fields.pop(name) for name in dataclasses.asdict(part) if name in fields}
+    known = {"history": records, "resumed": 0, "capped": 0, "total_s": 0.0}
+    return make_report(records, protocols, dataclasses.replace(part, **of_part), **{**known, **fields})
 
 
 def test_what_only_the_sweep_knows_is_taken_over():

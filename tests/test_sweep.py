@@ -15,6 +15,8 @@ import pytest
 import torch
 from samples import NOON, PROTOCOL, SETUP, SOFTWARE, journal_points, point_record, quick_points, replaced, timed_arm
 
+from fp8gate.calibrate import capacity
+from fp8gate.calibrate import run as run_module
 from fp8gate.calibrate import sweep as sweep_module
 from fp8gate.calibrate import worker as worker_module
 from fp8gate.calibrate import workers as workers_module
@@ -146,7 +148,7 @@ def is_alive(pid):
 
 def minutes_pass(monkeypatch):
     """Each look at the sweep's clock is a minute after the one before: at the start, then before every point."""
-    monkeypatch.setattr(sweep_module, "time", SimpleNamespace(monotonic=itertools.count(step=60.0).__next__))
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=itertools.count(step=60.0).__next__))
 
 
 # Measured for real, on this CPU.
@@ -562,7 +564,7 @@ def dying(monkeypatch):
                     yield Finished(task, record_of(task, tuple(self.job.protocols)))
 
     def set_deaths(deaths):
-        monkeypatch.setattr(sweep_module, "Workers", lambda job, count: DyingWorkers(job, deaths))
+        monkeypatch.setattr(run_module, "Workers", lambda job, count: DyingWorkers(job, deaths))
 
     return set_deaths
 
@@ -718,7 +720,7 @@ class Clock:
 
     def __init__(self, script, monkeypatch):
         self.now_s = 1000.0
-        for module in (sweep_module, workers_module):
+        for module in (sweep_module, run_module, workers_module):
             monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now_s))
         monkeypatch.setattr(workers_module, "make_ready", self.make_ready)
         self.answer, script.answer = script.answer, self.measure
@@ -763,7 +765,7 @@ def test_a_run_with_nothing_to_measure_takes_no_time(run, script, monkeypatch):
 def test_each_other_process_on_the_device_is_named_once(run, script, monkeypatch, capsys):
     own = {os.getpid(): "python"}
     seen = iter([{5: "train"}, {**own, 6: "eval"}, {**own, 5: "train", 6: "eval"}, {**own, 6: "eval"}])
-    monkeypatch.setattr(sweep_module, "make_watch", lambda device: SimpleNamespace(processes=lambda: next(seen)))
+    monkeypatch.setattr(run_module, "make_watch", lambda device: SimpleNamespace(processes=lambda: next(seen)))
     run()
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     names = [
@@ -774,7 +776,7 @@ def test_each_other_process_on_the_device_is_named_once(run, script, monkeypatch
 
 def test_alone_on_the_device_it_warns_of_nobody(run, script, monkeypatch, capsys):
     seen = itertools.chain([{}], itertools.repeat({os.getpid(): "python"}))
-    monkeypatch.setattr(sweep_module, "make_watch", lambda device: SimpleNamespace(processes=lambda: next(seen)))
+    monkeypatch.setattr(run_module, "make_watch", lambda device: SimpleNamespace(processes=lambda: next(seen)))
     run()
     assert "warning" not in capsys.readouterr().err
 
@@ -835,8 +837,8 @@ def crew_sizes(monkeypatch):
         sizes.append(count)
         return InThisProcess(job)
 
-    monkeypatch.setattr(sweep_module, "Workers", start)
-    monkeypatch.setattr(sweep_module, "default_workers", lambda device_gib: 2)
+    monkeypatch.setattr(run_module, "Workers", start)
+    monkeypatch.setattr(capacity, "default_workers", lambda device_gib, sweeps: 2)
     return sizes
 
 

@@ -1,0 +1,84 @@
+"""How far devices are apart, and which one is odd."""
+
+from __future__ import annotations
+
+import pytest
+from samples import PROTOCOL, point_record, replaced, timed_arm
+
+from fp8gate.calibrate.between import between_devices, devices_of, odd_devices
+from fp8gate.calibrate.records import ArmRecord
+
+
+def record(device, k=32, *, speedup=2.0, slower=1.0, **fields):
+    """A point on this device: bf16 takes 100 us there, or so many times more."""
+    arms = {
+        "bf16": timed_arm([100.0 * slower] * 8),
+        "rowwise": timed_arm([100.0 * slower / speedup] * 8),
+    }
+    return point_record((64, k, 16), arms=arms, measured_on=device, **fields)
+
+
+def spread_of(*records):
+    return between_devices("rowwise", PROTOCOL, records)
+
+
+def test_each_speedup_is_compared_with_the_median_of_all_devices():
+    spread = spread_of(*(record(device, speedup=s) for device, s in (("a", 2.0), ("b", 2.1), ("c", 1.8))))
+    assert (spread.points, spread.median, spread.worst) == (1, 0.05, 0.1)
+
+
+def test_a_point_of_one_device_says_nothing():
+    assert spread_of(record("a"), record("a", speedup=3.0), record("b", k=64)) is None
+
+
+def test_what_a_device_measured_twice_counts_once():
+    spread = spread_of(record("a", speedup=1.9), record("a", speedup=2.1, repeat=True), record("b", speedup=2.0))
+    assert (spread.points, spread.worst) == (1, 0.0)
+
+
+def test_other_recipes_and_missing_numbers_are_left_out():
+    failed = replaced(record("c"), arms={**record("c").arms, "rowwise": ArmRecord(status="failed")})
+    assert spread_of(record("a"), failed) is None
+    assert between_devices("tensorwise", PROTOCOL, [record("a"), record("b")]) is None
+
+
+def test_devices_are_counted():
+    assert devices_of([record("a"), record("b"), record("a", k=64)]) == {"a", "b"}
+
+
+def fleet(slower, points=20):
+    """Records of these devices, each slower by its factor; two points in ten are as they should be."""
+    return [
+        record(device, k=16 * (1 + i), slower=factor if i % 10 > 1 else 1.0)
+        for device, factor in slower.items()
+        for i in range(points)
+    ]
+
+
+def test_a_device_that_is_slower_throughout_is_named_with_what_it_reported():
+    (odd,) = odd_devices(fleet({"a 1": 1.0, "b 2": 1.0, "c 3": 1.07}), {"c 3": "thermal slowdown, 4 times"})
+    assert (odd.measured_on, round(odd.slower, 3), odd.points, odd.of) == ("c 3", 0.07, 16, 20)
+    assert str(odd) == "c 3: 7.0% slower than the median in 16 of 20 points; thermal slowdown, 4 times"
+
+
+def test_one_that_is_faster_is_odd_too_and_the_oddest_comes_first():
+    odd = odd_devices(fleet({"a": 1.0, "b": 1.0, "c": 1.0, "d": 0.95, "e": 1.1}), {})
+    assert [str(device).split(" than")[0] for device in odd] == ["e: 10.0% slower", "d: 5.0% faster"]
+
+
+@pytest.mark.parametrize(
+    "slower",
+    [
+        pytest.param({"a": 1.0, "b": 1.01, "c": 1.02}, id="as devices differ"),
+        pytest.param({"a": 1.0, "b": 1.2}, id="of two, nobody knows which"),
+        pytest.param({"a": 1.2}, id="alone"),
+    ],
+)
+def test_otherwise_none_is_odd(slower):
+    assert odd_devices(fleet(slower), {}) == []
+
+
+def test_slower_here_and_faster_there_is_not_odd():
+    records = fleet({"a": 1.0, "b": 1.0})
+    records += [record("c", k=16 * (1 + i), slower=1.1 if i % 2 else 0.9) for i in range(20)]
+    assert odd_devices(records, {}) == []

@@ -1,0 +1,352 @@
+"""How a sweep's points are dealt out to many ranks, and what becomes of those of a rank that dies.
+
+The store is torch's own, in this process; ranks are boards over it, moved by the tests.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from samples import SETUP, point_record
+from torch.distributed import HashStore
+
+from fp8gate.calibrate import board as board_module
+from fp8gate.calibrate import dealing
+from fp8gate.calibrate.board import Board, Message, Plan, RanksError
+from fp8gate.calibrate.dealing import Collector, Posts, RankSchedule, heartbeat
+from fp8gate.calibrate.records import Stages
+from fp8gate.calibrate.schedule import Task
+from fp8gate.filter.shapes import LinearShape
+
+SHAPES = [LinearShape(16, 16, n) for n in (16, 32, 48)]
+A, B, C = TASKS = [Task(shape) for shape in SHAPES]
+PLAN = Plan(setup=SETUP, recipes=("tensorwise",), seed=3, tasks=tuple(TASKS))
+LIMIT_S = 20.0
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(dealing, "BEAT_S", 0.02)
+    monkeypatch.setattr(dealing, "DEAD_S", 0.3)
+    for module in (dealing, board_module):
+        monkeypatch.setattr(module, "POLL_S", 0.005)
+
+
+@pytest.fixture
+def boards():
+    """Those of three ranks, over one store."""
+    store = HashStore()
+    return [Board(store, rank) for rank in range(3)]
+
+
+class Notes:
+    """A ledger that notes everything."""
+
+    def __init__(self):
+        self.kept, self.refused, self.said = [], [], []
+
+    def keep(self, task, record):
+        self.kept.append(task)
+
+    def refuse(self, task, error):
+        self.refused.append((task, error))
+
+    def say(self, message):
+        self.said.append(message)
+
+
+class Rank:
+    """A rank that the test moves: it lives until told otherwise, and measures what it takes at once."""
+
+    def __init__(self, board, own=()):
+        self.board, self.schedule = board, RankSchedule(own, board)
+        self.posts = Posts(board, self.schedule)
+        self.life = heartbeat(board)
+        self.life.__enter__()
+
+    def take(self):
+        return self.schedule.next()
+
+    def finish(self, task):
+        self.posts.keep(task, record_of(task))
+
+    def measure_all(self):
+        while self.schedule.wait():
+            self.finish(self.schedule.next())
+
+    def leave(self, **fields):
+        self.board.post(Message(left=True, **fields))
+        self.die()
+
+    def die(self):
+        self.life.__exit__(None, None, None)
+
+
+def record_of(task):
+    shape = task.shape
+    return point_record((shape.m, shape.k, shape.n), repeat=task.repeat)
+
+
+@pytest.fixture
+def collecting(boards):
+    """Starts the collector for so many ranks; the test fails rather than waits for ever."""
+    notes = Notes()
+
+    def start(world):
+        boards[0].publish(PLAN)
+        collector = Collector(boards[0], world, len(PLAN.tasks), notes)
+        collector.notes = notes
+        return collector
+
+    return start
+
+
+def wait_until(condition):
+    give_up_at = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.005)
+
+
+def test_each_task_is_taken_once_by_whoever_comes_first(boards):
+    boards[0].publish(PLAN)
+    taken = [boards[rank].take() for rank in (1, 2, 1, 2)]
+    assert taken == [(0, A), (1, B), (2, C), None]
+    assert [boards[0].owner(number) for number in range(3)] == [1, 2, 1]
+
+
+def test_who_came_too_early_gets_the_task_that_comes_later(boards):
+    boards[0].publish(PLAN)
+    for _ in TASKS:
+        boards[1].take()
+    assert boards[2].take() is None
+    boards[0].append([A], 3)
+    assert boards[1].take() is None  # its turn is after that of rank 2
+    assert boards[2].take() == (3, A)
+
+
+def test_every_rank_reads_the_plan_but_not_its_tasks(boards):
+    boards[0].publish(PLAN)
+    plan = boards[2].plan()
+    assert (plan.setup, plan.recipes, plan.seed, plan.tasks) == (SETUP, ("tensorwise",), 3, ())
+
+
+def test_a_plan_that_never_comes_is_an_error(boards, monkeypatch):
+    monkeypatch.setattr(board_module, "PLAN_S", 0.05)
+    with pytest.raises(RanksError, match="rank 0"):
+        boards[1].plan()
+
+
+def test_a_sweep_that_ended_before_the_plan_says_why(boards):
+    boards[0].end("no point to measure")
+    with pytest.raises(ValueError, match="no point to measure"):
+        boards[1].plan()
+
+
+def test_a_store_that_is_gone_is_an_error(boards):
+    class Gone:
+        def check(self, keys):
+            raise RuntimeError("Connection reset by peer")
+
+    with pytest.raises(RanksError, match="Connection reset"):
+        Board(Gone(), 1).has_ended()
+
+
+def test_only_the_first_end_counts(boards):
+    boards[0].end("mixed devices")
+    boards[0].end()
+    with pytest.raises(ValueError, match="mixed devices"):
+        boards[1].require_no_error()
+
+
+def test_each_device_repeats_what_it_has_not(boards):
+    plan = Plan(
+        setup=SETUP,
+        recipes=("rowwise",),
+        seed=0,
+        tasks=(),
+        repeats=tuple(SHAPES),
+        repeated=((SHAPES[0], "a GPU-1"), (SHAPES[1], "a GPU-2")),
+    )
+    assert [task.shape for task in plan.own_tasks("a GPU-1")] == SHAPES[1:]
+    assert all(task.repeat for task in plan.own_tasks("b GPU-3"))
+
+
+def test_a_rank_measures_its_own_first_and_then_what_is_dealt_out(boards):
+    boards[0].publish(PLAN)
+    own = Task(SHAPES[2], repeat=True)
+    schedule = RankSchedule([own], boards[1])
+    assert [schedule.next() for _ in range(5)] == [own, A, B, C, None]
+    assert schedule.numbers == {A: 0, B: 1, C: 2}
+
+
+def test_a_repeat_taken_by_the_process_that_measured_it_goes_to_another(boards):
+    boards[0].publish(Plan(setup=SETUP, recipes=("rowwise",), seed=0, tasks=(Task(SHAPES[0], repeat=True), B)))
+    schedule = RankSchedule([], boards[1])
+    assert schedule.next({SHAPES[0]}) is None
+    assert schedule.next({SHAPES[0]}) == B
+    assert schedule.next() == Task(SHAPES[0], repeat=True)
+
+
+def test_after_the_end_nothing_is_taken(boards):
+    boards[0].publish(PLAN)
+    boards[0].end()
+    schedule = RankSchedule([], boards[1])
+    assert schedule.next() is None
+
+
+def test_waiting_ends_with_the_sweep(boards):
+    boards[0].publish(PLAN)
+    boards[2].take(), boards[2].take(), boards[2].take()
+    threading.Timer(0.1, boards[0].end).start()
+    assert not RankSchedule([], boards[1]).wait()
+
+
+def test_all_that_ranks_measure_is_kept_once(boards, collecting):
+    with collecting(2) as collector:
+        ranks = [Rank(board, [Task(SHAPES[0], repeat=True)]) for board in boards[:2]]
+        threads = [threading.Thread(target=rank.measure_all) for rank in ranks]
+        [thread.start() for thread in threads]
+        [thread.join(LIMIT_S) for thread in threads]
+        for rank in ranks:
+            rank.leave(retried=1, discarded=(Stages(timing_s=2.0),), troubles={f"GPU-{rank.board.rank}": "hot"})
+    kept = collector.notes.kept
+    assert sorted((t for t in kept if not t.repeat), key=lambda t: t.shape) == TASKS
+    assert [t.shape for t in kept if t.repeat] == [SHAPES[0]] * 2
+    assert (collector.remaining, collector.retried, len(collector.discarded), collector.lost) == (0, 2, 2, {})
+    assert collector.troubles == {"GPU-0": "hot", "GPU-1": "hot"}
+
+
+def test_what_a_dead_rank_had_is_dealt_out_again(boards, collecting):
+    with collecting(2) as collector:
+        doomed, other = Rank(boards[1]), Rank(boards[0])
+        assert [doomed.take(), doomed.take()] == [A, B]
+        doomed.finish(A)
+        doomed.die()
+        other.measure_all()
+        other.leave()
+    assert sorted(collector.notes.kept, key=lambda task: task.shape) == TASKS
+    assert collector.lost == {1: "has not been heard of for 0 s"}
+    assert collector.notes.said == ["rank 1 has not been heard of for 0 s: its points go to others"]
+
+
+def test_also_what_it_would_have_been_dealt_next(boards, collecting):
+    """It died holding a number that no task had yet: the first that is dealt out again gets it."""
+    with collecting(3) as collector:
+        early, late, other = (Rank(board) for board in (boards[1], boards[2], boards[0]))
+        assert [late.take() for _ in TASKS] == TASKS
+        assert early.take() is None
+        early.die()
+        wait_until(lambda: 1 in collector.lost)
+        late.die()
+        other.measure_all()
+        other.leave()
+    assert sorted(collector.notes.kept, key=lambda task: task.shape) == TASKS
+
+
+def test_also_what_it_took_without_saying_so(boards, collecting):
+    with collecting(2) as collector:
+        doomed, other = Rank(boards[1]), Rank(boards[0])
+        boards[1].store.add("fp8gate/taken", 1)  # and died before it could say who took it
+        doomed.die()
+        other.measure_all()
+        other.leave()
+    assert sorted(collector.notes.kept, key=lambda task: task.shape) == TASKS
+
+
+def test_a_rank_that_was_only_slow_counts_for_nothing(boards, collecting):
+    with collecting(2) as collector:
+        slow, other = Rank(boards[1]), Rank(boards[0])
+        assert slow.take() == A
+        slow.die()
+        other.measure_all()
+        slow.finish(A)
+        other.leave()
+    assert sorted(collector.notes.kept, key=lambda task: task.shape) == TASKS
+
+
+def test_a_rank_that_gave_up_says_why_and_others_go_on(boards, collecting):
+    with collecting(2) as collector:
+        broken, other = Rank(boards[1]), Rank(boards[0])
+        assert broken.take() == A
+        broken.leave(lost="lost its device, node7 GPU-9: an illegal memory access")
+        other.measure_all()
+        other.leave()
+    assert collector.lost == {1: "lost its device, node7 GPU-9: an illegal memory access"}
+    assert collector.remaining == 0
+
+
+def test_a_rank_that_never_joins_is_not_waited_for_long(boards, collecting):
+    with collecting(2) as collector:
+        only = Rank(boards[0])
+        only.measure_all()
+        only.leave()
+    assert collector.lost == {1: "did not join within 0 s"}
+    assert len(collector.notes.kept) == 3
+
+
+def test_when_everybody_leaves_early_tasks_remain(boards, collecting):
+    with collecting(1) as collector:
+        rank = Rank(boards[0])
+        rank.finish(rank.take())
+        rank.leave()
+    assert (collector.remaining, collector.notes.kept) == (2, [A])
+
+
+def test_a_rank_of_another_kind_ends_the_sweep_for_all(boards, collecting):
+    with collecting(2) as collector:
+        rank = Rank(boards[0])
+        boards[1].post(Message(refused="rank 1 differs: device.name", left=True))
+        wait_until(boards[0].has_ended)
+        assert not rank.schedule.wait()
+        rank.leave()
+    assert collector.remaining == 3
+    with pytest.raises(ValueError, match=r"device\.name"):
+        boards[2].require_no_error()
+
+
+def test_a_control_that_is_off_is_refused_and_not_dealt_out_again(boards, collecting):
+    with collecting(1) as collector:
+        rank = Rank(boards[0])
+        rank.posts.refuse(rank.take(), 0.03)
+        rank.measure_all()
+        rank.leave()
+    assert collector.notes.refused == [(A, 0.03)]
+    assert collector.notes.kept == [B, C]
+    assert collector.remaining == 0
+
+
+def test_messages_are_said_with_their_rank(boards, collecting):
+    with collecting(2) as collector:
+        ranks = [Rank(board) for board in boards[:2]]
+        ranks[1].posts.say("(16, 16, 16): hot")
+        ranks[0].measure_all()
+        [rank.leave() for rank in ranks]
+    assert collector.notes.said == ["rank 1: (16, 16, 16): hot"]
+
+
+def test_what_cannot_be_kept_is_an_error_everywhere(boards, collecting):
+    collector = collecting(1)
+    collector.notes.keep = lambda task, record: (_ for _ in ()).throw(OSError("No space left on device"))
+    rank = Rank(boards[0])
+    collector.__enter__()
+    rank.measure_all()
+    rank.leave()
+    with pytest.raises(OSError, match="No space"):
+        collector.__exit__(None, None, None)
+    with pytest.raises(ValueError, match="No space"):
+        boards[1].require_no_error()
+
+
+def test_if_rank_0_ends_the_others_do(boards, collecting):
+    other = Rank(boards[1])
+    collector = collecting(2)
+    collector.__enter__()
+    assert other.take() == A
+    collector.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert other.take() is None
+    with pytest.raises(ValueError, match="rank 0 has ended: KeyboardInterrupt"):
+        boards[1].require_no_error()
+    other.die()

@@ -467,13 +467,14 @@ def test_every_bundled_model_has_shapes(model):
     ("command", "params"),
     [
         ("calibrate", "grid recipes device out resume model tokens tp stop_after workers seed"),
+        ("merge", "tables out"),
         ("explain", "model recipe tokens tp cp recompute device tables lookup min_speedup as_json"),
     ],
 )
 def test_the_options_are_those_documented(command, params):
     """Users' scripts depend on them: a change here belongs in the CHANGELOG."""
     commands = typer.main.get_command(cli.app).commands
-    assert sorted(commands) == ["calibrate", "explain"]
+    assert sorted(commands) == ["calibrate", "explain", "merge"]
     assert [param.name for param in commands[command].params] == params.split()
 
 
@@ -485,4 +486,8 @@ def test_option_spellings():
     }
     calibrate = "--device --fresh --grid --model --out --recipes --resume --seed --stop-after --tokens --tp --workers"
     explain = "--cp --device --json --lookup --min-speedup --recipe --recompute --tables --tokens --tp"
-    assert {name: " ".join(flags) for name, flags in spelled.items()} == {"calibrate": calibrate, "explain": explain}
+    assert {name: " ".join(flags) for name, flags in spelled.items()} == {
+        "calibrate": calibrate,
+        "explain": explain,
+        "merge": "--out",
+    }

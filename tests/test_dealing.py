@@ -93,6 +93,9 @@ def record_of(task):
 def collecting(boards):
     """Starts the collector for so many ranks; the test fails rather than waits for ever."""
     notes = Notes()
+    limit = threading.Timer(LIMIT_S, boards[0].end, ["the test took too long"])
+    limit.daemon = True
+    limit.start()
 
     def start(world):
         boards[0].publish(PLAN)
@@ -100,7 +103,8 @@ def collecting(boards):
         collector.notes = notes
         return collector
 
-    return start
+    yield start
+    limit.cancel()
 
 
 def wait_until(condition):

@@ -26,7 +26,7 @@ from fp8gate.filter.lookup import DEFAULT_LOOKUP, Lookup, LookupName
 from fp8gate.filter.models import BUNDLED, linear_roles, load_model
 from fp8gate.filter.parallel import Parallel, Shards
 from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES, Recipe
+from fp8gate.filter.table import RECIPES, Recipe, read_table, write_table
 
 if TYPE_CHECKING:
     from fp8gate.calibrate.sweep import SweepResult
@@ -99,6 +99,26 @@ def calibrate_command(
     _print_result(result)
     if result.remaining or result.off:
         raise typer.Exit(EXIT_STOPPED)
+
+
+@app.command("merge")
+def merge_command(
+    tables: Annotated[list[Path], typer.Argument(help="Tables of one recipe, device, software and protocol.")],
+    out: Annotated[Path, typer.Option(help="File to write; it may be one of the tables.")],
+) -> None:
+    """Make one table of several: sweeps of several days, or of a job array.
+
+    Points that several tables have are combined by their bounds, which widen where the tables disagree. The order of
+    the tables does not matter. What differs in recipe, device, software or protocol is refused.
+    """
+    from fp8gate.calibrate.merge import merge_tables
+
+    try:
+        merged = merge_tables({str(path): read_table(path) for path in tables})
+        write_table(merged, out)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    typer.echo(f"wrote {out}: {len(merged.points)} points of {len(tables)} tables")
 
 
 @app.command("explain")

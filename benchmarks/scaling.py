@@ -1,0 +1,168 @@
+"""How long would a sweep take on 1, 8, 64 or 512 GPUs? A simulation from what each point of a real sweep cost.
+
+Every rank starts for a while, then has some processes that compile a point each and one device that measures, one at a
+time, what they have compiled; points are dealt out as in `calibrate/dealing.py`, the largest first, and a share is
+measured by every rank. Loading a point takes the longer the more of its pairs of dimensions its machine has not tuned
+kernels for yet; ranks of one machine share that. All costs are those of one sweep's journal (benchmarks/data/*.csv).
+
+Run it: python benchmarks/scaling.py [--ranks 1 8 64 512]    (docs/scaling.md says what it means)
+A journal's costs: python benchmarks/scaling.py --journal JOURNAL > benchmarks/data/nvidia-h200-costs.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import heapq
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from tabulate import tabulate
+
+from fp8gate.calibrate.records import PointRecord
+from fp8gate.filter.shapes import LinearShape
+
+COSTS = Path(__file__).parent / "data" / "nvidia-h200-costs.csv"
+COLUMNS = ("m", "k", "n", "repeat", "compiling_s", "loading_s", "settling_s", "timing_s")
+STARTING_S = 10.0  # of 30 s until the first turn, what is not compiling the first point: imports, workers, the device
+WORKERS, PER_MACHINE = 14, 8  # compiling processes a rank, ranks a machine
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds of one point: compiling on a core, then loading (with tuning) and measuring on the device."""
+
+    shape: LinearShape
+    repeat: bool
+    compiling_s: float
+    loading_s: float
+    measuring_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Loading takes base_s, and pair_s more for each pair of dimensions that is new to a machine."""
+
+    base_s: float
+    pair_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a simulated sweep came to: its length, how long the devices were idle in it, and where that ends."""
+
+    total_s: float
+    idle: float
+    repeats_s: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 64, 512])
+    parser.add_argument("--costs", type=Path, default=COSTS)
+    parser.add_argument("--journal", type=Path, help="write this journal's costs instead")
+    arguments = parser.parse_args()
+    if arguments.journal:
+        write_costs(arguments.journal)
+    else:
+        print(report(read_costs(arguments.costs), arguments.ranks))
+
+
+def report(costs: list[Cost], ranks: list[int]) -> str:
+    """The simulated sweeps as a Markdown table."""
+    loading = fit_loading(costs)
+    sweeps = {count: simulate(costs, loading, count) for count in ranks}
+    one = simulate(costs, loading, 1).total_s
+    rows = [
+        (
+            count,
+            f"{sweep.total_s:.0f} s",
+            f"{one / sweep.total_s:.1f}",
+            f"{one / sweep.total_s / count:.0%}",
+            f"{sweep.idle:.0%}",
+            f"{sweep.repeats_s:.0f} s",
+        )
+        for count, sweep in sweeps.items()
+    ]
+    headers = ("ranks", "sweep", "faster by", "efficiency", "device idle", "of it what every rank measures")
+    return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
+
+
+def simulate(costs: list[Cost], loading: Loading, ranks: int) -> Sweep:
+    """Every rank's workers take the next point as they get free; every device measures in the order of readiness."""
+    points = sorted((cost for cost in costs if not cost.repeat), key=lambda cost: -cost.shape.flop)
+    repeats = [cost for cost in costs if cost.repeat]
+    own = [list(repeats) for _ in range(ranks)]
+    known: list[set[tuple[str, int, int]]] = [set() for _ in range(-(-ranks // PER_MACHINE))]
+    free_at, busy_s = [STARTING_S] * ranks, [0.0] * ranks
+    compiled: list[tuple[float, int, int, Cost]] = []  # when, in which order, by which rank, what
+    order = 0
+
+    def compile_next(rank: int, now: float) -> None:
+        nonlocal order
+        cost = own[rank].pop() if own[rank] else points.pop(0) if points else None
+        if cost:
+            order += 1
+            heapq.heappush(compiled, (now + cost.compiling_s, order, rank, cost))
+
+    for _ in range(WORKERS):
+        for rank in range(ranks):
+            compile_next(rank, STARTING_S)
+    while compiled:
+        ready_at, _, rank, cost = heapq.heappop(compiled)
+        machine = known[rank // PER_MACHINE]
+        new = pairs(cost.shape) - machine
+        machine |= new
+        on_device_s = loading.base_s + loading.pair_s * len(new) + cost.measuring_s
+        free_at[rank] = max(free_at[rank], ready_at) + on_device_s
+        busy_s[rank] += on_device_s
+        compile_next(rank, free_at[rank])
+    total_s = max(free_at)
+    every_rank_s = sum(loading.base_s + cost.measuring_s for cost in repeats)
+    return Sweep(total_s, 1 - sum(busy_s) / (total_s * ranks), every_rank_s)
+
+
+def fit_loading(costs: list[Cost]) -> Loading:
+    """Least squares of the seconds over the number of new pairs, in the order of the journal."""
+    known: set[tuple[str, int, int]] = set()
+    counts = []
+    for cost in costs:
+        counts.append(len(pairs(cost.shape) - known))
+        known |= pairs(cost.shape)
+    pair_s, base_s = np.polyfit(counts, [cost.loading_s for cost in costs], 1)
+    return Loading(float(base_s), float(pair_s))
+
+
+def pairs(shape: LinearShape) -> set[tuple[str, int, int]]:
+    """The operands' sizes, on which cast kernels depend."""
+    return {("mk", shape.m, shape.k), ("kn", shape.k, shape.n), ("mn", shape.m, shape.n)}
+
+
+def read_costs(path: Path) -> list[Cost]:
+    with open(path, newline="") as file:
+        return [
+            Cost(
+                LinearShape(int(row["m"]), int(row["k"]), int(row["n"])),
+                row["repeat"] == "True",
+                float(row["compiling_s"]),
+                float(row["loading_s"]),
+                float(row["settling_s"]) + float(row["timing_s"]),
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def write_costs(journal: Path) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for line in journal.read_bytes().splitlines()[1:]:
+        record = msgspec.json.decode(line, type=PointRecord)
+        seconds = (getattr(record.stages, name) for name in COLUMNS[4:])
+        writer.writerow([record.m, record.k, record.n, record.repeat, *seconds])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""`fp8gate merge`: files in, a file out, and what is wrong in one line."""
+
+from __future__ import annotations
+
+import pytest
+from builders import make_point, make_table, write_file
+from typer.testing import CliRunner
+
+from fp8gate.cli import app
+from fp8gate.filter.table import read_table
+
+
+@pytest.fixture
+def merge(tmp_path):
+    def run(*args):
+        return CliRunner().invoke(app, ["merge", *map(str, args)])
+
+    return run
+
+
+def test_points_of_both_files_are_written(merge, tmp_path):
+    one = write_file(make_table(make_point(16, 32, 48)), tmp_path / "a.yaml")
+    other = write_file(make_table(make_point(16, 32, 64)), tmp_path / "b.yaml")
+    result = merge(one, other, "--out", one)
+    assert (result.exit_code, result.stdout) == (0, f"wrote {one}: 2 points of 2 tables\n")
+    assert [point.n for point in read_table(one).points] == [48, 64]
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"recipe": "tensorwise"}, "recipe is tensorwise, but rowwise"),
+        (None, "cannot be read"),
+    ],
+)
+def test_what_cannot_be_merged_is_an_error_and_nothing_is_written(merge, tmp_path, fields, complaint):
+    one = write_file(make_table(make_point(16, 32, 48)), tmp_path / "a.yaml")
+    other = tmp_path / "b.yaml"
+    if fields is not None:
+        write_file(make_table(make_point(16, 32, 48), **fields), other)
+    result = merge(one, other, "--out", tmp_path / "c.yaml")
+    assert result.exit_code == 2
+    assert complaint in result.stderr
+    assert str(other) in result.stderr
+    assert not (tmp_path / "c.yaml").exists()

@@ -1,0 +1,155 @@
+"""Several tables of one set-up become one, whatever their order."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from datetime import timedelta
+
+import pytest
+from builders import DEVICE, MEASURED_AT, PROTOCOL, SOFTWARE_HERE, make_table
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import replaced
+
+from fp8gate.calibrate.merge import combine_points, merge_tables
+from fp8gate.filter.table import Grid, Point, Spread, TableError, format_table, parse_table
+
+Z = 2.5758293  # of 99 %
+
+
+def point(speedup=1.5, half=0.01, *, n=48, status="measured", bf16_us=90.0):
+    """Bounds `half` away on the scale of ln(speedup); bf16 takes a third of its time forward."""
+    fp8_us = bf16_us / speedup
+    low, high = speedup * math.exp(-half), speedup * math.exp(half)
+    return Point(16, 32, n, bf16_us / 3, bf16_us * 2 / 3, fp8_us / 3, fp8_us * 2 / 3, speedup, low, high, status)
+
+
+def missing(status, n=48):
+    return Point(16, 32, n, *[None] * 7, status)
+
+
+def combined(*points):
+    return combine_points(points, PROTOCOL)
+
+
+def test_points_that_agree_are_averaged_and_their_bounds_shrink():
+    both = combined(point(1.5, 0.02), point(1.5, 0.02))
+    assert both.speedup == 1.5
+    assert math.log(both.speedup_high / both.speedup) == pytest.approx(0.02 / math.sqrt(2), rel=0.03)
+
+
+def test_the_more_exact_point_counts_more():
+    """Weights 4 to 1 on the logarithms."""
+    both = combined(point(1.50, 0.01), point(1.51, 0.02))
+    assert both.speedup == pytest.approx(math.exp((4 * math.log(1.50) + math.log(1.51)) / 5), rel=1e-3)
+
+
+def test_points_that_differ_by_more_than_their_bounds_widen_them():
+    both = combined(point(1.4, 0.001), point(1.6, 0.001))
+    apart = math.log(1.6 / 1.4)
+    assert both.speedup == pytest.approx(math.sqrt(1.4 * 1.6), rel=1e-3)
+    assert math.log(both.speedup_high / both.speedup_low) / 2 == pytest.approx(Z * apart / 2, rel=0.01)
+
+
+def test_times_are_averaged_with_the_same_weights_so_that_they_fit_the_speedup():
+    both = combined(point(1.5, 0.01, bf16_us=90.0), point(1.52, 0.02, bf16_us=99.0))
+    ratio = (both.bf16_fwd_us + both.bf16_bwd_us) / (both.fp8_fwd_us + both.fp8_bwd_us)
+    assert ratio == pytest.approx(both.speedup, rel=1e-3)
+    assert 90.0 < both.bf16_fwd_us + both.bf16_bwd_us < 94.5
+
+
+def test_whether_it_is_ambiguous_is_decided_anew():
+    tie = point(1.01, 0.02, status="ambiguous")
+    assert combined(tie, tie).status == "ambiguous"
+    assert combined(*[tie] * 9).status == "measured"
+    assert combined(point(1.2, 0.001), point(0.8, 0.001)).status == "ambiguous"
+
+
+def test_a_point_with_numbers_beats_those_without():
+    known = point()
+    assert combined(missing("failed"), known, missing("out_of_memory")) == known
+    assert combined(missing("out_of_memory"), missing("failed"), missing("unstable")) == missing("failed")
+
+
+def test_bounds_of_no_width_are_no_infinite_weight():
+    assert combined(point(1.5, 0.0), point(1.5, 0.0)).speedup == 1.5
+    assert combined(point(1.4, 0.0), point(1.6, 0.0)).speedup == pytest.approx(math.sqrt(1.4 * 1.6), rel=1e-3)
+
+
+def table(*points, **fields):
+    return make_table(*sorted(points, key=lambda p: p.shape), **fields)
+
+
+def test_every_point_of_every_table_is_there():
+    merged = merge_tables({"a": table(point(n=48), point(n=64)), "b": table(point(n=16), point(n=64))})
+    assert [p.n for p in merged.points] == [16, 48, 64]
+
+
+def test_axes_are_united_and_the_newest_date_counts():
+    one = table(point(), grid=Grid(m=(16,), k=(32,), n=(16, 48)))
+    later = MEASURED_AT + timedelta(days=1)
+    other = table(point(), grid=Grid(m=(16, 64), k=(32,), n=(48, 64)), measured_at=later)
+    merged = merge_tables({"a": one, "b": other})
+    assert merged.grid == Grid(m=(16, 64), k=(32,), n=(16, 48, 64))
+    assert merged.measured_at == later
+
+
+def test_spreads_are_pooled():
+    spreads = (
+        Spread(points=10, median=0.01, p95=0.02, worst=0.05),
+        None,
+        Spread(points=30, median=0.02, p95=0.04, worst=0.04),
+    )
+    tables = {str(i): table(point(), protocol=replaced(PROTOCOL, spread=s)) for i, s in enumerate(spreads)}
+    assert merge_tables(tables).protocol.spread == Spread(points=40, median=0.0175, p95=0.04, worst=0.05)
+
+
+def some_tables():
+    """Tables that share shapes, and differ in everything that may differ."""
+    numbers = st.builds(point, st.floats(0.3, 3.0), st.floats(0.0, 0.2), n=st.just(16))
+    gaps = st.sampled_from([missing(status, 16) for status in ("failed", "out_of_memory", "unstable")])
+    elsewhere = st.builds(point, st.floats(0.3, 3.0), st.floats(0.001, 0.2), n=st.sampled_from([32, 48]))
+    shares = st.floats(0, 1)
+    spreads = st.none() | st.builds(Spread, points=st.integers(1, 9), median=shares, p95=shares, worst=shares)
+    return st.builds(
+        lambda shared, others, spread, days: table(
+            shared,
+            *others,
+            protocol=replaced(PROTOCOL, spread=spread),
+            measured_at=MEASURED_AT + timedelta(days),
+        ),
+        numbers | gaps,
+        st.lists(elsewhere, max_size=1),
+        spreads,
+        st.integers(0, 3),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(some_tables(), min_size=2, max_size=4))
+def test_any_order_gives_the_same_bytes_and_a_table_that_can_be_read(tables):
+    texts = {
+        format_table(merge_tables({str(i): t for i, t in enumerate(order)})) for order in itertools.permutations(tables)
+    }
+    assert len(texts) == 1
+    parse_table(texts.pop(), source="merged")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"recipe": "tensorwise"}, r"b\.yaml: recipe is tensorwise, but rowwise in a\.yaml"),
+        ({"device": replaced(DEVICE, name="NVIDIA H100")}, r"device\.name is NVIDIA H100, but"),
+        ({"software": replaced(SOFTWARE_HERE, torch="2.14.0")}, r"software\.torch is 2\.14\.0, but"),
+        ({"protocol": replaced(PROTOCOL, settle_s=9.0)}, r"protocol\.settle_s is 9\.0, but"),
+    ],
+)
+def test_tables_of_different_kinds_are_refused(fields, message):
+    with pytest.raises(TableError, match=message):
+        merge_tables({"a.yaml": table(point()), "b.yaml": table(point(), **fields)})
+
+
+def test_one_table_is_nothing_to_merge():
+    with pytest.raises(TableError, match="two tables"):
+        merge_tables({"a": table(point())})

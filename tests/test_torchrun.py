@@ -170,7 +170,7 @@ def test_ctrl_c_ends_all_ranks_and_keeps_what_was_measured(ranks, tmp_path):
     wait_for_points(tmp_path, 2)
     for process in ranks.processes:
         process.send_signal(signal.SIGINT)
-    codes = [code for code, _ in ranks.results()]
-    assert codes[0] == 130
-    assert codes[1] in (1, 2, 130)
+    (code, said), (other, _) = ranks.results()
+    assert code == 130, said
+    assert other != 0  # by its own Ctrl-C, or as rank 0 is gone
     assert len(journal_points(tmp_path)) >= 2

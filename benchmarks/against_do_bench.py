@@ -61,7 +61,7 @@ def compare(shape: LinearShape, timer: CudaTimer, device: torch.device) -> list[
     rows: list[tuple[object, ...]] = []
     for recipe, protocol in protocols.items():
         theirs = do_bench_us["bf16"] / do_bench_us[recipe]
-        ours = record.speedup(recipe, protocol.confidence).estimate
+        ours = record.speedup(recipe, protocol).estimate
         rows.append(
             (shape, f"{do_bench_us['bf16']:.1f}", recipe, f"{theirs:.3f}", f"{ours:.3f}", f"{ours / theirs - 1:+.1%}")
         )

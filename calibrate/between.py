@@ -46,7 +46,7 @@ def between_devices(recipe: Recipe, protocol: Protocol, records: Sequence[PointR
     speedups: dict[LinearShape, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if recipe in record.arms and record.status(recipe) == "measured":
-            estimate = record.speedup(recipe, protocol.confidence).estimate
+            estimate = record.speedup(recipe, protocol).estimate
             speedups[record.shape][record.measured_on].append(estimate)
     shared = {shape: [median(own) for own in by.values()] for shape, by in speedups.items() if len(by) > 1}
     apart = [abs(speedup / median(all_) - 1) for all_ in shared.values() for speedup in all_]

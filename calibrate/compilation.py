@@ -20,6 +20,9 @@ from fp8gate.calibrate.linears import Arm, Operands, build_linear
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Recipe
 
+CACHE_TAG = "fp8gate 1"
+"""Keeps this package's compile cache apart from training's, whose kernels Inductor's own timing has tuned."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReadyLinear:
@@ -99,11 +102,13 @@ def _settings(inductor: dict[str, bool]) -> contextlib.ExitStack:
     import torch._dynamo.config
     import torch._functorch.config
     import torch._inductor.config
+    import torch.compiler.config
 
     stack = contextlib.ExitStack()
     stack.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
     stack.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
     stack.enter_context(torch._inductor.config.patch({"compile_threads": 1, **inductor}))
+    stack.enter_context(torch.compiler.config.patch(cache_key_tag=CACHE_TAG))  # type: ignore[attr-defined]
     return stack
 
 

@@ -6,14 +6,13 @@ failed, unstable), never exceptions, unless the device itself is lost.
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -87,8 +86,10 @@ def make_ready(task: Task, protocols: Mapping[Recipe, Protocol], device: torch.d
     return point
 
 
-def measure_point(point: ReadyPoint, timer: Timer[Any], watch: Watch, device: torch.device, seed: int) -> PointRecord:
-    """Time a ready point on `device`, where nothing else must run meanwhile.
+def measure_point(
+    point: ReadyPoint, timer: Timer[Any], watch: Watch, device: torch.device, seed: int, measured_on: str = ""
+) -> PointRecord:
+    """Time a ready point on `device`, where nothing else must run meanwhile. measured_on: the device's identity.
 
     Raises DeviceLostError, with the record as its argument, if the device fails for good.
     """
@@ -109,6 +110,7 @@ def measure_point(point: ReadyPoint, timer: Timer[Any], watch: Watch, device: to
         measured_at=datetime.now(timezone.utc).replace(microsecond=0),
         stages=session.stages(),
         process=os.getpid(),
+        measured_on=measured_on,
         repeat=point.task.repeat,
         sm_clock_mhz=tuple(session.clocks_mhz),
         arms=arms,
@@ -260,7 +262,7 @@ class _Session:
 
     def _is_near(self, recipe: ArmName) -> bool:
         protocol = next(p for name, p in self.point.protocols.items() if name == recipe)
-        return is_near(speedup_of(self._record("bf16"), self._record(recipe), protocol.confidence), protocol)
+        return is_near(speedup_of(self._record("bf16"), self._record(recipe), protocol), protocol)
 
     def _none_counts(self, why: ArmRecord) -> None:
         self.samples.clear()
@@ -278,10 +280,12 @@ class _Session:
 
 
 def condensed(rounds: Sequence[Sample], samples: int) -> list[Sample]:
-    """The medians of so many slices of consecutive rounds, as equal as can be."""
-    bounds = [len(rounds) * i // samples for i in range(samples + 1)]
-    slices = [rounds[a:b] for a, b in itertools.pairwise(bounds)]
-    return [Sample(median(s.fwd_us for s in one), median(s.bwd_us for s in one)) for one in slices]
+    """The means of so many equal parts of the rounds, each of rounds from the whole run.
+
+    What a GPU at its power limit does within a second belongs to every part, in its share of the time.
+    """
+    parts = [rounds[i::samples] for i in range(samples)]
+    return [Sample(fmean(s.fwd_us for s in part), fmean(s.bwd_us for s in part)) for part in parts]
 
 
 def _failure(error: Exception) -> ArmRecord:

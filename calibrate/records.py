@@ -84,15 +84,15 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         bf16, fp8 = self.arms["bf16"], self.arms[recipe]
         return fp8.status if bf16.status == "measured" else bf16.status
 
-    def speedup(self, arm: ArmName, confidence: float) -> Interval:
+    def speedup(self, arm: ArmName, protocol: Protocol) -> Interval:
         """bf16 / this arm's time of forward plus backward; only for a measured arm."""
-        return speedup_of(self.arms["bf16"], self.arms[arm], confidence)
+        return speedup_of(self.arms["bf16"], self.arms[arm], protocol)
 
     def control_error(self, protocol: Protocol) -> float | None:
         """How far bf16 against itself was from 1, if that is more than chance, the protocol's tolerance, CONTROL_US."""
         if CONTROL not in self.arms or any(self.arms[a].status != "measured" for a in ("bf16", CONTROL)):
             return None
-        ratio = self.speedup(CONTROL, protocol.confidence)
+        ratio = self.speedup(CONTROL, protocol)
         error = abs(ratio.estimate - 1)
         tolerated = max(protocol.control, CONTROL_US / median(self.arms["bf16"].total_us))
         return error if ratio.excludes(1.0) and error > tolerated else None
@@ -102,8 +102,8 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         status = self.status(recipe)
         if status != "measured":
             return Point(self.m, self.k, self.n, None, None, None, None, None, None, None, status)
-        bf16, fp8 = self.arms["bf16"], self.arms[recipe]
-        speedup = self.speedup(recipe, protocol.confidence)
+        bf16, fp8 = last_run(self.arms["bf16"], self.arms[recipe], protocol)
+        speedup = self.speedup(recipe, protocol)
         times_us = (median(samples) for samples in (bf16.fwd_us, bf16.bwd_us, fp8.fwd_us, fp8.bwd_us))
         bf16_fwd, bf16_bwd, fp8_fwd, fp8_bwd = map(round_to_measured, times_us)
         estimate, low, high = map(round_to_measured, (speedup.estimate, speedup.low, speedup.high))
@@ -112,10 +112,20 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return Point(self.m, self.k, self.n, bf16_fwd, bf16_bwd, fp8_fwd, fp8_bwd, estimate, low, high, status)
 
 
-def speedup_of(bf16: ArmRecord, fp8: ArmRecord, confidence: float) -> Interval:
-    """bf16 / float8 time over the rounds both have: an arm that is not near the threshold has those of one run."""
-    rounds = len(fp8.total_us)
-    return paired_speedup(bf16.total_us[:rounds], fp8.total_us, confidence=confidence)
+def speedup_of(bf16: ArmRecord, fp8: ArmRecord, protocol: Protocol) -> Interval:
+    """bf16 / float8 time over the last run that both have, with bounds for what varies within it."""
+    bf16, fp8 = last_run(bf16, fp8, protocol)
+    return paired_speedup(bf16.total_us, fp8.total_us, confidence=protocol.confidence)
+
+
+def last_run(bf16: ArmRecord, fp8: ArmRecord, protocol: Protocol) -> tuple[ArmRecord, ArmRecord]:
+    """The samples that count: of an arm that ran twice those of the second, longer run, and bf16's from then."""
+    end = len(fp8.fwd_us)
+    begin = protocol.rounds[0] if end > protocol.rounds[0] else 0
+    one, other = (
+        msgspec.structs.replace(arm, fwd_us=arm.fwd_us[begin:end], bwd_us=arm.bwd_us[begin:end]) for arm in (bf16, fp8)
+    )
+    return one, other
 
 
 def decided(speedup: Interval, protocol: Protocol) -> bool:

@@ -89,8 +89,8 @@ def make_report(
     """
     stages = [*(r.stages for r in records), *part.discarded]
     statuses = [r.point(recipe, protocols[recipe]).status for r in records if not r.repeat for recipe in r.recipes]
-    confidence = next(iter(protocols.values())).confidence
-    controls = [control for r in records if (control := _control(r, confidence)) is not None]
+    protocol = next(iter(protocols.values()))
+    controls = [control for r in records if (control := _control(r, protocol)) is not None]
     spreads = {recipe: spread(recipe, protocol, history) for recipe, protocol in protocols.items()}
     between = {recipe: between_devices(recipe, protocol, history) for recipe, protocol in protocols.items()}
     return Report(
@@ -138,12 +138,12 @@ def _is_other(first: Mapping[LinearShape, PointRecord], again: PointRecord) -> b
 
 
 def _apart(one: PointRecord, other: PointRecord, recipe: Recipe, protocol: Protocol) -> float:
-    speedups = (r.speedup(recipe, protocol.confidence).estimate for r in (one, other))
+    speedups = (r.speedup(recipe, protocol).estimate for r in (one, other))
     first, second = speedups
     return abs(second / first - 1)
 
 
-def _control(record: PointRecord, confidence: float) -> float | None:
+def _control(record: PointRecord, protocol: Protocol) -> float | None:
     if CONTROL not in record.arms or not record.arms[CONTROL].fwd_us:
         return None
-    return abs(record.speedup(CONTROL, confidence).estimate - 1)
+    return abs(record.speedup(CONTROL, protocol).estimate - 1)

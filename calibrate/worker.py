@@ -1,7 +1,7 @@
 """A measuring process: it compiles a point beside all others, and times it when it is told that its turn has come.
 
 In: tasks from the sweep over a pipe. Out: `Ready` when compiled, `Measured` with the record; only between the turn and
-that does it use the device. It ends when the pipe does, however the sweep ended.
+that does it use the device, and until `Warm` if it starts early. It ends when the pipe does, however the sweep ended.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-import msgspec
 import torch
 
 from fp8gate.calibrate.gpu_watch import Watch, make_watch
@@ -40,6 +39,11 @@ class Job:
     protocols: Mapping[Recipe, Protocol]
     seed: int
     measured_on: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """The device's libraries are started; nobody may measure before every early worker has said so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +92,7 @@ class Bench:
 
     def measure(self, point: ReadyPoint) -> PointRecord:
         """Raises BrokenError if the device cannot be used at all, DeviceLostError if it failed at this point."""
-        record = measure_point(point, *self._open(), self.job.device, self.job.seed)
-        return msgspec.structs.replace(record, measured_on=self.job.measured_on)
+        return measure_point(point, *self._open(), self.job.device, self.job.seed, self.job.measured_on)
 
     def _open(self) -> tuple[Timer[Any], Watch]:
         if not self._tools:
@@ -117,6 +120,7 @@ def work(connection: Connection, job: Job, *, early: bool) -> None:
     try:
         if early:
             bench.warm_up()
+            connection.send(Warm())
         _serve(connection, inbox, bench)
     except BrokenError as error:
         connection.send(Broken(str(error)))

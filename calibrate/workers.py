@@ -20,7 +20,7 @@ from fp8gate.calibrate.forkserver import start_server
 from fp8gate.calibrate.measure import DeviceLostError, make_ready
 from fp8gate.calibrate.records import PointRecord
 from fp8gate.calibrate.schedule import Schedule, Task
-from fp8gate.calibrate.worker import Bench, Broken, BrokenError, Job, Measured, Ready, Turn, work
+from fp8gate.calibrate.worker import Bench, Broken, BrokenError, Job, Measured, Ready, Turn, Warm, work
 from fp8gate.filter.shapes import LinearShape
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class InThisProcess:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.use = DeviceUse()
+        self._bench = Bench(job)
 
     def __enter__(self) -> InThisProcess:
         return self
@@ -91,12 +92,11 @@ class InThisProcess:
         return [os.getpid()]
 
     def run(self, schedule: Schedule) -> Iterator[Finished | Died]:
-        bench = Bench(self.job)
         while task := schedule.next():
             point = make_ready(task, self.job.protocols, self.job.device)
             self.use.begin(time.monotonic())
             try:
-                record = bench.measure(point)
+                record = self._bench.measure(point)
             except BrokenError as error:
                 raise WorkersDiedError(str(error)) from error
             self.use.end(time.monotonic())
@@ -150,8 +150,9 @@ class Workers:
             if not busy:
                 return
             self._give_turn()
-            self._end_stuck(busy)
-            for connection in wait([worker.connection for worker in busy], POLL_S):
+            self._end_stuck()
+            speakers = [worker for worker in self._workers if worker.task or worker.is_warming]
+            for connection in wait([worker.connection for worker in speakers], POLL_S):
                 worker = next(w for w in self._workers if w.connection is connection)
                 outcome = self._hear(worker, schedule)
                 self._give_turn()  # before the outcome is dealt with: the device need not wait for that
@@ -166,17 +167,18 @@ class Workers:
                 self._workers[index].take(task)
 
     def _give_turn(self) -> None:
-        """To the one that waits longest, if nobody has the device."""
+        """To the one that waits longest, if nobody has the device, and all are warm that started early."""
         waiting = [worker for worker in self._workers if worker.ready_at is not None]
-        if waiting and not any(worker.has_turn for worker in self._workers):
+        if waiting and not any(worker.has_turn or worker.is_warming for worker in self._workers):
             worker = min(waiting, key=lambda w: w.ready_at or 0.0)
             worker.ready_at, worker.has_turn, worker.busy_since = None, True, time.monotonic()
             self.use.begin(worker.busy_since)
             worker.send(Turn())
 
-    def _end_stuck(self, busy: list[_Worker]) -> None:
-        for worker in busy:
-            if worker.ready_at is None and time.monotonic() - worker.busy_since > MAX_STEP_S:
+    def _end_stuck(self) -> None:
+        for worker in self._workers:
+            is_working = worker.is_warming or (worker.task and worker.ready_at is None)
+            if is_working and time.monotonic() - worker.busy_since > MAX_STEP_S:
                 worker.is_stuck = True
                 worker.process.kill()
 
@@ -186,10 +188,15 @@ class Workers:
         except (EOFError, OSError):
             return self._bury(worker)
         if isinstance(message, Broken):
-            self.use.end(time.monotonic())
-            schedule.give_back(worker.finish())
+            if worker.has_turn:
+                self.use.end(time.monotonic())
+            if worker.task:
+                schedule.give_back(worker.finish())
             self._count_stillborn(message.detail)
             self._replace(self._workers.index(worker))
+            return None
+        if isinstance(message, Warm):
+            worker.is_warming = False
             return None
         if isinstance(message, Ready):
             worker.ready_at = time.monotonic()
@@ -238,7 +245,7 @@ class Workers:
         except (EOFError, ConnectionError) as error:
             raise WorkersDiedError("the process that starts workers died; is there enough memory?") from error
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(process, ours, is_warming=early, busy_since=time.monotonic())
 
 
 @dataclass(slots=True)
@@ -247,10 +254,11 @@ class _Worker:
 
     process: ForkServerProcess
     connection: Connection
+    is_warming: bool
+    busy_since: float  # with starting the device's libraries, compiling, or its turn
     task: Task | None = None
     ready_at: float | None = None  # it has compiled its task and waits for its turn
     has_turn: bool = False
-    busy_since: float = 0.0  # with compiling, or with its turn
     was_ready: bool = False
     is_stuck: bool = False
     measured: set[LinearShape] = field(default_factory=set)

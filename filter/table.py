@@ -75,9 +75,10 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     settle_s, run_s: each arm runs alone on the device for settle_s uncounted, then for run_s or longer, both less where
     it leaves the device idle half of the time. pause_s: a device at its power limit idles so long after a few arms.
     near_s: an arm whose speedup is within `near` of the threshold, or whose bounds straddle it, runs again, and bf16
-    too, for near_s at the power limit. rounds: samples after the first run and after the second, each the median of a
-    slice of the run, from which the bounds at `confidence` follow. A point whose bounds straddle the threshold and are
-    wider than `tolerance` is ambiguous. control: how far bf16 timed against itself may be from 1, beyond chance and
+    too, for near_s at the power limit. rounds: samples after the first run and after the second, each the mean of a
+    part of the run's rounds. The last run counts; the bounds at `confidence` tell what varies within it, not from one
+    run to the next, as `spread` does. A point whose bounds straddle the threshold and are wider than `tolerance` is
+    ambiguous. control: how far bf16 timed against itself may be from 1, beyond chance and
     0.5 us. spread: of the points that a second process measured again on the same device. devices: how many took part;
     between: how far each is from the median of all, at the points that all measured.
 

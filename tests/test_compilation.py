@@ -12,7 +12,7 @@ import pytest
 import torch
 from samples import python
 
-from fp8gate.calibrate.compilation import compiled_linear, eager_linear
+from fp8gate.calibrate.compilation import _settings, compiled_linear, eager_linear
 from fp8gate.calibrate.linears import INDUCTOR, Operands
 from fp8gate.calibrate.numerics import References, acceptable
 from fp8gate.calibrate.timing import CpuTimer
@@ -112,6 +112,15 @@ def test_other_processes_find_it_whatever_they_imported_first(tmp_path):
 
     assert compile_after("") == {"fxgraph_cache_miss": 2}  # forward and backward
     assert compile_after("import torch") == {"fxgraph_cache_hit": 2}
+
+
+def test_kernels_that_training_has_tuned_are_tuned_anew():
+    """Inductor keeps its choice of a kernel's launch configuration under a key that names the cache."""
+    from torch._inductor.runtime.autotune_cache import AutotuneCache
+
+    outside = AutotuneCache._prepare_key("/cache/ab/cab.py")
+    with _settings({}):
+        assert AutotuneCache._prepare_key("/cache/ab/cab.py") != outside
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last, torch.preserve_format])

@@ -95,7 +95,7 @@ class Script:
     def make_ready(self, task, protocols, device):
         return ReadyPoint(task, protocols)
 
-    def measure_point(self, point, timer, watch, device, seed):
+    def measure_point(self, point, timer, watch, device, seed, measured_on):
         self.asked.append((point.task, tuple(point.protocols), seed))
         return self.answer(point.task, tuple(point.protocols))
 

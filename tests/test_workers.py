@@ -47,8 +47,12 @@ def hooked(hook, connection, job, *, early):
     """A worker that calls `hook(step, shape)` at each step, and whose points take milliseconds."""
     torch.set_num_threads(1)
     timing.CPU_FLUSH_BYTES = 2**16
-    make_ready, measure = worker.make_ready, Bench.measure
+    make_ready, measure, warm_up = worker.make_ready, Bench.measure, Bench.warm_up
     shape = None
+
+    def hooked_warm_up(bench):
+        hook("warming", None)
+        warm_up(bench)
 
     def hooked_make_ready(task, *rest):
         nonlocal shape
@@ -70,7 +74,7 @@ def hooked(hook, connection, job, *, early):
             if isinstance(message, Ready):
                 hook("ready", shape)
 
-    worker.make_ready, Bench.measure = hooked_make_ready, hooked_measure
+    worker.make_ready, Bench.measure, Bench.warm_up = hooked_make_ready, hooked_measure, hooked_warm_up
     worker.work(HookedConnection(), job, early=early)
 
 
@@ -116,6 +120,8 @@ def lose_the_device(shapes, step, shape):
 
 def note(folder, seconds, step, shape):
     """Write each step down, and take so long for it; seconds: of each step, or of each shape's."""
+    if shape is None:
+        return
     with open(folder / str(os.getpid()), "a") as file:
         file.write(f"{step} {shape.n} {time.monotonic()}\n")
     own = seconds.get(step, 0.0)
@@ -124,6 +130,21 @@ def note(folder, seconds, step, shape):
 
 def die_at_once(connection, job, *, early):
     os._exit(3)
+
+
+def warm_slowly(folder, step, shape):
+    """The first worker takes long to start its libraries; everybody's turns are written down."""
+    if step == "warming" and first_time(folder, "slow"):
+        time.sleep(1.0)
+        (folder / "warm").write_text(str(time.monotonic()))
+    if step == "measuring":
+        with open(folder / "turns", "a") as file:
+            file.write(f"{time.monotonic()}\n")
+
+
+def fail_to_warm(folder, step, shape):
+    if step == "warming" and first_time(folder, "failed"):
+        raise worker.BrokenError("CUDA error: initialization error")
 
 
 def first_time(folder, name):
@@ -216,6 +237,19 @@ def test_only_one_at_a_time_has_the_device_while_others_compile(hook_into, tmp_p
         for compilation in compilations
         for turn in turns
     )
+
+
+def test_nobody_measures_while_another_starts_its_libraries(hook_into, tmp_path):
+    hook_into(warm_slowly, tmp_path)
+    outcomes_of(TASKS, 3)
+    turns = [float(line) for line in (tmp_path / "turns").read_text().split()]
+    assert len(turns) == len(TASKS)
+    assert min(turns) > float((tmp_path / "warm").read_text())
+
+
+def test_who_cannot_start_them_is_replaced_and_not_waited_for(hook_into, tmp_path):
+    hook_into(fail_to_warm, tmp_path)
+    assert {type(outcome) for outcome in outcomes_of(TASKS, 2)} == {Finished}
 
 
 def test_who_waits_longest_has_the_next_turn(hook_into, tmp_path):
@@ -478,4 +512,4 @@ def test_a_real_point_on_a_gpu_compiled_tuned_captured_and_timed():
     assert {name: (arm.status, arm.detail) for name, arm in record.arms.items()} == dict.fromkeys(
         ("bf16", *RECIPES), ("measured", "")
     )
-    assert all(0.1 < record.speedup(recipe, 0.99).estimate < 1 for recipe in RECIPES)
+    assert all(0.1 < record.speedup(recipe, job.protocols[recipe]).estimate < 1 for recipe in RECIPES)

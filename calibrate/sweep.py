@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +185,9 @@ def _plan(
     first = [r for r in journal.records if not r.repeat]
     measured = {(r.shape, recipe) for r in first for recipe in r.recipes if r.status(recipe) == "measured"}
     attempts = Counter((r.shape, recipe) for r in first for recipe in r.recipes)
-    again = [r for r in journal.records if r.repeat and set(recipes) <= set(r.recipes)]
+    repeated: dict[tuple[LinearShape, str], set[Recipe]] = defaultdict(set)
+    for record in (r for r in journal.records if r.repeat):
+        repeated[record.shape, record.measured_on].update(record.recipes)
     rng = random.Random(seed)
     controls = set(rng.sample(wanted, _share(CONTROL_SHARE, len(wanted))))
     repeats = rng.sample(wanted, _share(REPEAT_SHARE, len(wanted)))
@@ -198,7 +200,7 @@ def _plan(
         seed=seed,
         tasks=tuple(Task(shape, control=shape in controls) for shape in left),
         repeats=tuple(repeats),
-        repeated=tuple((r.shape, r.measured_on) for r in again),
+        repeated=tuple(where for where, found in repeated.items() if found.issuperset(recipes)),
         stop_after_s=stop_after_s,
     )
 

@@ -97,7 +97,7 @@ class Script:
 
     def measure_point(self, point, timer, watch, device, seed, measured_on):
         self.asked.append((point.task, tuple(point.protocols), seed))
-        return self.answer(point.task, tuple(point.protocols))
+        return replaced(self.answer(point.task, tuple(point.protocols)), measured_on=measured_on)
 
     @property
     def tasks(self):

@@ -27,10 +27,11 @@ CGROUP = Path("/sys/fs/cgroup")
 def default_workers(device_gib: float | None = None, sweeps: int = 1) -> int:
     """As many as have a core each, MAX_WORKER_BYTES of memory, and WORKER_DEVICE_GIB of a share of the GPU's.
 
-    sweeps: how many ranks of one sweep share this machine; cores that a launcher has bound are a rank's own.
+    sweeps: how many ranks of one sweep share this machine; cores of which each has
+    its own, as a launcher may bind them, are not divided.
     """
     cores = usable_cores()
-    if cores == os.cpu_count():
+    if cores * sweeps > (os.cpu_count() or cores):
         cores //= sweeps
     limits = [cores - SPARE_CORES, usable_memory_bytes() // sweeps // MAX_WORKER_BYTES - 1, MAX_WORKERS]
     if device_gib is not None:

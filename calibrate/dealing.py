@@ -2,7 +2,7 @@
 
 Rank 0 publishes what is to be measured; every rank takes one task after the other, as it gets free, and posts what it
 measured; rank 0 collects that. No step needs all ranks: one that is slow takes fewer tasks, and the tasks of one that
-dies are dealt out again. Nothing here waits without a limit.
+dies, or does nothing for long, are dealt out again.
 
 In: a board. Out: on rank 0, every record to a `Ledger`.
 """
@@ -12,16 +12,21 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator
+from typing import Literal
 
-from fp8gate.calibrate.board import POLL_S, Board, Message, RanksError
+from fp8gate.calibrate.board import POLL_S, Board, Message, Plan, RanksError
 from fp8gate.calibrate.records import PointRecord, Stages
-from fp8gate.calibrate.run import Ledger
+from fp8gate.calibrate.run import Ledger, failed_record
 from fp8gate.calibrate.schedule import Schedule, Task
+from fp8gate.calibrate.workers import MAX_STEP_S
 from fp8gate.filter.shapes import LinearShape
 
-BEAT_S, DEAD_S = 2.0, 30.0  # a rank shows that it lives so often; silent for so long, it is dead
-JOIN_S = 300.0  # for a rank to join, while others measure
+BEAT_S, DEAD_S = 2.0, 30.0  # a rank shows that it lives so often; silent for so long, it is taken for dead
+JOIN_S = 120.0  # for a rank to join, while others measure
+STUCK_S = 2 * MAX_STEP_S + 60.0  # without a word from a rank that holds a task: compiling and measuring take less
+MAX_RANK_DEATHS = 3  # of ranks that held a task: then it is the task's fault
 
 
 class RankSchedule(Schedule):
@@ -100,16 +105,19 @@ class Collector:
     A context: it works on a thread from its entry until all ranks have left or died, for which its exit waits.
     """
 
-    def __init__(self, board: Board, world: int, tasks: int, ledger: Ledger) -> None:
-        self.board, self.ledger = board, ledger
+    def __init__(self, board: Board, world: int, plan: Plan, ledger: Ledger) -> None:
+        self.board, self.plan, self.ledger = board, plan, ledger
         self.retried = 0
         self.discarded: list[Stages] = []
         self.troubles: dict[str, str] = {}
-        self.lost: dict[int, str] = {}  # ranks that died or gave up, and why
-        self._count = tasks
-        self._open = set(range(tasks))
+        self._count = len(plan.tasks)
+        self._open = set(range(self._count))
+        self._deaths: Counter[Task] = Counter()
         self._unowned: dict[int, float] = {}  # since when
-        self._members = {rank: _Member(time.monotonic()) for rank in range(world)}
+        self._members: dict[str, _Member] = {board.me: _Member(0)}
+        self._expected = set(range(1, world))
+        self._absent: dict[int, str] = {}
+        self._start = time.monotonic()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, daemon=True)
 
@@ -130,17 +138,23 @@ class Collector:
         """Tasks dealt out that nobody has measured."""
         return len(self._open)
 
+    @property
+    def lost(self) -> dict[int, str]:
+        """Ranks that did not stay to the end, and why."""
+        return {**self._absent, **{m.rank: m.lost for m in self._members.values() if m.lost}}
+
     def _work(self) -> None:
         try:
-            checked_at = 0.0
-            while any(member.is_here for member in self._members.values()):
-                heard = [self._hear(rank, member) for rank, member in self._members.items() if member.is_here]
-                if not self._open:
-                    self.board.end()
-                if time.monotonic() > checked_at + BEAT_S:
+            looked_at = 0.0
+            while self._expected or any(member.is_here for member in self._members.values()):
+                heard = [self._hear(process, member) for process, member in list(self._members.items())]
+                if time.monotonic() > looked_at + BEAT_S:
+                    self._admit()
                     self._find_dead()
                     self._deal_again()
-                    checked_at = time.monotonic()
+                    looked_at = time.monotonic()
+                if not self._open and not self._expected:
+                    self.board.end()
                 if not any(heard):
                     time.sleep(POLL_S)
             self.board.end()
@@ -149,15 +163,32 @@ class Collector:
             with contextlib.suppress(RanksError):
                 self.board.end(f"rank 0 cannot keep what was measured: {error}")
 
-    def _hear(self, rank: int, member: _Member) -> bool:
-        message = self.board.message(rank, member.heard)
+    def _admit(self) -> None:
+        """A process that joins takes the place of an earlier one of its rank."""
+        for rank, process in self.board.admit(self._ranks()).items():
+            if process not in self._members:
+                for earlier in self._members.values():
+                    if earlier.rank == rank:
+                        earlier.state = "dead"
+                self._members[process] = _Member(rank)
+                self._expected.discard(rank)
+        if self._expected and time.monotonic() > self._start + JOIN_S:
+            self._absent = dict.fromkeys(self._expected, f"did not join within {JOIN_S:.0f} s")
+            self._expected = set()
+
+    def _ranks(self) -> set[int]:
+        return self._expected | {member.rank for member in self._members.values() if member.rank > 0}
+
+    def _hear(self, process: str, member: _Member) -> bool:
+        message = self.board.message(process, member.heard)
         if message is None:
             return False
         member.heard += 1
+        member.heard_at = time.monotonic()
         if message.refused:
             self.board.end(message.refused)
         if message.say:
-            self.ledger.say(f"rank {rank}: {message.say}")
+            self.ledger.say(f"rank {member.rank}: {message.say}")
         if message.record:
             self._take(message, message.record)
         if message.off:
@@ -165,9 +196,7 @@ class Collector:
             self.ledger.refuse(Task(shape), error)
             self._open.discard(-1 if message.task is None else message.task)
         if message.left:
-            member.is_here = False
-            if message.lost:
-                self.lost[rank] = message.lost
+            member.state, member.lost = "left", message.lost
             self.retried += message.retried
             self.discarded += message.discarded
             self.troubles.update(message.troubles)
@@ -182,27 +211,27 @@ class Collector:
 
     def _find_dead(self) -> None:
         now = time.monotonic()
-        join_s = JOIN_S if self._open else DEAD_S
-        for rank, member in self._members.items():
-            if not member.is_here:
+        owners = {self.board.owner(number) for number in self._open if number < self.board.taken()}
+        for process, member in self._members.items():
+            if member.state not in ("here", "silent"):
                 continue
-            beats = self.board.beats(rank)
+            beats = self.board.beats(process)
             if beats != member.beats:
                 member.beats, member.seen_at = beats, now
-            elif beats is None and now > member.seen_at + join_s:
-                self._give_up(rank, f"did not join within {join_s:.0f} s")
-            elif beats is not None and now > member.seen_at + DEAD_S:
-                self._give_up(rank, f"has not been heard of for {DEAD_S:.0f} s")
+                member.state, member.lost = "here", ""
+            elif now > member.seen_at + DEAD_S and member.state == "here":
+                self._give_up(member, "silent", f"has not been heard of for {DEAD_S:.0f} s")
+            if member.state == "here" and process in owners and now > member.heard_at + STUCK_S:
+                self._give_up(member, "stuck", f"has measured nothing for {STUCK_S:.0f} s")
 
-    def _give_up(self, rank: int, why: str) -> None:
-        self._members[rank].is_here = False
-        self.lost[rank] = why
-        self.ledger.say(f"rank {rank} {why}: its points go to others")
+    def _give_up(self, member: _Member, state: Literal["silent", "stuck"], why: str) -> None:
+        member.state, member.lost = state, why
+        self.ledger.say(f"rank {member.rank} {why}: its points go to others")
 
     def _deal_again(self) -> None:
-        """What ranks took that are not here any more gets new numbers at the end.
+        """What was taken by processes that are not here any more gets new numbers at the end.
 
-        A rank may also have died between taking a number and saying so.
+        One may also have died between taking a number and saying so.
         """
         now, taken = time.monotonic(), self.board.taken()
         for number in sorted(number for number in self._open if number < taken):
@@ -210,15 +239,30 @@ class Collector:
             since = self._unowned.setdefault(number, now) if owner is None else now
             if now > since + DEAD_S or (owner is not None and not self._members[owner].is_here):
                 self._open.remove(number)
-                self._open.add(self._count)
-                self._count = self.board.append([self.board.task(number)], self._count)
+                self._deal(self.board.task(number), has_ended=owner is None or self._members[owner].state == "left")
+
+    def _deal(self, task: Task, *, has_ended: bool) -> None:
+        """Once more, unless ranks die of it. has_ended: whoever had it stopped in order, or never began."""
+        self._deaths[task] += not has_ended
+        if self._deaths[task] < MAX_RANK_DEATHS:
+            self._open.add(self._count)
+            self._count = self.board.append([task], self._count)
+        else:
+            detail = f"{MAX_RANK_DEATHS} ranks that had it died"
+            self.ledger.keep(task, failed_record(task, self.plan.recipes, detail))
 
 
 class _Member:
-    """A rank as rank 0 knows it."""
+    """A process that takes part, as rank 0 knows it. stuck: it lives, and does nothing."""
 
-    def __init__(self, seen_at: float) -> None:
-        self.is_here = True
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.state: Literal["here", "silent", "stuck", "dead", "left"] = "here"
+        self.lost = ""
         self.heard = 0  # messages
         self.beats: bytes | None = None
-        self.seen_at = seen_at
+        self.heard_at = self.seen_at = time.monotonic()
+
+    @property
+    def is_here(self) -> bool:
+        return self.state == "here"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Protocol
@@ -20,6 +20,7 @@ from fp8gate.calibrate.schedule import Schedule, Task
 from fp8gate.calibrate.worker import Job
 from fp8gate.calibrate.workers import Died, InThisProcess, Workers
 from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import Recipe
 
 
 class Ledger(Protocol):
@@ -136,19 +137,7 @@ class Run:
         if self.schedule.may_try_after_death(died.task):
             self.ledger.say(f"{died.task.shape}: {died.detail}; measured again later")
             return None
-        shape = died.task.shape
-        arms: tuple[ArmName, ...] = ("bf16", *self.job.protocols)
-        return PointRecord(
-            m=shape.m,
-            k=shape.k,
-            n=shape.n,
-            measured_at=datetime.now(timezone.utc).replace(microsecond=0),
-            stages=Stages(),
-            process=0,
-            measured_on=self.job.measured_on,
-            repeat=died.task.repeat,
-            arms=dict.fromkeys(arms, ArmRecord(status="failed", detail=f"{died.detail}, twice")),
-        )
+        return failed_record(died.task, self.job.protocols, f"{died.detail}, twice", self.job.measured_on)
 
     def _look_for_others(self, own: Sequence[int]) -> None:
         """Name each other process on the device once."""
@@ -159,3 +148,19 @@ class Run:
 
     def _is_late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def failed_record(task: Task, recipes: Iterable[Recipe], detail: str, measured_on: str = "") -> PointRecord:
+    """Of a point that nobody could measure."""
+    arms: tuple[ArmName, ...] = ("bf16", *recipes)
+    return PointRecord(
+        m=task.shape.m,
+        k=task.shape.k,
+        n=task.shape.n,
+        measured_at=datetime.now(timezone.utc).replace(microsecond=0),
+        stages=Stages(),
+        process=0,
+        measured_on=measured_on,
+        repeat=task.repeat,
+        arms=dict.fromkeys(arms, ArmRecord(status="failed", detail=detail)),
+    )

@@ -126,12 +126,15 @@ def sweep(
     with DeviceLock(device), Journal(folder, setup, fresh=fresh) as journal:
         if not fresh:
             require_nothing_lost(folder, recipes, wanted, journal.records)
-        plan = _plan(wanted, recipes, journal, seed, stop_after_s)
+        plan = _plan(wanted, recipes, journal, seed)
         todo = len(plan.tasks) + len(plan.own_tasks(device_identity(device))) * world
         with make_observer(todo, protocols) as observer:
             _say_start(observer, journal, todo, len(wanted), capped)
             book = Book(journal, observer)
-            part = lead(ranks, plan, book, device, workers) if ranks else _measure_alone(plan, book, device, workers)
+            if ranks:
+                part = lead(ranks, plan, book, device, workers, stop_after_s)
+            else:
+                part = _measure_alone(plan, book, device, workers, stop_after_s)
         tables = {}
         if not part.remaining and not book.off:
             tables = write_tables(folder, grid, recipes, journal, fresh)
@@ -147,12 +150,12 @@ def sweep(
         return SweepResult(tables, report, part.remaining, capped, book.off)
 
 
-def _measure_alone(plan: Plan, book: Book, device: torch.device, workers: int) -> Part:
+def _measure_alone(plan: Plan, book: Book, device: torch.device, workers: int, stop_after_s: float | None) -> Part:
     """Raises DeviceLostError, its record kept."""
     measured_on = device_identity(device)
     tasks = [*plan.tasks, *plan.own_tasks(measured_on)]
     job = Job(device, {recipe: plan.setup.protocols[recipe] for recipe in plan.recipes}, plan.seed, measured_on)
-    run = Run(job, Schedule(tasks), book, stop_after_s=plan.stop_after_s)
+    run = Run(job, Schedule(tasks), book, stop_after_s=stop_after_s)
     try:
         run.measure(min(workers, len(tasks)))
     except DeviceLostError as error:
@@ -176,7 +179,6 @@ def _plan(
     recipes: Sequence[Recipe],
     journal: Journal,
     seed: int,
-    stop_after_s: float | None,
 ) -> Plan:
     """Shapes that lack a recipe and those whose only attempt gave no number; then repeats of a share of all.
 
@@ -201,7 +203,6 @@ def _plan(
         tasks=tuple(Task(shape, control=shape in controls) for shape in left),
         repeats=tuple(repeats),
         repeated=tuple(where for where, found in repeated.items() if found.issuperset(recipes)),
-        stop_after_s=stop_after_s,
     )
 
 

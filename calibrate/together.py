@@ -7,18 +7,21 @@ Try it: torchrun --nproc-per-node=2 -m fp8gate calibrate --device cpu --grid qui
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import msgspec
 import torch
 
-from fp8gate.calibrate.board import Board, Message, Plan, RanksError
+from fp8gate.calibrate.board import CALL_S, POLL_S, Board, Message, Plan, RanksError, watchdog
 from fp8gate.calibrate.capacity import useful_workers
 from fp8gate.calibrate.dealing import Collector, Posts, RankSchedule, heartbeat
 from fp8gate.calibrate.device import device_identity
-from fp8gate.calibrate.gpu_watch import DeviceLock
+from fp8gate.calibrate.gpu_watch import DeviceBusyError, DeviceLock
 from fp8gate.calibrate.journal import Setup
 from fp8gate.calibrate.measure import DeviceLostError
 from fp8gate.calibrate.ranks import Place
@@ -26,7 +29,8 @@ from fp8gate.calibrate.run import Book, Part, Run
 from fp8gate.calibrate.worker import Job
 from fp8gate.calibrate.workers import WorkersDiedError
 
-STORE_S = 300.0  # for a call to the store: it answers at once, unless a rank that holds it has died
+
+FAREWELL_S = 15.0  # ranks start together; one that is not there by then has other troubles
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,24 +42,45 @@ class Ranks:
 
 
 def join(place: Place) -> Ranks:
-    """Connect to the store that torchrun holds, or rank 0. Raises RanksError if there is none."""
-    from torch.distributed.rendezvous import rendezvous
+    """Connect to the store that torchrun holds, or rank 0, and to rank 0. Raises RanksError if there is none."""
+    store = _store(place)
+    return Ranks(place, Board.open(store) if place.rank == 0 else Board.join(store, place.rank))
 
+
+@contextlib.contextmanager
+def leading(ranks: Ranks) -> Iterator[None]:
+    """What goes wrong on rank 0 before it leads is the other ranks' error too."""
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=STORE_S)))
-    except (RuntimeError, ValueError) as error:
-        raise RanksError(f"no store of torch.distributed (MASTER_ADDR, MASTER_PORT): {error}") from error
-    return Ranks(place, Board(store, place.rank))
+        with watchdog(ranks.board):
+            yield
+    except BaseException as error:
+        with contextlib.suppress(RanksError):
+            ranks.board.end(f"rank 0 has ended: {error or type(error).__name__}")
+            _tell(ranks)
+        raise
 
 
-def lead(ranks: Ranks, plan: Plan, book: Book, device: torch.device, workers: int | None) -> Part:
+def _tell(ranks: Ranks) -> None:
+    """Let the others in, as far as they come soon, to read why it has ended; rank 0's own store ends with it."""
+    others = range(1, ranks.place.world)
+    give_up_at = time.monotonic() + FAREWELL_S
+    while len(ranks.board.admit(others)) < len(others) and time.monotonic() < give_up_at:
+        time.sleep(POLL_S)
+    time.sleep(5 * POLL_S)
+
+
+def lead(
+    ranks: Ranks, plan: Plan, book: Book, device: torch.device, workers: int | None, stop_after_s: float | None
+) -> Part:
     """Rank 0's part: publish the plan, measure as all others do, and collect what everybody posts.
 
     Raises ValueError if a rank's device or software differs.
     """
     long_first = tuple(sorted(plan.tasks, key=lambda task: -task.shape.flop))  # what is short fills the gaps at the end
-    ranks.board.publish(msgspec.structs.replace(plan, tasks=long_first))
-    with Collector(ranks.board, ranks.place.world, len(plan.tasks), book) as collector:
+    stop_at = None if stop_after_s is None else time.time() + stop_after_s
+    plan = msgspec.structs.replace(plan, tasks=long_first, stop_at=stop_at)
+    ranks.board.publish(plan)
+    with Collector(ranks.board, ranks.place.world, plan, book) as collector:
         run = _measure(ranks, plan, device, workers)
     ranks.board.require_no_error()
     return Part(
@@ -75,18 +100,32 @@ def take_part(ranks: Ranks, device: torch.device, setup: Setup, workers: int | N
     Raises ValueError if this rank's device or software is not rank 0's, which ends the sweep for all, or if the sweep
     was ended so; RanksError if rank 0 is gone.
     """
-    plan = ranks.board.plan()
-    if differences := _differences(setup, plan.setup):
-        refused = f"rank {ranks.place.rank} ({device_identity(device, ranks.place.local_rank)}) differs from rank 0: "
-        refused += f"{differences}; a table is of one kind of device and software: sweep them apart"
-        ranks.board.post(Message(refused=refused, left=True))
-        raise ValueError(refused)
-    if ranks.board.has_ended():
+    with watchdog(ranks.board):
+        plan = ranks.board.plan()
+        if differences := _differences(setup, plan.setup):
+            me = f"rank {ranks.place.rank} ({device_identity(device, ranks.place.local_rank)})"
+            refused = f"{me} differs from rank 0: {differences}; a table is of one kind of both: sweep them apart"
+            ranks.board.post(Message(refused=refused, left=True))
+            raise ValueError(refused)
+        try:
+            with _lock(ranks.place, device):
+                _measure(ranks, plan, device, workers)
+        except DeviceBusyError as error:
+            ranks.board.post(Message(left=True, lost=f"could not begin: {error}"))
         ranks.board.require_no_error()
-        return  # too late
-    with _lock(ranks.place, device):
-        _measure(ranks, plan, device, workers)
-    ranks.board.require_no_error()
+
+
+def _store(place: Place) -> Any:
+    """torchrun's, which outlives its ranks, or one that rank 0 holds. Raises RanksError."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        held_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        is_master = place.rank == 0 and not held_by_torchrun
+        return TCPStore(address, port, None, is_master, timedelta(seconds=CALL_S), wait_for_workers=False)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise RanksError(f"no store of torch.distributed at MASTER_ADDR, MASTER_PORT: {error!r}") from error
 
 
 def _measure(ranks: Ranks, plan: Plan, device: torch.device, workers: int | None) -> Run:

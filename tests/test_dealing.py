@@ -30,6 +30,7 @@ LIMIT_S = 20.0
 def _quick(monkeypatch):
     monkeypatch.setattr(dealing, "BEAT_S", 0.02)
     monkeypatch.setattr(dealing, "DEAD_S", 0.3)
+    monkeypatch.setattr(dealing, "JOIN_S", 0.4)
     for module in (dealing, board_module):
         monkeypatch.setattr(module, "POLL_S", 0.005)
 
@@ -38,17 +39,23 @@ def _quick(monkeypatch):
 def boards():
     """Those of three ranks, over one store."""
     store = HashStore()
-    return [Board(store, rank) for rank in range(3)]
+    leader = Board.open(store)
+    return [leader, *(Board(store, leader._session, f"process {rank}") for rank in (1, 2))]
+
+
+def ask_to_join(board, rank):
+    Board(board._store, "lobby", board.me)._set(f"join/{rank}", board.me)
 
 
 class Notes:
     """A ledger that notes everything."""
 
     def __init__(self):
-        self.kept, self.refused, self.said = [], [], []
+        self.kept, self.records, self.refused, self.said = [], [], [], []
 
     def keep(self, task, record):
         self.kept.append(task)
+        self.records.append(record)
 
     def refuse(self, task, error):
         self.refused.append((task, error))
@@ -62,6 +69,8 @@ class Rank:
 
     def __init__(self, board, own=()):
         self.board, self.schedule = board, RankSchedule(own, board)
+        if board.me.startswith("process"):
+            ask_to_join(board, int(board.me[-1]))
         self.posts = Posts(board, self.schedule)
         self.life = heartbeat(board)
         self.life.__enter__()
@@ -99,7 +108,7 @@ def collecting(boards):
 
     def start(world):
         boards[0].publish(PLAN)
-        collector = Collector(boards[0], world, len(PLAN.tasks), notes)
+        collector = Collector(boards[0], world, PLAN, notes)
         collector.notes = notes
         return collector
 
@@ -118,7 +127,7 @@ def test_each_task_is_taken_once_by_whoever_comes_first(boards):
     boards[0].publish(PLAN)
     taken = [boards[rank].take() for rank in (1, 2, 1, 2)]
     assert taken == [(0, A), (1, B), (2, C), None]
-    assert [boards[0].owner(number) for number in range(3)] == [1, 2, 1]
+    assert [boards[0].owner(number) for number in range(3)] == ["process 1", "process 2", "process 1"]
 
 
 def test_who_came_too_early_gets_the_task_that_comes_later(boards):
@@ -155,7 +164,7 @@ def test_a_store_that_is_gone_is_an_error(boards):
             raise RuntimeError("Connection reset by peer")
 
     with pytest.raises(RanksError, match="Connection reset"):
-        Board(Gone(), 1).has_ended()
+        Board.open(Gone()).has_ended()
 
 
 def test_only_the_first_end_counts(boards):
@@ -215,12 +224,12 @@ def test_all_that_ranks_measure_is_kept_once(boards, collecting):
         [thread.start() for thread in threads]
         [thread.join(LIMIT_S) for thread in threads]
         for rank in ranks:
-            rank.leave(retried=1, discarded=(Stages(timing_s=2.0),), troubles={f"GPU-{rank.board.rank}": "hot"})
+            rank.leave(retried=1, discarded=(Stages(timing_s=2.0),), troubles={f"GPU of {rank.board.me[:7]}": "hot"})
     kept = collector.notes.kept
     assert sorted((t for t in kept if not t.repeat), key=lambda t: t.shape) == TASKS
     assert [t.shape for t in kept if t.repeat] == [SHAPES[0]] * 2
     assert (collector.remaining, collector.retried, len(collector.discarded), collector.lost) == (0, 2, 2, {})
-    assert collector.troubles == {"GPU-0": "hot", "GPU-1": "hot"}
+    assert len(collector.troubles) == 2
 
 
 def test_what_a_dead_rank_had_is_dealt_out_again(boards, collecting):
@@ -253,7 +262,7 @@ def test_also_what_it_would_have_been_dealt_next(boards, collecting):
 def test_also_what_it_took_without_saying_so(boards, collecting):
     with collecting(2) as collector:
         doomed, other = Rank(boards[1]), Rank(boards[0])
-        boards[1].store.add("fp8gate/taken", 1)  # and died before it could say who took it
+        boards[1]._store.add(boards[1]._key("taken"), 1)  # and died before it could say who took it
         doomed.die()
         other.measure_all()
         other.leave()
@@ -291,6 +300,125 @@ def test_a_rank_that_never_joins_is_not_waited_for_long(boards, collecting):
     assert len(collector.notes.kept) == 3
 
 
+def test_one_that_joins_late_measures_its_own_share(boards, collecting):
+    """The sweep has not ended before all have come, or their time is up: the late one has repeats to take."""
+    with collecting(2) as collector:
+        early = Rank(boards[0])
+        for _ in TASKS:
+            early.finish(early.take())
+        time.sleep(0.2)
+        late = Rank(boards[1], [Task(SHAPES[0], repeat=True)])
+        for rank in (late, early):
+            rank.measure_all()
+            rank.leave()
+    assert collector.lost == {}
+    assert collector.notes.kept[-1] == Task(SHAPES[0], repeat=True)
+
+
+def test_a_rank_that_comes_back_after_a_pause_counts_again(boards, collecting):
+    with collecting(2) as collector:
+        paused, other = Rank(boards[1]), Rank(boards[0])
+        assert paused.take() == A
+        paused.die()
+        wait_until(lambda: collector.lost)
+        again = heartbeat(boards[1])
+        again.__enter__()
+        wait_until(lambda: not collector.lost)
+        paused.finish(paused.take())
+        other.measure_all()
+        again.__exit__(None, None, None)
+        boards[1].post(Message(left=True))
+        other.leave()
+    assert sorted(collector.notes.kept, key=lambda task: task.shape) == TASKS
+    assert collector.lost == {}
+
+
+def test_a_rank_that_lives_and_does_nothing_is_given_up(boards, collecting, monkeypatch):
+    monkeypatch.setattr(dealing, "STUCK_S", 0.3)
+    with collecting(2) as collector:
+        stuck, other = Rank(boards[1]), Rank(boards[0])
+        assert stuck.take() == A
+        other.measure_all()
+        other.leave()
+    stuck.die()
+    assert sorted(collector.notes.kept, key=lambda task: task.shape) == TASKS
+    assert collector.lost == {1: "has measured nothing for 0 s"}
+
+
+def test_a_task_that_ranks_die_of_is_not_dealt_out_for_ever(boards, collecting, monkeypatch):
+    monkeypatch.setattr(dealing, "MAX_RANK_DEATHS", 2)
+    with collecting(3) as collector:
+        first, second, other = (Rank(board) for board in (boards[1], boards[2], boards[0]))
+        assert first.take() == A
+        first.die()
+        wait_until(lambda: 1 in collector.lost)
+        other.finish(other.take())
+        other.finish(other.take())
+        wait_until(lambda: second.take() == A)
+        second.die()
+        wait_until(lambda: 2 in collector.lost)
+        other.measure_all()
+        other.leave()
+    assert sorted(collector.notes.kept, key=lambda task: task.shape) == TASKS
+    failed = [record for record in collector.notes.records if record.arms["bf16"].status == "failed"]
+    assert [record.shape for record in failed] == [SHAPES[0]]
+    assert failed[0].arms["tensorwise"].detail == "2 ranks that had it died"
+
+
+def test_a_process_that_takes_a_ranks_place_is_heard_from_its_start(boards, collecting):
+    with collecting(2) as collector:
+        before, other = Rank(boards[1]), Rank(boards[0])
+        before.finish(before.take())
+        assert before.take() == B
+        wait_until(lambda: A in collector.notes.kept)
+        before.die()
+        after = Board(boards[1]._store, boards[1]._session, "process started again, rank 1")
+        rank = Rank(after)
+        wait_until(lambda: len(collector._members) == 3)
+        rank.measure_all()
+        rank.leave()
+        other.leave()
+    assert sorted(collector.notes.kept, key=lambda task: task.shape) == TASKS
+    assert collector.lost == {}
+
+
+def test_a_later_session_over_the_same_store_knows_nothing_of_an_earlier_one(boards):
+    boards[0].publish(PLAN)
+    boards[1].take()
+    boards[0].end("mixed devices")
+    later = Board.open(boards[0]._store)
+    later.publish(PLAN)
+    assert not later.has_ended()
+    assert later.take() == (0, A)
+
+
+def test_rank_0_lets_in_the_newest_process_of_each_rank(boards):
+    leader, store = boards[0], boards[0]._store
+    ask_to_join(boards[1], 1)  # of an earlier session, long gone
+    joined = []
+    threads = [threading.Thread(target=lambda r=rank: joined.append(Board.join(store, r))) for rank in (1, 2)]
+    [thread.start() for thread in threads]
+    wait_until(lambda: leader.admit([1, 2]) and len(joined) == 2)
+    leader.publish(PLAN)
+    assert {board.plan().seed for board in joined} == {3}
+    assert len({board.me for board in joined}) == 2
+
+
+def test_a_store_that_does_not_answer_is_noticed():
+    class Frozen:
+        def check(self, keys):
+            time.sleep(0.3)
+            return False
+
+    board = Board.open(Frozen())
+    thread = threading.Thread(target=board.has_ended)
+    thread.start()
+    time.sleep(0.15)
+    assert board.waiting_s() > 0.1
+    thread.join()
+    assert board.waiting_s() == 0.0
+
+
 def test_when_everybody_leaves_early_tasks_remain(boards, collecting):
     with collecting(1) as collector:
         rank = Rank(boards[0])
@@ -302,6 +430,7 @@ def test_when_everybody_leaves_early_tasks_remain(boards, collecting):
 def test_a_rank_of_another_kind_ends_the_sweep_for_all(boards, collecting):
     with collecting(2) as collector:
         rank = Rank(boards[0])
+        ask_to_join(boards[1], 1)
         boards[1].post(Message(refused="rank 1 differs: device.name", left=True))
         wait_until(boards[0].has_ended)
         assert not rank.schedule.wait()

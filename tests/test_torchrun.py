@@ -23,7 +23,7 @@ START = """
 import sys
 from fp8gate.calibrate import dealing, sweep
 sweep.CPU_CONTROL_ERROR = 9.0
-dealing.BEAT_S, dealing.DEAD_S, dealing.JOIN_S = 0.2, 3.0, 20.0
+dealing.BEAT_S, dealing.DEAD_S, dealing.JOIN_S = 0.2, 3.0, 10.0
 {more}
 from fp8gate.cli import app
 app()
@@ -94,11 +94,11 @@ def wait_for_points(folder, count):
         time.sleep(0.02)
 
 
-def torchrun(command, tmp_path, ranks):
+def torchrun(command, tmp_path, ranks, *options, more=""):
     """The same through torchrun itself, which ends all ranks if one fails."""
     script = tmp_path / "start.py"
-    script.write_text(START.format(more=""))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    script.write_text(START.format(more=more))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*launcher, str(script), *command], env=environment, capture_output=True, text=True, timeout=2 * LIMIT_S
@@ -125,6 +125,59 @@ def test_torchrun_measures_every_point_once_and_a_share_on_every_rank(command, t
     assert (protocol.between is None) == (world == 1)
     again = torchrun(command, tmp_path, world)
     assert "0 points measured, 6 taken from the journal" in again.stdout
+
+
+DIES_ONCE = """
+import os, pathlib
+flag = pathlib.Path({flag!r})
+from fp8gate.calibrate import worker
+measure, points = worker.Bench.measure, []
+def die_at_the_third(bench, point):
+    points.append(point)
+    if os.environ["RANK"] == "1" and len(points) == 3 and not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), 9)
+    return measure(bench, point)
+worker.Bench.measure = die_at_the_third
+"""
+
+
+def test_torchrun_restarts_ranks_that_go_on_from_the_journal(command, tmp_path):
+    """Its store outlives them: what it holds of the first attempt must not confuse the second."""
+    more = DIES_ONCE.format(flag=str(tmp_path / "died"))
+    process = torchrun(command, tmp_path, 2, "--max-restarts=1", more=more)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "died").exists()
+    assert points_of(tmp_path) == SHAPES
+    points = journal_points(tmp_path)
+    assert len(points) == len(SHAPES) + 2  # none twice, but the one that both ranks measure again
+    assert sorted(set(points)) == SHAPES
+
+
+def test_a_rank_that_is_new_measures_its_share_though_all_points_are_there(command, tmp_path):
+    assert torchrun(command, tmp_path, 1).returncode == 0
+    before = len(journal_points(tmp_path))
+    process = torchrun(command, tmp_path, 2)
+    assert process.returncode == 0, process.stderr
+    assert "did not join" not in process.stderr + process.stdout
+    assert len(journal_points(tmp_path)) == before + 1
+
+
+def test_what_is_wrong_on_rank_0_is_said_everywhere(ranks):
+    ranks.command[ranks.command.index("--grid") + 1] = "no such grid.yaml"
+    for rank in range(2):
+        ranks.start(rank, 2)
+    for code, said in ranks.results():
+        assert code == 2, said
+        assert "no such grid.yaml" in said
+
+
+def test_a_rank_that_never_starts_does_not_keep_the_others(ranks, tmp_path):
+    ranks.start(0, 2)
+    ((code, said),) = ranks.results()
+    assert code == 0, said
+    assert "rank 1 did not join within 10 s" in said
+    assert points_of(tmp_path) == SHAPES
 
 
 def test_a_rank_that_is_killed_loses_no_point(ranks, tmp_path):

@@ -1,4 +1,4 @@
-"""The command line: `fp8gate calibrate` measures, `fp8gate explain` asks a table about a model.
+"""The command line: `fp8gate calibrate` measures, `merge` joins tables, `explain` asks a table about a model.
 
 Exit codes: 0 done, 1 stopped before the end (run again to go on), 2 usage or bad input, 130 Ctrl-C.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -188,7 +189,7 @@ def _run_sweep(
     from fp8gate.calibrate.ranks import Place, claim_gpu
 
     place = Place.from_environment()
-    if place:
+    if place and kind != "cpu":
         claim_gpu(place)
     if kind != "cpu" and workers != 0:
         start_early()
@@ -197,7 +198,7 @@ def _run_sweep(
     from fp8gate.calibrate.grid import grid_shapes, load_grid
     from fp8gate.calibrate.measure import DeviceLostError
     from fp8gate.calibrate.sweep import make_setup, sweep
-    from fp8gate.calibrate.together import join, take_part
+    from fp8gate.calibrate.together import join, leading, take_part
     from fp8gate.calibrate.workers import WorkersDiedError
 
     device = choose_device(kind)
@@ -207,20 +208,21 @@ def _run_sweep(
         if ranks and ranks.place.rank > 0:
             take_part(ranks, device, setup, workers)
             return None
-        grid, shapes = load_grid(grid_name, setup.device.kind)
-        return sweep(
-            grid,
-            [*grid_shapes(grid), *shapes, *extra],
-            recipes=recipes,
-            device=device,
-            setup=setup,
-            out=out,
-            fresh=fresh,
-            stop_after_s=None if stop_after_min is None else stop_after_min * 60,
-            workers=workers,
-            seed=seed,
-            ranks=ranks,
-        )
+        with leading(ranks) if ranks else nullcontext():
+            grid, shapes = load_grid(grid_name, setup.device.kind)
+            return sweep(
+                grid,
+                [*grid_shapes(grid), *shapes, *extra],
+                recipes=recipes,
+                device=device,
+                setup=setup,
+                out=out,
+                fresh=fresh,
+                stop_after_s=None if stop_after_min is None else stop_after_min * 60,
+                workers=workers,
+                seed=seed,
+                ranks=ranks,
+            )
     except (WorkersDiedError, RanksError) as error:
         typer.echo(f"fp8gate: {error}", err=True)
         raise typer.Exit(EXIT_STOPPED) from error

@@ -2,8 +2,9 @@
 
 Every rank starts for a while, then has some processes that compile a point each and one device that measures, one at a
 time, what they have compiled; points are dealt out as in `calibrate/dealing.py`, the largest first, and a share is
-measured by every rank. Loading a point takes the longer the more of its pairs of dimensions its machine has not tuned
-kernels for yet; ranks of one machine share that. All costs are those of one sweep's journal (benchmarks/data/*.csv).
+measured by every rank. The first point of each process compiles for long, as nothing is in its caches. Loading a point
+takes the longer the more of its pairs of dimensions its machine has not tuned kernels for yet, which ranks of a machine
+share. All costs are those of one sweep's journal (benchmarks/data/*.csv).
 
 Run it: python benchmarks/scaling.py [--ranks 1 8 64 512]    (docs/scaling.md says what it means)
 A journal's costs: python benchmarks/scaling.py --journal JOURNAL > benchmarks/data/nvidia-h200-costs.csv
@@ -15,8 +16,9 @@ import argparse
 import csv
 import heapq
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import msgspec
 import numpy as np
@@ -52,7 +54,7 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What a simulated sweep came to: its length, how long the devices were idle in it, and where that ends."""
+    """A simulated sweep: its length, the devices' idle share of it, and the seconds of what every rank measures."""
 
     total_s: float
     idle: float
@@ -93,24 +95,26 @@ def report(costs: list[Cost], ranks: list[int]) -> str:
 
 def simulate(costs: list[Cost], loading: Loading, ranks: int) -> Sweep:
     """Every rank's workers take the next point as they get free; every device measures in the order of readiness."""
+    costs, cold_s = without_cold_starts(costs)
     points = sorted((cost for cost in costs if not cost.repeat), key=lambda cost: -cost.shape.flop)
-    repeats = [cost for cost in costs if cost.repeat]
+    compiling_s = {cost.shape: cost.compiling_s for cost in points}  # a repeat's own was found in the cache
+    repeats = [replace(c, compiling_s=compiling_s.get(c.shape, c.compiling_s)) for c in costs if c.repeat]
     own = [list(repeats) for _ in range(ranks)]
     known: list[set[tuple[str, int, int]]] = [set() for _ in range(-(-ranks // PER_MACHINE))]
     free_at, busy_s = [STARTING_S] * ranks, [0.0] * ranks
     compiled: list[tuple[float, int, int, Cost]] = []  # when, in which order, by which rank, what
     order = 0
 
-    def compile_next(rank: int, now: float) -> None:
+    def compile_next(rank: int, now: float, extra_s: float = 0.0) -> None:
         nonlocal order
         cost = own[rank].pop() if own[rank] else points.pop(0) if points else None
         if cost:
             order += 1
-            heapq.heappush(compiled, (now + cost.compiling_s, order, rank, cost))
+            heapq.heappush(compiled, (now + cost.compiling_s + extra_s, order, rank, cost))
 
     for _ in range(WORKERS):
         for rank in range(ranks):
-            compile_next(rank, STARTING_S)
+            compile_next(rank, STARTING_S, cold_s)
     while compiled:
         ready_at, _, rank, cost = heapq.heappop(compiled)
         machine = known[rank // PER_MACHINE]
@@ -123,6 +127,16 @@ def simulate(costs: list[Cost], loading: Loading, ranks: int) -> Sweep:
     total_s = max(free_at)
     every_rank_s = sum(loading.base_s + cost.measuring_s for cost in repeats)
     return Sweep(total_s, 1 - sum(busy_s) / (total_s * ranks), every_rank_s)
+
+
+def without_cold_starts(costs: list[Cost]) -> tuple[list[Cost], float]:
+    """The first point of each process as if it were a later one, and how much longer it took to compile."""
+    first, later = costs[:WORKERS], [cost.compiling_s for cost in costs[WORKERS:] if not cost.repeat]
+    if not later:
+        return costs, 0.0
+    usual_s = median(later)
+    cold_s = max(0.0, median(cost.compiling_s for cost in first) - usual_s)
+    return [*(replace(c, compiling_s=min(c.compiling_s, usual_s)) for c in first), *costs[WORKERS:]], cold_s
 
 
 def fit_loading(costs: list[Cost]) -> Loading:

@@ -13,7 +13,7 @@ from statistics import median
 import msgspec
 import numpy as np
 
-from fp8gate.calibrate.records import PointRecord
+from fp8gate.calibrate.records import CONTROL, ArmName, PointRecord
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Protocol, Recipe, Spread
 
@@ -25,6 +25,7 @@ class OddDevice(msgspec.Struct, frozen=True, kw_only=True):
     """A device whose times differ from the median of all devices by `slower` (0.07: 7 % slower), at so many points."""
 
     measured_on: str
+    host: str
     slower: float
     points: int
     of: int
@@ -33,7 +34,7 @@ class OddDevice(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         direction = "slower" if self.slower > 0 else "faster"
         where = f"{self.points} of {self.of} points"
-        text = f"{self.measured_on}: {abs(self.slower):.1%} {direction} than the median in {where}"
+        text = f"{self.host} {self.measured_on}: {abs(self.slower):.1%} {direction} than the median in {where}"
         return f"{text}; {self.trouble}" if self.trouble else text
 
 
@@ -59,27 +60,34 @@ def between_devices(recipe: Recipe, protocol: Protocol, records: Sequence[PointR
 def odd_devices(records: Sequence[PointRecord], troubles: Mapping[str, str]) -> list[OddDevice]:
     """The devices that are slower or faster than the others, the oddest first. troubles: what each has reported."""
     slower: dict[str, list[float]] = defaultdict(list)
-    for times_us in _times_us(records):
-        if len(times_us) > 2:  # of two, nobody can say which one is odd
-            middle = median(times_us.values())
-            for device, time_us in times_us.items():
-                slower[device].append(time_us / middle - 1)
+    for by_device in _slower(records).values():
+        for device, of_arms in by_device.items():
+            slower[device].append(median(of_arms))
+    hosts = {record.measured_on: record.host for record in records}
     odd = []
     for device, apart in slower.items():
         by = median(apart)
         points = len([value for value in apart if value * by > 0])
         if abs(by) > ODD_BY and points >= ODD_SHARE * len(apart):
             trouble = troubles.get(device, "")
-            odd.append(OddDevice(measured_on=device, slower=by, points=points, of=len(apart), trouble=trouble))
+            host = hosts[device]
+            odd.append(
+                OddDevice(measured_on=device, host=host, slower=by, points=points, of=len(apart), trouble=trouble)
+            )
     return sorted(odd, key=lambda device: -abs(device.slower))
 
 
-def _times_us(records: Sequence[PointRecord]) -> list[dict[str, float]]:
-    """For each shape, what all arms together took on each device."""
-    by_shape: dict[LinearShape, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+def _slower(records: Sequence[PointRecord]) -> dict[LinearShape, dict[str, list[float]]]:
+    """For each shape and device, how much slower each arm was there than on the median device, of three or more."""
+    times_us: dict[tuple[LinearShape, ArmName], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        if all(arm.status == "measured" for arm in record.arms.values()):
-            arms = [record.arms["bf16"], *(record.arms[recipe] for recipe in record.recipes)]
-            total_us = sum(median(arm.total_us) for arm in arms)
-            by_shape[record.shape][record.measured_on].append(total_us)
-    return [{device: median(own) for device, own in by.items()} for by in by_shape.values()]
+        for name, arm in record.arms.items():
+            if arm.fwd_us and name != CONTROL:
+                times_us[record.shape, name][record.measured_on].append(median(arm.total_us))
+    found: dict[LinearShape, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (shape, _), by_device in times_us.items():
+        own = {device: median(times) for device, times in by_device.items()}
+        if len(own) > 2:  # of two, nobody can say which one is odd
+            for device, time_us in own.items():
+                found[shape][device].append(time_us / median(own.values()) - 1)
+    return found

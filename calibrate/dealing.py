@@ -115,7 +115,8 @@ class Collector:
         self._deaths: Counter[Task] = Counter()
         self._unowned: dict[int, float] = {}  # since when
         self._members: dict[str, _Member] = {board.me: _Member(0)}
-        self._expected = set(range(1, world))
+        self._others = range(1, world)
+        self._expected = set(self._others)
         self._absent: dict[int, str] = {}
         self._start = time.monotonic()
         self._error: BaseException | None = None
@@ -165,19 +166,17 @@ class Collector:
 
     def _admit(self) -> None:
         """A process that joins takes the place of an earlier one of its rank."""
-        for rank, process in self.board.admit(self._ranks()).items():
+        for rank, process in self.board.admit(self._others).items():
             if process not in self._members:
                 for earlier in self._members.values():
                     if earlier.rank == rank:
                         earlier.state = "dead"
                 self._members[process] = _Member(rank)
                 self._expected.discard(rank)
+                self._absent.pop(rank, None)
         if self._expected and time.monotonic() > self._start + JOIN_S:
             self._absent = dict.fromkeys(self._expected, f"did not join within {JOIN_S:.0f} s")
             self._expected = set()
-
-    def _ranks(self) -> set[int]:
-        return self._expected | {member.rank for member in self._members.values() if member.rank > 0}
 
     def _hear(self, process: str, member: _Member) -> bool:
         message = self.board.message(process, member.heard)

@@ -41,9 +41,10 @@ def describe_device(device: torch.device) -> Device:
 
 
 def device_identity(device: torch.device, local_rank: int = 0) -> str:
-    """This one device among all: the machine's name, and the GPU's UUID or the rank that uses the CPU."""
-    which = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else f"cpu {local_rank}"
-    return f"{socket.gethostname()} {which}"
+    """This one device among all: a GPU's UUID, whatever its machine or container is called, or a CPU's machine."""
+    if device.type == "cuda":
+        return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    return f"{socket.gethostname()} cpu {local_rank}"
 
 
 def physical_memory_bytes() -> int:

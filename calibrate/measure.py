@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,7 @@ def measure_point(
         stages=session.stages(),
         process=os.getpid(),
         measured_on=measured_on,
+        host=socket.gethostname(),
         repeat=point.task.repeat,
         sm_clock_mhz=tuple(session.clocks_mhz),
         arms=arms,

@@ -1,8 +1,8 @@
 """One table from several of the same device, software and protocol: sweeps of several days, of a job array. Pure.
 
 In: tables. Out: a table with every point of all of them, in any order the same. Points that several have are combined
-by the bounds of their speedups: the weighted mean of ln(speedup), weights 1 / variance, its bounds widened where the
-tables differ by more than their bounds say (Birge ratio; Birge, Physical Review 40, 207, 1932).
+by the bounds of their speedups: the weighted mean of ln(speedup), weights 1 / variance. Where the tables differ by more
+than their bounds say, the bounds cover all of theirs.
 """
 
 from __future__ import annotations
@@ -77,16 +77,18 @@ def combine_points(points: Sequence[Point], protocol: Protocol) -> Point:
     sigmas = [max((high - low) / 2 / z, ROUNDING) for *_, low, high in logs]
     weights = [1 / sigma**2 for sigma in sigmas]
     *times, mean = (_weighted_mean(column, weights) for column in list(zip(*logs, strict=True))[:5])
+    half = z / math.sqrt(sum(weights))
+    low, high = mean - half, mean + half
     chi_squared = sum(w * (log[4] - mean) ** 2 for w, log in zip(weights, logs, strict=True))
-    birge = max(1.0, math.sqrt(chi_squared / (len(logs) - 1)))
-    half = z * birge / math.sqrt(sum(weights))
-    speedup = Interval(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+    if chi_squared > len(logs) - 1:
+        low, high = (bound(log[index] for log in logs) for bound, index in ((min, 5), (max, 6)))
+    speedup = Interval(math.exp(mean), math.exp(low), math.exp(high))
     decided = speedup.excludes(protocol.threshold) or speedup.within(protocol.tolerance)
     shape = with_numbers[0].shape
     bf16_fwd, bf16_bwd, fp8_fwd, fp8_bwd = (round_to_measured(math.exp(time)) for time in times)
-    estimate, low, high = map(round_to_measured, (speedup.estimate, speedup.low, speedup.high))
+    estimate, lowest, highest = map(round_to_measured, (speedup.estimate, speedup.low, speedup.high))
     status: Status = "measured" if decided else "ambiguous"
-    return Point(shape.m, shape.k, shape.n, bf16_fwd, bf16_bwd, fp8_fwd, fp8_bwd, estimate, low, high, status)
+    return Point(shape.m, shape.k, shape.n, bf16_fwd, bf16_bwd, fp8_fwd, fp8_bwd, estimate, lowest, highest, status)
 
 
 def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:

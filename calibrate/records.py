@@ -55,8 +55,8 @@ class Stages(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All arms of one shape, measured together.
 
-    process: the process that measured it. measured_on: the machine and the device (device.device_identity). repeat: it
-    was measured before, and this is only to see the spread. sm_clock_mhz: after each batch of rounds, if the device
+    process: the process that measured it. measured_on: the device (device.device_identity). host: the machine. repeat:
+    it was measured before, and this is only to see the spread. sm_clock_mhz: after each batch of rounds, if the device
     tells.
     """
 
@@ -67,6 +67,7 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     stages: Stages
     process: int
     measured_on: str = ""
+    host: str = ""
     repeat: bool = False
     sm_clock_mhz: tuple[int, ...] = ()
     arms: dict[ArmName, ArmRecord]

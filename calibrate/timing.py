@@ -185,25 +185,12 @@ class CpuTimer:
 
 
 def balanced_orders(arms: int, rounds: int, rng: random.Random) -> list[list[int]]:
-    """Orders for rounds in which, over each full square, every arm runs after every other equally often.
-
-    Under a power limit an arm's clock depends on what ran before it; a Williams design spreads that evenly (Williams,
-    Australian Journal of Scientific Research A 2, 1949). Each square of `arms` rounds (twice as many for an odd number
-    of arms) is relabelled at random; a last square that is cut short is not balanced.
-    """
+    """Orders for rounds, in pairs of an order and its reverse: of two arms, each comes first equally often."""
     orders: list[list[int]] = []
     while len(orders) < rounds:
-        labels = rng.sample(range(arms), arms)
-        square = [[labels[i] for i in order] for order in _williams(arms)]
-        rng.shuffle(square)
-        orders += square
+        order = rng.sample(range(arms), arms)
+        orders += [order, order[::-1]]
     return orders[:rounds]
-
-
-def _williams(arms: int) -> list[list[int]]:
-    zigzag = [i // 2 if i % 2 == 0 else arms - 1 - i // 2 for i in range(arms)]
-    square = [[(i + shift) % arms for i in zigzag] for shift in range(arms)]
-    return square if arms % 2 == 0 else square + [order[::-1] for order in square]
 
 
 def _event() -> torch.cuda.Event:

@@ -29,7 +29,6 @@ from fp8gate.calibrate.run import Book, Part, Run
 from fp8gate.calibrate.worker import Job
 from fp8gate.calibrate.workers import WorkersDiedError
 
-
 FAREWELL_S = 15.0  # ranks start together; one that is not there by then has other troubles
 
 

@@ -15,7 +15,7 @@ def record(device, k=32, *, speedup=2.0, slower=1.0, **fields):
         "bf16": timed_arm([100.0 * slower] * 8),
         "rowwise": timed_arm([100.0 * slower / speedup] * 8),
     }
-    return point_record((64, k, 16), arms=arms, measured_on=device, **fields)
+    return point_record((64, k, 16), arms=arms, measured_on=device, host="node7", **fields)
 
 
 def spread_of(*records):
@@ -56,14 +56,14 @@ def fleet(slower, points=20):
 
 
 def test_a_device_that_is_slower_throughout_is_named_with_what_it_reported():
-    (odd,) = odd_devices(fleet({"a 1": 1.0, "b 2": 1.0, "c 3": 1.07}), {"c 3": "thermal slowdown, 4 times"})
-    assert (odd.measured_on, round(odd.slower, 3), odd.points, odd.of) == ("c 3", 0.07, 16, 20)
-    assert str(odd) == "c 3: 7.0% slower than the median in 16 of 20 points; thermal slowdown, 4 times"
+    (odd,) = odd_devices(fleet({"a": 1.0, "b": 1.0, "c": 1.07}), {"c": "thermal slowdown, 4 times"})
+    assert (odd.measured_on, round(odd.slower, 3), odd.points, odd.of) == ("c", 0.07, 16, 20)
+    assert str(odd) == "node7 c: 7.0% slower than the median in 16 of 20 points; thermal slowdown, 4 times"
 
 
 def test_one_that_is_faster_is_odd_too_and_the_oddest_comes_first():
     odd = odd_devices(fleet({"a": 1.0, "b": 1.0, "c": 1.0, "d": 0.95, "e": 1.1}), {})
-    assert [str(device).split(" than")[0] for device in odd] == ["e: 10.0% slower", "d: 5.0% faster"]
+    assert [str(device).split(" than")[0] for device in odd] == ["node7 e: 10.0% slower", "node7 d: 5.0% faster"]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,12 @@ def test_one_that_is_faster_is_odd_too_and_the_oddest_comes_first():
 )
 def test_otherwise_none_is_odd(slower):
     assert odd_devices(fleet(slower), {}) == []
+
+
+def test_a_device_that_measured_fewer_recipes_is_not_faster():
+    records = fleet({"a": 1.0, "b": 1.0, "c": 1.0})
+    only_bf16 = [replaced(r, measured_on="d", arms={"bf16": r.arms["bf16"]}) for r in fleet({"c": 1.0})]
+    assert odd_devices(records + only_bf16, {}) == []
 
 
 def test_slower_here_and_faster_there_is_not_odd():

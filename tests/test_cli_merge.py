@@ -21,9 +21,19 @@ def merge(tmp_path):
 def test_points_of_both_files_are_written(merge, tmp_path):
     one = write_file(make_table(make_point(16, 32, 48)), tmp_path / "a.yaml")
     other = write_file(make_table(make_point(16, 32, 64)), tmp_path / "b.yaml")
+    both = tmp_path / "c.yaml"
+    result = merge(one, other, "--out", both)
+    assert (result.exit_code, result.stdout) == (0, f"wrote {both}: 2 points of 2 tables\n")
+    assert [point.n for point in read_table(both).points] == [48, 64]
+
+
+def test_a_table_is_not_merged_into_itself(merge, tmp_path):
+    one = write_file(make_table(make_point(16, 32, 48)), tmp_path / "a.yaml")
+    other = write_file(make_table(make_point(16, 32, 64)), tmp_path / "b.yaml")
     result = merge(one, other, "--out", one)
-    assert (result.exit_code, result.stdout) == (0, f"wrote {one}: 2 points of 2 tables\n")
-    assert [point.n for point in read_table(one).points] == [48, 64]
+    assert result.exit_code == 2
+    assert "count again" in result.stderr
+    assert len(read_table(one).points) == 1
 
 
 @pytest.mark.parametrize(

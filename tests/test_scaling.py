@@ -38,6 +38,14 @@ def test_one_device_measures_what_two_workers_compile(scaling):
     assert sweep.idle == pytest.approx(1 - 3 / 22)
 
 
+def test_the_first_point_of_each_process_takes_longer_to_compile(scaling):
+    """Both first points took 9 s rather than 5: every process of every rank begins so."""
+    costs = [cost(scaling, n, compiling_s=s) for n, s in ((16, 9.0), (32, 9.0), (48, 5.0), (64, 5.0))]
+    assert scaling.without_cold_starts(costs)[1] == 4.0
+    assert swept(scaling, costs, 2).total_s == 10 + 9 + 2
+    assert swept(scaling, costs, 1).total_s == 10 + 9 + 1 + 5 + 1 + 1
+
+
 def test_two_devices_share_them(scaling):
     assert swept(scaling, [cost(scaling, n) for n in (16, 32, 48)], 2).total_s == 17.0
 

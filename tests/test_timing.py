@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import random
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -105,24 +104,19 @@ def test_a_real_arm_takes_time_and_gives_results_of_its_shapes(recipe):
     assert acceptable(References(operands).relative_errors(results))
 
 
-@pytest.mark.parametrize("arms", range(2, 6))
-def test_over_a_square_every_arm_follows_every_other_equally_often(arms):
-    rounds = arms if arms % 2 == 0 else 2 * arms
-    orders = balanced_orders(arms, rounds, random.Random(3))
+@pytest.mark.parametrize("arms", [1, 2, 3])
+def test_in_each_pair_of_rounds_the_second_is_the_first_reversed(arms):
+    orders = balanced_orders(arms, 40, random.Random(3))
     assert all(sorted(order) == list(range(arms)) for order in orders)
-    every_arm_equally = Counter(orders[0] * (rounds // arms))
-    assert all(Counter(position) == every_arm_equally for position in zip(*orders, strict=True))
-    follows = Counter(pair for order in orders for pair in itertools.pairwise(order))
-    assert set(follows) == set(itertools.permutations(range(arms), 2))
-    assert len(set(follows.values())) == 1
+    assert all(orders[i + 1] == orders[i][::-1] for i in range(0, 40, 2))
+    assert len({tuple(order) for order in orders}) == math.factorial(arms)
 
 
-def test_orders_are_random_but_reproducible_and_as_many_as_asked():
-    orders = balanced_orders(4, 30, random.Random(0))
-    assert len(orders) == 30
-    assert orders == balanced_orders(4, 30, random.Random(0))
-    assert orders != balanced_orders(4, 30, random.Random(1))
-    assert orders[:4] != orders[4:8]  # each square has its own labels
+def test_orders_are_reproducible_and_as_many_as_asked():
+    orders = balanced_orders(2, 31, random.Random(0))
+    assert len(orders) == 31
+    assert orders == balanced_orders(2, 31, random.Random(0))
+    assert orders != balanced_orders(2, 31, random.Random(1))
 
 
 @pytest.mark.gpu

@@ -105,15 +105,18 @@ def calibrate_command(
 @app.command("merge")
 def merge_command(
     tables: Annotated[list[Path], typer.Argument(help="Tables of one recipe, device, software and protocol.")],
-    out: Annotated[Path, typer.Option(help="File to write; it may be one of the tables.")],
+    out: Annotated[Path, typer.Option(help="File to write; none of the tables.")],
 ) -> None:
     """Make one table of several: sweeps of several days, or of a job array.
 
     Points that several tables have are combined by their bounds, which widen where the tables disagree. The order of
-    the tables does not matter. What differs in recipe, device, software or protocol is refused.
+    the tables does not matter. What differs in recipe, device, software or protocol is refused. Merge what was
+    measured, not what was merged before: a table that goes in twice counts twice.
     """
     from fp8gate.calibrate.merge import merge_tables
 
+    if out.resolve() in [path.resolve() for path in tables]:
+        _fail(f"--out: expected another file than the tables, which would count again next time; got {out}")
     try:
         merged = merge_tables({str(path): read_table(path) for path in tables})
         write_table(merged, out)

@@ -1,6 +1,6 @@
 """The command line: `fp8gate calibrate` measures, `merge` joins tables, `explain` asks a table about a model.
 
-Exit codes: 0 done, 1 stopped before the end (run again to go on), 2 usage or bad input, 130 Ctrl-C.
+Exit codes: 0 done, 1 findings, or stopped before the end (run again to go on), 2 usage or bad input, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fp8gate.filter.table import RECIPES, Recipe, read_table, write_table
 if TYPE_CHECKING:
     from fp8gate.calibrate.sweep import SweepResult
 
-EXIT_STOPPED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_STOPPED, EXIT_FINDINGS, EXIT_USAGE, EXIT_INTERRUPTED = 1, 1, 2, 130
 
 app = typer.Typer(
     help="Measure where float8 linears train faster than bf16 on this GPU, and convert only those.",
@@ -123,6 +123,34 @@ def merge_command(
     except (ValueError, OSError) as error:
         _fail(str(error))
     typer.echo(f"wrote {out}: {len(merged.points)} points of {len(tables)} tables")
+
+
+@app.command("diff")
+def diff_command(
+    before: Annotated[Path, typer.Argument(help="A table, or a folder of tables such as thresholds/nvidia-h200.")],
+    after: Annotated[Path, typer.Argument(help="The same, measured later, elsewhere or with other software.")],
+    min_speedup: Annotated[float, typer.Option(help="Decisions: convert from this speedup on.")] = DEFAULT_MIN_SPEEDUP,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Say what changed between two tables, and what it means for models.
+
+    Exit code 1 if points changed by more than two honest sweeps do, if all have shifted, or if numbers were lost; 0 if
+    not; 2 if something cannot be read.
+    """
+    from fp8gate.calibrate.compare_output import comparison_json, comparison_text
+    from fp8gate.calibrate.diff import compare_paths
+
+    try:
+        comparisons = compare_paths(before, after, min_speedup=min_speedup)
+    except ValueError as error:
+        _fail(str(error))
+    if as_json:
+        typer.echo(_json({"comparisons": [comparison_json(comparison) for comparison in comparisons]}))
+    else:
+        typer.echo(comparison_text(comparisons, "markdown" if markdown else "text"))
+    if any(comparison.has_findings for comparison in comparisons):
+        raise typer.Exit(EXIT_FINDINGS)
 
 
 @app.command("explain")

@@ -1,0 +1,75 @@
+"""`fp8gate diff`: files and folders, exit codes for CI, and output for people and programs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from builders import make_point, make_table, write_file, write_folder
+from typer.testing import CliRunner
+
+from fp8gate.cli import app
+
+SHAPES = [(1024, k, n) for k in (1024, 2048, 4096) for n in (1024, 2048, 4096)]
+
+
+@pytest.fixture
+def diff():
+    return lambda *args: CliRunner().invoke(app, ["diff", *map(str, args)])
+
+
+def table(factor=1.0, **fields):
+    return make_table(
+        *(make_point(*shape, 1.5 * (factor if i == 0 else 1.0)) for i, shape in enumerate(SHAPES)), **fields
+    )
+
+
+def test_the_same_table_twice_has_no_findings(diff, tmp_path):
+    path = write_file(table(), tmp_path / "a.yaml")
+    result = diff(path, path)
+    assert result.exit_code == 0, result.output
+    assert "0 points changed beyond chance" in result.stdout
+
+
+def test_a_planted_change_is_exit_code_1(diff, tmp_path):
+    result = diff(write_file(table(), tmp_path / "a.yaml"), write_file(table(1.3), tmp_path / "b.yaml"))
+    assert result.exit_code == 1
+    assert "(1024, 1024, 1024)" in result.stdout
+
+
+def test_folders_are_compared_recipe_by_recipe(diff, tmp_path):
+    before = write_folder(tmp_path / "a", table(), table(recipe="tensorwise"))
+    after = write_folder(tmp_path / "b", table(1.3, recipe="tensorwise"), table(recipe="rowwise_with_gw_hp"))
+    result = diff(before / "nvidia-h200", after / "nvidia-h200", "--json")
+    (comparison,) = json.loads(result.stdout)["comparisons"]
+    assert (comparison["recipe"], comparison["findings"], result.exit_code) == ("tensorwise", True, 1)
+
+
+def test_markdown_is_for_pull_requests(diff, tmp_path):
+    path = write_file(table(), tmp_path / "a.yaml")
+    assert diff(path, path, "--markdown").stdout.startswith("### rowwise: NVIDIA H200")
+
+
+def test_committed_sweeps_of_one_gpu_do_not_differ_in_decisions(diff, request):
+    """Real ones, of one NVIDIA H200 each, kernels tuned by Inductor's own timing: a few of the shortest differ."""
+    root = request.config.rootpath
+    result = diff(root / "benchmarks/data/nvidia-h200-second-sweep", root / "thresholds/nvidia-h200", "--json")
+    for comparison in json.loads(result.stdout)["comparisons"]:
+        assert abs(comparison["shift"]["estimate"] - 1) < 0.005
+        assert all(not flip["beyond_chance"] for flip in comparison["flips"])
+        assert len(comparison["changed"]) < 0.03 * comparison["points"]
+
+
+@pytest.mark.parametrize("missing", ["before", "after"])
+def test_what_is_not_there_is_exit_code_2(diff, tmp_path, missing):
+    path, nothing = write_file(table(), tmp_path / "a.yaml"), tmp_path / "nothing"
+    result = diff(*((nothing, path) if missing == "before" else (path, nothing)))
+    assert result.exit_code == 2
+    assert f"{nothing}: expected a table, or a folder of tables" in result.stderr
+
+
+def test_tables_of_different_recipes_only_are_exit_code_2(diff, tmp_path):
+    one, other = write_file(table(), tmp_path / "a.yaml"), write_file(table(recipe="tensorwise"), tmp_path / "b.yaml")
+    result = diff(one, other)
+    assert result.exit_code == 2
+    assert "found rowwise and tensorwise" in result.stderr

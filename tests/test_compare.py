@@ -1,0 +1,177 @@
+"""Two tables: a planted change is found, and what two honest sweeps differ by is not."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from builders import PROTOCOL, make_point, make_table
+from samples import replaced
+
+from fp8gate.calibrate.compare import SHIFT, SPREADS, compare_tables, shift_of
+from fp8gate.calibrate.compare_output import comparison_json, comparison_text
+from fp8gate.calibrate.diff import MODEL_TP, usual_models
+from fp8gate.filter.models import BUNDLED, ModelConfig
+from fp8gate.filter.parallel import Parallel, Shards
+from fp8gate.filter.table import Spread, TableError
+
+P95 = 0.02
+SHAPES = [(m, k, n) for m in (1024, 4096) for k in (512, 1024, 2048, 4096) for n in (512, 1024, 2048, 4096)]
+STATED = replaced(PROTOCOL, spread=Spread(points=20, median=0.005, p95=P95, worst=0.03))
+TINY = ModelConfig(
+    model_type="llama",
+    hidden_size=1024,
+    intermediate_size=2048,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    vocab_size=4096,
+)
+
+
+def table(speedups, *, bounds=0.002, protocol=STATED, **fields):
+    points = [
+        make_point(*shape, speedup, spread=math.exp(bounds)) for shape, speedup in zip(SHAPES, speedups, strict=False)
+    ]
+    return make_table(*points, protocol=protocol, **fields)
+
+
+def compared(before, after, **options):
+    return compare_tables(before, after, min_speedup=1.02, **options)
+
+
+def speedups(seed=0):
+    rng = random.Random(seed)
+    return [rng.uniform(0.4, 1.6) for _ in SHAPES]
+
+
+def noisy(values, seed, by):
+    rng = random.Random(seed)
+    return [value * math.exp(rng.gauss(0.0, by)) for value in values]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_honest_sweeps_have_no_findings(seed):
+    """A process differs from the next by 2 % at the 95th percentile, so by 0.7 % each (standard deviation)."""
+    truth = speedups(seed)
+    one, other = (table(noisy(truth, f"{seed} {sweep}", P95 / 1.96 / math.sqrt(2))) for sweep in (1, 2))
+    comparison = compared(one, other)
+    assert not comparison.has_findings, comparison.changed
+    assert comparison.changed == []
+
+
+@pytest.mark.parametrize("factor", [1.1, 0.9])
+def test_a_planted_change_of_one_point_is_found(factor):
+    truth = speedups()
+    changed = [truth[0], truth[1] * factor, *truth[2:]]
+    comparison = compared(table(truth), table(noisy(changed, 1, 0.003)))
+    (point,) = comparison.changed
+    assert (point.shape.m, point.shape.k, point.shape.n) == SHAPES[1]
+    assert point.change == pytest.approx(factor - 1, abs=0.01)
+    assert comparison.has_findings
+    assert not comparison.has_shifted
+
+
+@pytest.mark.parametrize("factor", [1.05, 0.95])
+def test_a_shift_of_all_is_found_though_no_point_is_beyond_chance(factor):
+    truth = speedups()
+    wide = replaced(STATED, spread=Spread(points=20, median=0.01, p95=0.05, worst=0.06))
+    comparison = compared(
+        table(truth, protocol=wide), table([s * factor for s in noisy(truth, 1, 0.01)], protocol=wide)
+    )
+    assert comparison.changed == []
+    assert comparison.has_shifted
+    assert comparison.has_findings
+
+
+def test_a_shift_of_what_two_boards_differ_by_is_none():
+    truth = speedups()
+    comparison = compared(table(truth), table([s * (1 + SHIFT / 2) for s in truth]))
+    assert comparison.shift.estimate == pytest.approx(1 + SHIFT / 2)
+    assert not comparison.has_shifted
+
+
+def test_what_chance_allows_is_the_bounds_and_the_spread():
+    (point,) = compared(table([1.5], bounds=0.03), table([1.5], bounds=0.04)).points
+    assert point.allowed == pytest.approx(0.05 + SPREADS * P95, rel=1e-3)
+
+
+def test_the_larger_spread_counts_and_none_is_not_zero():
+    silent = table([1.5], protocol=PROTOCOL)
+    (point,) = compared(silent, table([1.5])).points
+    assert point.allowed > SPREADS * 0.05
+
+
+def test_flips_are_counted_also_within_chance():
+    comparison = compared(table([1.01, 1.5, 0.9]), table([1.03, 1.5, 1.3]))
+    assert [p.shape.n for p in comparison.flips] == [512, 2048]
+    assert [p.shape.n for p in comparison.changed] == [2048]
+
+
+def test_points_of_one_table_only_are_counted_and_lost_numbers_are_findings():
+    before = make_table(*(make_point(*shape) for shape in SHAPES[:3]))
+    after = make_table(make_point(*SHAPES[1]), make_point(*SHAPES[2], status="failed"), make_point(*SHAPES[3]))
+    comparison = compared(before, after)
+    assert (len(comparison.points), comparison.only_before, comparison.only_after) == (1, 1, 1)
+    assert [shape.n for shape in comparison.lost] == [2048]
+    assert comparison.has_findings
+    assert not compared(after, before).lost
+
+
+def test_what_cannot_be_compared_is_an_error():
+    one = table([1.5])
+    with pytest.raises(TableError, match="rowwise and tensorwise"):
+        compared(one, table([1.5], recipe="tensorwise"))
+    with pytest.raises(TableError, match="no point in common"):
+        compared(one, make_table(make_point(16, 16, 16)))
+
+
+def test_the_shift_is_the_hodges_lehmann_estimate():
+    assert shift_of([0.1] * 7) is None
+    shift = shift_of([0.0] * 4 + [0.2] * 4)
+    assert shift.estimate == pytest.approx(math.exp(0.1))
+    assert shift.low <= shift.estimate <= shift.high
+
+
+def test_a_model_says_what_deciding_by_the_old_table_costs():
+    """Everything flips to float8, which is twice as fast now and half as fast before."""
+    shards = Shards(Parallel(), 1024)
+    before, after = table([0.5] * len(SHAPES)), table([2.0] * len(SHAPES))
+    (model,) = compared(before, after, models=[("tiny", TINY, shards)]).models
+    assert model.stale_us == pytest.approx(2 * model.after_us)
+    assert model.before_us == pytest.approx(model.stale_us)
+    assert model.flipped == ("wq", "wk", "wv", "wo", "w1", "w3", "w2", "output")
+
+
+def test_every_bundled_model_is_compared_as_it_is_usually_trained():
+    assert set(MODEL_TP) == set(BUNDLED)
+    names = [name for name, _, _ in usual_models()]
+    assert "llama3-8b" in names
+    assert "llama3-70b, TP 8" in names
+
+
+@pytest.mark.parametrize("form", ["text", "markdown"])
+def test_the_text_says_what_changed(form):
+    truth = speedups()
+    comparison = compared(
+        table(truth), table([truth[0] * 1.5, *truth[1:]]), models=[("tiny", TINY, Shards(Parallel(), 1024))]
+    )
+    text = comparison_text([comparison], form)
+    for expected in ("32 points in both", "1 points changed beyond chance", "+50.0%", "(1024, 512, 512)", "tiny"):
+        assert expected in text
+    assert ("### rowwise" in text) == ("|" in text) == (form == "markdown")
+
+
+def test_a_long_list_is_cut_and_says_so():
+    comparison = compared(table(speedups()), table([s * 2 for s in speedups()]))
+    assert "and 22 more" in comparison_text([comparison])
+    assert len(comparison_json(comparison)["changed"]) == len(SHAPES)
+
+
+def test_the_json_has_everything():
+    truth = speedups()
+    data = comparison_json(compared(table(truth), table([truth[0] * 1.5, *truth[1:]])))
+    assert (data["recipe"], data["findings"], data["points"], data["lost"]) == ("rowwise", True, len(SHAPES), [])
+    (changed,) = data["changed"]
+    assert (changed["m"], changed["k"], changed["n"], changed["beyond_chance"]) == (*SHAPES[0], True)
+    assert set(data["shift"]) == {"estimate", "low", "high"}

@@ -1,0 +1,97 @@
+"""Does a committed table still hold here? Measure a sample of it again and compare.
+
+In: a folder of tables, a device. Out: a `Verification`: what the files say, and a `Comparison` for each recipe if the
+tables are of this device.
+Try it: fp8gate verify
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fp8gate.calibrate.compare import Comparison, compare_tables
+from fp8gate.calibrate.sweep import make_setup, sweep
+from fp8gate.filter.devices import device_slug
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import RECIPES, WITH_NUMBERS, Grid, Recipe, Table, TableError, read_table
+
+POINTS = 24  # about half a minute on the device, and enough to see a shift of all by 3 %
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """files: every table found, all of them read without an error. stale: software that differs from the tables'."""
+
+    device: str
+    files: tuple[Path, ...]
+    comparisons: tuple[Comparison, ...]
+    stale: tuple[str, ...]
+
+    @property
+    def has_findings(self) -> bool:
+        return any(comparison.has_findings for comparison in self.comparisons)
+
+
+def verify(
+    folder: Path, device: torch.device, *, points: int, min_speedup: float, workers: int | None, seed: int
+) -> Verification:
+    """Read every table under `folder`; measure `points` of this device's again, if there are any.
+
+    Raises TableError for a file that is no table, or if there is none, and what `sweep` raises.
+    """
+    files = tuple(sorted(folder.rglob("*.yaml")))
+    if not files:
+        raise TableError(f"{folder}: expected tables such as nvidia-h200/rowwise.yaml; found none")
+    tables = {path: read_table(path) for path in files}
+    setup = make_setup(device)
+    here = {table.recipe: table for table in tables.values() if table.device.name == setup.device.name}
+    if not here:
+        return Verification(device=setup.device.name, files=files, comparisons=(), stale=())
+    recipes = [recipe for recipe in RECIPES if recipe in here]
+    with tempfile.TemporaryDirectory() as out:
+        result = sweep(
+            Grid(),
+            sample(here, points),
+            recipes=recipes,
+            device=device,
+            setup=setup,
+            out=Path(out),
+            workers=workers,
+            seed=seed,
+        )
+        again = {table.recipe: table for table in result.tables.values()}
+    if not again:
+        raise TableError(
+            f"{device_slug(setup.device.name)}: bf16 against itself was off here, so nothing can be verified"
+        )
+    comparisons = tuple(compare_tables(here[recipe], again[recipe], min_speedup=min_speedup) for recipe in recipes)
+    ours, theirs = setup.software, next(iter(here.values())).software
+    stale = tuple(
+        f"{name} {getattr(theirs, name)} in the table, {getattr(ours, name)} here"
+        for name in ("torch", "torchao", "triton", "driver")
+        if getattr(theirs, name) != getattr(ours, name)
+    )
+    return Verification(device=setup.device.name, files=files, comparisons=comparisons, stale=stale)
+
+
+def sample(tables: Mapping[Recipe, Table], count: int) -> list[LinearShape]:
+    """Shapes that all tables have numbers for, spread evenly over the time that bf16 takes."""
+    times_us: dict[LinearShape, float] = {}
+    for table in tables.values():
+        for point in table.points:
+            if point.bf16_fwd_us and point.bf16_bwd_us:
+                times_us.setdefault(point.shape, point.bf16_fwd_us + point.bf16_bwd_us)
+    known = [{point.shape for point in table.points if point.status in WITH_NUMBERS} for table in tables.values()]
+    shapes = sorted(set.intersection(*known), key=lambda shape: (times_us[shape], shape))
+    return _evenly(shapes, count)
+
+
+def _evenly(shapes: Sequence[LinearShape], count: int) -> list[LinearShape]:
+    if count >= len(shapes):
+        return list(shapes)
+    return [shapes[(2 * i + 1) * len(shapes) // (2 * count)] for i in range(count)]

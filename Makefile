@@ -1,4 +1,5 @@
 # make calibrate   measure this machine's GPU (or CPU) and write thresholds/<device>/<recipe>.yaml
+# make verify      measure a sample of the committed tables again: do they still hold here?
 # make test        run the tests
 # make check       ruff, mypy --strict and the tests
 #
@@ -16,11 +17,14 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: calibrate test check lint
+.PHONY: calibrate verify test check lint
 .DEFAULT_GOAL := check
 
 calibrate: $(INSTALLED)
 	$(PY) -m fp8gate calibrate $(ARGS)
+
+verify: $(INSTALLED)
+	$(PY) -m fp8gate verify $(ARGS)
 
 test: $(INSTALLED)
 	$(PY) -m pytest $(ARGS)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tabulate import tabulate
 
 from fp8gate.calibrate.compare import SHIFT, Comparison, ModelChange, PointChange
 from fp8gate.filter.table import Table
+
+if TYPE_CHECKING:
+    from fp8gate.calibrate.verify import Verification
 
 Format = Literal["text", "markdown"]
 MOST_NAMED = 10  # points in a list; the JSON has all
@@ -52,6 +55,27 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
             }
             for model in comparison.models
         ],
+    }
+
+
+def verification_text(verification: Verification) -> str:
+    """What the files say, and whether this device still measures what they say."""
+    checked = f"{len(verification.files)} tables read and checked"
+    if not verification.comparisons:
+        return f"{checked}; none is of {verification.device}: nothing was measured"
+    verdict = "do NOT hold" if verification.has_findings else "hold"
+    lines = [f"{checked}; those of {verification.device} {verdict}", *verification.stale]
+    return "\n".join(lines) + "\n\n" + comparison_text(verification.comparisons)
+
+
+def verification_json(verification: Verification) -> dict[str, Any]:
+    return {
+        "device": verification.device,
+        "files": [str(path) for path in verification.files],
+        "measured": bool(verification.comparisons),
+        "holds": not verification.has_findings if verification.comparisons else None,
+        "stale": list(verification.stale),
+        "comparisons": [comparison_json(comparison) for comparison in verification.comparisons],
     }
 
 

@@ -16,11 +16,8 @@ import torch
 
 from fp8gate.calibrate.compare import Comparison, compare_tables
 from fp8gate.calibrate.sweep import make_setup, sweep
-from fp8gate.filter.devices import device_slug
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES, WITH_NUMBERS, Grid, Recipe, Table, TableError, read_table
-
-POINTS = 24  # about half a minute on the device, and enough to see a shift of all by 3 %
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +34,7 @@ class Verification:
         return any(comparison.has_findings for comparison in self.comparisons)
 
 
-def verify(
-    folder: Path, device: torch.device, *, points: int, min_speedup: float, workers: int | None, seed: int
-) -> Verification:
+def verify(folder: Path, device: torch.device, *, points: int, min_speedup: float, workers: int | None) -> Verification:
     """Read every table under `folder`; measure `points` of this device's again, if there are any.
 
     Raises TableError for a file that is no table, or if there is none, and what `sweep` raises.
@@ -62,13 +57,10 @@ def verify(
             setup=setup,
             out=Path(out),
             workers=workers,
-            seed=seed,
         )
         again = {table.recipe: table for table in result.tables.values()}
     if not again:
-        raise TableError(
-            f"{device_slug(setup.device.name)}: bf16 against itself was off here, so nothing can be verified"
-        )
+        raise TableError(f"{setup.device.name}: bf16 against itself was off here, so nothing can be verified")
     comparisons = tuple(compare_tables(here[recipe], again[recipe], min_speedup=min_speedup) for recipe in recipes)
     ours, theirs = setup.software, next(iter(here.values())).software
     stale = tuple(

@@ -155,5 +155,5 @@ def test_the_arguments_passed_through_make_are_options(command: str) -> None:
 def test_every_make_target_shown_exists() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
     shown = {shlex.split(c)[1] for c in COMMANDS if c.startswith("make ")}
-    assert shown == {"calibrate", "test"}
+    assert shown == {"calibrate", "test", "verify"}
     assert shown <= targets

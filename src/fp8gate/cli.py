@@ -79,9 +79,7 @@ def calibrate_command(
     Every point is kept in a journal beside the tables as soon as it is measured: after Ctrl-C, a kill or
     --stop-after, the same command goes on where it was. Tables are written when all points are measured.
     """
-    missing = [name for name in ("torch", "torchao", "numpy", "pandas", "pynvml") if find_spec(name) is None]
-    if missing:
-        _fail(f"calibrate needs {', '.join(missing)}: pip install 'fp8gate[calibrate]'")
+    _require("calibrate")
     if (model is None) != (tokens is None):
         _fail("--model and --tokens go together: a linear's shape depends on both")
     if tp > 1 and model is None:
@@ -150,6 +148,40 @@ def diff_command(
     else:
         typer.echo(comparison_text(comparisons, "markdown" if markdown else "text"))
     if any(comparison.has_findings for comparison in comparisons):
+        raise typer.Exit(EXIT_FINDINGS)
+
+
+@app.command("verify")
+def verify_command(
+    tables: Annotated[Path, typer.Option(help="Folder of tables.")] = Path("thresholds"),
+    points: Annotated[int, typer.Option(min=8, help="How many of their points to measure again.")] = 24,
+    device: Annotated[
+        DeviceKind | None, typer.Option(help="What to measure; by default the GPU if there is one.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that compile; 0 for none but this.")] = None,
+    min_speedup: Annotated[float, typer.Option(help="Decisions: convert from this speedup on.")] = DEFAULT_MIN_SPEEDUP,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Measure a sample of the committed tables again and say whether they still hold here.
+
+    Every table under the folder is read and checked. Those of this device are measured again at some points, spread
+    over all sizes; if there are none, only the files are checked. Exit code 1 if they do not hold.
+    """
+    _require("verify")
+    from fp8gate.calibrate.forkserver import start_early
+
+    if device != "cpu" and workers != 0:
+        start_early()
+    from fp8gate.calibrate.compare_output import verification_json, verification_text
+    from fp8gate.calibrate.device import choose_device
+    from fp8gate.calibrate.verify import verify
+
+    try:
+        found = verify(tables, choose_device(device), points=points, min_speedup=min_speedup, workers=workers)
+    except (ValueError, OSError, RuntimeError) as error:
+        _fail(str(error))
+    typer.echo(_json(verification_json(found)) if as_json else verification_text(found))
+    if found.has_findings:
         raise typer.Exit(EXIT_FINDINGS)
 
 
@@ -313,6 +345,13 @@ def _title(asked: dict[str, Any]) -> str:
 
 def _json(data: dict[str, Any]) -> str:
     return json.dumps(data, indent=2)
+
+
+def _require(command: str) -> None:
+    """What measuring needs, and explaining does not."""
+    missing = [name for name in ("torch", "torchao", "numpy", "pandas", "pynvml") if find_spec(name) is None]
+    if missing:
+        _fail(f"{command} needs {', '.join(missing)}: pip install 'fp8gate[calibrate]'")
 
 
 def _fail(message: str) -> NoReturn:

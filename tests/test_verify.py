@@ -1,0 +1,139 @@
+"""Does a table still hold? On the CPU, with measurements that the test makes up, and once with real ones."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from builders import make_point, make_table, write_file
+from samples import replaced
+from typer.testing import CliRunner
+
+from fp8gate.calibrate import sweep as sweep_module
+from fp8gate.calibrate import verify as verify_module
+from fp8gate.calibrate.device import describe_device
+from fp8gate.calibrate.sweep import SweepResult
+from fp8gate.calibrate.verify import sample
+from fp8gate.cli import app
+from fp8gate.filter.shapes import LinearShape
+
+HERE = describe_device(torch.device("cpu"))
+SHAPES = [(m, k, n) for m in (16, 32, 64) for k in (16, 32, 64, 128) for n in (16, 32, 64, 128)]
+
+
+def table(factor=1.0, **fields):
+    """Speedups from 0.5 to 1.5, all times this factor; bf16 takes the longer the larger the shape."""
+    points = [
+        make_point(*shape, factor * (0.5 + i / len(SHAPES)), bf16_us=(LinearShape(*shape).flop / 1e3, 10.0))
+        for i, shape in enumerate(SHAPES)
+    ]
+    return make_table(*points, **{"device": HERE, **fields})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_file(table(), tmp_path / "here" / "rowwise.yaml")
+    write_file(table(recipe="tensorwise"), tmp_path / "here" / "tensorwise.yaml")
+    return tmp_path
+
+
+@pytest.fixture
+def verify(folder, monkeypatch):
+    """Runs the command; what it measures is the table's own speedups times `factor`, a little off."""
+    asked = []
+
+    def run(*args, factor=1.0):
+        def sweep(grid, shapes, *, recipes, **_):
+            asked.append(shapes)
+            tables = {}
+            for recipe in recipes:
+                known = {point.shape: point for point in table(factor).points}
+                points = sorted((known[shape] for shape in shapes), key=lambda point: point.shape)
+                tables[recipe] = make_table(*points, recipe=recipe, device=HERE)
+            return SweepResult(tables, None, 0, {}, {})
+
+        monkeypatch.setattr(verify_module, "sweep", sweep)
+        result = CliRunner().invoke(app, ["verify", "--tables", str(folder), "--device", "cpu", *args])
+        result.asked = asked
+        return result
+
+    return run
+
+
+def test_a_table_that_holds_is_exit_code_0(verify):
+    result = verify(factor=1.01)
+    assert result.exit_code == 0, result.output
+    assert f"2 tables read and checked; those of {HERE.name} hold" in result.stdout
+
+
+@pytest.mark.parametrize("factor", [1.1, 0.9])
+def test_speedups_altered_by_a_tenth_are_exit_code_1(verify, factor):
+    result = verify(factor=factor)
+    assert result.exit_code == 1
+    assert "do NOT hold" in result.stdout
+    assert result.stdout.count("all have shifted") == 2
+
+
+def test_as_many_points_as_asked_are_measured(verify):
+    assert len(verify("--points", "12").asked[0]) == 12
+    assert json.loads(verify("--json").stdout)["holds"] is True
+
+
+def test_without_a_table_of_this_device_only_files_are_checked(verify, folder):
+    for path in (folder / "here").iterdir():
+        path.unlink()
+    write_file(make_table(make_point(16, 16, 16)), folder / "nvidia-h200" / "rowwise.yaml")
+    result = verify()
+    assert (result.exit_code, result.asked) == (0, [])
+    assert result.stdout == f"1 tables read and checked; none is of {HERE.name}: nothing was measured\n"
+    assert json.loads(verify("--json").stdout)["holds"] is None
+
+
+def test_a_file_that_is_no_table_is_exit_code_2(verify, folder):
+    (folder / "here" / "broken.yaml").write_text("schema: 1\n")
+    result = verify()
+    assert result.exit_code == 2
+    assert "broken.yaml" in result.stderr
+
+
+def test_a_folder_without_tables_is_exit_code_2(tmp_path):
+    result = CliRunner().invoke(app, ["verify", "--tables", str(tmp_path), "--device", "cpu"])
+    assert result.exit_code == 2
+    assert "expected tables" in result.stderr
+
+
+def test_other_software_is_named(verify, folder):
+    other = replaced(table().software, torch="1.0")
+    for path in (folder / "here").iterdir():
+        write_file(table(recipe=path.stem, software=other), path)
+    assert "torch 1.0 in the table" in verify().stdout
+
+
+def test_a_sample_covers_all_sizes():
+    shapes = sample({"rowwise": table()}, 8)
+    times = [LinearShape(s.m, s.k, s.n).flop for s in shapes]
+    assert len(set(shapes)) == 8
+    assert times == sorted(times)
+    every = sorted(LinearShape(*shape).flop for shape in SHAPES)
+    assert times[0] <= every[len(every) // 8]
+    assert times[-1] >= every[-len(every) // 8]
+
+
+def test_a_sample_has_only_shapes_that_every_table_has():
+    some = make_table(*table().points[:3], device=HERE)
+    assert sorted(sample({"rowwise": table(), "tensorwise": some}, 8)) == sorted(p.shape for p in some.points)
+
+
+def test_real_measurements_on_this_machine(tmp_path, monkeypatch):
+    """Files, sweep and comparison work together; a shared CPU's times say nothing about holding or not."""
+    monkeypatch.setattr(sweep_module, "CPU_CONTROL_ERROR", 9.0)
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("m: [32]\nk: [32, 48, 64]\nn: [32, 48, 64]\n")
+    folder, here = str(tmp_path / "t"), ["--device", "cpu"]
+    swept = CliRunner().invoke(app, ["calibrate", *here, "--grid", str(grid), "--recipes", "rowwise", "--out", folder])
+    assert swept.exit_code == 0, swept.output
+    result = CliRunner().invoke(app, ["verify", *here, "--tables", folder, "--points", "9", "--json"])
+    assert result.exit_code in (0, 1), result.output
+    (comparison,) = json.loads(result.stdout)["comparisons"]
+    assert comparison["points"] == 9

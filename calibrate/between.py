@@ -51,10 +51,15 @@ def between_devices(recipe: Recipe, protocol: Protocol, records: Sequence[PointR
             speedups[record.shape][record.measured_on].append(estimate)
     shared = {shape: [median(own) for own in by.values()] for shape, by in speedups.items() if len(by) > 1}
     apart = [abs(speedup / median(all_) - 1) for all_ in shared.values() for speedup in all_]
+    return spread_of(apart, len(shared))
+
+
+def spread_of(apart: Sequence[float], points: int) -> Spread | None:
+    """Quantiles of relative differences that so many points have shown; None without any."""
     if not apart:
         return None
     middle, p95, worst = (round(float(value), 5) for value in np.quantile(apart, (0.5, 0.95, 1.0)))
-    return Spread(points=len(shared), median=middle, p95=p95, worst=worst)
+    return Spread(points=points, median=middle, p95=p95, worst=worst)
 
 
 def odd_devices(records: Sequence[PointRecord], troubles: Mapping[str, str]) -> list[OddDevice]:

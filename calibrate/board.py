@@ -22,7 +22,7 @@ from fp8gate.calibrate.journal import Setup
 from fp8gate.calibrate.records import PointRecord, Stages
 from fp8gate.calibrate.schedule import Task
 from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import Recipe
+from fp8gate.filter.table import Protocol, Recipe
 
 PREFIX = "fp8gate"
 PLAN_S = 600.0  # for rank 0 to say what is to be measured: it may have more to import, or to lock
@@ -44,6 +44,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     repeats: tuple[LinearShape, ...] = ()
     repeated: tuple[tuple[LinearShape, str], ...] = ()
     stop_at: float | None = None
+
+    @property
+    def protocols(self) -> dict[Recipe, Protocol]:
+        return {recipe: self.setup.protocols[recipe] for recipe in self.recipes}
 
     def own_tasks(self, measured_on: str) -> list[Task]:
         """What this device measures whoever else does."""
@@ -96,7 +100,7 @@ class Board:
         return cls(store, session.decode(), me)
 
     def admit(self, ranks: Iterable[int]) -> dict[int, str]:
-        """Let into this session who has asked: the newest process of each rank."""
+        """Answer those who wait in the lobby, the newest process of each rank, with the session to join."""
         lobby = Board(self._store, "lobby", self.me)
         asked = {rank: text.decode() for rank in ranks if (text := lobby._get(f"join/{rank}"))}
         for process in asked.values():

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fp8gate.calibrate.statistics import Interval, signed_rank_depth, walsh_averages
+from fp8gate.calibrate.statistics import Interval, ratio_of
 from fp8gate.filter.decision import decide
 from fp8gate.filter.explain import role_shape
 from fp8gate.filter.lookup import Lookup
@@ -111,6 +111,7 @@ def compare_tables(
     common = sorted(one.keys() & other.keys())
     if not common:
         raise TableError(f"{before.recipe}: the tables have no point in common")
+    lookups = Lookup(before), Lookup(after)
     pairs = [(one[shape], other[shape]) for shape in common]
     spread = max(_spread(before), _spread(after))
     points = tuple(_compare(a, b, spread, min_speedup) for a, b in pairs if _has_numbers(a) and _has_numbers(b))
@@ -123,9 +124,7 @@ def compare_tables(
         only_after=len(other.keys() - one.keys()),
         lost=tuple(a.shape for a, b in pairs if _has_numbers(a) and not _has_numbers(b)),
         shift=shift_of([math.log(1 + point.change) for point in points]),
-        models=tuple(
-            _compare_model(name, config, shards, before, after, min_speedup) for name, config, shards in models
-        ),
+        models=tuple(_compare_model(name, config, shards, lookups, min_speedup) for name, config, shards in models),
     )
 
 
@@ -133,10 +132,7 @@ def shift_of(log_changes: Sequence[float]) -> Interval | None:
     """Hodges-Lehmann estimate of what all points have in common, as a factor; None for fewer than 8."""
     if len(log_changes) < MIN_POINTS:
         return None
-    walsh = walsh_averages(log_changes)
-    depth = signed_rank_depth(len(log_changes), CONFIDENCE)
-    middle = (walsh[(len(walsh) - 1) // 2] + walsh[len(walsh) // 2]) / 2
-    return Interval(math.exp(middle), math.exp(walsh[depth - 1]), math.exp(walsh[-depth]))
+    return ratio_of(log_changes, confidence=CONFIDENCE)
 
 
 def _compare(before: Point, after: Point, spread: float, min_speedup: float) -> PointChange:
@@ -146,9 +142,9 @@ def _compare(before: Point, after: Point, spread: float, min_speedup: float) -> 
 
 
 def _compare_model(
-    name: str, config: ModelConfig, shards: Shards, before: Table, after: Table, min_speedup: float
+    name: str, config: ModelConfig, shards: Shards, lookups: tuple[Lookup, Lookup], min_speedup: float
 ) -> ModelChange:
-    old, new = Lookup(before), Lookup(after)
+    old, new = lookups
     before_us = after_us = stale_us = 0.0
     flipped = []
     for linear in linear_roles(config):
@@ -156,7 +152,7 @@ def _compare_model(
         then, now = (decide(shape, lookup, min_speedup=min_speedup).convert for lookup in (old, new))
         was, is_ = old(shape), new(shape)
         if was is None or is_ is None:
-            raise TableError(f"{before.recipe}: a table without any number tells nothing of {name}")
+            raise TableError(f"{old.table.recipe}: a table without any number tells nothing of {name}")
         before_us += linear.count * (was.fp8_us if then else was.bf16_us)
         after_us += linear.count * (is_.fp8_us if now else is_.bf16_us)
         stale_us += linear.count * (is_.fp8_us if then else is_.bf16_us)

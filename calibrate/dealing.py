@@ -13,7 +13,7 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from typing import Literal
 
 from fp8gate.calibrate.board import POLL_S, Board, Message, Plan, RanksError
@@ -151,8 +151,9 @@ class Collector:
                 heard = [self._hear(process, member) for process, member in list(self._members.items())]
                 if time.monotonic() > looked_at + BEAT_S:
                     self._admit()
-                    self._find_dead()
-                    self._deal_again()
+                    owners = self._owners()
+                    self._find_dead(owners.values())
+                    self._deal_again(owners)
                     looked_at = time.monotonic()
                 if not self._open and not self._expected:
                     self.board.end()
@@ -208,9 +209,13 @@ class Collector:
         self.ledger.keep(Task(record.shape, repeat=record.repeat), record)
         self._open.discard(-1 if message.task is None else message.task)
 
-    def _find_dead(self) -> None:
+    def _owners(self) -> dict[int, str | None]:
+        """Of the open tasks that are taken, by number; None: whoever it is has not said so yet."""
+        taken = self.board.taken()
+        return {number: self.board.owner(number) for number in sorted(self._open) if number < taken}
+
+    def _find_dead(self, owners: Collection[str | None]) -> None:
         now = time.monotonic()
-        owners = {self.board.owner(number) for number in self._open if number < self.board.taken()}
         for process, member in self._members.items():
             if member.state not in ("here", "silent"):
                 continue
@@ -227,14 +232,13 @@ class Collector:
         member.state, member.lost = state, why
         self.ledger.say(f"rank {member.rank} {why}: its points go to others")
 
-    def _deal_again(self) -> None:
+    def _deal_again(self, owners: Mapping[int, str | None]) -> None:
         """What was taken by processes that are not here any more gets new numbers at the end.
 
         One may also have died between taking a number and saying so.
         """
-        now, taken = time.monotonic(), self.board.taken()
-        for number in sorted(number for number in self._open if number < taken):
-            owner = self.board.owner(number)
+        now = time.monotonic()
+        for number, owner in owners.items():
             since = self._unowned.setdefault(number, now) if owner is None else now
             if now > since + DEAD_S or (owner is not None and not self._members[owner].is_here):
                 self._open.remove(number)

@@ -29,9 +29,8 @@ def compare_paths(before: Path, after: Path, *, min_speedup: float) -> list[Comp
         raise TableError(
             f"{before} and {after}: expected tables of the same recipe; found {', '.join(one)} and {', '.join(other)}"
         )
-    return [
-        compare_tables(one[recipe], other[recipe], min_speedup=min_speedup, models=usual_models()) for recipe in common
-    ]
+    models = usual_models()
+    return [compare_tables(one[recipe], other[recipe], min_speedup=min_speedup, models=models) for recipe in common]
 
 
 def usual_models() -> list[tuple[str, ModelConfig, Shards]]:

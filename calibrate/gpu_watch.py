@@ -37,13 +37,12 @@ class GpuWatch:
 
     def slowdown(self) -> str | None:
         """Why the GPU is slower than it should be now. The power limit is no reason: training runs at it."""
-        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
+        reasons = self._reasons()
         return ", ".join(name for bit, name in self._slowdowns.items() if reasons & bit) or None
 
     def is_power_limited(self) -> bool:
         """Whether the clock is lowered now to keep to the power limit."""
-        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
-        return bool(reasons & self._nvml.nvmlClocksEventReasonSwPowerCap)
+        return bool(self._reasons() & self._nvml.nvmlClocksEventReasonSwPowerCap)
 
     def sm_clock_mhz(self) -> int | None:
         clock: int | None = self._ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM)
@@ -53,6 +52,10 @@ class GpuWatch:
         """Every process that computes on the GPU, by its number, as far as the driver tells."""
         found = self._ask("nvmlDeviceGetComputeRunningProcesses") or []
         return {process.pid: self._name(process.pid) for process in found}
+
+    def _reasons(self) -> int:
+        """Why the clock is not at its highest, as bits; 0 if the driver does not tell."""
+        return self._ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
 
     def _ask(self, question: str, *arguments: object) -> Any:
         try:

@@ -79,6 +79,12 @@ def grid_shapes(grid: Grid) -> list[LinearShape]:
     return [LinearShape(m, k, n) for m, k, n in itertools.product(grid.m, grid.k, grid.n)]
 
 
+def union(*grids: Grid) -> Grid:
+    """Every size of every axis. Not all combinations need have been measured."""
+    m, k, n = (_axis(itertools.chain(*axes)) for axes in zip(*((g.m, g.k, g.n) for g in grids), strict=True))
+    return Grid(m=m, k=k, n=n)
+
+
 def measuring_order(shapes: Iterable[LinearShape], seed: int) -> list[LinearShape]:
     """Each shape once, shuffled: the time left is honest from the start, and slow drift does not follow an axis."""
     ordered = sorted(set(shapes))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +37,14 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:8]
+
+
+def differences(one: msgspec.Struct, other: msgspec.Struct) -> Iterator[tuple[str, object, object]]:
+    """The fields in which two devices, softwares or protocols differ, in alphabetical order, and what each has."""
+    ours, theirs = msgspec.to_builtins(one), msgspec.to_builtins(other)
+    for field in sorted(ours.keys() | theirs.keys()):
+        if ours.get(field) != theirs.get(field):
+            yield field, ours.get(field), theirs.get(field)
 
 
 class Journal:

@@ -14,11 +14,13 @@ from statistics import NormalDist
 
 import msgspec
 
+from fp8gate.calibrate.grid import union
+from fp8gate.calibrate.journal import differences
+from fp8gate.calibrate.records import make_point
 from fp8gate.calibrate.statistics import Interval
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import (
     WITH_NUMBERS,
-    Grid,
     Point,
     Protocol,
     Spread,
@@ -26,7 +28,6 @@ from fp8gate.filter.table import (
     Table,
     TableError,
     format_table,
-    round_to_measured,
 )
 
 ROUNDING = 1e-4  # of ln(speedup): tables keep 4 digits, and bounds that coincide are not infinitely sure
@@ -50,7 +51,6 @@ def merge_tables(tables: Mapping[str, Table]) -> Table:
         for point in table.points:
             by_shape[point.shape].append(point)
     protocols = [table.protocol for table in ordered]
-    axes = {axis: tuple(sorted({size for t in ordered for size in getattr(t.grid, axis)})) for axis in ("m", "k", "n")}
     return msgspec.structs.replace(
         first,
         protocol=msgspec.structs.replace(
@@ -60,7 +60,7 @@ def merge_tables(tables: Mapping[str, Table]) -> Table:
             between=_pooled(protocol.between for protocol in protocols),
         ),
         measured_at=max(table.measured_at for table in ordered),
-        grid=Grid(**axes),
+        grid=union(*(table.grid for table in ordered)),
         points=tuple(combine_points(by_shape[shape], first.protocol) for shape in sorted(by_shape)),
     )
 
@@ -83,12 +83,7 @@ def combine_points(points: Sequence[Point], protocol: Protocol) -> Point:
     if chi_squared > len(logs) - 1:
         low, high = (bound(log[index] for log in logs) for bound, index in ((min, 5), (max, 6)))
     speedup = Interval(math.exp(mean), math.exp(low), math.exp(high))
-    decided = speedup.excludes(protocol.threshold) or speedup.within(protocol.tolerance)
-    shape = with_numbers[0].shape
-    bf16_fwd, bf16_bwd, fp8_fwd, fp8_bwd = (round_to_measured(math.exp(time)) for time in times)
-    estimate, lowest, highest = map(round_to_measured, (speedup.estimate, speedup.low, speedup.high))
-    status: Status = "measured" if decided else "ambiguous"
-    return Point(shape.m, shape.k, shape.n, bf16_fwd, bf16_bwd, fp8_fwd, fp8_bwd, estimate, lowest, highest, status)
+    return make_point(with_numbers[0].shape, map(math.exp, times), speedup, protocol)
 
 
 def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
@@ -100,10 +95,9 @@ def _difference(one: Table, other: Table) -> str:
     if one.recipe != other.recipe:
         return f"recipe is {other.recipe}, but {one.recipe}"
     for part in ("device", "software", "protocol"):
-        ours, theirs = (msgspec.to_builtins(getattr(table, part)) for table in (one, other))
-        for field in sorted(ours.keys() | theirs.keys()):
-            if field not in ("spread", "devices", "between") and ours.get(field) != theirs.get(field):
-                return f"{part}.{field} is {theirs.get(field)}, but {ours.get(field)}"
+        for field, ours, theirs in differences(getattr(one, part), getattr(other, part)):
+            if field not in ("spread", "devices", "between"):
+                return f"{part}.{field} is {theirs}, but {ours}"
     return ""
 
 

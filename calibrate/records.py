@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from statistics import median
 from typing import Literal
@@ -22,7 +23,7 @@ one took up to 0.45 us longer (NVIDIA H200)."""
 
 
 class ArmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One arm of one point. Samples in microseconds, one a round, none averaged; none unless status is measured.
+    """One arm of one point. Samples in microseconds, each the mean of a part of a run; none unless status is measured.
 
     errors: relative errors against float32 (None if not finite). detail: the error message of a failure.
     """
@@ -35,7 +36,7 @@ class ArmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def total_us(self) -> tuple[float, ...]:
-        """Forward plus backward of each round."""
+        """Forward plus backward of each sample."""
         return tuple(f + b for f, b in zip(self.fwd_us, self.bwd_us, strict=True))
 
 
@@ -104,13 +105,16 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if status != "measured":
             return Point(self.m, self.k, self.n, None, None, None, None, None, None, None, status)
         bf16, fp8 = last_run(self.arms["bf16"], self.arms[recipe], protocol)
-        speedup = self.speedup(recipe, protocol)
         times_us = (median(samples) for samples in (bf16.fwd_us, bf16.bwd_us, fp8.fwd_us, fp8.bwd_us))
-        bf16_fwd, bf16_bwd, fp8_fwd, fp8_bwd = map(round_to_measured, times_us)
-        estimate, low, high = map(round_to_measured, (speedup.estimate, speedup.low, speedup.high))
-        if not decided(speedup, protocol):
-            status = "ambiguous"
-        return Point(self.m, self.k, self.n, bf16_fwd, bf16_bwd, fp8_fwd, fp8_bwd, estimate, low, high, status)
+        return make_point(self.shape, times_us, self.speedup(recipe, protocol), protocol)
+
+
+def make_point(shape: LinearShape, times_us: Iterable[float], speedup: Interval, protocol: Protocol) -> Point:
+    """A row with numbers. times_us: bf16 forward and backward, float8 forward and backward."""
+    bf16_fwd, bf16_bwd, fp8_fwd, fp8_bwd = map(round_to_measured, times_us)
+    estimate, low, high = map(round_to_measured, (speedup.estimate, speedup.low, speedup.high))
+    status: Status = "measured" if decided(speedup, protocol) else "ambiguous"
+    return Point(shape.m, shape.k, shape.n, bf16_fwd, bf16_bwd, fp8_fwd, fp8_bwd, estimate, low, high, status)
 
 
 def speedup_of(bf16: ArmRecord, fp8: ArmRecord, protocol: Protocol) -> Interval:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import msgspec
-import numpy as np
 
-from fp8gate.calibrate.between import OddDevice, between_devices, devices_of, odd_devices
+from fp8gate.calibrate.between import OddDevice, between_devices, devices_of, odd_devices, spread_of
 from fp8gate.calibrate.records import CONTROL, PointRecord
 from fp8gate.calibrate.run import Part
 from fp8gate.filter.shapes import LinearShape
@@ -125,10 +124,7 @@ def spread(recipe: Recipe, protocol: Protocol, records: Sequence[PointRecord]) -
     first = {r.shape: r for r in records if not r.repeat and recipe in r.arms and r.status(recipe) == "measured"}
     again = [r for r in records if r.repeat and recipe in r.arms and r.status(recipe) == "measured"]
     apart = [_apart(first[r.shape], r, recipe, protocol) for r in again if _is_other(first, r)]
-    if not apart:
-        return None
-    median, p95, worst = (round(float(value), 5) for value in np.quantile(apart, (0.5, 0.95, 1.0)))
-    return Spread(points=len(apart), median=median, p95=p95, worst=worst)
+    return spread_of(apart, len(apart))
 
 
 def _is_other(first: Mapping[LinearShape, PointRecord], again: PointRecord) -> bool:

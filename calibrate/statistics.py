@@ -38,7 +38,11 @@ def paired_speedup(bf16_us: Sequence[float], fp8_us: Sequence[float], *, confide
     """
     if not all(0 < time_us < math.inf for time_us in (*bf16_us, *fp8_us)):
         raise ValueError("expected finite times above 0")
-    log_ratios = [math.log(b / f) for b, f in zip(bf16_us, fp8_us, strict=True)]
+    return ratio_of([math.log(b / f) for b, f in zip(bf16_us, fp8_us, strict=True)], confidence=confidence)
+
+
+def ratio_of(log_ratios: Sequence[float], *, confidence: float) -> Interval:
+    """The ratio that all have in common. Raises ValueError for fewer than `confidence` needs (8 at 0.99)."""
     walsh = walsh_averages(log_ratios)
     depth = signed_rank_depth(len(log_ratios), confidence)
     return Interval(math.exp(statistics.median(walsh)), math.exp(walsh[depth - 1]), math.exp(walsh[-depth]))

@@ -35,7 +35,7 @@ from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES, Device, Grid, Protocol, Recipe, Table
 
 ROUNDS = (10, 30)  # 8 would give bounds at 99 %, but those of the extremes
-CONFIDENCE = 0.99  # looking after every few rounds with 95 % bounds would give 15 % false decisions at a tie, 4 % so
+CONFIDENCE = 0.99
 THRESHOLD = 1.0
 TOLERANCE = 0.01
 NEAR, NEAR_S = 0.05, 1.0
@@ -154,7 +154,7 @@ def _measure_alone(plan: Plan, book: Book, device: torch.device, workers: int, s
     """Raises DeviceLostError, its record kept."""
     measured_on = device_identity(device)
     tasks = [*plan.tasks, *plan.own_tasks(measured_on)]
-    job = Job(device, {recipe: plan.setup.protocols[recipe] for recipe in plan.recipes}, plan.seed, measured_on)
+    job = Job(device, plan.protocols, plan.seed, measured_on)
     run = Run(job, Schedule(tasks), book, stop_after_s=stop_after_s)
     try:
         run.measure(min(workers, len(tasks)))

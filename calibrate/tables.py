@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from fp8gate.calibrate.between import between_devices, devices_of
+from fp8gate.calibrate.grid import union
 from fp8gate.calibrate.journal import Journal, Setup
 from fp8gate.calibrate.records import PointRecord
 from fp8gate.calibrate.report import spread
@@ -102,6 +103,4 @@ def _with_earlier_axes(table: Table, path: Path) -> Table:
     earlier, shapes = read_table(path), {point.shape for point in table.points}
     if not shapes.issuperset(point.shape for point in earlier.points):
         return table
-    old, new = earlier.grid, table.grid
-    axes = {axis: tuple(sorted({*getattr(old, axis), *getattr(new, axis)})) for axis in ("m", "k", "n")}
-    return msgspec.structs.replace(table, grid=Grid(**axes))
+    return msgspec.structs.replace(table, grid=union(earlier.grid, table.grid))

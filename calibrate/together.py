@@ -22,7 +22,7 @@ from fp8gate.calibrate.capacity import useful_workers
 from fp8gate.calibrate.dealing import Collector, Posts, RankSchedule, heartbeat
 from fp8gate.calibrate.device import device_identity
 from fp8gate.calibrate.gpu_watch import DeviceBusyError, DeviceLock
-from fp8gate.calibrate.journal import Setup
+from fp8gate.calibrate.journal import Setup, differences
 from fp8gate.calibrate.measure import DeviceLostError
 from fp8gate.calibrate.ranks import Place
 from fp8gate.calibrate.run import Book, Part, Run
@@ -101,9 +101,9 @@ def take_part(ranks: Ranks, device: torch.device, setup: Setup, workers: int | N
     """
     with watchdog(ranks.board):
         plan = ranks.board.plan()
-        if differences := _differences(setup, plan.setup):
+        if differing := _differences(setup, plan.setup):
             me = f"rank {ranks.place.rank} ({device_identity(device, ranks.place.local_rank)})"
-            refused = f"{me} differs from rank 0: {differences}; a table is of one kind of both: sweep them apart"
+            refused = f"{me} differs from rank 0: {differing}; a table is of one kind of both: sweep them apart"
             ranks.board.post(Message(refused=refused, left=True))
             raise ValueError(refused)
         try:
@@ -130,11 +130,10 @@ def _store(place: Place) -> Any:
 def _measure(ranks: Ranks, plan: Plan, device: torch.device, workers: int | None) -> Run:
     """Take tasks until none is left. A device that fails ends this rank's part, and no other's."""
     measured_on = device_identity(device, ranks.place.local_rank)
-    protocols = {recipe: plan.setup.protocols[recipe] for recipe in plan.recipes}
     if workers is None:
-        workers = useful_workers(plan.setup.device, protocols, ranks.place.local_world)
+        workers = useful_workers(plan.setup.device, plan.protocols, ranks.place.local_world)
     schedule = RankSchedule(plan.own_tasks(measured_on), ranks.board)
-    job = Job(device, protocols, plan.seed, measured_on)
+    job = Job(device, plan.protocols, plan.seed, measured_on)
     run = Run(job, schedule, Posts(ranks.board, schedule), stop_after_s=plan.stop_after_s)
     lost = ""
     with heartbeat(ranks.board):
@@ -158,12 +157,11 @@ def _measure(ranks: Ranks, plan: Plan, device: torch.device, workers: int | None
 
 def _differences(own: Setup, rank_0: Setup) -> str:
     """What differs, field by field: "device.name is NVIDIA H100, there NVIDIA H200"."""
-    found = []
-    for part in ("device", "software"):
-        mine, theirs = (msgspec.to_builtins(getattr(setup, part)) for setup in (own, rank_0))
-        for field in sorted(mine.keys() | theirs.keys()):
-            if mine.get(field) != theirs.get(field):
-                found.append(f"{part}.{field} is {mine.get(field)}, there {theirs.get(field)}")
+    found = [
+        f"{part}.{field} is {mine}, there {theirs}"
+        for part in ("device", "software")
+        for field, mine, theirs in differences(getattr(own, part), getattr(rank_0, part))
+    ]
     if not found and own != rank_0:
         found.append("the protocols differ")
     return ", ".join(found)

@@ -1,4 +1,5 @@
-"""The command line: `fp8gate calibrate` measures, `merge` joins tables, `explain` asks a table about a model.
+"""The command line: `fp8gate calibrate` measures, `verify` measures some of it again, `merge` joins tables, `diff`
+compares them, `explain` asks a table about a model.
 
 Exit codes: 0 done, 1 findings, or stopped before the end (run again to go on), 2 usage or bad input, 130 Ctrl-C.
 """

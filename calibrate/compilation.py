@@ -2,7 +2,8 @@
 
 In: a shape, a recipe, Inductor settings. Out: a linear that later runs over real operands without compiling again.
 Tracing uses fake tensors, so compiling launches no kernel and allocates no device memory: many processes can compile
-while one times. Inductor tunes launch configurations at a kernel's first launch, which is left to whoever runs it.
+while one times, but for the moments in which Inductor loads what it has compiled (quiet.py). It tunes launch
+configurations at a kernel's first launch, which is left to whoever runs it.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from fp8gate.calibrate.compilation import ReadyLinear, compiled_linear, eager_li
 from fp8gate.calibrate.gpu_watch import Watch
 from fp8gate.calibrate.linears import Arm, Operands
 from fp8gate.calibrate.numerics import References, acceptable
+from fp8gate.calibrate.quiet import Quiet
 from fp8gate.calibrate.records import CONTROL, ArmName, ArmRecord, PointRecord, Stages, is_near, speedup_of
 from fp8gate.calibrate.schedule import Task
 from fp8gate.calibrate.timing import Sample, Timer, balanced_orders
@@ -37,7 +38,8 @@ PAUSE_S, BURST_S, FIRST_SETTLE = 0.15, 0.6, 2
 """A GPU at its power limit keeps to it on average over about a second: after a pause it draws 3 % more for 0.8 s, and
 then 15 % less for 0.2 s, in which every arm is 7 % slower. So where the limit is reached, the device idles for PAUSE_S
 before a run that would begin more than BURST_S after the last pause; loading a point is one too. The first run after a
-pause settles FIRST_SETTLE times as long, as it begins above the limit. Four short runs fit between two pauses."""
+pause settles FIRST_SETTLE times as long where it has reached the limit by then. Four short runs fit between two
+pauses."""
 BUSY_SHARE, IDLE_RUN_S = 0.5, 0.02
 """Arms that keep the device busy for less of the time (between flushes and host work) do not reach the power limit: on
 an H200 the clock stays at its maximum, there is nothing to wait for, and IDLE_RUN_S is enough."""
@@ -67,7 +69,7 @@ class ReadyPoint:
 
 
 def make_ready(task: Task, protocols: Mapping[Recipe, Protocol], device: torch.device) -> ReadyPoint:
-    """Compile what the task needs; `protocols` are those of its recipes. Touches no device."""
+    """Compile what the task needs; `protocols` are those of its recipes. Runs nothing on the device."""
     start = time.perf_counter()
     torch._dynamo.reset()
     point = ReadyPoint(task, protocols, {"bf16": eager_linear(None, task.shape)})
@@ -88,14 +90,20 @@ def make_ready(task: Task, protocols: Mapping[Recipe, Protocol], device: torch.d
 
 
 def measure_point(
-    point: ReadyPoint, timer: Timer[Any], watch: Watch, device: torch.device, seed: int, measured_on: str = ""
+    point: ReadyPoint,
+    timer: Timer[Any],
+    watch: Watch,
+    quiet: Quiet,
+    device: torch.device,
+    seed: int,
+    measured_on: str = "",
 ) -> PointRecord:
     """Time a ready point on `device`, where nothing else must run meanwhile. measured_on: the device's identity.
 
     Raises DeviceLostError, with the record as its argument, if the device fails for good.
     """
     torch.manual_seed(seed)
-    session = _Session(point, timer, watch, device, random.Random(f"{seed} {point.task.shape}"))
+    session = _Session(point, timer, watch, quiet, device, random.Random(f"{seed} {point.task.shape}"))
     lost: RuntimeError | None = None
     try:
         arms = session.run()
@@ -126,9 +134,16 @@ class _Session:
     """The arms of one point, from operands to records."""
 
     def __init__(
-        self, point: ReadyPoint, timer: Timer[Any], watch: Watch, device: torch.device, rng: random.Random
+        self,
+        point: ReadyPoint,
+        timer: Timer[Any],
+        watch: Watch,
+        quiet: Quiet,
+        device: torch.device,
+        rng: random.Random,
     ) -> None:
-        self.point, self.timer, self.watch, self.device, self.rng = point, timer, watch, device, rng
+        self.point, self.timer, self.watch, self.quiet = point, timer, watch, quiet
+        self.device, self.rng = device, rng
         self.operands: Operands | None = None
         self.records: dict[ArmName, ArmRecord] = dict(point.failures)
         self.prepared: dict[ArmName, Any] = {}
@@ -208,8 +223,10 @@ class _Session:
         runs = [bf16, *([name] for name in recipes)]
         for i, run in enumerate(self.rng.sample(runs, len(runs))):
             begins = self._paused(protocol.pause_s) or i == 0
-            settle_s = protocol.settle_s * (FIRST_SETTLE if begins else 1)
-            if slowdown := self._run_alone(run, target - len(self.samples[run[0]]), settle_s, run_s):
+            with self.quiet.kept():
+                settled = self._settle_alone(run, protocol.settle_s, begins)
+                slowdown = self._run_alone(run, target - len(self.samples[run[0]]), run_s, *settled)
+            if slowdown:
                 self._none_counts(ArmRecord(status="unstable", detail=f"{slowdown} of the GPU while timing"))
                 return False
         return True
@@ -224,33 +241,44 @@ class _Session:
         self.settling_s += self.burst_start - now
         return True
 
-    def _run_alone(self, names: Sequence[ArmName], samples: int, settle_s: float, run_s: float) -> str | None:
-        """Settle, then run for run_s (less on an idle device), at least `samples` rounds, which become so many samples.
+    def _settle_alone(self, names: Sequence[ArmName], settle_s: float, begins: bool) -> tuple[int, bool]:
+        """Run rounds that do not count until the clock is steady; how many fill a batch, and if the device idles."""
+        arms, start = [self.prepared[name] for name in names], time.perf_counter()
+        batch, is_idle = self._settle(arms, settle_s)
+        if begins and self._has_reached_limit():
+            self._settle(arms, settle_s * (FIRST_SETTLE - 1))
+        self.settling_s += time.perf_counter() - start
+        return batch, is_idle
+
+    def _run_alone(self, names: Sequence[ArmName], samples: int, run_s: float, batch: int, is_idle: bool) -> str | None:
+        """Run for run_s (less on an idle device), at least `samples` rounds, which become so many samples.
 
         Returns a slowdown.
         """
         arms = [self.prepared[name] for name in names]
         start = time.perf_counter()
-        batch, is_idle = self._settle(arms, settle_s)
-        settled = time.perf_counter()
-        end = settled + (min(run_s, IDLE_RUN_S) if is_idle else run_s)
+        end = start + (min(run_s, IDLE_RUN_S) if is_idle else run_s)
         rounds: list[list[Sample]] = []
         while len(rounds) < samples or time.perf_counter() < end:
             rounds += self.timer.rounds(arms, balanced_orders(len(arms), batch, self.rng))
             if (clock_mhz := self.watch.sm_clock_mhz()) is not None:
                 self.clocks_mhz.append(clock_mhz)
-            if self.watch.is_power_limited():
-                self.is_limited = self.has_been_limited = True
+            self._has_reached_limit()
             if slowdown := self.watch.slowdown():
                 return slowdown
         for name, of_arm in zip(names, zip(*rounds, strict=True), strict=True):
             self.samples[name] += condensed(of_arm, samples)
-        self.settling_s += settled - start
-        self.timing_s += time.perf_counter() - settled
+        self.timing_s += time.perf_counter() - start
         return None
 
+    def _has_reached_limit(self) -> bool:
+        """Whether the GPU has been at its power limit since the last pause, up to now."""
+        if self.watch.is_power_limited():
+            self.is_limited = self.has_been_limited = True
+        return self.is_limited
+
     def _settle(self, arms: Sequence[Any], at_most_s: float) -> tuple[int, bool]:
-        """Run rounds that do not count until the clock is steady; how many fill a batch, and if the device idles."""
+        """Run rounds that do not count for so long; how many fill a batch, and if the device idles, which ends it."""
         start, batch, passes = time.perf_counter(), 1, 0
         while True:
             before = time.perf_counter()

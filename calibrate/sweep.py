@@ -38,9 +38,9 @@ ROUNDS = (10, 30)  # 8 would give bounds at 99 %, but those of the extremes
 CONFIDENCE = 0.99
 THRESHOLD = 1.0
 TOLERANCE = 0.01
-NEAR, NEAR_S = 0.05, 1.0
-"""Under the power limit a short run errs by 2 %, twice that at times, a whole second by less than 0.5 %: what lies
-nearer to the threshold than the first can tell runs for the second (LOG.md, 2026-11-24)."""
+NEAR, NEAR_S = 0.03, 1.0
+"""Under the power limit a short run errs by 1.5 % (standard deviation), a whole second by less than 0.5 %: what lies
+nearer to the threshold than twice the first runs for the second (LOG.md, 2026-11-25)."""
 CONTROL_ERROR = 0.005
 CPU_CONTROL_ERROR = 0.2  # wall-clock times of a shared machine: only gross faults show
 MAX_ATTEMPTS = 2  # a point without numbers is tried once more by the next run: memory may have been taken then

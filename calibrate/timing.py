@@ -104,7 +104,9 @@ class CudaTimer:
         return prepared.outputs
 
     def rounds(self, prepared: Sequence[CapturedArm], orders: Sequence[Order]) -> list[list[Sample]]:
-        """All rounds are enqueued before the host waits, so that it stays ahead of the GPU."""
+        """All rounds are enqueued before the host waits, after a head start, so that it stays ahead of the GPU."""
+        for _ in range(HEAD_START):
+            self._flush()
         events = [
             {i: (self._timed(prepared[i].forward.replay), self._timed(prepared[i].backward.replay)) for i in order}
             for order in orders

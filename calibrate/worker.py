@@ -21,6 +21,7 @@ import torch
 
 from fp8gate.calibrate.gpu_watch import Watch, make_watch
 from fp8gate.calibrate.measure import DeviceLostError, ReadyPoint, make_ready, measure_point
+from fp8gate.calibrate.quiet import Quiet, load_kernels_in
 from fp8gate.calibrate.records import PointRecord
 from fp8gate.calibrate.schedule import Task
 from fp8gate.calibrate.timing import CpuTimer, CudaTimer, Timer
@@ -81,18 +82,24 @@ class Bench:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.quiet = Quiet(job.measured_on)
         self._tools: tuple[Timer[Any], Watch] | None = None
 
     def warm_up(self) -> None:
         """Start the device's libraries by a tiny bf16 point: 0.4 s of the first turn otherwise. Raises BrokenError."""
         try:
-            measure_point(ReadyPoint.of_bf16(TINY), *self._open(), self.job.device, self.job.seed)
+            measure_point(ReadyPoint.of_bf16(TINY), *self._open(), self.quiet, self.job.device, self.job.seed)
         except DeviceLostError as error:
             raise BrokenError(str(error.__cause__)) from error
 
     def measure(self, point: ReadyPoint) -> PointRecord:
         """Raises BrokenError if the device cannot be used at all, DeviceLostError if it failed at this point."""
-        return measure_point(point, *self._open(), self.job.device, self.job.seed, self.job.measured_on)
+        return measure_point(point, *self._open(), self.quiet, self.job.device, self.job.seed, self.job.measured_on)
+
+    def start(self) -> None:
+        """Create what the process keeps on the device, when nobody times. Raises BrokenError."""
+        with self.quiet.disturbing():
+            self._open()
 
     def _open(self) -> tuple[Timer[Any], Watch]:
         if not self._tools:
@@ -116,11 +123,15 @@ def work(connection: Connection, job: Job, *, early: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to handle
     inbox = _listen(connection)
     bench = Bench(job)
+    if job.device.type == "cuda":
+        load_kernels_in(bench.quiet)
     gc.freeze()
     try:
         if early:
             bench.warm_up()
             connection.send(Warm())
+        else:
+            bench.start()
         _serve(connection, inbox, bench)
     except BrokenError as error:
         connection.send(Broken(str(error)))
@@ -142,7 +153,8 @@ def _serve(connection: Connection, inbox: queue.SimpleQueue[Task | Turn | None],
         if lost is not None:
             return
         del point
-        gc.collect()  # compiled functions are in reference cycles
+        with bench.quiet.disturbing():
+            gc.collect()  # compiled functions are in reference cycles, and their kernels on the device
 
 
 def _listen(connection: Connection) -> queue.SimpleQueue[Task | Turn | None]:

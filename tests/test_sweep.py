@@ -95,7 +95,7 @@ class Script:
     def make_ready(self, task, protocols, device):
         return ReadyPoint(task, protocols)
 
-    def measure_point(self, point, timer, watch, device, seed, measured_on):
+    def measure_point(self, point, timer, watch, quiet, device, seed, measured_on):
         self.asked.append((point.task, tuple(point.protocols), seed))
         return replaced(self.answer(point.task, tuple(point.protocols)), measured_on=measured_on)
 

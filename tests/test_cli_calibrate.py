@@ -470,13 +470,14 @@ def test_every_bundled_model_has_shapes(model):
         ("merge", "tables out"),
         ("diff", "before after min_speedup markdown as_json"),
         ("verify", "tables points device workers min_speedup as_json"),
+        ("breakdown", "m k n recipe device png as_json"),
         ("explain", "model recipe tokens tp cp recompute device tables lookup min_speedup as_json"),
     ],
 )
 def test_the_options_are_those_documented(command, params):
     """Users' scripts depend on them: a change here belongs in the CHANGELOG."""
     commands = typer.main.get_command(cli.app).commands
-    assert sorted(commands) == ["calibrate", "diff", "explain", "merge", "verify"]
+    assert sorted(commands) == ["breakdown", "calibrate", "diff", "explain", "merge", "verify"]
     assert [param.name for param in commands[command].params] == params.split()
 
 
@@ -489,6 +490,7 @@ def test_option_spellings():
     calibrate = "--device --fresh --grid --model --out --recipes --resume --seed --stop-after --tokens --tp --workers"
     explain = "--cp --device --json --lookup --min-speedup --recipe --recompute --tables --tokens --tp"
     assert {name: " ".join(flags) for name, flags in spelled.items()} == {
+        "breakdown": "--device --json --png --recipe",
         "calibrate": calibrate,
         "explain": explain,
         "diff": "--json --markdown --min-speedup",

@@ -186,6 +186,42 @@ def verify_command(
         raise typer.Exit(EXIT_FINDINGS)
 
 
+@app.command("breakdown")
+def breakdown_command(
+    m: Annotated[int, typer.Argument(min=1, help="Tokens: the rows of the input.")],
+    k: Annotated[int, typer.Argument(min=1, help="in_features.")],
+    n: Annotated[int, typer.Argument(min=1, help="out_features.")],
+    recipe: Annotated[Recipe, typer.Option(help="The float8 recipe to set against bf16.")],
+    device: Annotated[
+        DeviceKind | None, typer.Option(help="What to measure; by default the GPU if there is one.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Say where the time of one linear goes, kernel by kernel, and so why float8 wins or loses.
+
+    The kernels are those of the graphs that a sweep times, by torch.profiler; on a CPU, the ops of eager calls. Exit
+    code 1 if they do not sum to the paired timing within 5 %.
+    """
+    _require("breakdown")
+    from fp8gate.calibrate.breakdown import break_down
+    from fp8gate.calibrate.breakdown_output import breakdown_json, breakdown_text, write_png
+    from fp8gate.calibrate.device import choose_device
+
+    try:
+        found = break_down(LinearShape(m, k, n), recipe, choose_device(device))
+        if png:
+            write_png(found, png)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except RuntimeError as error:
+        typer.echo(f"fp8gate: {error}", err=True)
+        raise typer.Exit(EXIT_STOPPED) from error
+    typer.echo(_json(breakdown_json(found)) if as_json else breakdown_text(found))
+    if found.has_findings:
+        raise typer.Exit(EXIT_FINDINGS)
+
+
 @app.command("explain")
 def explain_command(
     model: Annotated[str, typer.Argument(help=f"A Hugging Face config.json, or {', '.join(BUNDLED)}.")],

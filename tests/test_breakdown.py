@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fp8gate.calibrate import breakdown as module
 from fp8gate.calibrate import ceilings as ceilings_module
-from fp8gate.calibrate.breakdown import ArmBreakdown, Breakdown, BreakdownError, Direction
+from fp8gate.calibrate.breakdown import ArmBreakdown, Breakdown, BreakdownError, Direction, break_down
 from fp8gate.calibrate.breakdown_output import breakdown_json, breakdown_text, sentence, write_png
 from fp8gate.calibrate.ceilings import Ceilings
 from fp8gate.calibrate.gpu_watch import DeviceLock
@@ -197,6 +197,39 @@ def test_what_keeps_it_from_an_answer_is_exit_code_1(monkeypatch, error):
     result = run("64", "48", "32", "--recipe", "rowwise")
     assert result.exit_code == 1
     assert str(error) in result.stderr
+
+
+def test_ctrl_c_is_exit_code_130(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "break_down", interrupted)
+    result = run("64", "48", "32", "--recipe", "rowwise")
+    assert (result.exit_code, result.stderr) == (130, "fp8gate: stopped\n")
+
+
+def test_a_picture_that_cannot_be_written_is_exit_code_2_and_loses_nothing(found, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "break_down", lambda *_: found)
+    result = run("64", "48", "32", "--recipe", "rowwise", "--png", str(tmp_path / "no" / "bar.png"))
+    assert result.exit_code == 2
+    assert sentence(found) in result.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_real_linear_on_a_gpu():
+    """Of a size whose launch gaps are small beside its kernels."""
+    found = break_down(LinearShape(4096, 4096, 4096), "rowwise", torch.device("cuda"))
+    assert not found.has_findings, breakdown_text(found)
+    calls = {
+        (arm.name, name): sum(kernel.calls for kernel in direction.kernels if kernel.kind == "product")
+        for arm in found.arms
+        for name, direction in arm.directions.items()
+    }
+    assert calls["bf16", "forward"] == calls["rowwise", "forward"] == 1
+    assert calls["bf16", "backward"] == calls["rowwise", "backward"] == 2
+    assert found.bf16.kind_us("cast") < 0.01 * found.bf16.kind_us("product")
+    assert found.float8.kind_us("cast") > 0
 
 
 @pytest.mark.usefixtures("quick")

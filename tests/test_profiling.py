@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import Interval
+from torch.profiler import ProfilerActivity
 
 from fp8gate.calibrate import profiling, timing
 from fp8gate.calibrate.profiling import Event, Kernel, ProfileError, flush_names, kind_of, passes, record, summed
@@ -99,6 +105,26 @@ def test_only_what_runs_after_the_start_is_recorded_and_nested_ops_count_once():
     assert [event.name for event in found][:2] == ["aten::matmul", "aten::mm"]
     matmul, mm = found[0].time_us, found[1].time_us
     assert 0 < matmul < mm
+
+
+def test_of_a_gpu_only_what_it_ran_itself_is_recorded_in_the_order_it_began(monkeypatch):
+    def event(name, start_us, end_us, device=DeviceType.CUDA, mark=False):
+        times = Interval(start_us, end_us)
+        return SimpleNamespace(name=name, time_range=times, device_type=device, is_user_annotation=mark)
+
+    ran = [
+        event("triton_poi_fused_0", 7.5, 9.0),
+        event("cudaGraphLaunch", 0.0, 5.0, DeviceType.CPU),
+        event("ProfilerStep#1", 0.0, 20.0, mark=True),
+        event("Memset (Device)", 4.0, 4.5),
+    ]
+    fake = MagicMock()
+    fake.return_value.__enter__.return_value.events.return_value = ran
+    monkeypatch.setattr(profiling, "profile", fake)
+    monkeypatch.setenv("TEARDOWN_CUPTI", "0")
+    found = record(torch.device("cuda"), lambda: None, lambda: None)
+    assert found == [Event("Memset (Device)", 0.5), Event("triton_poi_fused_0", 1.5)]
+    assert fake.call_args.kwargs["activities"] == [ProfilerActivity.CUDA]
 
 
 def test_the_flush_of_a_cpu_is_known_by_its_ops(monkeypatch):

@@ -1,5 +1,6 @@
 # make calibrate   measure this machine's GPU (or CPU) and write thresholds/<device>/<recipe>.yaml
 # make verify      measure a sample of the committed tables again: do they still hold here?
+# make docs        write docs/cli.md from every command's --help
 # make test        run the tests
 # make check       ruff, mypy --strict and the tests
 #
@@ -17,7 +18,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: calibrate verify test check lint
+.PHONY: calibrate verify docs test check lint
 .DEFAULT_GOAL := check
 
 calibrate: $(INSTALLED)
@@ -25,6 +26,9 @@ calibrate: $(INSTALLED)
 
 verify: $(INSTALLED)
 	$(PY) -m fp8gate verify $(ARGS)
+
+docs: $(INSTALLED)
+	$(PY) docs/cli.py
 
 test: $(INSTALLED)
 	$(PY) -m pytest $(ARGS)

@@ -64,7 +64,8 @@ def verification_text(verification: Verification) -> str:
     if not verification.comparisons:
         return f"{checked}; none is of {verification.device}: nothing was measured"
     verdict = "do NOT hold" if verification.has_findings else "hold"
-    lines = [f"{checked}; those of {verification.device} {verdict}", *verification.stale]
+    lines = [f"{checked}; those of {verification.device} {verdict}"]
+    lines += [f"{recipe} was measured with {difference}" for recipe, difference in verification.stale.items()]
     return "\n".join(lines) + "\n\n" + comparison_text(verification.comparisons)
 
 
@@ -74,7 +75,7 @@ def verification_json(verification: Verification) -> dict[str, Any]:
         "files": [str(path) for path in verification.files],
         "measured": bool(verification.comparisons),
         "holds": not verification.has_findings if verification.comparisons else None,
-        "stale": list(verification.stale),
+        "stale": dict(verification.stale),
         "comparisons": [comparison_json(comparison) for comparison in verification.comparisons],
     }
 

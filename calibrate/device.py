@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
-from collections.abc import Iterator
 from importlib import metadata
-from typing import Any
 
 import torch
 
 import fp8gate
+from fp8gate.calibrate.nvml import nvml, nvml_handle
 from fp8gate.filter.devices import cpu_name
 from fp8gate.filter.table import Device, Software
 
@@ -72,27 +70,6 @@ def _triton_version() -> str:
     import triton  # its distribution has several names, the module has one
 
     return str(triton.__version__)
-
-
-@contextlib.contextmanager
-def nvml() -> Iterator[Any]:
-    """NVML's functions. Raises ValueError if it cannot answer."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        yield pynvml
-    except pynvml.NVMLError as error:
-        raise ValueError(f"device: expected NVML to answer, the driver's management library; got {error}") from error
-
-
-def nvml_handle(uuid: str) -> Any:
-    """NVML's handle of the GPU, or part of one, that torch knows by this UUID."""
-    with nvml() as functions:
-        try:
-            return functions.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        except functions.NVMLError_NotFound:
-            return functions.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
 
 
 def _power_limit_w(uuid: str) -> float | None:

@@ -11,6 +11,8 @@ import os
 import tempfile
 from multiprocessing.context import ForkServerContext
 
+from fp8gate.calibrate.nvml import gpu_count
+
 PRELOADED = (
     "fp8gate.calibrate.ignore_interrupts",
     "fp8gate.calibrate.worker",
@@ -44,12 +46,5 @@ def start_server() -> ForkServerContext:
 
 def start_early() -> None:
     """Let the server import torch while this process does, where there is a GPU and so something to compile."""
-    import pynvml
-
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return
-    start_server()
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and gpu_count():
+        start_server()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fp8gate.calibrate.device import nvml, nvml_handle
+from fp8gate.calibrate.nvml import nvml, nvml_handle
 
 
 class DeviceBusyError(ValueError):

@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fp8gate.calibrate.nvml import gpu_count
+
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -54,14 +56,8 @@ def claim_gpu(place: Place, environment: dict[str, str] | os._Environ[str] = os.
 
 
 def _gpus() -> list[str]:
-    """The numbers of this machine's GPUs, without starting CUDA; none if there is no driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return [str(number) for number in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:
-        return []
+    """The numbers of this machine's GPUs."""
+    return [str(number) for number in range(gpu_count())]
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:

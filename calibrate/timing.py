@@ -44,6 +44,7 @@ class Results:
 
 
 Prepared = TypeVar("Prepared")
+Result = TypeVar("Result")
 Order = Sequence[int]
 """The arms of a round in the order they run, by index."""
 
@@ -59,6 +60,12 @@ class Timer(Protocol[Prepared]):
 
     def rounds(self, prepared: Sequence[Prepared], orders: Sequence[Order]) -> list[list[Sample]]:
         """Run a round for each order. Returns each round's samples, in the order of `prepared`."""
+
+    def least_us(self, launch: Callable[[], object]) -> float:
+        """The shortest of a few runs of what `launch` runs, cache cold, in microseconds."""
+
+    def flush(self) -> None:
+        """Make the cache cold, for what is timed next."""
 
     def free(self, prepared: Sequence[Prepared]) -> None:
         """Give back what these arms hold on the device, and wait until it has finished."""
@@ -106,7 +113,7 @@ class CudaTimer:
     def rounds(self, prepared: Sequence[CapturedArm], orders: Sequence[Order]) -> list[list[Sample]]:
         """All rounds are enqueued before the host waits, after a head start, so that it stays ahead of the GPU."""
         for _ in range(HEAD_START):
-            self._flush()
+            self.flush()
         events = [
             {i: (self._timed(prepared[i].forward.replay), self._timed(prepared[i].backward.replay)) for i in order}
             for order in orders
@@ -126,12 +133,11 @@ class CudaTimer:
         torch.cuda.empty_cache()
 
     def least_us(self, launch: Callable[[], object]) -> float:
-        """The shortest of a few runs of what `launch` enqueues, L2 cold, in microseconds."""
         launch()
         least = math.inf
         for runs in TUNING_RUNS:
             for _ in range(HEAD_START):
-                self._flush()
+                self.flush()
             events = [self._timed(launch) for _ in range(runs)]
             torch.cuda.synchronize(self.device)
             least = min(least, *(_elapsed_us(*pair) for pair in events))
@@ -142,13 +148,13 @@ class CudaTimer:
     def _timed(self, launch: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         """Enqueue flush, event, what is timed, event."""
         start, end = _event(), _event()
-        self._flush()
+        self.flush()
         start.record()
         launch()
         end.record()
         return start, end
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         torch.sum(self._flush_buffer, dim=0, out=self._flush_result)  # a read: a write would leave dirty lines
 
 
@@ -174,16 +180,24 @@ class CpuTimer:
     def free(self, prepared: Sequence[Arm]) -> None:
         """Nothing is held beside the operands."""
 
+    def least_us(self, launch: Callable[[], object]) -> float:
+        launch()
+        return min(self._timed(launch)[1] for _ in range(TUNING_RUNS[0]))
+
+    def flush(self) -> None:
+        self._flush_buffer.sum()
+
     def _time(self, arm: Arm) -> Sample:
-        self._flush_buffer.sum()
+        output, fwd_us = self._timed(arm.forward)
+        _, bwd_us = self._timed(lambda: arm.backward(output))
+        return Sample(fwd_us, bwd_us)
+
+    def _timed(self, call: Callable[[], Result]) -> tuple[Result, float]:
+        """What the call returns, and its microseconds."""
+        self.flush()
         start = time.perf_counter_ns()
-        output = arm.forward()
-        forward_end = time.perf_counter_ns()
-        self._flush_buffer.sum()
-        backward_start = time.perf_counter_ns()
-        arm.backward(output)
-        end = time.perf_counter_ns()
-        return Sample((forward_end - start) / 1e3, (end - backward_start) / 1e3)
+        result = call()
+        return result, (time.perf_counter_ns() - start) / 1e3
 
 
 def balanced_orders(arms: int, rounds: int, rng: random.Random) -> list[list[int]]:

@@ -17,17 +17,18 @@ import torch
 from fp8gate.calibrate.compare import Comparison, compare_tables
 from fp8gate.calibrate.sweep import make_setup, sweep
 from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.stale import stale
 from fp8gate.filter.table import RECIPES, WITH_NUMBERS, Grid, Recipe, Table, TableError, read_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """files: every table found, all of them read without an error. stale: software that differs from the tables'."""
+    """files: every table found, each read without an error. stale: how a table's software differs from that here."""
 
     device: str
     files: tuple[Path, ...]
     comparisons: tuple[Comparison, ...]
-    stale: tuple[str, ...]
+    stale: Mapping[Recipe, str]
 
     @property
     def has_findings(self) -> bool:
@@ -46,7 +47,7 @@ def verify(folder: Path, device: torch.device, *, points: int, min_speedup: floa
     setup = make_setup(device)
     here = {table.recipe: table for table in tables.values() if table.device.name == setup.device.name}
     if not here:
-        return Verification(device=setup.device.name, files=files, comparisons=(), stale=())
+        return Verification(device=setup.device.name, files=files, comparisons=(), stale={})
     recipes = [recipe for recipe in RECIPES if recipe in here]
     with tempfile.TemporaryDirectory() as out:
         result = sweep(
@@ -62,13 +63,8 @@ def verify(folder: Path, device: torch.device, *, points: int, min_speedup: floa
     if not again:
         raise TableError(f"{setup.device.name}: bf16 against itself was off here, so nothing can be verified")
     comparisons = tuple(compare_tables(here[recipe], again[recipe], min_speedup=min_speedup) for recipe in recipes)
-    ours, theirs = setup.software, next(iter(here.values())).software
-    stale = tuple(
-        f"{name} {getattr(theirs, name)} in the table, {getattr(ours, name)} here"
-        for name in ("torch", "torchao", "triton", "driver")
-        if getattr(theirs, name) != getattr(ours, name)
-    )
-    return Verification(device=setup.device.name, files=files, comparisons=comparisons, stale=stale)
+    differences = {recipe: found for recipe in recipes if (found := stale(here[recipe].software))}
+    return Verification(device=setup.device.name, files=files, comparisons=comparisons, stale=differences)
 
 
 def sample(tables: Mapping[Recipe, Table], count: int) -> list[LinearShape]:

@@ -104,13 +104,14 @@ class Bench:
     def _open(self) -> tuple[Timer[Any], Watch]:
         if not self._tools:
             try:
-                self._tools = _tools(self.job.device)
+                self._tools = open_tools(self.job.device)
             except Exception as error:
                 raise BrokenError(f"{type(error).__name__}: {error}") from error
         return self._tools
 
 
-def _tools(device: torch.device) -> tuple[Timer[Any], Watch]:
+def open_tools(device: torch.device) -> tuple[Timer[Any], Watch]:
+    """What a device is timed and watched with; kernels that are launched from now on are tuned by that timer."""
     if device.type != "cuda":
         return CpuTimer(), make_watch(device)
     timer = CudaTimer(device)

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 import typer.main
+from builders import make_point, make_table
 from samples import journal_points, point_record, python, quick_points
 from typer.testing import CliRunner
 
@@ -218,6 +219,30 @@ def test_the_summary_has_speedups_by_k_and_n(calibrate, out):
     assert [row[0] for row in cells] == ["32", "48", "64"]
     shown = [cell.rstrip("?") for row in cells for cell in row[1:]]
     assert shown == [f"{point.speedup:.2f}" for point in table.points]
+
+
+def test_a_program_is_told_what_was_written_and_how_it_went(calibrate, monkeypatch, tmp_path):
+    table = make_table(make_point(16, 32, 48), make_point(16, 32, 64, status="ambiguous"))
+    outcome = swept_to(tables={tmp_path / "rowwise.yaml": table}, capped={LinearShape(1, 2, 3): "too large"})
+    monkeypatch.setattr(sweep_module, "sweep", lambda *_, **__: outcome)
+    result = calibrate("--json")
+    assert result.exit_code == 0
+    told = json.loads(result.stdout)
+    assert told["tables"] == {
+        "rowwise": {"path": str(tmp_path / "rowwise.yaml"), "points": {"measured": 1, "ambiguous": 1}}
+    }
+    assert (told["report"]["measured"], told["report"]["timing_s"]) == (5, 7.0)
+    assert (told["remaining"], told["capped"], told["off"]) == (0, {"(1, 2, 3)": "too large"}, {})
+
+
+@pytest.mark.parametrize("outcome", [{"remaining": 3}, {"off": {LinearShape(16, 32, 48): 0.07}}])
+def test_a_program_is_told_why_no_table_was_written(calibrate, monkeypatch, outcome):
+    monkeypatch.setattr(sweep_module, "sweep", lambda *_, **__: swept_to(**outcome))
+    result = calibrate("--json")
+    assert result.exit_code == 1
+    told = json.loads(result.stdout)
+    assert told["tables"] == {}
+    assert (told["remaining"], told["off"]) in [(3, {}), (0, {"(16, 32, 48)": 0.07})]
 
 
 def test_ctrl_c_before_anything_is_measured(calibrate, monkeypatch):
@@ -466,17 +491,18 @@ def test_every_bundled_model_has_shapes(model):
 @pytest.mark.parametrize(
     ("command", "params"),
     [
-        ("calibrate", "grid recipes device out resume model tokens tp stop_after workers seed"),
-        ("merge", "tables out"),
+        ("calibrate", "grid recipes device out resume model tokens tp stop_after workers seed as_json"),
+        ("merge", "tables out as_json"),
         ("diff", "before after min_speedup markdown as_json"),
         ("verify", "tables points device workers min_speedup as_json"),
+        ("breakdown", "m k n recipe device png as_json"),
         ("explain", "model recipe tokens tp cp recompute device tables lookup min_speedup as_json"),
     ],
 )
 def test_the_options_are_those_documented(command, params):
     """Users' scripts depend on them: a change here belongs in the CHANGELOG."""
     commands = typer.main.get_command(cli.app).commands
-    assert sorted(commands) == ["calibrate", "diff", "explain", "merge", "verify"]
+    assert sorted(commands) == ["breakdown", "calibrate", "diff", "explain", "merge", "verify"]
     assert [param.name for param in commands[command].params] == params.split()
 
 
@@ -486,12 +512,15 @@ def test_option_spellings():
         name: sorted(flag for param in command.params for flag in (*param.opts, *param.secondary_opts) if "--" in flag)
         for name, command in commands.items()
     }
-    calibrate = "--device --fresh --grid --model --out --recipes --resume --seed --stop-after --tokens --tp --workers"
+    calibrate = (
+        "--device --fresh --grid --json --model --out --recipes --resume --seed --stop-after --tokens --tp --workers"
+    )
     explain = "--cp --device --json --lookup --min-speedup --recipe --recompute --tables --tokens --tp"
     assert {name: " ".join(flags) for name, flags in spelled.items()} == {
+        "breakdown": "--device --json --png --recipe",
         "calibrate": calibrate,
         "explain": explain,
         "diff": "--json --markdown --min-speedup",
-        "merge": "--out",
+        "merge": "--json --out",
         "verify": "--device --json --min-speedup --points --tables --workers",
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from builders import make_point, make_table, write_file
 from typer.testing import CliRunner
@@ -25,6 +27,13 @@ def test_points_of_both_files_are_written(merge, tmp_path):
     result = merge(one, other, "--out", both)
     assert (result.exit_code, result.stdout) == (0, f"wrote {both}: 2 points of 2 tables\n")
     assert [point.n for point in read_table(both).points] == [48, 64]
+
+
+def test_a_program_is_told_where_the_table_is(merge, tmp_path):
+    one = write_file(make_table(make_point(16, 32, 48)), tmp_path / "a.yaml")
+    other = write_file(make_table(make_point(16, 32, 64)), tmp_path / "b.yaml")
+    result = merge(one, other, "--out", tmp_path / "c.yaml", "--json")
+    assert json.loads(result.stdout) == {"table": str(tmp_path / "c.yaml"), "points": 2, "tables": 2}
 
 
 def test_a_table_is_not_merged_into_itself(merge, tmp_path):

@@ -56,7 +56,7 @@ class FakeGpu:
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.log.append("wait"))
         self.timer = CudaTimer.__new__(CudaTimer)
         self.timer.device = None
-        self.timer._flush = lambda: self.log.append("flush")
+        self.timer.flush = lambda: self.log.append("flush")
 
     def least_us(self):
         return self.timer.least_us(lambda: self.log.append("launch"))

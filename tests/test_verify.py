@@ -107,7 +107,24 @@ def test_other_software_is_named(verify, folder):
     other = replaced(table().software, torch="1.0")
     for path in (folder / "here").iterdir():
         write_file(table(recipe=path.stem, software=other), path)
-    assert "torch 1.0 in the table" in verify().stdout
+    told = verify().stdout
+    assert "\nrowwise was measured with torch 1.0, here " in told
+    assert "\ntensorwise was measured with torch 1.0, here " in told
+    assert json.loads(verify("--json").stdout)["stale"].keys() == {"rowwise", "tensorwise"}
+
+
+def test_software_of_this_machine_is_not_named(verify):
+    assert "measured with" not in verify().stdout
+    assert json.loads(verify("--json").stdout)["stale"] == {}
+
+
+def test_ctrl_c_is_exit_code_130(folder, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify_module, "sweep", interrupted)
+    result = CliRunner().invoke(app, ["verify", "--tables", str(folder), "--device", "cpu"])
+    assert (result.exit_code, result.stderr) == (130, "fp8gate: stopped\n")
 
 
 def test_a_sample_covers_all_sizes():

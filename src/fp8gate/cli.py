@@ -1,7 +1,5 @@
 """The command line: `fp8gate calibrate` measures, `verify` measures some of it again, `merge` joins tables, `diff`
-compares them, `explain` asks a table about a model.
-
-Exit codes: 0 done, 1 findings, or stopped before the end (run again to go on), 2 usage or bad input, 130 Ctrl-C.
+compares them, `breakdown` takes one linear apart, `explain` asks a table about a model.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.explain import Explanation, explain, role_shape
@@ -35,8 +34,24 @@ if TYPE_CHECKING:
 
 EXIT_STOPPED, EXIT_FINDINGS, EXIT_USAGE, EXIT_INTERRUPTED = 1, 1, 2, 130
 
+
+class Commands(TyperGroup):
+    """All commands, which Ctrl-C ends with one exit code, whatever typer's release makes of it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("fp8gate: stopped", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
 app = typer.Typer(
-    help="Measure where float8 linears train faster than bf16 on this GPU, and convert only those.",
+    cls=Commands,
+    help=(
+        "Measure where float8 linears train faster than bf16 on this GPU, and convert only those.\n\n"
+        "Exit codes: 0 fine; 1 findings, or stopped before the end; 2 usage or bad input; 130 Ctrl-C."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -74,11 +89,13 @@ def calibrate_command(
         typer.Option(min=0, help="Processes that compile; 0 for none but this. On a GPU: all cores but two."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of points, the repeated ones, and the data.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Measure this device and write its tables.
 
     Every point is kept in a journal beside the tables as soon as it is measured: after Ctrl-C, a kill or
-    --stop-after, the same command goes on where it was. Tables are written when all points are measured.
+    --stop-after, the same command goes on where it was. Tables are written when all points are measured. Exit code 1
+    if points remain, or if no table was written as bf16 differed from itself.
     """
     _require("calibrate")
     if (model is None) != (tokens is None):
@@ -96,7 +113,12 @@ def calibrate_command(
         raise typer.Exit(EXIT_INTERRUPTED) from None
     if result is None:
         return
-    _print_result(result)
+    if as_json:
+        from fp8gate.calibrate.summary import sweep_json
+
+        typer.echo(_json(sweep_json(result)))
+    else:
+        _print_result(result)
     if result.remaining or result.off:
         raise typer.Exit(EXIT_STOPPED)
 
@@ -105,6 +127,7 @@ def calibrate_command(
 def merge_command(
     tables: Annotated[list[Path], typer.Argument(help="Tables of one recipe, device, software and protocol.")],
     out: Annotated[Path, typer.Option(help="File to write; none of the tables.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Make one table of several: sweeps of several days, or of a job array.
 
@@ -121,7 +144,10 @@ def merge_command(
         write_table(merged, out)
     except (ValueError, OSError) as error:
         _fail(str(error))
-    typer.echo(f"wrote {out}: {len(merged.points)} points of {len(tables)} tables")
+    if as_json:
+        typer.echo(_json({"table": str(out), "points": len(merged.points), "tables": len(tables)}))
+    else:
+        typer.echo(f"wrote {out}: {len(merged.points)} points of {len(tables)} tables")
 
 
 @app.command("diff")
@@ -182,6 +208,42 @@ def verify_command(
     except (ValueError, OSError, RuntimeError) as error:
         _fail(str(error))
     typer.echo(_json(verification_json(found)) if as_json else verification_text(found))
+    if found.has_findings:
+        raise typer.Exit(EXIT_FINDINGS)
+
+
+@app.command("breakdown")
+def breakdown_command(
+    m: Annotated[int, typer.Argument(min=1, help="Tokens: the rows of the input.")],
+    k: Annotated[int, typer.Argument(min=1, help="in_features.")],
+    n: Annotated[int, typer.Argument(min=1, help="out_features.")],
+    recipe: Annotated[Recipe, typer.Option(help="The float8 recipe to set against bf16.")],
+    device: Annotated[
+        DeviceKind | None, typer.Option(help="What to measure; by default the GPU if there is one.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Say where the time of one linear goes, kernel by kernel, and so why float8 wins or loses.
+
+    The kernels are those of the graphs that a sweep times, by torch.profiler; on a CPU, the ops of eager calls. Exit
+    code 1 if they do not sum to the paired timing within 5 %.
+    """
+    _require("breakdown")
+    from fp8gate.calibrate.breakdown import break_down
+    from fp8gate.calibrate.breakdown_output import breakdown_json, breakdown_text, write_png
+    from fp8gate.calibrate.device import choose_device
+
+    try:
+        found = break_down(LinearShape(m, k, n), recipe, choose_device(device))
+        typer.echo(_json(breakdown_json(found)) if as_json else breakdown_text(found))
+        if png:
+            write_png(found, png)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except RuntimeError as error:
+        typer.echo(f"fp8gate: {error}", err=True)
+        raise typer.Exit(EXIT_STOPPED) from error
     if found.has_findings:
         raise typer.Exit(EXIT_FINDINGS)
 

@@ -32,7 +32,8 @@ def breakdown_text(breakdown: Breakdown) -> str:
             f"ceilings, the best of a few runs at the highest clock: a product of {ceilings.square}^3 "
             f"{_rate(ceilings.bf16_tflop_per_s)} TFLOP/s in bf16, {_rate(ceilings.float8_tflop_per_s)} in float8; "
             f"a copy {_rate(ceilings.copy_gb_per_s)} GB/s\n"
-            "GB/s of casts: at least; the operands read once and each float8 version written once",
+            "GB/s of casts: at least; the operands read once and each float8 version written once\n"
+            "gaps: the paired timing less the kernels; below 0 they overlap, or ran slower when profiled",
             "\n".join(_sum_sentence(arm) for arm in breakdown.arms),
         ]
     )

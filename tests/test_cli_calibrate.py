@@ -20,8 +20,8 @@ from fp8gate.calibrate import forkserver
 from fp8gate.calibrate import sweep as sweep_module
 from fp8gate.calibrate.gpu_watch import DeviceLock
 from fp8gate.calibrate.measure import DeviceLostError
-from fp8gate.calibrate.report import Report
 from fp8gate.calibrate.sweep import SweepResult, make_setup
+from fp8gate.calibrate.sweep_report import Report
 from fp8gate.calibrate.workers import WorkersDiedError
 from fp8gate.filter.models import BUNDLED
 from fp8gate.filter.shapes import LinearShape

@@ -469,6 +469,7 @@ def test_every_bundled_model_has_shapes(model):
         ("calibrate", "grid recipes device out resume model tokens tp stop_after workers seed"),
         ("merge", "tables out"),
         ("diff", "before after min_speedup markdown as_json"),
+        ("report", "tables out"),
         ("verify", "tables points device workers min_speedup as_json"),
         ("explain", "model recipe tokens tp cp recompute device tables lookup min_speedup as_json"),
     ],
@@ -476,7 +477,7 @@ def test_every_bundled_model_has_shapes(model):
 def test_the_options_are_those_documented(command, params):
     """Users' scripts depend on them: a change here belongs in the CHANGELOG."""
     commands = typer.main.get_command(cli.app).commands
-    assert sorted(commands) == ["calibrate", "diff", "explain", "merge", "verify"]
+    assert sorted(commands) == ["calibrate", "diff", "explain", "merge", "report", "verify"]
     assert [param.name for param in commands[command].params] == params.split()
 
 
@@ -493,5 +494,6 @@ def test_option_spellings():
         "explain": explain,
         "diff": "--json --markdown --min-speedup",
         "merge": "--out",
+        "report": "--out",
         "verify": "--device --json --min-speedup --points --tables --workers",
     }

@@ -1,5 +1,6 @@
 # make calibrate   measure this machine's GPU (or CPU) and write thresholds/<device>/<recipe>.yaml
 # make verify      measure a sample of the committed tables again: do they still hold here?
+# make figures     draw the README's pictures again, after thresholds/nvidia-h200 has changed
 # make test        run the tests
 # make check       ruff, mypy --strict and the tests
 #
@@ -17,7 +18,9 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: calibrate verify test check lint
+FIGURES := docs/figures/nvidia-h200-overview-light.png docs/figures/nvidia-h200-overview-dark.png
+
+.PHONY: calibrate verify figures test check lint
 .DEFAULT_GOAL := check
 
 calibrate: $(INSTALLED)
@@ -25,6 +28,11 @@ calibrate: $(INSTALLED)
 
 verify: $(INSTALLED)
 	$(PY) -m fp8gate verify $(ARGS)
+
+figures: $(INSTALLED)
+	$(PY) -m fp8gate report thresholds/nvidia-h200 --out report
+	mkdir -p docs/figures
+	cp $(FIGURES:docs/figures/%=report/%) docs/figures
 
 test: $(INSTALLED)
 	$(PY) -m pytest $(ARGS)

@@ -37,12 +37,14 @@ NUMBERS_PANEL_IN = (4.6, 3.5)  # nine numbers wide
 COLOUR_LIMIT = 2.0  # of speedup, either way: what is slower than half is not close to any decision
 SHADES = 32  # steps of colour, 4.4 % of speedup each
 DARKEST = 0.2  # of the colormap: its ends are left out, so that black text reads everywhere
-COLOURS = 256  # of a picture: a quarter of the bytes, and no difference to be seen
+COLOURS = 256  # of a picture: a third of the bytes, and no difference to be seen
 ISOLINES = (0.3, 0.5, 0.7, 0.85, 1.2, 1.4, 1.6)
 BAR_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 INK, HALO, RULE_COLOUR = "#111111", "#ffffff", "#0b5d1e"  # on the maps, which are the same in both themes
 HATCH, THIN_HATCHES = "///", rc_context({"hatch.linewidth": 0.4, "hatch.color": INK})  # as marks stand on them
+LEGEND_COLUMNS = 3
 SYMBOLS = "oD"  # of a picture's two groups of layers
+NO_RULE = "torchao has no rule for this recipe"
 SOURCE = "Source"  # the PNG's text field that says which tables it shows
 
 
@@ -86,6 +88,9 @@ def draw_side_by_side(
             _draw_isolines(ax, of_recipe[m])
             _draw_marks(ax, of_recipe[m], with_numbers=False)
             _draw_layers(ax, of_recipe[m], groups)
+            if of_recipe[m].torchao is None:
+                style = {"ha": "right", "fontsize": 7, "style": "italic", "color": INK}
+                ax.text(0.98, 0.03, NO_RULE, transform=ax.transAxes, **style)
     _finish(figure, grid, [map_ for by_m in maps.values() for map_ in by_m.values()], groups)
     return _pngs(figure, source)
 
@@ -137,10 +142,7 @@ def _draw_map(ax: Axes, map_: SpeedupMap) -> None:
     ax.contourf(map_.n, map_.k, map_.log2_speedup.clip(levels[0], levels[-1]), levels, cmap=_colours(), norm=_norm())
     if map_.stands_in.any():
         ax.contourf(map_.n, map_.k, map_.stands_in, [0.5, 1], colors="none", hatches=[HATCH])
-    if map_.torchao is None:
-        no_rule = "torchao has no rule for this recipe"
-        ax.text(0.98, 0.03, no_rule, transform=ax.transAxes, ha="right", fontsize=7, style="italic", color=INK)
-    else:
+    if map_.torchao is not None:
         _draw_line(ax, map_, map_.torchao, 0.5, color=RULE_COLOUR, linestyle="dashed")
     _draw_line(ax, map_, _measured(map_), 0.0, color=INK, linestyle="solid")
     ax.set_xticks(map_.n_ticks, map(short_size, map_.n_ticks))
@@ -173,8 +175,8 @@ def _draw_isolines(ax: Axes, map_: SpeedupMap) -> None:
 def _draw_marks(ax: Axes, map_: SpeedupMap, *, with_numbers: bool) -> None:
     for mark in map_.marks:
         text = mark.text if with_numbers else mark.short
-        style = "normal" if mark.has_number else "italic"
-        weight = "bold" if mark.has_number and mark.text >= "1" else "normal"
+        style = "italic" if mark.speedup is None else "normal"
+        weight = "bold" if mark.speedup and mark.speedup >= 1 else "normal"
         if text:
             _write(ax, mark.n, mark.k, text, (0, 0), ha="center", style=style, weight=weight, fontsize=7)
 
@@ -245,7 +247,7 @@ def _add_legend(figure: Figure, maps: Sequence[SpeedupMap], groups: Sequence[Lay
         entries.values(),
         entries.keys(),
         loc="outside lower center",
-        ncols=len(entries),
+        ncols=LEGEND_COLUMNS,
         fontsize=8,
         facecolor="#f2f2f2",
         framealpha=1.0,
@@ -273,7 +275,8 @@ def _png(canvas: FigureCanvasAgg, theme: Theme, source: str) -> bytes:
     drawn = Image.fromarray(pixels).convert("RGB")
     info, file = PngInfo(), io.BytesIO()
     info.add_text(SOURCE, source)
-    drawn.quantize(COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True, pnginfo=info)
+    few = drawn.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(file, "PNG", optimize=True, pnginfo=info)
     return file.getvalue()
 
 

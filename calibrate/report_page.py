@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 import msgspec
 
-from fp8gate.calibrate.map_figures import LayerGroup, Maps, colour_of, draw_numbers, draw_side_by_side
+from fp8gate.calibrate.map_figures import NO_RULE, LayerGroup, Maps, colour_of, draw_numbers, draw_side_by_side
 from fp8gate.calibrate.speedup_map import capped, map_tokens, speedup_maps
 from fp8gate.calibrate.table_files import read_tables
 from fp8gate.calibrate.usual_models import MODEL_TOKENS, PlacedLayer, placed_models
@@ -87,8 +87,9 @@ def write_report(paths: Iterable[Path], out: Path) -> list[Path]:
     Raises TableError for what cannot be read or drawn, or for two tables of one device and recipe, and OSError if `out`
     cannot be written.
     """
-    sections = [_section(device, tables) for device, tables in by_device(paths).items()]
+    devices = by_device(paths)
     out.mkdir(parents=True, exist_ok=True)
+    sections = [_section(device, tables) for device, tables in devices.items()]
     files = {out / PAGE: _page(sections).encode()}
     for picture in (picture for section in sections for picture in section.pictures):
         files |= {out / picture.file(theme): png for theme, png in picture.png.items()}
@@ -155,7 +156,8 @@ def _pictures(device: str, tables: Mapping[Recipe, Table]) -> Iterable[Picture]:
 
 
 def _numbers_picture(device: str, recipe: Recipe, maps: Maps, source: str) -> Picture:
-    title = f"{device}, {recipe}: speedup at every point measured"
+    has_rule = all(map_.torchao is not None for map_ in maps[recipe].values())
+    title = f"{device}, {recipe}: speedup at every point measured{'' if has_rule else f'; {NO_RULE}'}"
     return Picture(
         name=f"{device_slug(device)}-{recipe}",
         heading=f"{recipe}: every point",
@@ -192,7 +194,7 @@ def quality(table: Table) -> dict[str, str]:
         "on no map: their tokens are not the grid's": str(sum(point.m not in on_maps for point in table.points)),
         "again by another process": _spread(protocol.spread),
         "on several devices": _spread(protocol.between) if protocol.devices > 1 else "one device",
-        "control: bf16 against itself": f"at most {protocol.control:.2%} from 1, or measured again",
+        "control: bf16 against itself": f"at most {protocol.control:.2%} from 1 beyond chance, or measured again",
         "timing": "each arm alone"
         if protocol.run_s
         else "arms in turns: understates float8 for large layers at the power limit",

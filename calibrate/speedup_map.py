@@ -26,7 +26,7 @@ SHORT: dict[Status, str] = {"out_of_memory": "oom", "unstable": "unst", "failed"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """What stands at one (k, n): "1.31", "1.00?" if ambiguous, or why there is no number: oom, unst, fail, cap.
+    """What stands at one (k, n): "1.31", "1.00?" if ambiguous, or why there is no speedup: oom, unst, fail, cap.
 
     cap: on the grid's axes, but without a row, as larger than a sweep's time allows.
     """
@@ -34,12 +34,12 @@ class Mark:
     k: int
     n: int
     text: str
-    has_number: bool
+    speedup: float | None = None
 
     @property
     def short(self) -> str:
-        """Only what needs attention: "?", or why there is no number."""
-        if not self.has_number:
+        """Only what needs attention: "?", or why there is no speedup."""
+        if self.speedup is None:
             return self.text
         return "?" if self.text.endswith("?") else ""
 
@@ -111,12 +111,12 @@ def capped(table: Table, m: int) -> list[tuple[int, int]]:
 def _marks(table: Table, m: int) -> Iterable[Mark]:
     for point in table.points:
         if point.m == m:
-            yield Mark(k=point.k, n=point.n, text=point_text(point), has_number=point.speedup is not None)
+            yield Mark(k=point.k, n=point.n, text=_text(point), speedup=point.speedup)
     for k, n in capped(table, m):
-        yield Mark(k=k, n=n, text=CAPPED, has_number=False)
+        yield Mark(k=k, n=n, text=CAPPED)
 
 
-def point_text(point: Point) -> str:
+def _text(point: Point) -> str:
     if point.speedup is None:
         return SHORT[point.status]
     return f"{point.speedup:.2f}{'?' if point.status == 'ambiguous' else ''}"

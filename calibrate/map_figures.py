@@ -42,7 +42,8 @@ ISOLINES = (0.3, 0.5, 0.7, 0.85, 1.2, 1.4, 1.6)
 BAR_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 INK, HALO, RULE_COLOUR = "#111111", "#ffffff", "#0b5d1e"  # on the maps, which are the same in both themes
 HATCH, THIN_HATCHES = "///", rc_context({"hatch.linewidth": 0.4, "hatch.color": INK})  # as marks stand on them
-LEGEND_COLUMNS = 3
+KMEANS = 1000  # pixels that may still change their colour: without, some shades of the scale are off
+MIN_WIDTH_IN, LEGEND_COLUMNS = 8.5, 3  # what the title and the legend need
 SYMBOLS = "oD"  # of a picture's two groups of layers
 NO_RULE = "torchao has no rule for this recipe"
 SOURCE = "Source"  # the PNG's text field that says which tables it shows
@@ -128,7 +129,7 @@ def _norm() -> Normalize:
 
 def _figure(title: str, shape: tuple[int, int], panel_in: tuple[float, float]) -> tuple[Figure, Grid]:
     rows, columns = shape
-    size = (panel_in[0] * columns + 0.5, panel_in[1] * rows + 1.6)
+    size = (max(MIN_WIDTH_IN, panel_in[0] * columns + 0.5), panel_in[1] * rows + 1.6)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=11, fontweight="bold")
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -185,14 +186,22 @@ def _draw_layers(ax: Axes, map_: SpeedupMap, groups: Sequence[LayerGroup]) -> No
     """A symbol for each layer, at the border if it lies beyond in one dimension, nowhere if in both."""
     for symbol, above, group in zip(SYMBOLS, (-10, 10), groups, strict=False):
         for layer in group.layers:
-            k, n = min(layer.k, map_.k[-1]), min(layer.n, map_.n[-1])
-            if k < layer.k and n < layer.n:
+            k, n = np.clip(layer.k, map_.k[0], map_.k[-1]), np.clip(layer.n, map_.n[0], map_.n[-1])
+            if k != layer.k and n != layer.n:
                 continue
             ax.plot(n, k, symbol, color=HALO, markeredgecolor=INK, markersize=5, clip_on=False, zorder=5)
             if group.named:
-                name = ", ".join(layer.roles) + ("→" if n < layer.n else "↑" if k < layer.k else "")
                 away, ha = ((6, 0), "left") if layer.k > layer.n else ((0, above), "center")
-                _write(ax, n, k, name, away, ha="right" if n < layer.n else ha, fontsize=7)
+                if n < layer.n:  # on the other side than its neighbours' names
+                    away, ha = (0, -above), "right"
+                _write(ax, n, k, ", ".join(layer.roles) + _arrow(layer, k, n), away, ha=ha, fontsize=7)
+
+
+def _arrow(layer: PlacedLayer, k: float, n: float) -> str:
+    """Where a layer lies from its symbol at (k, n)."""
+    if n != layer.n:
+        return "→" if n < layer.n else "←"
+    return "" if k == layer.k else "↑" if k < layer.k else "↓"
 
 
 def _write(ax: Axes, n: float, k: float, text: str, away: tuple[int, int], **style: Any) -> None:
@@ -275,7 +284,7 @@ def _png(canvas: FigureCanvasAgg, theme: Theme, source: str) -> bytes:
     drawn = Image.fromarray(pixels).convert("RGB")
     info, file = PngInfo(), io.BytesIO()
     info.add_text(SOURCE, source)
-    few = drawn.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few = drawn.quantize(COLOURS, kmeans=KMEANS, dither=Image.Dither.NONE)
     few.save(file, "PNG", optimize=True, pnginfo=info)
     return file.getvalue()
 

@@ -1,6 +1,7 @@
 # make calibrate   measure this machine's GPU (or CPU) and write thresholds/<device>/<recipe>.yaml
 # make verify      measure a sample of the committed tables again: do they still hold here?
 # make docs        write docs/cli.md from every command's --help
+# make figures     draw the README's pictures again, after thresholds/nvidia-h200 has changed
 # make test        run the tests
 # make check       ruff, mypy --strict and the tests
 #
@@ -18,7 +19,9 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 endif
 
-.PHONY: calibrate verify docs test check lint
+FIGURES := docs/figures/nvidia-h200-overview-light.png docs/figures/nvidia-h200-overview-dark.png
+
+.PHONY: calibrate verify docs figures test check lint
 .DEFAULT_GOAL := check
 
 calibrate: $(INSTALLED)
@@ -29,6 +32,11 @@ verify: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(PY) docs/cli.py
+
+figures: $(INSTALLED)
+	$(PY) -m fp8gate report thresholds/nvidia-h200 --out report
+	mkdir -p docs/figures
+	cp $(FIGURES:docs/figures/%=report/%) docs/figures
 
 test: $(INSTALLED)
 	$(PY) -m pytest $(ARGS)

@@ -24,9 +24,9 @@ from fp8gate.calibrate.journal import Journal, Setup
 from fp8gate.calibrate.linears import DATA, INDUCTOR
 from fp8gate.calibrate.measure import PAUSE_S, RUN_S, SETTLE_S, DeviceLostError
 from fp8gate.calibrate.progress import Observer, make_observer
-from fp8gate.calibrate.report import Report, make_report
 from fp8gate.calibrate.run import Book, Part, Run
 from fp8gate.calibrate.schedule import Schedule, Task
+from fp8gate.calibrate.sweep_report import Report, make_report
 from fp8gate.calibrate.tables import require_nothing_lost, write_tables
 from fp8gate.calibrate.together import Ranks, lead
 from fp8gate.calibrate.worker import Job

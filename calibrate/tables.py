@@ -14,7 +14,7 @@ from fp8gate.calibrate.between import between_devices, devices_of
 from fp8gate.calibrate.grid import union
 from fp8gate.calibrate.journal import Journal, Setup
 from fp8gate.calibrate.records import PointRecord
-from fp8gate.calibrate.report import spread
+from fp8gate.calibrate.sweep_report import spread
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import WITH_NUMBERS, Grid, Recipe, Table, read_table, write_table
 

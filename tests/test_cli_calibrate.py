@@ -21,8 +21,8 @@ from fp8gate.calibrate import forkserver
 from fp8gate.calibrate import sweep as sweep_module
 from fp8gate.calibrate.gpu_watch import DeviceLock
 from fp8gate.calibrate.measure import DeviceLostError
-from fp8gate.calibrate.report import Report
 from fp8gate.calibrate.sweep import SweepResult, make_setup
+from fp8gate.calibrate.sweep_report import Report
 from fp8gate.calibrate.workers import WorkersDiedError
 from fp8gate.filter.models import BUNDLED
 from fp8gate.filter.shapes import LinearShape
@@ -494,6 +494,7 @@ def test_every_bundled_model_has_shapes(model):
         ("calibrate", "grid recipes device out resume model tokens tp stop_after workers seed as_json"),
         ("merge", "tables out as_json"),
         ("diff", "before after min_speedup markdown as_json"),
+        ("report", "tables out"),
         ("verify", "tables points device workers min_speedup as_json"),
         ("breakdown", "m k n recipe device png as_json"),
         ("explain", "model recipe tokens tp cp recompute device tables lookup min_speedup as_json"),
@@ -502,7 +503,7 @@ def test_every_bundled_model_has_shapes(model):
 def test_the_options_are_those_documented(command, params):
     """Users' scripts depend on them: a change here belongs in the CHANGELOG."""
     commands = typer.main.get_command(cli.app).commands
-    assert sorted(commands) == ["breakdown", "calibrate", "diff", "explain", "merge", "verify"]
+    assert sorted(commands) == ["breakdown", "calibrate", "diff", "explain", "merge", "report", "verify"]
     assert [param.name for param in commands[command].params] == params.split()
 
 
@@ -522,5 +523,6 @@ def test_option_spellings():
         "explain": explain,
         "diff": "--json --markdown --min-speedup",
         "merge": "--json --out",
+        "report": "--out",
         "verify": "--device --json --min-speedup --points --tables --workers",
     }

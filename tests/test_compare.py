@@ -11,7 +11,7 @@ from samples import replaced
 
 from fp8gate.calibrate.compare import SHIFT, SPREADS, compare_tables, shift_of
 from fp8gate.calibrate.compare_output import comparison_json, comparison_text
-from fp8gate.calibrate.diff import MODEL_TP, usual_models
+from fp8gate.calibrate.usual_models import MODEL_TP, usual_models
 from fp8gate.filter.models import BUNDLED, ModelConfig
 from fp8gate.filter.parallel import Parallel, Shards
 from fp8gate.filter.table import Spread, TableError

@@ -28,7 +28,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected_files() -> set[str]:
     """Everything tracked in the four source folders, under its installed name."""
     files = {f"fp8gate/{name}" for name in ("__init__.py", "__main__.py", "cli.py", "py.typed")}
-    for folder, pattern in (("calibrate", "*.py"), ("filter", "*.py"), ("thresholds", "*.yaml")):
+    patterns = (("calibrate", "*.py"), ("calibrate", "*.jinja"), ("filter", "*.py"), ("thresholds", "*.yaml"))
+    for folder, pattern in patterns:
         files |= {f"fp8gate/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob(pattern)}
     return files
 

@@ -1,11 +1,12 @@
 """The command line: `fp8gate calibrate` measures, `verify` measures some of it again, `merge` joins tables, `diff`
-compares them, `breakdown` takes one linear apart, `explain` asks a table about a model.
+compares them, `report` draws them, `breakdown` takes one linear apart, `explain` asks a table about a model.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from fp8gate.calibrate.sweep import SweepResult
 
 EXIT_STOPPED, EXIT_FINDINGS, EXIT_USAGE, EXIT_INTERRUPTED = 1, 1, 2, 130
+MEASURING, DRAWING = ("torch", "torchao", "numpy", "pandas", "pynvml"), ("jinja2", "matplotlib", "numpy")
 
 
 class Commands(TyperGroup):
@@ -176,6 +178,34 @@ def diff_command(
         typer.echo(comparison_text(comparisons, "markdown" if markdown else "text"))
     if any(comparison.has_findings for comparison in comparisons):
         raise typer.Exit(EXIT_FINDINGS)
+
+
+@app.command("report")
+def report_command(
+    tables: Annotated[list[Path], typer.Argument(help="Tables, or folders of tables such as thresholds/nvidia-h200.")],
+    out: Annotated[Path, typer.Option(help="Folder for index.html and its pictures.")] = Path("report"),
+) -> None:
+    """Draw tables: one HTML page to look at, question and pass on, and its pictures as PNG files.
+
+    For each device: maps of the speedup over k and n for each recipe and number of tokens, where float8 begins to win,
+    where torchao's fixed rule begins to convert, which points are ambiguous or have no number, where the layers of
+    the bundled models lie, what measured it all, and how far the numbers can be trusted. Recipes of one device stand
+    side by side: give all its tables at once. The page needs no network and nothing beside it, and follows the
+    browser's dark or light mode; so do the pictures, which come in both. Needs no GPU.
+
+    For example: fp8gate report thresholds/nvidia-h200 --out report
+
+    Exit code 2 if a table cannot be read, if two are of one device and recipe, or if --out cannot be written.
+    """
+    _require("report", DRAWING)
+    from fp8gate.calibrate.report_page import write_report
+
+    try:
+        written = write_report(tables, out)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    for path in written:
+        typer.echo(f"wrote {path}")
 
 
 @app.command("verify")
@@ -410,9 +440,9 @@ def _json(data: dict[str, Any]) -> str:
     return json.dumps(data, indent=2)
 
 
-def _require(command: str) -> None:
-    """What measuring needs, and explaining does not."""
-    missing = [name for name in ("torch", "torchao", "numpy", "pandas", "pynvml") if find_spec(name) is None]
+def _require(command: str, names: Sequence[str] = MEASURING) -> None:
+    """What measuring and drawing need, and explaining does not."""
+    missing = [name for name in names if find_spec(name) is None]
     if missing:
         _fail(f"{command} needs {', '.join(missing)}: pip install 'fp8gate[calibrate]'")
 

@@ -8,8 +8,8 @@ import pytest
 from samples import PROTOCOL, PROTOCOLS, point_record, replaced, timed_arm
 
 from fp8gate.calibrate.records import CONTROL, ArmRecord, Stages
-from fp8gate.calibrate.report import Report, make_report, spread
 from fp8gate.calibrate.run import Part
+from fp8gate.calibrate.sweep_report import Report, make_report, spread
 from fp8gate.filter.table import Spread
 
 FAILED = ArmRecord(status="failed", detail="broken kernel")

@@ -1,0 +1,153 @@
+"""The page's contents, and `fp8gate report`: its files, its errors, its exit codes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from builders import DEVICE, PROTOCOL, make_point, make_table, write_file, write_folder
+from msgspec.structs import replace
+from PIL import Image
+from typer.testing import CliRunner
+
+from fp8gate import cli
+from fp8gate.calibrate.map_figures import SOURCE
+from fp8gate.calibrate.report_page import by_device, quality, tables_hash, write_report
+from fp8gate.filter.table import Grid, Spread, TableError, read_table
+
+SHAPES = [(m, k, n) for m in (1024, 8192) for k in (1024, 4096) for n in (1024, 4096)]
+PICTURES = ("overview", "tokens", "rowwise")
+
+
+def table(recipe="rowwise", speedup=1.5, **fields):
+    return make_table(*(make_point(*at, speedup) for at in SHAPES), recipe=recipe, **fields)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The page of a device with a hostile name."""
+    folder = tmp_path_factory.mktemp("report")
+    named = table(device=replace(DEVICE, name="GPU <b>1</b>"))
+    write_report([write_file(named, folder / "rowwise.yaml")], folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture
+def run():
+    return lambda *args: CliRunner().invoke(cli.app, ["report", *map(str, args)])
+
+
+def test_the_page_and_each_picture_in_both_themes_are_written(report):
+    names = {f"gpu-b-1-b-{name}-{theme}.png" for name in PICTURES for theme in ("light", "dark")}
+    assert {path.name for path in report.iterdir()} == {"index.html", *names}
+
+
+def test_the_page_needs_nothing_beside_it(report):
+    html = (report / "index.html").read_text()
+    assert not re.search(r"https?://|\.png|@import|<script", html)
+    assert len(re.findall(r'(?:src|srcset)="data:image/png;base64,', html)) == 2 * len(PICTURES)
+    assert html.count("<img") == len(re.findall(r'<img [^>]*alt="[^"]+"', html))
+
+
+def test_what_tables_say_is_text_and_no_markup(report):
+    html = (report / "index.html").read_text()
+    assert "<b>1</b>" not in html
+    assert "GPU &lt;b&gt;1&lt;/b&gt;" in html
+
+
+def test_models_and_provenance_are_on_the_page(report):
+    html = (report / "index.html").read_text()
+    assert "llama3-405b, TP 8" in html
+    assert "1.50 ✓" in html
+    assert f"<td>{DEVICE.capability}</td>" in html.replace(' colspan="1"', "")
+
+
+def test_a_picture_names_its_tables(report):
+    written = read_table(report.parent / "rowwise.yaml")
+    assert Image.open(report / "gpu-b-1-b-rowwise-dark.png").text[SOURCE] == tables_hash([written])
+    assert tables_hash([written]) != tables_hash([table(speedup=1.4)])
+    assert tables_hash([table(), table("tensorwise")]) == tables_hash([table("tensorwise"), table()])
+
+
+def test_quality_counts_what_is_not_as_it_should_be():
+    odd = (make_point(1024, 512, 512, status="failed"), make_point(1024, 512, 1024, 1.0, status="ambiguous"))
+    off_grid = make_point(1536, 1024, 1024)
+    grid = Grid(m=(1024,), k=(512, 1024), n=(512, 1024))
+    spread = Spread(points=20, median=0.006, p95=0.039, worst=0.071)
+    found = quality(make_table(*odd, off_grid, grid=grid, protocol=replace(PROTOCOL, spread=spread, run_s=0.05)))
+    assert list(found.values()) == [
+        "3",
+        "1",
+        "1 failed",
+        "2",
+        "1",
+        "20 points, 0.6% apart (median), 3.9% (95th percentile), 7.1% (worst)",
+        "one device",
+        "at most 0.50% from 1 beyond chance, or measured again",
+        "each arm alone",
+    ]
+
+
+def test_quality_tells_of_several_devices_and_of_arms_in_turns():
+    between = Spread(points=8, median=0.01, p95=0.02, worst=0.03)
+    found = quality(table(protocol=replace(PROTOCOL, devices=2, between=between)))
+    assert found["on several devices"].startswith("8 points, 1.0% apart")
+    assert found["again by another process"] == "not measured"
+    assert found["timing"].startswith("arms in turns")
+
+
+def test_recipes_of_a_device_are_put_together_in_their_usual_order(tmp_path):
+    one, other = write_file(table(), tmp_path / "b.yaml"), write_file(table("tensorwise"), tmp_path / "a.yaml")
+    elsewhere = write_file(table(device=replace(DEVICE, name="NVIDIA B200")), tmp_path / "c.yaml")
+    found = by_device([one, elsewhere, other])
+    assert {device: list(tables) for device, tables in found.items()} == {
+        "NVIDIA H200": ["tensorwise", "rowwise"],
+        "NVIDIA B200": ["rowwise"],
+    }
+
+
+def test_two_tables_of_one_recipe_and_device_are_refused(tmp_path):
+    one, again = (write_file(table(), tmp_path / name) for name in ("a.yaml", "b.yaml"))
+    with pytest.raises(TableError, match=re.escape(f"{again}: $.recipe: expected one table of rowwise")):
+        by_device([one, again])
+
+
+def test_the_command_says_what_it_wrote(run, tmp_path):
+    folder = write_folder(tmp_path / "tables", table()) / "nvidia-h200"
+    result = run(folder, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0] == f"wrote {tmp_path / 'out' / 'index.html'}"
+    assert len(result.stdout.splitlines()) == 1 + 2 * len(PICTURES)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (None, "expected a table, or a folder of tables such as thresholds/nvidia-h200; found none"),
+        ("schema: 2\n", "$.schema: expected 1"),
+    ],
+)
+def test_what_cannot_be_read_is_exit_code_2(run, tmp_path, text, complaint):
+    path = tmp_path / "a.yaml"
+    if text:
+        path.write_text(text)
+    result = run(path, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"fp8gate: {path}: ")
+    assert complaint in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_exit_code_2(run, tmp_path):
+    path = write_file(table(), tmp_path / "a.yaml")
+    result = run(path, "--out", path)
+    assert result.exit_code == 2
+    assert str(path) in result.stderr
+
+
+@pytest.mark.parametrize("missing", ["jinja2", "matplotlib"])
+def test_without_the_extra_it_says_what_to_install(run, monkeypatch, tmp_path, missing):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == missing else object())
+    result = run(tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr == f"fp8gate: report needs {missing}: pip install 'fp8gate[calibrate]'\n"

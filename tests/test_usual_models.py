@@ -1,0 +1,25 @@
+"""The bundled models' layers as points of a map: which roles share one, whole and divided."""
+
+from __future__ import annotations
+
+from fp8gate.calibrate.usual_models import placed_models
+
+
+def placed(model):
+    return {(layer.k, layer.n): (layer.roles, layer.tp) for layer in placed_models()[model]}
+
+
+def test_roles_of_the_same_sizes_are_one_layer():
+    assert placed("llama3-8b") == {
+        (4096, 4096): (("wq", "wo"), 1),
+        (4096, 1024): (("wk", "wv"), 1),
+        (4096, 14336): (("w1", "w3"), 1),
+        (14336, 4096): (("w2",), 1),
+        (4096, 128256): (("output",), 1),
+    }
+
+
+def test_what_is_usually_divided_is_there_whole_too():
+    assert (8192, 1024) in placed("llama3-70b")
+    assert placed("llama3-70b, TP 8")[8192, 1024] == (("wq",), 8)
+    assert "llama3-8b, TP 8" not in placed_models()

@@ -81,9 +81,6 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ambiguous. control: how far bf16 timed against itself may be from 1, beyond chance and
     0.5 us. spread: of the points that a second process measured again on the same device. devices: how many took part;
     between: how far each is from the median of all, at the points that all measured.
-
-    A table without run_s is of arms that took turns round by round until their bounds were within `precision` or the
-    point had taken near_s, or far_s if its speedup was not near the threshold.
     """
 
     timer: Literal["cuda_graphs", "wall_clock"]
@@ -93,16 +90,14 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     l2: Literal["cold"]
     data: str
     settle_s: Annotated[float, msgspec.Meta(ge=0)]
-    run_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    pause_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    run_s: Annotated[float, msgspec.Meta(ge=0)]
+    pause_s: Annotated[float, msgspec.Meta(ge=0)]
     rounds: tuple[Size, ...]
     confidence: Annotated[float, msgspec.Meta(gt=0, lt=1)]
     threshold: Positive
     tolerance: Positive
-    precision: Positive | None = None
     near: Positive
     near_s: Positive
-    far_s: Positive | None = None
     control: Positive
     spread: Spread | None = None
     devices: Size = 1

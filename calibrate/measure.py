@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
+from fp8gate.calibrate.alone import run_alone
 from fp8gate.calibrate.compilation import ReadyLinear, compiled_linear, eager_linear
 from fp8gate.calibrate.gpu_watch import Watch
 from fp8gate.calibrate.linears import Arm, Operands
 from fp8gate.calibrate.numerics import References, acceptable
 from fp8gate.calibrate.records import CONTROL, ArmName, ArmRecord, PointRecord, Stages, is_near, speedup_of
 from fp8gate.calibrate.schedule import Task
-from fp8gate.calibrate.timing import Sample, Timer, balanced_orders
+from fp8gate.calibrate.timing import Sample, Timer
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Protocol, Recipe
 
@@ -38,11 +39,6 @@ PAUSE_S, BURST_S, FIRST_SETTLE = 0.15, 0.6, 2
 then 15 % less for 0.2 s, in which every arm is 7 % slower. So where the limit is reached, the device idles for PAUSE_S
 before a run that would begin more than BURST_S after the last pause; loading a point is one too. The first run after a
 pause settles FIRST_SETTLE times as long, as it begins above the limit. Four short runs fit between two pauses."""
-BUSY_SHARE, IDLE_RUN_S = 0.5, 0.02
-"""Arms that keep the device busy for less of the time (between flushes and host work) do not reach the power limit: on
-an H200 the clock stays at its maximum, there is nothing to wait for, and IDLE_RUN_S is enough."""
-BATCH_S = 0.01  # rounds that are run, and watched, together
-
 DETAIL_LENGTH = 2000  # Inductor's errors carry whole graphs; their first lines say what is wrong
 
 
@@ -230,37 +226,17 @@ class _Session:
         Returns a slowdown.
         """
         arms = [self.prepared[name] for name in names]
-        start = time.perf_counter()
-        batch, is_idle = self._settle(arms, settle_s)
-        settled = time.perf_counter()
-        end = settled + (min(run_s, IDLE_RUN_S) if is_idle else run_s)
-        rounds: list[list[Sample]] = []
-        while len(rounds) < samples or time.perf_counter() < end:
-            rounds += self.timer.rounds(arms, balanced_orders(len(arms), batch, self.rng))
-            if (clock_mhz := self.watch.sm_clock_mhz()) is not None:
-                self.clocks_mhz.append(clock_mhz)
-            if self.watch.is_power_limited():
-                self.is_limited = self.has_been_limited = True
-            if slowdown := self.watch.slowdown():
-                return slowdown
-        for name, of_arm in zip(names, zip(*rounds, strict=True), strict=True):
+        run = run_alone(arms, self.timer, self.watch, self.rng, settle_s=settle_s, run_s=run_s, least=samples)
+        self.clocks_mhz += run.clocks_mhz
+        if run.is_limited:
+            self.is_limited = self.has_been_limited = True
+        if run.slowdown:
+            return run.slowdown
+        for name, of_arm in zip(names, zip(*run.rounds, strict=True), strict=True):
             self.samples[name] += condensed(of_arm, samples)
-        self.settling_s += settled - start
-        self.timing_s += time.perf_counter() - settled
+        self.settling_s += run.settling_s
+        self.timing_s += run.timing_s
         return None
-
-    def _settle(self, arms: Sequence[Any], at_most_s: float) -> tuple[int, bool]:
-        """Run rounds that do not count until the clock is steady; how many fill a batch, and if the device idles."""
-        start, batch, passes = time.perf_counter(), 1, 0
-        while True:
-            before = time.perf_counter()
-            rounds = self.timer.rounds(arms, balanced_orders(len(arms), batch, self.rng))
-            now, passes = time.perf_counter(), passes + 1
-            busy_s = sum(sample.fwd_us + sample.bwd_us for one in rounds for sample in one) / 1e6
-            batch = max(1, round(BATCH_S / ((now - before) / batch)))
-            is_idle = passes > 1 and busy_s < BUSY_SHARE * (now - before)
-            if is_idle or now >= start + at_most_s:
-                return batch, is_idle
 
     def _is_near(self, recipe: ArmName) -> bool:
         protocol = next(p for name, p in self.point.protocols.items() if name == recipe)

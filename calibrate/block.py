@@ -1,8 +1,9 @@
 """A block of layers as it is trained: what it computes with, and the same with some of its linears in float8.
 
-In: a model's config, or any module with the inputs it is called with. Out: a `Block`, and arms of it that a timer runs.
-A model's block is its own decoder layer, as `transformers` builds and calls it, with the sizes that one rank holds; no
-other part of the model is ever made but an embedding of one row and a norm.
+In: a model's config, or any module with the inputs it is called with. Out: a `Blueprint`, which every process makes its
+own `Block` from, and arms of that which a timer runs. A model's block is its own decoder layer, as `transformers`
+builds and calls it, with the sizes that one rank holds. Parameters and what requires a gradient are random, wherever the
+block comes from: only time counts.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from fp8gate.calibrate.compilation import compiled_ahead, put_tensors, tensors_of
+from fp8gate.calibrate.compilation import compiled_ahead, put_tensors
 from fp8gate.calibrate.linears import WEIGHT_STD, convert
+from fp8gate.calibrate.timing import Results
 from fp8gate.filter.models import ModelConfig, linear_roles
 from fp8gate.filter.parallel import Parallel, ShardError, Shards
 from fp8gate.filter.plan import block_role
@@ -37,70 +39,107 @@ class BlockError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Block:
-    """A module and its inputs. template: the module without its tensors, on the meta device. tensors: its parameters
-    and buffers by name. inputs: its keyword arguments. recomputed: under activation checkpointing. shapes: (m, k, n) of
-    each role. grad_output: the gradient of what it returns."""
+class Blueprint:
+    """A block without its parameters: all that another process needs to build it.
+
+    template: the module, on the meta device. buffers: its buffers, on the CPU. inputs: its keyword arguments, on the
+    meta device those that are made anew, which require a gradient, on the CPU the others. shapes: (m, k, n) of each
+    role. recomputed: under activation checkpointing.
+    """
 
     template: nn.Module
-    tensors: dict[str, Tensor]
+    buffers: dict[str, Tensor]
     inputs: Mapping[str, Any]
-    recomputed: bool
     shapes: dict[str, LinearShape]
-    grad_output: Tensor
+    recomputed: bool
 
     @classmethod
-    def of(cls, module: nn.Module, inputs: Sequence[Any] | Mapping[str, Any], *, recomputed: bool = False) -> Block:
-        """Raises BlockError if there is nothing to convert or to time in it."""
-        named = inputs if isinstance(inputs, Mapping) else _by_name(module, inputs)
-        shapes, output = _observe(module, named)
+    def of(cls, module: nn.Module, inputs: Sequence[Any] | Mapping[str, Any], *, recomputed: bool) -> Blueprint:
+        """Of any module and the arguments it is called with. Raises BlockError if there is nothing to convert in it."""
+        named = dict(inputs) if isinstance(inputs, Mapping) else _by_name(module, inputs)
+        return cls._made(module, named, _observed_shapes(module, named), recomputed)
+
+    @classmethod
+    def of_layer(
+        cls,
+        config: ModelConfig,
+        facts: Mapping[str, Any],
+        *,
+        tokens: int,
+        sequence: int,
+        tp: int = 1,
+        recomputed: bool = False,
+    ) -> Blueprint:
+        """Of a model's decoder layer as one rank of `tp` holds it, called as the model calls it.
+
+        facts: the model's config.json. Raises BlockError if its linears are not those that the filter would see.
+        """
+        model = _one_layer(_local_facts(config, facts, tp))
+        layer = model.layers[0]
+        shapes = _layer_shapes(layer, config, tokens, tp)
+        hidden = torch.zeros(tokens // sequence, sequence, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        return cls._made(layer, _inputs_of_layer(model, hidden), shapes, recomputed)
+
+    @classmethod
+    def _made(
+        cls, module: nn.Module, inputs: Mapping[str, Any], shapes: dict[str, LinearShape], recomputed: bool
+    ) -> Blueprint:
         if not shapes:
             raise BlockError("block: expected an nn.Linear in it; found none")
-        if not any(tensor.requires_grad for tensor in tree_leaves(named) if isinstance(tensor, Tensor)):
+        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        if not any(tensor.requires_grad for tensor in tensors):
             raise BlockError("example_inputs: expected one that requires a gradient, as in training; found none")
         return cls(
             template=copy.deepcopy(module).to("meta"),
-            tensors=tensors_of(module),
-            inputs=named,
-            recomputed=recomputed,
+            buffers={name: buffer.cpu() for name, buffer in module.named_buffers()},
+            inputs=tree_map_only(Tensor, lambda t: _on_meta(t) if t.requires_grad else t.cpu(), inputs),
             shapes=shapes,
-            grad_output=torch.randn_like(output),
+            recomputed=recomputed,
         )
 
-    @property
-    def device(self) -> torch.device:
-        return self.grad_output.device
-
-    def blueprint(self) -> Blueprint:
-        """What another process needs to compile it."""
-        inputs = tree_map_only(Tensor, _on_meta, self.inputs)
-        return Blueprint(template=self.template, inputs=inputs, recomputed=self.recomputed, device=self.device.type)
-
-    def arm(self, ready: ReadyBlock) -> BlockArm:
-        """The arm that computes with this block's tensors."""
-        put_tensors(ready.module, self.tensors)
-        leaves = [leaf for leaf in (*tree_leaves(self.inputs), *self.tensors.values()) if isinstance(leaf, Tensor)]
-        wanted = tuple(dict.fromkeys(leaf for leaf in leaves if leaf.requires_grad))
-        return BlockArm(ready.function, self.inputs, wanted, self.grad_output)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Blueprint:
-    """A block without tensors: all that compiling needs, on the meta device."""
-
-    template: nn.Module
-    inputs: Mapping[str, Any]
-    recomputed: bool
-    device: str
-
-    def ready(self, roles: frozenset[str], recipe: Recipe, inductor: dict[str, bool] | None) -> ReadyBlock:
+    def ready(
+        self, roles: frozenset[str], recipe: Recipe, inductor: dict[str, bool] | None, device: str
+    ) -> ReadyBlock:
         """The block with these roles converted, compiled with these settings, or as written for None."""
         module = copy.deepcopy(self.template)
         if roles:
             module = convert(module, recipe, lambda _, fqn: block_role(fqn) in roles)
         whole = Recomputed(module) if self.recomputed else module
-        function = whole if inductor is None else compiled_ahead(whole, self.inputs, inductor, self.device)
-        return ReadyBlock(module, function)
+        if inductor is None:
+            return ReadyBlock(module, whole)
+        inputs = tree_map_only(Tensor, _on_meta, self.inputs)
+        return ReadyBlock(module, compiled_ahead(whole, inputs, inductor, device))
+
+
+class Block:
+    """A block's random tensors on a device, and what they give in bf16."""
+
+    def __init__(self, blueprint: Blueprint, device: torch.device) -> None:
+        template = blueprint.template
+        self.tensors: dict[str, Tensor] = {
+            **{name: _random_parameter(name, one, device) for name, one in template.named_parameters()},
+            **{name: buffer.to(device) for name, buffer in blueprint.buffers.items()},
+        }
+        self.inputs = tree_map_only(Tensor, lambda tensor: _real(tensor, device), blueprint.inputs)
+        leaves = [leaf for leaf in (*tree_leaves(self.inputs), *self.tensors.values()) if isinstance(leaf, Tensor)]
+        self._wanted = tuple(leaf for leaf in leaves if leaf.requires_grad)
+        self._grad_output = torch.empty(0)
+        eager = self.arm(blueprint.ready(frozenset(), "tensorwise", None, device.type))
+        output = eager.forward()
+        self._grad_output = torch.randn_like(output)
+        gradients = self.arm(ReadyBlock(template, eager.function)).backward(output)
+        self._expected = (output.detach(), *gradients)
+
+    def arm(self, ready: ReadyBlock) -> BlockArm:
+        """The arm that computes with these tensors."""
+        put_tensors(ready.module, self.tensors)
+        return BlockArm(ready.function, self.inputs, self._wanted, self._grad_output)
+
+    def error(self, results: Results) -> float:
+        """The largest |result - bf16's| / |bf16's| (Frobenius) of output and gradients; NaN if one is not finite."""
+        found = (results.output, *results.gradients)
+        errors = [_relative_error(one, right) for one, right in zip(found, self._expected, strict=True)]
+        return math.nan if any(math.isnan(error) for error in errors) else max(errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,22 +175,7 @@ class Recomputed(nn.Module):
         self.block = block
 
     def forward(self, **inputs: Any) -> Any:
-        return checkpoint(self.block, use_reentrant=False, **inputs)
-
-
-def decoder_layer(
-    config: ModelConfig, facts: Mapping[str, Any], *, tokens: int, sequence: int, tp: int, device: torch.device
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A model's decoder layer as one rank of `tp` holds it, with random weights, and what the model calls it with.
-
-    facts: the model's config.json. Raises BlockError if its linears are not those that the filter would see.
-    """
-    model = _one_layer(_local_facts(config, facts, tp), device)
-    layer = model.layers[0]
-    _require_shapes(layer, config, tokens, tp)
-    _randomize(layer)
-    hidden = torch.randn(tokens // sequence, sequence, config.hidden_size, device=device, dtype=torch.bfloat16)
-    return layer, _inputs_of_layer(model, hidden.requires_grad_())
+        return checkpoint(self.block, use_reentrant=False, preserve_rng_state=False, **inputs)
 
 
 def sequence_of(config: ModelConfig, tokens: int, asked: int | None) -> int:
@@ -162,13 +186,16 @@ def sequence_of(config: ModelConfig, tokens: int, asked: int | None) -> int:
     return sequence
 
 
-def _one_layer(facts: Mapping[str, Any], device: torch.device) -> Any:
-    """The model with a single layer and a vocabulary of one token, uninitialized."""
+def _one_layer(facts: Mapping[str, Any]) -> Any:
+    """The model with a single layer and a vocabulary of one token, on the meta device but for the positions."""
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.for_model(**facts)
-    with torch.device(device):
-        return AutoModel.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
+    with torch.device("meta"):
+        build: Callable[..., Any] = AutoModel.from_config
+        model = build(config, attn_implementation="sdpa", dtype=torch.bfloat16)
+    model.rotary_emb = type(model.rotary_emb)(config=config)
+    return model
 
 
 def _local_facts(config: ModelConfig, facts: Mapping[str, Any], tp: int) -> dict[str, Any]:
@@ -181,13 +208,14 @@ def _local_facts(config: ModelConfig, facts: Mapping[str, Any], tp: int) -> dict
         if size % tp:
             raise BlockError(f"tp: expected a divisor of {name} = {size}; got {tp}")
     local = {name: size // tp for name, size in sizes.items()}
-    one_layer = {"num_hidden_layers": 1, "vocab_size": 1, "head_dim": config.size_of_head, "pad_token_id": None}
+    one_layer = {"num_hidden_layers": 1, "vocab_size": 1, "head_dim": config.size_of_head}
+    no_tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     without = ("layer_types", "quantization_config", "architectures")
-    return {**{name: fact for name, fact in facts.items() if name not in without}, **local, **one_layer}
+    return {**{name: fact for name, fact in facts.items() if name not in without}, **local, **one_layer, **no_tokens}
 
 
-def _require_shapes(layer: nn.Module, config: ModelConfig, tokens: int, tp: int) -> None:
-    """The layer's linears are those of `filter.models`, divided as `filter.parallel` says."""
+def _layer_shapes(layer: nn.Module, config: ModelConfig, tokens: int, tp: int) -> dict[str, LinearShape]:
+    """Those of the layer's linears, which must be what `filter.models` and `filter.parallel` say."""
     shards = Shards(Parallel(tp=tp, plan="transformers"), tokens)
     try:
         expected = {
@@ -202,15 +230,30 @@ def _require_shapes(layer: nn.Module, config: ModelConfig, tokens: int, tp: int)
         differ = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         name = differ[0]
         raise BlockError(f"{name}: expected {expected.get(name)} in the decoder layer, found {found.get(name)}")
+    return found
 
 
-def _randomize(layer: nn.Module) -> None:
+def _random_parameter(name: str, like: Tensor, device: torch.device) -> nn.Parameter:
+    parameter = nn.Parameter(_empty(like, device), requires_grad=like.requires_grad)
     with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=WEIGHT_STD)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        if parameter.ndim > 1:
+            parameter.normal_(std=WEIGHT_STD)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return parameter
+
+
+def _real(tensor: Tensor, device: torch.device) -> Tensor:
+    """An input that requires a gradient is made anew, another taken over."""
+    if not tensor.is_meta:
+        return tensor.to(device)
+    return _empty(tensor, device).normal_().requires_grad_()
+
+
+def _relative_error(result: Tensor, right: Tensor) -> float:
+    if not torch.isfinite(result).all():
+        return math.nan
+    return float((result.float() - right.float()).norm() / right.float().norm())
 
 
 class _Called(Exception):
@@ -235,29 +278,28 @@ def _inputs_of_layer(model: Any, hidden: Tensor) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if value is not None}
 
 
-def _observe(module: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, LinearShape], Tensor]:
-    """Run it once: the shape that each role multiplies, and the output. Raises BlockError if a role has several."""
+def _observed_shapes(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, LinearShape]:
+    """Run it once and note the shape that each role multiplies. Raises BlockError if a role has several."""
     shapes: dict[str, set[LinearShape]] = {}
 
-    def note(role: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(linear: nn.Module, args: tuple[Any, ...]) -> None:
-            k, n = linear.in_features, linear.out_features
-            shapes.setdefault(role, set()).add(LinearShape(math.prod(args[0].shape[:-1]), k, n))  # type: ignore[arg-type]
+    def note(role: str) -> Callable[[nn.Linear, tuple[Any, ...]], None]:
+        def hook(linear: nn.Linear, args: tuple[Any, ...]) -> None:
+            m = math.prod(args[0].shape[:-1])
+            shapes.setdefault(role, set()).add(LinearShape(m, linear.in_features, linear.out_features))
 
         return hook
 
     hooks = [linear.register_forward_pre_hook(note(block_role(name))) for name, linear in _linears(module)]
     try:
         with torch.no_grad():
-            output = _tensor(module(**inputs))
+            module(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
     for role, found in shapes.items():
         if len(found) > 1:
             raise BlockError(f"{role}: expected linears of one shape, found {', '.join(map(str, sorted(found)))}")
-    order = dict.fromkeys(block_role(name) for name, _ in _linears(module))
-    return {role: shape for role in order for shape in shapes.get(role, ())}, output
+    return {block_role(name): shape for name, _ in _linears(module) for shape in shapes.get(block_role(name), ())}
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -277,8 +319,11 @@ def _tensor(output: Any) -> Tensor:
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
-    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return meta.requires_grad_(tensor.requires_grad)
+    return _empty(tensor, torch.device("meta")).requires_grad_(tensor.requires_grad)
+
+
+def _empty(like: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
 
 
 def bundled_facts(config: ModelConfig) -> dict[str, Any]:

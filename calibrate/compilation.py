@@ -26,6 +26,11 @@ CACHE_TAG = "fp8gate 1"
 """Keeps this package's compile cache apart from training's, whose kernels Inductor's own timing has tuned."""
 
 
+MAX_ALIVE = 1024
+"""How many compiled functions of one module's code may be alive: each is for another set of its linears in float8, and
+there are 128 sets of a Llama block's seven roles. Dynamo takes more than 8 for a fault."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReadyLinear:
     """A linear of one shape that only lacks its operands; recipe is None for bf16."""
@@ -63,7 +68,8 @@ def compiled_ahead(
     """The module as a function that does not compile any more, once its parameters and buffers are real.
 
     inputs: its keyword arguments; they and the module are on the meta device, and stand for tensors of `device`. Guards
-    are left out, as the code only ever runs on what has the same shapes. Raises what the compiler raises.
+    are left out, as the code only ever runs on what has the same shapes. Raises what the compiler raises, also at a graph
+    break: what follows one could not be compiled ahead.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -71,7 +77,8 @@ def compiled_ahead(
     with FakeTensorMode(), _settings(inductor):
         put_tensors(module, {name: _empty_like(tensor, device) for name, tensor in tensors_of(module).items()})
         fakes = tree_map_only(Tensor, lambda tensor: _empty_like(tensor, device), inputs)
-        compiled = torch.compile(module, dynamic=False, backend=backend, options={"guard_filter_fn": _no_guards})
+        options: dict[str, str | int | bool | Callable[..., Any]] = {"guard_filter_fn": _no_guards}
+        compiled = torch.compile(module, fullgraph=True, dynamic=False, backend=backend, options=options)
         with contextlib.suppress(_CompiledButNotRun):
             compiled(**fakes)
     backend.may_run = True
@@ -138,6 +145,7 @@ def _settings(inductor: dict[str, bool]) -> contextlib.ExitStack:
 
     stack = contextlib.ExitStack()
     stack.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
+    stack.enter_context(torch._dynamo.config.patch(recompile_limit=MAX_ALIVE, accumulated_recompile_limit=MAX_ALIVE))
     stack.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
     stack.enter_context(torch._inductor.config.patch({"compile_threads": 1, **inductor}))
     stack.enter_context(torch.compiler.config.patch(cache_key_tag=CACHE_TAG))  # type: ignore[attr-defined]

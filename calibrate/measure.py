@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -267,8 +267,14 @@ def condensed(rounds: Sequence[Sample], samples: int) -> list[Sample]:
 
 
 def _failure(error: Exception) -> ArmRecord:
+    status, detail = failure(error)
+    return ArmRecord(status=status, detail=detail)
+
+
+def failure(error: Exception) -> tuple[Literal["out_of_memory", "failed"], str]:
+    """What it means for what was to be measured, and what it says, at a length that a journal bears."""
     detail = f"{type(error).__name__}: {error}"[:DETAIL_LENGTH]
-    return ArmRecord(status="out_of_memory" if _is_out_of_memory(error) else "failed", detail=detail)
+    return ("out_of_memory" if _is_out_of_memory(error) else "failed"), detail
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

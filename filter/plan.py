@@ -73,7 +73,6 @@ class PlanProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     final: Size
     confidence: Annotated[float, msgspec.Meta(gt=0, lt=1)]
     noise: Positive
-    exhaustive: bool
     seed: int
 
 
@@ -117,7 +116,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """What was measured of one block, and the set of roles that is to be converted.
 
     shapes: (m, k, n) of each role as one rank holds it. indivisible: roles that float8 cannot compute. left_alone: what
-    of the block is no linear. torchao: what its rule converts, None for a recipe without one. Field order is the order
+    of the block holds several matrices in one parameter, such as experts. exhaustive: every set was measured. torchao: what its rule converts, None for a recipe without one. Field order is the order
     in the file.
     """
 
@@ -134,10 +133,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     measured_at: Annotated[datetime, msgspec.Meta(tz=True)]
     shapes: dict[str, tuple[Size, Size, Size]]
     indivisible: Roles
-    left_alone: str | None
+    left_alone: Roles
     table: TableUsed | None
     torchao: Roles | None
     convert: Roles
+    exhaustive: bool
     columns: tuple[str, ...] = COLUMNS
     candidates: tuple[Candidate, ...]
 

@@ -127,14 +127,19 @@ class _Known:
         self.ask([center ^ {*pair} for pair in pairs if sum(changes[role] for role in pair) > -SYNERGY])
 
     def winner(self) -> Roles:
-        """Measure the few best against each other, and what looks better then, until none does."""
-        enough = self.rules.screening + self.rules.final
-        while new := [one for one in self._contenders() if len(self._ratios[one]) < enough]:
-            self._ratios.update(self.measure(new, enough))
-        finalists = [one for one, ratios in self._ratios.items() if len(ratios) >= enough]
+        """Measure the few best against each other; and what then looks better than the best of them, until none does."""
+        new = self._few_best()
+        while new:
+            self._ratios.update(self.measure(new, self.rules.screening + self.rules.final))
+            best = self.best([BF16, *filter(self._is_final, self._ratios)])
+            new = [one for one in self._few_best() if not self._is_final(one) and self.gains(one, best)]
+        finalists = filter(self._is_final, self._ratios)
         return self.best([BF16, *(one for one in finalists if gain(self._ratios[one], self.rules).low >= WORTH)])
 
-    def _contenders(self) -> list[Roles]:
+    def _few_best(self) -> list[Roles]:
         top = self.value(self.best()) - 2 * self.rules.noise
         ranked = sorted(self._ratios, key=lambda candidate: (-self.value(candidate), len(candidate)))
         return [one for one in ranked if one != BF16 and self.value(one) >= top][:FINALISTS]
+
+    def _is_final(self, candidate: Roles) -> bool:
+        return len(self._ratios[candidate]) >= self.rules.screening + self.rules.final

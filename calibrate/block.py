@@ -2,8 +2,8 @@
 
 In: a model's config, or any module with the inputs it is called with. Out: a `Blueprint`, which every process makes its
 own `Block` from, and arms of that which a timer runs. A model's block is its own decoder layer, as `transformers`
-builds and calls it, with the sizes that one rank holds. Parameters and what requires a gradient are random, wherever the
-block comes from: only time counts.
+builds and calls it, with the sizes that one rank holds. Parameters and what requires a gradient are random, wherever
+the block comes from: only time counts.
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ class Blueprint:
             recomputed=recomputed,
         )
 
-    def ready(
-        self, roles: frozenset[str], recipe: Recipe, inductor: dict[str, bool] | None, device: str
-    ) -> ReadyBlock:
+    def ready(self, roles: frozenset[str], recipe: Recipe, inductor: dict[str, bool] | None, device: str) -> ReadyBlock:
         """The block with these roles converted, compiled with these settings, or as written for None."""
         module = copy.deepcopy(self.template)
         if roles:
@@ -314,7 +312,9 @@ def _tensor(output: Any) -> Tensor:
     """What a block returns, or the first of several things. Raises BlockError if that is no tensor."""
     first = output[0] if isinstance(output, tuple) else output
     if not isinstance(first, Tensor):
-        raise BlockError(f"block: expected a tensor, or a tuple that begins with one; it returns {type(first).__name__}")
+        raise BlockError(
+            f"block: expected a tensor, or a tuple that begins with one; it returns {type(first).__name__}"
+        )
     return first
 
 

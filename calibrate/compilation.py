@@ -68,8 +68,8 @@ def compiled_ahead(
     """The module as a function that does not compile any more, once its parameters and buffers are real.
 
     inputs: its keyword arguments; they and the module are on the meta device, and stand for tensors of `device`. Guards
-    are left out, as the code only ever runs on what has the same shapes. Raises what the compiler raises, also at a graph
-    break: what follows one could not be compiled ahead.
+    are left out, as the code only ever runs on what has the same shapes. Raises what the compiler raises, also at a
+    graph break: what follows one could not be compiled ahead.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 

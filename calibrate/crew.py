@@ -32,18 +32,18 @@ class MemberDiedError(RuntimeError):
 class Crew:
     """Whoever has compiled a set loads and visits it. A context that ends the processes.
 
-    count: 0 for this process alone. more: modules to import before processes are forked.
+    count: of processes; 0 for this one alone.
     """
 
-    def __init__(self, job: PlanJob, count: int, *more: str) -> None:
-        self._job, self._count, self._more = job, count, more
+    def __init__(self, job: PlanJob, count: int) -> None:
+        self._job, self._count = job, count
         self._alone = Visitor(job)
         self._members: list[_Member] = []
         self._homes: dict[Roles, _Member] = {}
 
     def __enter__(self) -> Crew:
         if self._count:
-            context = start_server(*self._more)
+            context = start_server()
             self._members = [_Member.started(context, self._job) for _ in range(self._count)]
         return self
 

@@ -25,14 +25,14 @@ PRELOADED = (
 )
 
 
-def start_server(*more: str) -> ForkServerContext:
-    """The context that starts workers, its server running: it imports once what they need, and these modules.
+def start_server() -> ForkServerContext:
+    """The context that starts workers, its server running: it imports once what they need.
 
     Raises ValueError if the server's socket has no place.
     """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else asking for a GPU spoils it for forks
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, *more])
+    context.set_forkserver_preload(list(PRELOADED))
     try:
         multiprocessing.forkserver.ensure_running()
     except OSError as error:
@@ -42,7 +42,7 @@ def start_server(*more: str) -> ForkServerContext:
     return context
 
 
-def start_early(*more: str) -> None:
+def start_early() -> None:
     """Let the server import torch while this process does, where there is a GPU and so something to compile."""
     import pynvml
 
@@ -52,4 +52,4 @@ def start_early(*more: str) -> None:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return
-    start_server(*more)
+    start_server()

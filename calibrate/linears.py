@@ -79,7 +79,7 @@ def build_linear(recipe: Recipe | None, weight: nn.Parameter) -> nn.Module:
 
 
 def convert(module: nn.Module, recipe: Recipe, wanted: Callable[[nn.Module, str], bool] | None = None) -> nn.Module:
-    """The module with its linears (those `wanted`, by module and name) converted by torchao, in place but for itself."""
+    """The module with its linears, or those `wanted`, converted by torchao; those inside it in place."""
     config = Float8LinearConfig.from_recipe_name(recipe)
     converted: nn.Module = convert_to_float8_training(module, module_filter_fn=wanted, config=config)
     return converted

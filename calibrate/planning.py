@@ -16,10 +16,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
-from fp8gate.calibrate.block import DATA, Blueprint
+from fp8gate.calibrate.block import DATA, LAYER, Blueprint, bundled_facts, sequence_of
 from fp8gate.calibrate.capacity import default_workers
 from fp8gate.calibrate.crew import Crew
 from fp8gate.calibrate.device import describe_device, describe_software
@@ -29,16 +30,18 @@ from fp8gate.calibrate.rounds import PlanJournal, PlanSetup, Rounds
 from fp8gate.calibrate.search import BF16, Roles, Rules, gain, search, search_all
 from fp8gate.calibrate.visitor import PlanJob
 from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP, decide
+from fp8gate.filter.devices import device_slug
 from fp8gate.filter.find_table import find_table
 from fp8gate.filter.linear_layer import grouped_weights
 from fp8gate.filter.lookup import Lookup
+from fp8gate.filter.models import BUNDLED, linear_roles, load_model
 from fp8gate.filter.plan import Candidate, Plan, PlanProtocol, TableUsed, block_role
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Recipe, Table, TableError
 from fp8gate.filter.torchao_rule import torchao_converts
 
 SETTLE_S, RUN_S, PAUSE_S = 0.2, 1.0, 0.15
-"""A GPU at its power limit needs 0.2 s for the clock of what runs, and keeps to the limit over a second: windows so long
+"""A GPU at its power limit needs 0.2 s for the clock of what runs, and keeps to the limit over a second: such windows
 agree within 0.44 %. It draws more after a pause, so each visit begins with the same (H200, LOG.md, 2026-11-24)."""
 NOISE = 0.005
 SCREENING, FINAL, CONFIDENCE = 1, 6, 0.95  # 6 visits are the fewest that give these bounds
@@ -70,7 +73,7 @@ def plan(
     """Plan any block of layers. Linears are grouped by role: the name within the block without layer indices.
 
     example_inputs: the arguments it is called with in training, those that need a gradient so marked; these and the
-    parameters are replaced by random data. recomputed: under activation checkpointing. options: see `plan_subject`.
+    parameters are replaced by random data. recomputed: under activation checkpointing. options: of `plan_subject`.
     Raises BlockError for a block that cannot be planned.
     """
     blueprint = Blueprint.of(block, example_inputs, recomputed=recomputed)
@@ -101,6 +104,7 @@ def plan_subject(
     Raises ValueError for too many roles to be exhaustive about, JournalError, DeviceBusyError, StoppedError when the
     time is up or the GPU slows down, and MemberDiedError; the same call goes on.
     """
+    start = time.monotonic()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     protocol = protocol or make_protocol(device, recipe)
     setup = _setup(subject, recipe, device, protocol)
@@ -115,13 +119,41 @@ def plan_subject(
         screening=protocol.screening, final=protocol.final, confidence=protocol.confidence, noise=protocol.noise
     )
     with tempfile.TemporaryDirectory() as nowhere, DeviceLock(device):
-        deadline = None if stop_after_s is None else time.monotonic() + stop_after_s
-        preloaded = {type(module).__module__ for module in subject.blueprint.template.modules()} - {"__main__"}
-        with PlanJournal(out or Path(nowhere), setup, fresh=fresh) as journal, Crew(job, workers, *preloaded) as crew:
+        with PlanJournal(out or Path(nowhere), setup, fresh=fresh) as journal, Crew(job, workers) as crew:
             say(f"{setup.device.name}: {subject.name}, {recipe}, {len(roles)} roles, {workers} workers, {journal.path}")
-            rounds = Rounds(crew, journal, subject.blueprint.shapes, deadline, say)
+            rounds = Rounds(crew, journal, subject.blueprint.shapes, say, start=start, stop_after_s=stop_after_s)
             chosen = search_all(roles, rounds, rules) if exhaustive else search(roles, answer.guesses, rounds, rules)
+            say(rounds.summary())
         return _make_plan(setup, subject, roles, answer, rounds, rules, chosen, exhaustive)
+
+
+def model_subject(model: str, *, tokens: int, sequence: int | None, tp: int, recomputed: bool) -> Subject:
+    """A model's decoder layer as one rank holds it; model: a bundled name, or a config.json.
+
+    Raises ModelError or BlockError for a model that cannot be planned, or sizes that do not divide.
+    """
+    config = load_model(model)
+    facts = bundled_facts(config) if model in BUNDLED else msgspec.json.decode(Path(model).read_bytes())
+    length = sequence_of(config, tokens, sequence)
+    blueprint = Blueprint.of_layer(config, facts, tokens=tokens, sequence=length, tp=tp, recomputed=recomputed)
+    roles = {linear.fqn.removeprefix(LAYER): linear for linear in linear_roles(config)}
+    return Subject(
+        name=model if model in BUNDLED else _name_of(Path(model)),
+        blueprint=blueprint,
+        whole={role: (roles[role].in_features, roles[role].out_features) for role in blueprint.shapes},
+        tokens=tokens,
+        sequence=length,
+        tp=tp,
+    )
+
+
+def plan_path(out: Path, subject: Subject, recipe: Recipe, device: torch.device) -> Path:
+    """<out>/<device>/plans/<model>-<recipe>-m<tokens>, and what is not the default."""
+    parts = [subject.name, recipe, f"m{subject.tokens}"]
+    parts += [f"s{subject.sequence}"] if subject.sequence not in (None, subject.tokens) else []
+    parts += [f"tp{subject.tp}"] if subject.tp > 1 else []
+    parts += ["recomputed"] if subject.blueprint.recomputed else []
+    return out / device_slug(describe_device(device).name) / "plans" / f"{'-'.join(parts)}.yaml"
 
 
 def make_protocol(device: torch.device, recipe: Recipe) -> PlanProtocol:
@@ -181,6 +213,11 @@ class _Answer:
         if self.table is None:
             return None
         return bf16_us / max(bf16_us - sum(self.saved_us[role] for role in candidate), 1.0)
+
+
+def _name_of(config: Path) -> str:
+    """A config.json is named by its folder, as Hugging Face keeps them."""
+    return config.absolute().parent.name if config.stem == "config" else config.stem
 
 
 def _torchao(recipe: Recipe, sizes: tuple[int, int]) -> bool | None:

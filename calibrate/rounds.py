@@ -67,24 +67,27 @@ class PlanJournal(AnyJournal[PlanSetup, VisitRecord]):
 
 
 class Rounds:
-    """Measures for a search; deadline: of `time.monotonic`, after which no round begins."""
+    """Measures for a search. start: of `time.monotonic`; no round begins stop_after_s later."""
 
     def __init__(
         self,
         crew: Crew,
         journal: PlanJournal,
         roles: Iterable[str],
-        deadline: float | None,
         say: Callable[[str], None],
+        *,
+        start: float,
+        stop_after_s: float | None,
     ) -> None:
-        self.crew, self.journal, self.deadline, self.say = crew, journal, deadline, say
+        self.crew, self.journal, self.say = crew, journal, say
         self.roles = list(roles)
         self.errors: dict[Roles, float] = {}
         self.failed: dict[Roles, CandidateStatus] = {}
         self._loaded: set[Roles] = set()
         self._visits: defaultdict[Roles, dict[int, tuple[float, float]]] = defaultdict(dict)
         self._round = 0
-        self._start = time.monotonic()
+        self._start, self._stop_after_s = start, stop_after_s
+        self._spent_s: defaultdict[str, float] = defaultdict(float)
         for record in journal.records:
             self._note(record)
 
@@ -101,7 +104,9 @@ class Rounds:
 
     @property
     def candidates(self) -> list[Roles]:
-        return [one for one in dict.fromkeys([*self._visits, *self.failed]) if one in self.failed or self.log_ratios(one)]
+        return [
+            one for one in dict.fromkeys([*self._visits, *self.failed]) if one in self.failed or self.log_ratios(one)
+        ]
 
     def log_ratios(self, one: Roles) -> tuple[float, ...]:
         """ln(bf16 / set) of forward plus backward, of the rounds in which both were visited, in their order."""
@@ -118,15 +123,24 @@ class Rounds:
     def in_order(self, one: Roles) -> tuple[str, ...]:
         return tuple(role for role in self.roles if role in one)
 
+    def summary(self) -> str:
+        """Where the time went."""
+        spent = ", ".join(f"{what} {seconds:.0f}" for what, seconds in self._spent_s.items())
+        return f"{self._elapsed()}: {spent}"
+
     def _lacks(self, one: Roles, visits: int) -> bool:
         return one not in self.failed and len(self.log_ratios(one)) < visits
 
     def _load(self, sets: Sequence[Roles]) -> None:
         """Compile together, load one by one."""
-        new = [one for one in sets if one not in self._loaded]
+        new, begin = [one for one in sets if one not in self._loaded], time.monotonic()
         try:
             for i, (one, answer) in enumerate(self.crew.compile(new), start=1):
+                self._spend("waiting for compilers", begin)
+                begin = time.monotonic()
                 loaded = self.crew.load(one) if isinstance(answer, Done) else answer
+                self._spend("loading and tuning", begin)
+                begin = time.monotonic()
                 if isinstance(loaded, Done):
                     self._loaded.add(one)
                     self.errors[one] = loaded.error
@@ -138,12 +152,14 @@ class Rounds:
             raise
 
     def _run_round(self, sets: Sequence[Roles]) -> None:
-        if self.deadline is not None and time.monotonic() > self.deadline:
+        if self._stop_after_s is not None and time.monotonic() > self._start + self._stop_after_s:
             raise StoppedError("the time is up")
         self._round += 1
+        begin = time.monotonic()
         rng = random.Random(f"{self.journal.setup.protocol.seed} {self._round}")
         for one in rng.sample(sets, len(sets)):
             self._visit(one)
+        self._spend("visits", begin)
 
     def _visit(self, one: Roles) -> None:
         answer = self._undisturbed(one)
@@ -190,6 +206,9 @@ class Rounds:
         elif record.fwd_us and record.bwd_us:
             self._visits[one][record.round] = record.fwd_us, record.bwd_us
             self.errors[one] = record.error or 0.0
+
+    def _spend(self, what: str, begin: float) -> None:
+        self._spent_s[what] += time.monotonic() - begin
 
     def _name(self, one: Roles) -> str:
         return ", ".join(self.in_order(one)) or "bf16"

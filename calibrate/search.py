@@ -127,7 +127,7 @@ class _Known:
         self.ask([center ^ {*pair} for pair in pairs if sum(changes[role] for role in pair) > -SYNERGY])
 
     def winner(self) -> Roles:
-        """Measure the few best against each other; and what then looks better than the best of them, until none does."""
+        """Measure the few best against each other, and what then looks better than those, until none does."""
         new = self._few_best()
         while new:
             self._ratios.update(self.measure(new, self.rules.screening + self.rules.final))

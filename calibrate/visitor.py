@@ -1,4 +1,4 @@
-"""One process's part of a plan: it compiles sets of roles in float8 beside other processes, and visits them in its turn.
+"""One process's part of a plan: it compiles sets of roles in float8 beside other processes, and visits them in turn.
 
 In: a `PlanJob`, then requests, one at a time. Out: an answer to each; failures of a set are answers. Compiling touches
 no device; while a set is loaded or visited, no other process may use it.
@@ -161,5 +161,3 @@ def serve(connection: Connection, job: bytes) -> None:
             connection.send(visitor.answer(connection.recv()))
     except (EOFError, BrokenPipeError):
         return
-
-

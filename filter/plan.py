@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from fp8gate.filter.devices import device_slug
 from fp8gate.filter.parallel import plain_name
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import (
@@ -54,7 +55,7 @@ class PlanError(ValueError):
 class PlanProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the numbers were taken.
 
-    Each candidate ran alone on the device: after pause_s of idling, settle_s uncounted, then for run_s. That is a visit.
+    Each candidate ran alone on the device: after pause_s of idling, settle_s uncounted, then run_s. That is a visit.
     Visits came in rounds: bf16 and those asked about, in random order. screening: visits of every candidate; final:
     further ones of the few best, of which alone their numbers are. The bounds are at `confidence`, or at what fewer
     visits give, 1 - 2 / 2^visits. noise: what a change had to gain, as a share, to be followed. inductor: the settings
@@ -116,7 +117,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """What was measured of one block, and the set of roles that is to be converted.
 
     shapes: (m, k, n) of each role as one rank holds it. indivisible: roles that float8 cannot compute. left_alone: what
-    of the block holds several matrices in one parameter, such as experts. exhaustive: every set was measured. torchao: what its rule converts, None for a recipe without one. Field order is the order
+    of the block holds several matrices in one parameter, such as experts. table: None where there was none. torchao:
+    what its rule converts, None for a recipe without one. exhaustive: every set was measured. Field order is the order
     in the file.
     """
 
@@ -142,7 +144,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     candidates: tuple[Candidate, ...]
 
     def role(self, fqn: str) -> str | None:
-        """The role of a linear by this name in a whole model, of Hugging Face's or torchtitan's names; None: not in it."""
+        """The role of the linear of this name in a whole model, Hugging Face's or torchtitan's; None: not in it."""
         name = _canonical(fqn)
         found = [role for role in self.shapes if f".{name}".endswith(f".{_canonical(role)}")]
         return max(found, key=len, default=None)
@@ -189,6 +191,29 @@ def parse_plan(text: str, *, source: str) -> Plan:
         raise PlanError(f"{source}: {error}") from error
     _check(plan, source)
     return plan
+
+
+def load_plan(plan: Plan | str | os.PathLike[str]) -> tuple[Plan, str]:
+    """A plan, or a file's, and what to call it in messages."""
+    return (plan, f"of {plan.model}") if isinstance(plan, Plan) else (read_plan(plan), str(plan))
+
+
+def require_same_training(plan: Plan, source: str, *, recipe: Recipe, device: str, tokens: int) -> None:
+    """Raises PlanError for a plan of other training. tokens: as context parallelism leaves them to a rank."""
+    for field, here, there in (("recipe", recipe, plan.recipe), ("tokens", tokens, plan.tokens)):
+        if here != there:
+            raise PlanError(f"{source}: $.{field}: expected {here}, found {there}")
+    if device_slug(plan.device.name) != device_slug(device):
+        raise PlanError(f"{source}: $.device.name: expected {device}, found {plan.device.name}")
+
+
+def require_same_layer(plan: Plan, role: str, fqn: str, shape: LinearShape, recomputed: bool, source: str) -> None:
+    """Raises PlanError if the plan's role is not the linear of this name as a rank holds it."""
+    if shape != plan.shape(role):
+        raise PlanError(f"{source}: $.shapes.{role}: expected {shape}, as {fqn} is here; found {plan.shape(role)}")
+    if recomputed != (plan.recompute == "full"):
+        here = "full" if recomputed else "none"
+        raise PlanError(f"{source}: $.recompute: expected {here}, as for {fqn} here; found {plan.recompute}")
 
 
 def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:

@@ -42,7 +42,9 @@ def with_one(value):
 
 
 def damaged(results, name, damage):
-    output, *gradients = (damage(getattr(results, field)) if field == name else getattr(results, field) for field in RESULTS)
+    output, *gradients = (
+        damage(getattr(results, field)) if field == name else getattr(results, field) for field in RESULTS
+    )
     return Results(output, tuple(gradients))
 
 

@@ -109,6 +109,8 @@ def plan_subject(
     protocol = protocol or make_protocol(device, recipe)
     setup = _setup(subject, recipe, device, protocol)
     roles = [role for role, shape in subject.blueprint.shapes.items() if not shape.indivisible()]
+    if not roles:
+        raise ValueError("block: expected a linear with dimensions that are multiples of 16; found none")
     if exhaustive and len(roles) > FEW_ROLES:
         raise ValueError(f"exhaustive: expected at most {FEW_ROLES} roles, {2**FEW_ROLES} sets; got {len(roles)}")
     answer = _Answer.of(subject, recipe, setup.device.name, tables, say)

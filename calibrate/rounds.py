@@ -94,12 +94,14 @@ class Rounds:
     def __call__(self, candidates: Sequence[Roles], visits: int) -> dict[Roles, tuple[float, ...]]:
         """Raises StoppedError when the time is up or the GPU slows down again and again, MemberDiedError."""
         while lacking := [one for one in candidates if self._lacks(one, visits)]:
-            self._load([BF16, *lacking])
-            lacking = [one for one in lacking if one not in self.failed]
+            new = [one for one in dict.fromkeys([BF16, *lacking]) if one not in self._loaded]
+            if new:
+                self._load(new)
             if BF16 in self.failed:
-                raise StoppedError(f"bf16 could not be measured: {self.journal.records[-1].detail}")
-            if lacking:
-                self._run_round([BF16, *lacking])
+                raise StoppedError(
+                    "bf16 could not be measured, so nothing can be compared with it; --fresh tries again"
+                )
+            self._run_round(list(dict.fromkeys([BF16, *(one for one in lacking if one not in self.failed)])))
         return {one: self.log_ratios(one) for one in candidates}
 
     @property
@@ -131,9 +133,9 @@ class Rounds:
     def _lacks(self, one: Roles, visits: int) -> bool:
         return one not in self.failed and len(self.log_ratios(one)) < visits
 
-    def _load(self, sets: Sequence[Roles]) -> None:
+    def _load(self, new: Sequence[Roles]) -> None:
         """Compile together, load one by one."""
-        new, begin = [one for one in sets if one not in self._loaded], time.monotonic()
+        begin = time.monotonic()
         try:
             for i, (one, answer) in enumerate(self.crew.compile(new), start=1):
                 self._spend("waiting for compilers", begin)

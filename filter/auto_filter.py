@@ -257,9 +257,9 @@ class AutoFilter:
         if not self._plan or role is None:
             return None
         require_same_layer(self._plan, role, fqn, shape, recomputed, self._plan_source)
-        converted, speedup = role in self._plan.convert, self._plan.chosen.speedup or 1.0
-        what = f"with {len(self._plan.convert)} roles in float8 the block is {speedup:.3f}x" if converted else "bf16"
-        return Decision(convert=converted, shape=shape, reason=f"the plan: {what}")
+        converted = role in self._plan.convert
+        reason = f"the plan: {f'block {self._plan.chosen.speedup:.3f}x' if converted else 'bf16'}"
+        return Decision(convert=converted, shape=shape, reason=reason)
 
     def _local_shape(self, size: LinearSize, fqn: str) -> LinearShape:
         style = self._shards.style(fqn)

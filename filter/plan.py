@@ -163,8 +163,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 def block_role(fqn: str) -> str:
-    """The name within a block, without layer indices."""
-    return ".".join(part for part in fqn.split(".") if not part.isdigit())
+    """The name within a block, without the indices of layers and experts: those that a name follows."""
+    *parts, last = fqn.split(".")
+    return ".".join([*(part for part in parts if not part.isdigit()), last])
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan:

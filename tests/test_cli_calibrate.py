@@ -471,12 +471,16 @@ def test_every_bundled_model_has_shapes(model):
         ("diff", "before after min_speedup markdown as_json"),
         ("verify", "tables points device workers min_speedup as_json"),
         ("explain", "model recipe tokens tp cp recompute device tables lookup min_speedup as_json"),
+        (
+            "plan",
+            "model recipe tokens sequence tp recompute exhaustive device tables out resume stop_after workers as_json",
+        ),
     ],
 )
 def test_the_options_are_those_documented(command, params):
     """Users' scripts depend on them: a change here belongs in the CHANGELOG."""
     commands = typer.main.get_command(cli.app).commands
-    assert sorted(commands) == ["calibrate", "diff", "explain", "merge", "verify"]
+    assert sorted(commands) == ["calibrate", "diff", "explain", "merge", "plan", "verify"]
     assert [param.name for param in commands[command].params] == params.split()
 
 
@@ -488,10 +492,15 @@ def test_option_spellings():
     }
     calibrate = "--device --fresh --grid --model --out --recipes --resume --seed --stop-after --tokens --tp --workers"
     explain = "--cp --device --json --lookup --min-speedup --recipe --recompute --tables --tokens --tp"
+    plan = (
+        "--device --exhaustive --fresh --json --out --recipe --recompute --resume --sequence --stop-after --tables "
+        "--tokens --tp --workers"
+    )
     assert {name: " ".join(flags) for name, flags in spelled.items()} == {
         "calibrate": calibrate,
         "explain": explain,
         "diff": "--json --markdown --min-speedup",
         "merge": "--out",
+        "plan": plan,
         "verify": "--device --json --min-speedup --points --tables --workers",
     }

@@ -35,7 +35,7 @@ from fp8gate.filter.find_table import find_table
 from fp8gate.filter.linear_layer import grouped_weights
 from fp8gate.filter.lookup import Lookup
 from fp8gate.filter.models import BUNDLED, linear_roles, load_model
-from fp8gate.filter.plan import Candidate, Plan, PlanProtocol, TableUsed, block_role
+from fp8gate.filter.plan import PLANS, Candidate, Plan, PlanProtocol, TableUsed, block_role
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Recipe, Table, TableError
 from fp8gate.filter.torchao_rule import torchao_converts
@@ -155,7 +155,7 @@ def plan_path(out: Path, subject: Subject, recipe: Recipe, device: torch.device)
     parts += [f"s{subject.sequence}"] if subject.sequence not in (None, subject.tokens) else []
     parts += [f"tp{subject.tp}"] if subject.tp > 1 else []
     parts += ["recomputed"] if subject.blueprint.recomputed else []
-    return out / device_slug(describe_device(device).name) / "plans" / f"{'-'.join(parts)}.yaml"
+    return out / device_slug(describe_device(device).name) / PLANS / f"{'-'.join(parts)}.yaml"
 
 
 def make_protocol(device: torch.device, recipe: Recipe) -> PlanProtocol:

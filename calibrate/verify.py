@@ -16,16 +16,19 @@ import torch
 
 from fp8gate.calibrate.compare import Comparison, compare_tables
 from fp8gate.calibrate.sweep import make_setup, sweep
+from fp8gate.filter.plan import PLANS, read_plan
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES, WITH_NUMBERS, Grid, Recipe, Table, TableError, read_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """files: every table found, all of them read without an error. stale: software that differs from the tables'."""
+    """files: every table found, and plans: every plan, all of them read without an error. stale: software that differs
+    from the tables'."""
 
     device: str
     files: tuple[Path, ...]
+    plans: tuple[Path, ...]
     comparisons: tuple[Comparison, ...]
     stale: tuple[str, ...]
 
@@ -35,18 +38,23 @@ class Verification:
 
 
 def verify(folder: Path, device: torch.device, *, points: int, min_speedup: float, workers: int | None) -> Verification:
-    """Read every table under `folder`; measure `points` of this device's again, if there are any.
+    """Read every table and plan under `folder`; measure `points` of this device's tables again, if there are any.
 
-    Raises TableError for a file that is no table, or if there is none, and what `sweep` raises.
+    Raises TableError for a file that is no table, or if there is none, PlanError for one among the plans that is no
+    plan, and what `sweep` raises.
     """
-    files = tuple(sorted(folder.rglob("*.yaml")))
+    found = sorted(folder.rglob("*.yaml"))
+    plans = tuple(path for path in found if path.parent.name == PLANS)
+    files = tuple(path for path in found if path not in plans)
     if not files:
         raise TableError(f"{folder}: expected tables such as nvidia-h200/rowwise.yaml; found none")
     tables = {path: read_table(path) for path in files}
+    for path in plans:
+        read_plan(path)
     setup = make_setup(device)
     here = {table.recipe: table for table in tables.values() if table.device.name == setup.device.name}
     if not here:
-        return Verification(device=setup.device.name, files=files, comparisons=(), stale=())
+        return Verification(device=setup.device.name, files=files, plans=plans, comparisons=(), stale=())
     recipes = [recipe for recipe in RECIPES if recipe in here]
     with tempfile.TemporaryDirectory() as out:
         result = sweep(
@@ -68,7 +76,7 @@ def verify(folder: Path, device: torch.device, *, points: int, min_speedup: floa
         for name in ("torch", "torchao", "triton", "driver")
         if getattr(theirs, name) != getattr(ours, name)
     )
-    return Verification(device=setup.device.name, files=files, comparisons=comparisons, stale=stale)
+    return Verification(device=setup.device.name, files=files, plans=plans, comparisons=comparisons, stale=stale)
 
 
 def sample(tables: Mapping[Recipe, Table], count: int) -> list[LinearShape]:

@@ -33,6 +33,8 @@ from fp8gate.filter.table import (
 Roles = tuple[str, ...]
 CandidateStatus = Literal["measured", "out_of_memory", "failed"]
 
+PLANS = "plans"  # the folder beside a device's tables
+
 _HUGGING_FACE = {
     "attention": "self_attn",
     "feed_forward": "mlp",

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from fp8gate.calibrate.block import BlockError
 from fp8gate.calibrate.forkserver import start_server
-from fp8gate.calibrate.search import Roles
-from fp8gate.calibrate.visitor import Answer, PlanJob, Request, Visitor, serve
+from fp8gate.calibrate.search import BF16, Roles
+from fp8gate.calibrate.visitor import Answer, PlanJob, Request, Trouble, Visitor, serve
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -45,6 +45,7 @@ class Crew:
         if self._count:
             context = start_server()
             self._members = [_Member.started(context, self._job) for _ in range(self._count)]
+            self._open()
         return self
 
     def __exit__(
@@ -84,6 +85,18 @@ class Crew:
     def visit(self, roles: Roles) -> Answer:
         """Raises MemberDiedError."""
         return self._ask(("visit", roles))
+
+    def _open(self) -> None:
+        """All at once, before anything is measured."""
+        try:
+            for member in self._members:
+                member.send(("open", BF16))
+            for member in self._members:
+                if isinstance(answer := member.hear(BF16), Trouble):
+                    raise MemberDiedError(f"the block cannot be made on the device: {answer.detail}", BF16)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
 
     def _ask(self, request: Request) -> Answer:
         if not self._members:

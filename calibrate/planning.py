@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from fp8gate.calibrate.block import DATA, LAYER, Blueprint, bundled_facts, sequence_of
-from fp8gate.calibrate.capacity import default_workers
+from fp8gate.calibrate.capacity import WORKER_DEVICE_GIB, default_workers
 from fp8gate.calibrate.crew import Crew
 from fp8gate.calibrate.device import describe_device, describe_software
 from fp8gate.calibrate.gpu_watch import DeviceLock
@@ -46,6 +46,9 @@ agree within 0.44 %. It draws more after a pause, so each visit begins with the 
 NOISE = 0.005
 SCREENING, FINAL, CONFIDENCE = 1, 6, 0.95  # 6 visits are the fewest that give these bounds
 CPU_RUN_S, CPU_NOISE = 0.1, 0.1  # wall-clock times of a shared machine
+COPIES, MAX_DEVICE_SHARE = 3, 0.8
+"""A process holds about so many times a block's bf16 operands: weights and their gradients twice, once to compare with,
+activations, and what is left of warming up. An allowance, not a measurement."""
 FEW_ROLES = 7  # of a Llama block: 128 sets
 
 
@@ -116,7 +119,7 @@ def plan_subject(
     answer = _Answer.of(subject, recipe, setup.device.name, tables, say)
     job = PlanJob(blueprint=subject.blueprint, recipe=recipe, protocol=protocol, device=device)
     if workers is None:
-        workers = default_workers(setup.device.memory_gib) if protocol.compile else 0
+        workers = _useful_workers(setup) if protocol.compile else 0
     rules = Rules(
         screening=protocol.screening, final=protocol.final, confidence=protocol.confidence, noise=protocol.noise
     )
@@ -176,6 +179,14 @@ def make_protocol(device: torch.device, recipe: Recipe) -> PlanProtocol:
         noise=NOISE if on_gpu else CPU_NOISE,
         seed=0,
     )
+
+
+def _useful_workers(setup: PlanSetup) -> int:
+    """As many as the machine bears, and the device's memory: each holds a block, its gradients and activations."""
+    elements = sum(m * (k + n) + k * n for m, k, n in setup.shapes.values())
+    needed_gib = WORKER_DEVICE_GIB + COPIES * 2 * elements / 2**30
+    fitting = int(MAX_DEVICE_SHARE * setup.device.memory_gib / needed_gib)
+    return max(1, min(default_workers(setup.device.memory_gib), fitting))
 
 
 @dataclass(frozen=True, slots=True)

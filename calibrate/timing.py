@@ -98,11 +98,18 @@ class CudaTimer:
 
     def __init__(self, device: torch.device, *, is_pooled: bool = False) -> None:
         self.device = device
-        self._pool = torch.cuda.graph_pool_handle() if is_pooled else None
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush_buffer = torch.ones(FLUSH_L2_MULTIPLE * l2_bytes // 4, device=device, dtype=torch.float32)
         self._flush_result = torch.empty((), device=device, dtype=torch.float32)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # cuBLAS keeps memory for each used
+        self._pool = None
+        if is_pooled:
+            self._anchor = torch.cuda.CUDAGraph()  # keeps the pool, which ends with its last graph
+            self._flush_result.zero_()  # a kernel cannot be loaded within a capture
+            torch.cuda.synchronize(device)
+            with torch.cuda.graph(self._anchor, stream=self._stream):
+                self._flush_result.zero_()
+            self._pool = self._anchor.pool()
 
     def prepare(self, arm: Arm) -> CapturedArm:
         stream = self._stream

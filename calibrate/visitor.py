@@ -27,7 +27,7 @@ from fp8gate.calibrate.alone import run_alone
 from fp8gate.calibrate.block import Block, Blueprint, ReadyBlock
 from fp8gate.calibrate.gpu_watch import Watch
 from fp8gate.calibrate.measure import failure
-from fp8gate.calibrate.search import Roles
+from fp8gate.calibrate.search import BF16, Roles
 from fp8gate.calibrate.timing import Timer
 from fp8gate.calibrate.worker import open_device
 from fp8gate.filter.plan import PlanProtocol
@@ -76,7 +76,7 @@ class Visit:
 
 
 Answer = Done | Visit | Trouble
-Request = tuple[Literal["compile", "load", "visit"], Roles]
+Request = tuple[Literal["open", "compile", "load", "visit"], Roles]
 
 
 class Visitor:
@@ -101,6 +101,11 @@ class Visitor:
             torch.cuda.empty_cache()
         return trouble
 
+    def open(self, _: Roles = BF16) -> Done:
+        """Start the device's libraries and make the block there, which takes seconds; nobody may measure yet."""
+        self._on_device()
+        return Done()
+
     def compile(self, roles: Roles) -> Done:
         """bf16 as it is trained without float8, with Inductor's defaults."""
         job = self.job
@@ -110,7 +115,7 @@ class Visitor:
 
     def load(self, roles: Roles) -> Done | Trouble:
         """Tune, capture and check a set that is compiled."""
-        timer, _, block = self._open()
+        timer, _, block = self._on_device()
         prepared = timer.prepare(block.arm(self._ready.pop(roles)))
         error = block.error(timer.results(prepared))
         timer.forget_results(prepared)
@@ -121,7 +126,7 @@ class Visitor:
 
     def visit(self, roles: Roles) -> Visit:
         """Time a set that is loaded."""
-        timer, watch, _ = self._open()
+        timer, watch, _ = self._on_device()
         protocol = self.job.protocol
         time.sleep(protocol.pause_s)
         run = run_alone(
@@ -143,7 +148,7 @@ class Visitor:
             slowdown=run.slowdown,
         )
 
-    def _open(self) -> tuple[Timer[Any], Watch, Block]:
+    def _on_device(self) -> tuple[Timer[Any], Watch, Block]:
         if not self._tools:
             torch.manual_seed(self.job.protocol.seed)
             block = Block(self.job.blueprint, self.job.device)

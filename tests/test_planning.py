@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -24,6 +25,7 @@ from fp8gate.calibrate.visitor import Done, PlanJob, Trouble, Visit, Visitor
 from fp8gate.cli import app
 from fp8gate.filter.devices import cpu_name
 from fp8gate.filter.plan import format_plan, parse_plan
+from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Device
 
 CPU = torch.device("cpu")
@@ -183,6 +185,30 @@ def test_processes_answer_as_this_one_does_and_a_dead_one_is_named(job):
             crew.visit(INNER)
         assert caught.value.args[1] == INNER
     assert not any(process.is_alive() for process in processes)
+
+
+def test_a_block_that_cannot_be_made_ends_the_processes():
+    blueprint = planning.Blueprint.of(Block(), [block_input()], recomputed=False)
+    blueprint.inputs["x"] = torch.zeros(16, 33, dtype=torch.bfloat16)  # not what the block takes
+    with (
+        pytest.raises(MemberDiedError, match="the block cannot be made on the device: RuntimeError"),
+        Crew(PlanJob(blueprint=blueprint, recipe="rowwise", protocol=PROTOCOL, device=CPU), 1),
+    ):
+        pass
+
+
+def test_processes_are_as_many_as_the_device_has_memory_for(monkeypatch):
+    monkeypatch.setattr(planning, "default_workers", lambda _: 14)
+    blueprint = SimpleNamespace(shapes={"w": LinearShape(8192, 8192, 28672)}, recomputed=False)
+    subject = Subject(name="x", blueprint=blueprint, whole={}, tokens=8192)
+    setup = planning._setup(subject, "rowwise", CPU, PROTOCOL)
+    count = {gib: planning._useful_workers(with_memory(setup, gib)) for gib in (1.0, 40.0, 1000.0)}
+    assert count == {1.0: 1, 40.0: 6, 1000.0: 14}
+
+
+def with_memory(setup, memory_gib):
+    device = msgspec.structs.replace(setup.device, memory_gib=memory_gib)
+    return msgspec.structs.replace(setup, device=device)
 
 
 # --- models and files ------------------------------------------------------------------------------------------

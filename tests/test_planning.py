@@ -323,7 +323,3 @@ def test_the_json_has_every_candidate_and_choice():
 def test_without_a_table_or_a_rule_there_is_no_answer():
     rows = [line for line in plan_text(make_plan(table=None, torchao=None)).splitlines() if "no answer" in line]
     assert [row.split("  ")[0] for row in rows] == ["torchao's rule", "table"]
-
-
-def test_subjects_default_to_an_undivided_block():
-    assert Subject(name="x", blueprint=None, whole={}, tokens=1).tp == 1

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from fp8gate.calibrate.alone import BATCH_S
 from fp8gate.calibrate.ceilings import Ceilings, measure_ceilings
 from fp8gate.calibrate.gpu_watch import DeviceLock, Watch
 from fp8gate.calibrate.linears import Operands
-from fp8gate.calibrate.measure import BATCH_S, make_ready
+from fp8gate.calibrate.measure import make_ready
 from fp8gate.calibrate.numerics import References, acceptable
 from fp8gate.calibrate.profiling import Kernel, Kind, ProfileError, flush_names, passes, record, summed
 from fp8gate.calibrate.records import ArmName
@@ -28,7 +29,7 @@ from fp8gate.calibrate.schedule import Task
 from fp8gate.calibrate.sweep import make_setup
 from fp8gate.calibrate.timing import Sample, Timer
 from fp8gate.calibrate.work import Flop, Work, work_of
-from fp8gate.calibrate.worker import open_tools
+from fp8gate.calibrate.worker import open_device
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Recipe
 
@@ -136,7 +137,7 @@ def break_down(shape: LinearShape, recipe: Recipe, device: torch.device) -> Brea
         raise ValueError(f"{shape}: expected multiples of 16, which float8 products take; got {problem}")
     setup = make_setup(device)
     with DeviceLock(device):
-        timer, watch = open_tools(device)
+        timer, watch = open_device(device)
         flush = flush_names(timer, device)  # starts the profiler, which must know of graphs from their capture on
         ceilings = measure_ceilings(timer, device)
         point = make_ready(Task(shape), {recipe: setup.protocols[recipe]}, device)

@@ -60,7 +60,8 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 def verification_text(verification: Verification) -> str:
     """What the files say, and whether this device still measures what they say."""
-    checked = f"{len(verification.files)} tables read and checked"
+    plans = f" and {len(verification.plans)} plans" if verification.plans else ""
+    checked = f"{len(verification.files)} tables{plans} read and checked"
     if not verification.comparisons:
         return f"{checked}; none is of {verification.device}: nothing was measured"
     verdict = "do NOT hold" if verification.has_findings else "hold"

@@ -1,6 +1,7 @@
-"""Compile a linear, forward and backward, before there is anything to run it on.
+"""Compile a module, forward and backward, before there is anything to run it on.
 
-In: a shape, a recipe, Inductor settings. Out: a linear that later runs over real operands without compiling again.
+In: a module and inputs on the meta device, Inductor settings. Out: what later runs over real tensors without compiling
+again; for a linear, a shape and a recipe are enough.
 Tracing uses fake tensors, so compiling launches no kernel and allocates no device memory: many processes can compile
 while one times, but for the moments in which Inductor loads what it has compiled (quiet.py). It tunes launch
 configurations at a kernel's first launch, which is left to whoever runs it.
@@ -10,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fp8gate.calibrate.linears import Arm, Operands, build_linear
 from fp8gate.filter.shapes import LinearShape
@@ -23,6 +25,11 @@ from fp8gate.filter.table import Recipe
 
 CACHE_TAG = "fp8gate 1"
 """Keeps this package's compile cache apart from training's, whose kernels Inductor's own timing has tuned."""
+
+
+MAX_ALIVE = 1024
+"""How many compiled functions of one module's code may be alive: each is for another set of its linears in float8, and
+there are 128 sets of a Llama block's seven roles. Dynamo takes more than 8 for a fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +58,56 @@ def compiled_linear(recipe: Recipe | None, shape: LinearShape, inductor: dict[st
 
     Guards are left out, as this code only ever runs on operands of `shape`. Raises what the compiler raises.
     """
+    linear = eager_linear(recipe, shape)
+    x = torch.empty(shape.m, shape.k, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    return ReadyLinear(recipe, linear.module, compiled_ahead(linear.module, {"input": x}, inductor, device))
+
+
+def compiled_ahead(
+    module: nn.Module, inputs: Mapping[str, Any], inductor: dict[str, bool], device: str
+) -> Callable[..., Any]:
+    """The module as a function that does not compile any more, once its parameters and buffers are real.
+
+    inputs: its keyword arguments; they and the module are on the meta device, and stand for tensors of `device`. Guards
+    are left out, as the code only ever runs on what has the same shapes. Raises what the compiler raises, also at a
+    graph break: what follows one could not be compiled ahead.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     backend = _InductorUntilRun()
     with FakeTensorMode(), _settings(inductor):
-        weight = nn.Parameter(torch.empty(shape.n, shape.k, device=device, dtype=torch.bfloat16))
-        x = torch.empty(shape.m, shape.k, device=device, dtype=torch.bfloat16, requires_grad=True)
-        module = build_linear(recipe, weight)
-        compiled = torch.compile(module, dynamic=False, backend=backend, options={"guard_filter_fn": _no_guards})
+        put_tensors(module, {name: _empty_like(tensor, device) for name, tensor in tensors_of(module).items()})
+        fakes = tree_map_only(Tensor, lambda tensor: _empty_like(tensor, device), inputs)
+        options: dict[str, str | int | bool | Callable[..., Any]] = {"guard_filter_fn": _no_guards}
+        compiled = torch.compile(module, fullgraph=True, dynamic=False, backend=backend, options=options)
         with contextlib.suppress(_CompiledButNotRun):
-            compiled(x)
+            compiled(**fakes)
     backend.may_run = True
 
-    def run(x: Tensor) -> Tensor:
+    def run(*args: Any, **kwargs: Any) -> Any:
         with torch.compiler.set_stance("fail_on_recompile"):
-            output: Tensor = compiled(x)
-        return output
+            return compiled(*args, **kwargs)
 
-    return ReadyLinear(recipe, module, run)
+    return run
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+
+
+def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let the module compute with these parameters and buffers from now on."""
+    for name, tensor in tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, tensor)
+
+
+def _empty_like(tensor: Tensor, device: str) -> Tensor:
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty.requires_grad_(tensor.requires_grad)
 
 
 class _CompiledButNotRun(Exception):
@@ -107,6 +146,7 @@ def _settings(inductor: dict[str, bool]) -> contextlib.ExitStack:
 
     stack = contextlib.ExitStack()
     stack.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
+    stack.enter_context(torch._dynamo.config.patch(recompile_limit=MAX_ALIVE, accumulated_recompile_limit=MAX_ALIVE))
     stack.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
     stack.enter_context(torch._inductor.config.patch({"compile_threads": 1, **inductor}))
     stack.enter_context(torch.compiler.config.patch(cache_key_tag=CACHE_TAG))  # type: ignore[attr-defined]

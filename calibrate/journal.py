@@ -1,7 +1,7 @@
-"""The append-only journal: every measured point survives Ctrl-C, kill -9 and power loss, and is never measured twice.
+"""The append-only journal: what was measured survives Ctrl-C, kill -9 and power loss, and is never measured twice.
 
 One file per set-up (device, software, protocol) beside the tables, `journal-<fingerprint>.jsonl`: a header line, then
-one line a `PointRecord`. What another set-up measured is in another file, and so never mixed in.
+one line a record: a sweep's `PointRecord`. What another set-up measured is in another file, and so never mixed in.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
 
@@ -21,22 +21,29 @@ from fp8gate.calibrate.records import PointRecord
 from fp8gate.filter.table import Device, Protocol, Recipe, Software
 
 _Line = TypeVar("_Line")
+_Header = TypeVar("_Header", bound="Header")
+_Record = TypeVar("_Record")
+_Journal = TypeVar("_Journal", bound="AnyJournal[Any, Any]")
 
 
 class JournalError(ValueError):
     """A journal that cannot be used; the message names the file and the line."""
 
 
-class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that makes measurements comparable. The journal's header."""
-
-    device: Device
-    software: Software
-    protocols: dict[Recipe, Protocol]
+class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that makes measurements comparable."""
 
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:8]
+
+
+class Setup(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of a sweep."""
+
+    device: Device
+    software: Software
+    protocols: dict[Recipe, Protocol]
 
 
 def differences(one: msgspec.Struct, other: msgspec.Struct) -> Iterator[tuple[str, object, object]]:
@@ -47,20 +54,22 @@ def differences(one: msgspec.Struct, other: msgspec.Struct) -> Iterator[tuple[st
             yield field, ours.get(field), theirs.get(field)
 
 
-class Journal:
-    """The points of one set-up, kept in a folder. Open it as a context; only one process can.
+class AnyJournal(Generic[_Header, _Record]):
+    """The records of one set-up, kept in a folder. Open it as a context; only one process can.
 
     fresh: start empty; what was there is kept beside it, as `set_aside`.
     """
 
-    def __init__(self, folder: Path, setup: Setup, *, fresh: bool = False) -> None:
+    record_type: ClassVar[type]
+
+    def __init__(self, folder: Path, setup: _Header, *, fresh: bool = False) -> None:
         self.path = folder / f"journal-{setup.fingerprint}.jsonl"
         self.setup = setup
         self.fresh = fresh
         self.set_aside: Path | None = None
-        self.records: list[PointRecord] = []
+        self.records: list[_Record] = []
 
-    def __enter__(self) -> Journal:
+    def __enter__(self: _Journal) -> _Journal:
         """Read what is there; a last line cut short by a kill is dropped.
 
         Raises JournalError if another process has it open, if a complete line cannot be read, or if the header is
@@ -87,8 +96,8 @@ class Journal:
     ) -> None:
         self._file.close()
 
-    def append(self, record: PointRecord) -> None:
-        """Add a point; on return it is on disk."""
+    def append(self, record: _Record) -> None:
+        """Add a record; on return it is on disk."""
         self._write(record)
         self.records.append(record)
 
@@ -114,9 +123,9 @@ class Journal:
         if not lines:
             self._write(self.setup)
             return
-        if self._decode(lines[0], 1, Setup) != self.setup:
+        if self._decode(lines[0], 1, type(self.setup)) != self.setup:
             raise JournalError(f"{self.path}:1: is of another set-up; expected {self.setup}")
-        self.records = [self._decode(line, i, PointRecord) for i, line in enumerate(lines[1:], start=2)]
+        self.records = [self._decode(line, i, self.record_type) for i, line in enumerate(lines[1:], start=2)]
 
     def _decode(self, line: bytes, number: int, kind: type[_Line]) -> _Line:
         try:
@@ -124,7 +133,13 @@ class Journal:
         except msgspec.DecodeError as error:
             raise JournalError(f"{self.path}:{number}: {error}; --fresh starts a new journal") from error
 
-    def _write(self, line: PointRecord | Setup) -> None:
+    def _write(self, line: _Header | _Record) -> None:
         self._file.write(msgspec.json.encode(line) + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+class Journal(AnyJournal[Setup, PointRecord]):
+    """The points of a sweep."""
+
+    record_type = PointRecord

@@ -75,7 +75,11 @@ def build_linear(recipe: Recipe | None, weight: nn.Parameter) -> nn.Module:
     with torch.device("meta"):
         linear = nn.Linear(in_features, out_features, bias=False, dtype=weight.dtype)
     linear.weight = weight
-    if recipe is None:
-        return linear
-    converted: nn.Module = convert_to_float8_training(linear, config=Float8LinearConfig.from_recipe_name(recipe))
+    return linear if recipe is None else convert(linear, recipe)
+
+
+def convert(module: nn.Module, recipe: Recipe, wanted: Callable[[nn.Module, str], bool] | None = None) -> nn.Module:
+    """The module with its linears, or those `wanted`, converted by torchao; those inside it in place."""
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    converted: nn.Module = convert_to_float8_training(module, module_filter_fn=wanted, config=config)
     return converted

@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from fp8gate.calibrate.alone import run_alone
 from fp8gate.calibrate.compilation import ReadyLinear, compiled_linear, eager_linear
 from fp8gate.calibrate.gpu_watch import Watch
 from fp8gate.calibrate.linears import Arm, Operands
@@ -25,7 +26,7 @@ from fp8gate.calibrate.numerics import References, acceptable
 from fp8gate.calibrate.quiet import Quiet
 from fp8gate.calibrate.records import CONTROL, ArmName, ArmRecord, PointRecord, Stages, is_near, speedup_of
 from fp8gate.calibrate.schedule import Task
-from fp8gate.calibrate.timing import Sample, Timer, balanced_orders
+from fp8gate.calibrate.timing import Sample, Timer
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Protocol, Recipe
 
@@ -40,11 +41,6 @@ then 15 % less for 0.2 s, in which every arm is 7 % slower. So where the limit i
 before a run that would begin more than BURST_S after the last pause; loading a point is one too. The first run after a
 pause settles FIRST_SETTLE times as long where it has reached the limit by then. Four short runs fit between two
 pauses."""
-BUSY_SHARE, IDLE_RUN_S = 0.5, 0.02
-"""Arms that keep the device busy for less of the time (between flushes and host work) do not reach the power limit: on
-an H200 the clock stays at its maximum, there is nothing to wait for, and IDLE_RUN_S is enough."""
-BATCH_S = 0.01  # rounds that are run, and watched, together
-
 DETAIL_LENGTH = 2000  # Inductor's errors carry whole graphs; their first lines say what is wrong
 
 
@@ -223,9 +219,10 @@ class _Session:
         runs = [bf16, *([name] for name in recipes)]
         for i, run in enumerate(self.rng.sample(runs, len(runs))):
             begins = self._paused(protocol.pause_s) or i == 0
+            limited_settle_s = protocol.settle_s * (FIRST_SETTLE - 1) if begins else 0.0
+            lacking = target - len(self.samples[run[0]])
             with self.quiet.kept():
-                settled = self._settle_alone(run, protocol.settle_s, begins)
-                slowdown = self._run_alone(run, target - len(self.samples[run[0]]), run_s, *settled)
+                slowdown = self._run_alone(run, lacking, protocol.settle_s, limited_settle_s, run_s)
             if slowdown:
                 self._none_counts(ArmRecord(status="unstable", detail=f"{slowdown} of the GPU while timing"))
                 return False
@@ -241,54 +238,33 @@ class _Session:
         self.settling_s += self.burst_start - now
         return True
 
-    def _settle_alone(self, names: Sequence[ArmName], settle_s: float, begins: bool) -> tuple[int, bool]:
-        """Run rounds that do not count until the clock is steady; how many fill a batch, and if the device idles."""
-        arms, start = [self.prepared[name] for name in names], time.perf_counter()
-        batch, is_idle = self._settle(arms, settle_s)
-        if begins and self._has_reached_limit():
-            self._settle(arms, settle_s * (FIRST_SETTLE - 1))
-        self.settling_s += time.perf_counter() - start
-        return batch, is_idle
-
-    def _run_alone(self, names: Sequence[ArmName], samples: int, run_s: float, batch: int, is_idle: bool) -> str | None:
-        """Run for run_s (less on an idle device), at least `samples` rounds, which become so many samples.
+    def _run_alone(
+        self, names: Sequence[ArmName], samples: int, settle_s: float, limited_settle_s: float, run_s: float
+    ) -> str | None:
+        """Settle, then run for run_s (less on an idle device), at least `samples` rounds, which become so many samples.
 
         Returns a slowdown.
         """
-        arms = [self.prepared[name] for name in names]
-        start = time.perf_counter()
-        end = start + (min(run_s, IDLE_RUN_S) if is_idle else run_s)
-        rounds: list[list[Sample]] = []
-        while len(rounds) < samples or time.perf_counter() < end:
-            rounds += self.timer.rounds(arms, balanced_orders(len(arms), batch, self.rng))
-            if (clock_mhz := self.watch.sm_clock_mhz()) is not None:
-                self.clocks_mhz.append(clock_mhz)
-            self._has_reached_limit()
-            if slowdown := self.watch.slowdown():
-                return slowdown
-        for name, of_arm in zip(names, zip(*rounds, strict=True), strict=True):
-            self.samples[name] += condensed(of_arm, samples)
-        self.timing_s += time.perf_counter() - start
-        return None
-
-    def _has_reached_limit(self) -> bool:
-        """Whether the GPU has been at its power limit since the last pause, up to now."""
-        if self.watch.is_power_limited():
+        run = run_alone(
+            [self.prepared[name] for name in names],
+            self.timer,
+            self.watch,
+            self.rng,
+            settle_s=settle_s,
+            limited_settle_s=limited_settle_s,
+            run_s=run_s,
+            least=samples,
+        )
+        self.clocks_mhz += run.clocks_mhz
+        if run.is_limited:
             self.is_limited = self.has_been_limited = True
-        return self.is_limited
-
-    def _settle(self, arms: Sequence[Any], at_most_s: float) -> tuple[int, bool]:
-        """Run rounds that do not count for so long; how many fill a batch, and if the device idles, which ends it."""
-        start, batch, passes = time.perf_counter(), 1, 0
-        while True:
-            before = time.perf_counter()
-            rounds = self.timer.rounds(arms, balanced_orders(len(arms), batch, self.rng))
-            now, passes = time.perf_counter(), passes + 1
-            busy_s = sum(sample.fwd_us + sample.bwd_us for one in rounds for sample in one) / 1e6
-            batch = max(1, round(BATCH_S / ((now - before) / batch)))
-            is_idle = passes > 1 and busy_s < BUSY_SHARE * (now - before)
-            if is_idle or now >= start + at_most_s:
-                return batch, is_idle
+        if run.slowdown:
+            return run.slowdown
+        for name, of_arm in zip(names, zip(*run.rounds, strict=True), strict=True):
+            self.samples[name] += condensed(of_arm, samples)
+        self.settling_s += run.settling_s
+        self.timing_s += run.timing_s
+        return None
 
     def _is_near(self, recipe: ArmName) -> bool:
         protocol = next(p for name, p in self.point.protocols.items() if name == recipe)
@@ -319,8 +295,14 @@ def condensed(rounds: Sequence[Sample], samples: int) -> list[Sample]:
 
 
 def _failure(error: Exception) -> ArmRecord:
+    status, detail = failure(error)
+    return ArmRecord(status=status, detail=detail)
+
+
+def failure(error: Exception) -> tuple[Literal["out_of_memory", "failed"], str]:
+    """What it means for what was to be measured, and what it says, at a length that a journal bears."""
     detail = f"{type(error).__name__}: {error}"[:DETAIL_LENGTH]
-    return ArmRecord(status="out_of_memory" if _is_out_of_memory(error) else "failed", detail=detail)
+    return ("out_of_memory" if _is_out_of_memory(error) else "failed"), detail
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -16,8 +16,6 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fp8gate.calibrate.linears import Arm
-
 WARM_UP_RUNS = 2  # load and tune the kernels, then once more undisturbed
 FLUSH_L2_MULTIPLE = 4  # reading less than twice the L2 leaves part of it; 4 also outlasts the launch of what follows
 TUNING_RUNS = (3, 9)  # of a launch configuration; those after the first three only where they are short
@@ -34,13 +32,28 @@ class Sample:
     bwd_us: float
 
 
+class Arm(Protocol):
+    """What is timed: one way to compute a linear, or a block of layers."""
+
+    def forward(self) -> Tensor: ...
+
+    def backward(self, output: Tensor) -> tuple[Tensor, ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What the timed code computed: output (m, n), grad_x (m, k), grad_weight (n, k)."""
+    """What the timed code computed; of a linear, output (m, n), and the gradients of x (m, k) and of weight (n, k)."""
 
     output: Tensor
-    grad_x: Tensor
-    grad_weight: Tensor
+    gradients: tuple[Tensor, ...]
+
+    @property
+    def grad_x(self) -> Tensor:
+        return self.gradients[0]
+
+    @property
+    def grad_weight(self) -> Tensor:
+        return self.gradients[1]
 
 
 Prepared = TypeVar("Prepared")
@@ -61,6 +74,9 @@ class Timer(Protocol[Prepared]):
     def rounds(self, prepared: Sequence[Prepared], orders: Sequence[Order]) -> list[list[Sample]]:
         """Run a round for each order. Returns each round's samples, in the order of `prepared`."""
 
+    def forget_results(self, prepared: Prepared) -> None:
+        """They are not asked for any more: other arms may compute in their memory."""
+
     def least_us(self, launch: Callable[[], object]) -> float:
         """The shortest of a few runs of what `launch` runs, cache cold, in microseconds."""
 
@@ -71,24 +87,36 @@ class Timer(Protocol[Prepared]):
         """Give back what these arms hold on the device, and wait until it has finished."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CapturedArm:
-    """Forward and backward as CUDA graphs, and their static outputs."""
+    """Forward and backward as CUDA graphs, and their static outputs until those are forgotten."""
 
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
-    outputs: Results
+    outputs: Results | None
 
 
 class CudaTimer:
-    """GPU time by CUDA events around graph replays, L2 flushed by reading before each."""
+    """GPU time by CUDA events around graph replays, L2 flushed by reading before each.
 
-    def __init__(self, device: torch.device) -> None:
+    is_pooled: arms share one pool of memory. Each computes all it reads but its operands, so once its results are
+    forgotten the next may use the same memory, and many blocks need no more than one.
+    """
+
+    def __init__(self, device: torch.device, *, is_pooled: bool = False) -> None:
         self.device = device
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush_buffer = torch.ones(FLUSH_L2_MULTIPLE * l2_bytes // 4, device=device, dtype=torch.float32)
         self._flush_result = torch.empty((), device=device, dtype=torch.float32)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # cuBLAS keeps memory for each used
+        self._pool = None
+        if is_pooled:
+            self._anchor = torch.cuda.CUDAGraph()  # keeps the pool, which ends with its last graph
+            self._flush_result.zero_()  # a kernel cannot be loaded within a capture
+            torch.cuda.synchronize(device)
+            with torch.cuda.graph(self._anchor, stream=self._stream):
+                self._flush_result.zero_()
+            self._pool = self._anchor.pool()
 
     def prepare(self, arm: Arm) -> CapturedArm:
         stream = self._stream
@@ -99,16 +127,21 @@ class CudaTimer:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()  # a capture cannot free what the warm-up left in the allocator's cache
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, stream=stream):
+        with torch.cuda.graph(forward, pool=self._pool, stream=stream):
             output = arm.forward()
         with torch.cuda.graph(backward, pool=forward.pool(), stream=stream):
-            grad_x, grad_weight = arm.backward(output)
-        return CapturedArm(forward, backward, Results(output.detach(), grad_x, grad_weight))
+            gradients = arm.backward(output)
+        return CapturedArm(forward, backward, Results(output.detach(), gradients))
 
     def results(self, prepared: CapturedArm) -> Results:
+        assert prepared.outputs
         prepared.forward.replay()
         prepared.backward.replay()
         return prepared.outputs
+
+    def forget_results(self, prepared: CapturedArm) -> None:
+        torch.cuda.synchronize(self.device)
+        prepared.outputs = None
 
     def rounds(self, prepared: Sequence[CapturedArm], orders: Sequence[Order]) -> list[list[Sample]]:
         """All rounds are enqueued before the host waits, after a head start, so that it stays ahead of the GPU."""
@@ -128,7 +161,7 @@ class CudaTimer:
         for arm in prepared:
             arm.forward.reset()
             arm.backward.reset()
-            for tensor in (arm.outputs.output, arm.outputs.grad_x, arm.outputs.grad_weight):
+            for tensor in (arm.outputs.output, *arm.outputs.gradients) if arm.outputs else ():
                 tensor.untyped_storage().resize_(0)
         torch.cuda.empty_cache()
 
@@ -171,7 +204,10 @@ class CpuTimer:
 
     def results(self, prepared: Arm) -> Results:
         output = prepared.forward()
-        return Results(output.detach(), *prepared.backward(output))
+        return Results(output.detach(), prepared.backward(output))
+
+    def forget_results(self, prepared: Arm) -> None:
+        """Nothing is kept."""
 
     def rounds(self, prepared: Sequence[Arm], orders: Sequence[Order]) -> list[list[Sample]]:
         timed = [{i: self._time(prepared[i]) for i in order} for order in orders]

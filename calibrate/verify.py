@@ -16,6 +16,7 @@ import torch
 
 from fp8gate.calibrate.compare import Comparison, compare_tables
 from fp8gate.calibrate.sweep import make_setup, sweep
+from fp8gate.filter.plan import PLANS, read_plan
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.stale import stale
 from fp8gate.filter.table import RECIPES, WITH_NUMBERS, Grid, Recipe, Table, TableError, read_table
@@ -23,10 +24,12 @@ from fp8gate.filter.table import RECIPES, WITH_NUMBERS, Grid, Recipe, Table, Tab
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """files: every table found, each read without an error. stale: how a table's software differs from that here."""
+    """files: every table found, and plans: every plan, all of them read without an error. stale: how a table's software
+    differs from that here."""
 
     device: str
     files: tuple[Path, ...]
+    plans: tuple[Path, ...]
     comparisons: tuple[Comparison, ...]
     stale: Mapping[Recipe, str]
 
@@ -36,18 +39,23 @@ class Verification:
 
 
 def verify(folder: Path, device: torch.device, *, points: int, min_speedup: float, workers: int | None) -> Verification:
-    """Read every table under `folder`; measure `points` of this device's again, if there are any.
+    """Read every table and plan under `folder`; measure `points` of this device's tables again, if there are any.
 
-    Raises TableError for a file that is no table, or if there is none, and what `sweep` raises.
+    Raises TableError for a file that is no table, or if there is none, PlanError for one among the plans that is no
+    plan, and what `sweep` raises.
     """
-    files = tuple(sorted(folder.rglob("*.yaml")))
+    paths = sorted(folder.rglob("*.yaml"))
+    plans = tuple(path for path in paths if path.parent.name == PLANS)
+    files = tuple(path for path in paths if path not in plans)
     if not files:
         raise TableError(f"{folder}: expected tables such as nvidia-h200/rowwise.yaml; found none")
     tables = {path: read_table(path) for path in files}
+    for path in plans:
+        read_plan(path)
     setup = make_setup(device)
     here = {table.recipe: table for table in tables.values() if table.device.name == setup.device.name}
     if not here:
-        return Verification(device=setup.device.name, files=files, comparisons=(), stale={})
+        return Verification(device=setup.device.name, files=files, plans=plans, comparisons=(), stale={})
     recipes = [recipe for recipe in RECIPES if recipe in here]
     with tempfile.TemporaryDirectory() as out:
         result = sweep(
@@ -64,7 +72,7 @@ def verify(folder: Path, device: torch.device, *, points: int, min_speedup: floa
         raise TableError(f"{setup.device.name}: bf16 against itself was off here, so nothing can be verified")
     comparisons = tuple(compare_tables(here[recipe], again[recipe], min_speedup=min_speedup) for recipe in recipes)
     differences = {recipe: found for recipe in recipes if (found := stale(here[recipe].software))}
-    return Verification(device=setup.device.name, files=files, comparisons=comparisons, stale=differences)
+    return Verification(device=setup.device.name, files=files, plans=plans, comparisons=comparisons, stale=differences)
 
 
 def sample(tables: Mapping[Recipe, Table], count: int) -> list[LinearShape]:

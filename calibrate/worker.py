@@ -104,17 +104,17 @@ class Bench:
     def _open(self) -> tuple[Timer[Any], Watch]:
         if not self._tools:
             try:
-                self._tools = open_tools(self.job.device)
+                self._tools = open_device(self.job.device)
             except Exception as error:
                 raise BrokenError(f"{type(error).__name__}: {error}") from error
         return self._tools
 
 
-def open_tools(device: torch.device) -> tuple[Timer[Any], Watch]:
-    """What a device is timed and watched with; kernels that are launched from now on are tuned by that timer."""
+def open_device(device: torch.device, *, is_pooled: bool = False) -> tuple[Timer[Any], Watch]:
+    """A timer, by which Inductor tunes from now on, and a watch. is_pooled: see `CudaTimer`."""
     if device.type != "cuda":
         return CpuTimer(), make_watch(device)
-    timer = CudaTimer(device)
+    timer = CudaTimer(device, is_pooled=is_pooled)
     tune_by(timer)
     return timer, make_watch(device)
 

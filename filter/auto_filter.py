@@ -42,6 +42,7 @@ from fp8gate.filter.linear_layer import (
 )
 from fp8gate.filter.lookup import DEFAULT_LOOKUP, Lookup, LookupName
 from fp8gate.filter.parallel import Parallel, ShardError, Shards, plain_name
+from fp8gate.filter.plan import Plan, format_plan, load_plan, require_same_layer, require_same_training
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.stale import stale
 from fp8gate.filter.table import RECIPES, Recipe, Table, format_table
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 AGREE_TIMEOUT_S = 60.0  # ranks decide within seconds of each other
 NOT_PARALLEL = Parallel()
+NO_PLAN: tuple[Plan | None, str] = (None, "")
 
 Recompute = Literal["none", "full"] | Callable[[str], bool]
 """Which forwards run twice, under activation checkpointing: none; full: all but the head's, which stands outside of the
@@ -89,11 +91,19 @@ class FilterSettings(msgspec.Struct, frozen=True, kw_only=True):
 class AutoFilter:
     """Converts only the linears measured to win; made by `auto_filter`.
 
-    decisions: fqn -> `Decision`, in the order asked, linears only. left_alone: modules with several matrices in one
-    parameter. unknown_shards: linears of which nothing says what a rank holds, layer indices as *; taken as whole.
+    decisions: fqn -> `Decision`, in the order asked, linears only; a plan's have no speedup of their own. left_alone:
+    modules with several matrices in one parameter. unknown_shards: linears of which nothing says what a rank holds,
+    layer indices as *; taken as whole.
     """
 
-    def __init__(self, table: Table, path: Path, settings: FilterSettings, findings: Findings) -> None:
+    def __init__(
+        self,
+        table: Table,
+        path: Path,
+        settings: FilterSettings,
+        findings: Findings,
+        plan: tuple[Plan, str] | None = None,
+    ) -> None:
         self.table = table
         self.path = path
         self.settings = settings
@@ -102,6 +112,7 @@ class AutoFilter:
         self.unknown_shards: dict[str, None] = {}
         self._saw_all_modules = False
         self._findings = findings
+        self._plan, self._plan_source = plan or NO_PLAN
         self._lookup = Lookup(table, settings.lookup)
         self._shards = Shards(settings.parallel, settings.tokens)
         self._by_shape: dict[tuple[LinearShape, bool], Decision] = {}
@@ -168,6 +179,7 @@ class AutoFilter:
             "tokens": settings.tokens,
             "min_speedup": settings.min_speedup,
             "lookup": settings.lookup,
+            "plan": f"sha256 {sha256(format_plan(self._plan).encode()).hexdigest()[:12]}" if self._plan else "none",
             "layers": {fqn: "float8" if d.convert else "bf16" for fqn, d in self.decisions.items()},
         }
         require_agreement(decided, str(self.path), group, timeout_s)
@@ -186,6 +198,12 @@ class AutoFilter:
             f"converted {converted} of {len(self.decisions)} linears to float8 {self.table.recipe} "
             f"(at least {self.settings.min_speedup:.2f}x on {self.table.device.name} at {self.settings.tokens} tokens)"
         ]
+        if self._plan:
+            by_table = [role(fqn) for fqn in self.decisions if self._plan.role(fqn) is None]
+            others = (
+                f"not in it, decided by the table: {', '.join(dict.fromkeys(by_table))}" if by_table else "all of it"
+            )
+            sentences.append(f"by the plan {self._plan_source}; {others}")
         if outside:
             sentences.append(f"{outside} lie outside the measured range")
         if self.unmatched:
@@ -221,12 +239,27 @@ class AutoFilter:
                 return Decision(convert=False, shape=shape, reason=f"filter_fqns has {pattern!r}")
         key = shape, self.settings.recomputes(plain)
         decision = self._by_shape.get(key)
+        if planned := self._planned(plain, *key):
+            self._by_layer[fqn, size] = planned
+            return planned
         if decision is None:
             decision = decide(shape, self._lookup, min_speedup=self.settings.min_speedup, recomputed=key[1])
+            if self._plan:
+                decision = msgspec.structs.replace(decision, reason=f"not in the plan: {decision.reason}")
             self._question(decision, fqn)
             self._by_shape[key] = decision
         self._by_layer[fqn, size] = decision
         return decision
+
+    def _planned(self, fqn: str, shape: LinearShape, recomputed: bool) -> Decision | None:
+        """What the plan decides, if it knows the role. Raises PlanError if it was made for another layer."""
+        role = self._plan.role(fqn) if self._plan else None
+        if not self._plan or role is None:
+            return None
+        require_same_layer(self._plan, role, fqn, shape, recomputed, self._plan_source)
+        converted = role in self._plan.convert
+        reason = f"the plan: {f'block {self._plan.chosen.speedup:.3f}x' if converted else 'bf16'}"
+        return Decision(convert=converted, shape=shape, reason=reason)
 
     def _local_shape(self, size: LinearSize, fqn: str) -> LinearShape:
         style = self._shards.style(fqn)
@@ -290,6 +323,7 @@ def auto_filter(
     min_speedup: float = DEFAULT_MIN_SPEEDUP,
     lookup: LookupName = DEFAULT_LOOKUP,
     tables: str | os.PathLike[str] | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
     parallel: Parallel = NOT_PARALLEL,
     recompute: Recompute = "none",
     strict: bool = False,
@@ -308,7 +342,8 @@ def auto_filter(
     torch for the local one. filter_fqns: never convert linears whose name contains one of these. min_speedup: convert
     from this measured bf16 / float8 time ratio on. lookup: "interpolate" ln(speedup) between the measured points around
     a shape, or take the "nearest" one's. tables: a table file or a folder of them, before FP8GATE_THRESHOLDS and the
-    packaged ones. parallel: how tensor and context parallelism divide the model; a weight that is divided already (a
+    packaged ones. plan: a plan, or its file, that decides the roles it knows; the table decides the others.
+    parallel: how tensor and context parallelism divide the model; a weight that is divided already (a
     DTensor) is taken as it is. recompute: the layers under activation checkpointing, "none", "full", or a predicate of
     their names: their forward runs twice.
 
@@ -317,8 +352,9 @@ def auto_filter(
     None warns, or, if strict, raises. The last two come from `check` alone, the others from any question, a
     StaleTableWarning from here.
 
-    Raises ValueError for arguments out of range, and TableError (a ValueError) if there is no valid table for the
-    device and recipe.
+    Raises ValueError for arguments out of range, TableError (a ValueError) if there is no valid table for the device
+    and recipe, and PlanError (a ValueError) for a plan that is not valid or not of this device, recipe and tokens; also
+    when asked about a layer whose local shape or recomputation is not the plan's.
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}; got {recipe!r}")
@@ -347,12 +383,18 @@ def auto_filter(
         )
     )
     table, path = find_table(recipe, device=device, tables=tables)
-    wants_float8 = AutoFilter(table, path, settings, findings)
-    differences = stale(table.software)
-    if differences:
-        message = f"{path} was measured with {differences}; to measure again: fp8gate calibrate"
-        findings.add(Finding(StaleTableWarning, message))
-        findings.settle()
+    loaded = None if plan is None else load_plan(plan)
+    if loaded:
+        local_tokens = tokens // settings.parallel.cp
+        require_same_training(loaded[0], loaded[1], recipe=recipe, device=table.device.name, tokens=local_tokens)
+    wants_float8 = AutoFilter(table, path, settings, findings, loaded)
+    sources = [(str(path), table.software, "fp8gate calibrate")]
+    sources += [(loaded[1], loaded[0].software, "fp8gate plan")] if loaded else []
+    for source, software, command in sources:
+        if differences := stale(software):
+            message = f"{source} was measured with {differences}; to measure again: {command}"
+            findings.add(Finding(StaleTableWarning, message))
+    findings.settle()
     return wants_float8
 
 

@@ -29,6 +29,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
     num_local_experts: Size | None = None
+    max_position_embeddings: Size | None = None
 
     @property
     def query_size(self) -> int:
@@ -68,6 +69,7 @@ BUNDLED: dict[str, ModelConfig] = {
         num_attention_heads=32,
         num_key_value_heads=8,
         vocab_size=128256,
+        max_position_embeddings=8192,
     ),
     "llama3-70b": ModelConfig(
         model_type="llama",
@@ -77,6 +79,7 @@ BUNDLED: dict[str, ModelConfig] = {
         num_attention_heads=64,
         num_key_value_heads=8,
         vocab_size=128256,
+        max_position_embeddings=8192,
     ),
     "llama3-405b": ModelConfig(
         model_type="llama",
@@ -86,6 +89,7 @@ BUNDLED: dict[str, ModelConfig] = {
         num_attention_heads=128,
         num_key_value_heads=8,
         vocab_size=128256,
+        max_position_embeddings=131072,
     ),
     "qwen3-8b": ModelConfig(
         model_type="qwen3",
@@ -96,6 +100,7 @@ BUNDLED: dict[str, ModelConfig] = {
         num_key_value_heads=8,
         head_dim=128,
         vocab_size=151936,
+        max_position_embeddings=40960,
     ),
     "mixtral-8x7b": ModelConfig(
         model_type="mixtral",
@@ -106,6 +111,7 @@ BUNDLED: dict[str, ModelConfig] = {
         num_key_value_heads=8,
         num_local_experts=8,
         vocab_size=32000,
+        max_position_embeddings=32768,
     ),
 }
 """The facts of the models' published config.json files."""

@@ -188,11 +188,15 @@ def write_table(table: Table, path: str | os.PathLike[str]) -> None:
 
     The same measurements give the same bytes. Raises TableError rather than write what could not be read again.
     """
-    import tempfile  # what only reads tables need not wait for
-
     text = format_table(table)
     parse_table(text, source=str(path))
-    path = Path(path)
+    write_atomically(Path(path), text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file is the old one or the new one, whatever happens meanwhile."""
+    import tempfile  # what only reads tables need not wait for
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -212,7 +216,7 @@ def format_table(table: Table) -> str:
     """The file's text: fixed key order, one point a line, numbers rounded, points sorted by (m, k, n)."""
     header = msgspec.to_builtins(table)
     del header["points"]
-    lines = [_line(key, value) for key, value in header.items()]
+    lines = [yaml_line(key, value) for key, value in header.items()]
     rows = (_format_point(point) for point in sorted(table.points, key=lambda p: p.shape))
     return "".join(lines) + "points:\n" + "".join(rows)
 
@@ -279,7 +283,7 @@ def _check_point(point: Point, where: str) -> None:
             )
 
 
-def _line(key: str, value: Any) -> str:
+def yaml_line(key: str, value: Any) -> str:
     """`key: value` on one line, whatever its length."""
     if key == "measured_at":  # already ISO 8601; PyYAML would quote the string
         return f"{key}: {value}\n"
@@ -288,13 +292,15 @@ def _line(key: str, value: Any) -> str:
 
 
 def _format_point(point: Point) -> str:
-    numbers = ("null" if x is None else _format_number(round_to_measured(x)) for x in point.numbers)
+    numbers = map(format_number, point.numbers)
     return f"  - [{', '.join([str(point.m), str(point.k), str(point.n), *numbers, point.status])}]\n"
 
 
-def _format_number(value: float) -> str:
-    """A YAML float; YAML 1.1 reads an exponent without a dot before it as text."""
-    text = repr(value)
+def format_number(value: float | None) -> str:
+    """A YAML float, rounded; YAML 1.1 reads an exponent without a dot before it as text."""
+    if value is None:
+        return "null"
+    text = repr(round_to_measured(value))
     return text if "." in text else text.replace("e", ".0e")
 
 

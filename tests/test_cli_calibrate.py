@@ -498,12 +498,16 @@ def test_every_bundled_model_has_shapes(model):
         ("verify", "tables points device workers min_speedup as_json"),
         ("breakdown", "m k n recipe device png as_json"),
         ("explain", "model recipe tokens tp cp recompute device tables lookup min_speedup as_json"),
+        (
+            "plan",
+            "model recipe tokens sequence tp recompute exhaustive device tables out resume stop_after workers as_json",
+        ),
     ],
 )
 def test_the_options_are_those_documented(command, params):
     """Users' scripts depend on them: a change here belongs in the CHANGELOG."""
     commands = typer.main.get_command(cli.app).commands
-    assert sorted(commands) == ["breakdown", "calibrate", "diff", "explain", "merge", "report", "verify"]
+    assert sorted(commands) == ["breakdown", "calibrate", "diff", "explain", "merge", "plan", "report", "verify"]
     assert [param.name for param in commands[command].params] == params.split()
 
 
@@ -517,12 +521,17 @@ def test_option_spellings():
         "--device --fresh --grid --json --model --out --recipes --resume --seed --stop-after --tokens --tp --workers"
     )
     explain = "--cp --device --json --lookup --min-speedup --recipe --recompute --tables --tokens --tp"
+    plan = (
+        "--device --exhaustive --fresh --json --out --recipe --recompute --resume --sequence --stop-after --tables "
+        "--tokens --tp --workers"
+    )
     assert {name: " ".join(flags) for name, flags in spelled.items()} == {
         "breakdown": "--device --json --png --recipe",
         "calibrate": calibrate,
         "explain": explain,
         "diff": "--json --markdown --min-speedup",
         "merge": "--json --out",
+        "plan": plan,
         "report": "--out",
         "verify": "--device --json --min-speedup --points --tables --workers",
     }

@@ -13,7 +13,7 @@ import pytest
 import torch
 from samples import PROTOCOL, replaced
 
-from fp8gate.calibrate import measure
+from fp8gate.calibrate import alone, measure
 from fp8gate.calibrate.gpu_watch import CpuWatch
 from fp8gate.calibrate.linears import Operands
 from fp8gate.calibrate.measure import DeviceLostError, condensed, make_ready, measure_point
@@ -45,7 +45,8 @@ def clock(monkeypatch):
         clock.now += seconds
         clock.pauses.append(seconds)
 
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=sleep))
+    for module in (measure, alone):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=sleep))
     return clock
 
 
@@ -79,7 +80,7 @@ class FakeTimer:
 
     def results(self, prepared):
         output = prepared.forward()
-        results = Results(output.detach(), *prepared.backward(output))
+        results = Results(output.detach(), prepared.backward(output))
         return self.damage.get(prepared.recipe, lambda right: right)(results)
 
     def rounds(self, prepared, orders):
@@ -131,7 +132,7 @@ def fake(clock):
 
 
 def zeroed_output(right):
-    return Results(torch.zeros_like(right.output), right.grad_x, right.grad_weight)
+    return Results(torch.zeros_like(right.output), right.gradients)
 
 
 def measured(timer, protocols=PROTOCOLS, shape=SHAPE, watch=None, seed=0, **task):
@@ -413,7 +414,7 @@ def test_a_wrong_result_is_failed_and_the_others_are_measured(fake):
 
 def test_a_result_that_is_not_finite_is_failed(fake):
     def with_nan(right):
-        return Results(right.output.index_fill(0, torch.tensor([1]), torch.nan), right.grad_x, right.grad_weight)
+        return Results(right.output.index_fill(0, torch.tensor([1]), torch.nan), right.gradients)
 
     arm = measured(fake(damage={"rowwise": with_nan})).arms["rowwise"]
     assert arm.status == "failed"
@@ -485,7 +486,8 @@ def test_the_memory_of_the_operands_is_given_back_even_if_timing_failed(fake, mo
 
 
 def test_a_real_point_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(measure, "time", time)
+    for module in (measure, alone):
+        monkeypatch.setattr(module, "time", time)
     protocols = {recipe: replaced(protocol, settle_s=0.01, run_s=0.01) for recipe, protocol in PROTOCOLS.items()}
     record = measured(CpuTimer(), protocols, LinearShape(64, 64, 64))
     rounds = rounds_of(record)

@@ -138,3 +138,19 @@ def test_a_captured_arm_computes_what_it_should_and_gives_its_memory_back(recipe
     operands.free()
     timer.free([captured])
     assert captured.outputs.output.untyped_storage().nbytes() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_pooled_arms_share_memory_and_still_compute_what_they_should():
+    device, shape = torch.device("cuda"), LinearShape(1024, 1024, 1024)
+    timer, operands = CudaTimer(device, is_pooled=True), Operands.random(shape, device)
+    references, captured, taken = References(operands), [], []
+    for _ in range(4):
+        captured.append(timer.prepare(eager_linear(None, shape).over(operands)))
+        assert acceptable(references.relative_errors(timer.results(captured[-1])))
+        timer.forget_results(captured[-1])
+        taken.append(torch.cuda.memory_reserved(device))
+    assert taken[1] == taken[3]
+    rounds = timer.rounds(captured, [(0, 1, 2, 3), (3, 2, 1, 0)])
+    assert all(sample.fwd_us > 0 for samples in rounds for sample in samples)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from builders import make_point, make_table, write_file
+from plans import make_plan
 from samples import replaced
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from fp8gate.calibrate.device import describe_device
 from fp8gate.calibrate.sweep import SweepResult
 from fp8gate.calibrate.verify import sample
 from fp8gate.cli import app
+from fp8gate.filter.plan import write_plan
 from fp8gate.filter.shapes import LinearShape
 
 HERE = describe_device(torch.device("cpu"))
@@ -65,6 +67,16 @@ def test_a_table_that_holds_is_exit_code_0(verify):
     result = verify(factor=1.01)
     assert result.exit_code == 0, result.output
     assert f"2 tables read and checked; those of {HERE.name} hold" in result.stdout
+
+
+def test_plans_are_read_too_but_not_measured(verify, folder):
+    path = folder / "here" / "plans" / "tiny.yaml"
+    write_plan(make_plan(), path)
+    assert "2 tables and 1 plans read and checked" in verify().stdout
+    path.write_text("schema: 1\n")
+    result = verify()
+    assert result.exit_code == 2
+    assert "tiny.yaml: Object missing required field `recipe`" in result.stderr
 
 
 @pytest.mark.parametrize("factor", [1.1, 0.9])

@@ -19,6 +19,7 @@ from fp8gate.filter.findings import (
     UnmatchedPatternWarning,
 )
 from fp8gate.filter.parallel import Parallel, ShardError
+from fp8gate.filter.plan import Plan, PlanError, read_plan
 from fp8gate.filter.table import Table, TableError, read_table
 
 __version__ = "0.1.0"
@@ -33,6 +34,8 @@ __all__ = [
     "NothingConvertedWarning",
     "OutsideGridWarning",
     "Parallel",
+    "Plan",
+    "PlanError",
     "RanksDisagreeError",
     "RanksMissingError",
     "Recompute",
@@ -44,5 +47,6 @@ __all__ = [
     "UnmatchedPatternWarning",
     "__version__",
     "auto_filter",
+    "read_plan",
     "read_table",
 ]

@@ -1,5 +1,6 @@
 """The command line: `fp8gate calibrate` measures, `verify` measures some of it again, `merge` joins tables, `diff`
-compares them, `report` draws them, `breakdown` takes one linear apart, `explain` asks a table about a model.
+compares them, `report` draws them, `breakdown` takes one linear apart, `explain` asks a table about a model, `plan`
+measures sets of linears in a model's own block.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fp8gate.filter.find_table import ENVIRONMENT, find_table
 from fp8gate.filter.lookup import DEFAULT_LOOKUP, Lookup, LookupName
 from fp8gate.filter.models import BUNDLED, linear_roles, load_model
 from fp8gate.filter.parallel import Parallel, Shards
+from fp8gate.filter.plan import write_plan
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import RECIPES, Recipe, read_table, write_table
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 EXIT_STOPPED, EXIT_FINDINGS, EXIT_USAGE, EXIT_INTERRUPTED = 1, 1, 2, 130
 MEASURING, DRAWING = ("torch", "torchao", "numpy", "pandas", "pynvml"), ("jinja2", "matplotlib", "numpy")
+PLANNING = (*MEASURING, "transformers")
 
 
 class Commands(TyperGroup):
@@ -329,6 +332,89 @@ def explain_command(
         typer.echo(_json(explanation_json(asked, explanation)) if as_json else explanation_text(title, explanation))
 
 
+@app.command("plan")
+def plan_command(
+    model: Annotated[str, typer.Argument(help=f"A Hugging Face config.json, or {', '.join(BUNDLED)}.")],
+    recipe: Annotated[RecipeOrAll, typer.Option(help="The float8 recipe, or all, one after the other.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per data parallel rank and microbatch: batch x sequence.")],
+    sequence: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one sequence; by default as many as the model takes.")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallel degree: the block is what one rank holds.")] = 1,
+    recompute: Annotated[
+        Literal["none", "full"], typer.Option(help="full: the block is under activation checkpointing.")
+    ] = "none",
+    exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Measure every set of roles.")] = False,
+    device: Annotated[
+        DeviceKind | None, typer.Option(help="What to measure; by default the GPU if there is one.")
+    ] = None,
+    tables: Annotated[
+        Path | None,
+        typer.Option(help=f"A table or folder of tables, before {ENVIRONMENT} and the packaged ones."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for <device>/plans/ and its journals.")] = Path("thresholds"),
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Go on with an earlier run's journal, or put it aside.")
+    ] = True,
+    stop_after: Annotated[
+        float | None, typer.Option(min=0, help="Minutes a recipe; then stop, to go on when run again.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that compile; 0 for none but this. On a GPU: all cores but two."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Measure which linears to convert inside a model's compiled decoder layer, and write the plan.
+
+    Casts fuse with their neighbours, so that sets of linears are not worth the sum of their parts: a plan measures
+    sets, starting from the table's answer. Every visit is kept in a journal: after Ctrl-C, a kill or --stop-after, the
+    same command goes on where it was.
+    """
+    _require("plan", PLANNING)
+    from fp8gate.calibrate.forkserver import start_early
+
+    if device != "cpu" and workers != 0:
+        start_early()
+    from fp8gate.calibrate.crew import MemberDiedError
+    from fp8gate.calibrate.device import choose_device
+    from fp8gate.calibrate.plan_output import plan_json, plan_text
+    from fp8gate.calibrate.planning import model_subject, plan_path, plan_subject
+    from fp8gate.calibrate.rounds import StoppedError
+
+    plans = {}
+    try:
+        subject = model_subject(model, tokens=tokens, sequence=sequence, tp=tp, recomputed=recompute == "full")
+        for one in RECIPES if recipe == "all" else (recipe,):
+            path = plan_path(out, subject, one, choose_device(device))
+            plans[path] = plan_subject(
+                subject,
+                recipe=one,
+                device=choose_device(device),
+                tables=tables,
+                exhaustive=exhaustive,
+                workers=workers,
+                out=path.parent,
+                fresh=not resume,
+                stop_after_s=None if stop_after is None else stop_after * 60,
+                say=lambda message: typer.echo(message, err=True),
+            )
+            write_plan(plans[path], path)
+            typer.echo(f"wrote {path}", err=True)
+    except (StoppedError, MemberDiedError) as error:
+        typer.echo(f"fp8gate: {error.args[0]}; run the same command to go on", err=True)
+        raise typer.Exit(EXIT_STOPPED) from error
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo("stopped; what was measured is in the journal: run the same command to go on", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if as_json:
+        typer.echo(_json({"plans": [plan_json(plan) for plan in plans.values()]}))
+    else:
+        typer.echo("\n\n".join(map(plan_text, plans.values())))
+
+
 def _run_sweep(
     grid_name: str,
     recipes: tuple[Recipe, ...],
@@ -444,7 +530,8 @@ def _require(command: str, names: Sequence[str] = MEASURING) -> None:
     """What measuring and drawing need, and explaining does not."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        _fail(f"{command} needs {', '.join(missing)}: pip install 'fp8gate[calibrate]'")
+        extras = "calibrate,models" if "transformers" in names else "calibrate"
+        _fail(f"{command} needs {', '.join(missing)}: pip install 'fp8gate[{extras}]'")
 
 
 def _fail(message: str) -> NoReturn:

@@ -1,0 +1,168 @@
+"""One process's part of a plan: it compiles sets of roles in float8 beside other processes, and visits them in turn.
+
+In: a `PlanJob`, then requests, one at a time. Out: an answer to each; failures of a set are answers. Compiling touches
+no device; while a set is loaded or visited, no other process may use it.
+
+A visit has the device for itself: it idles, then the set runs alone until the clock is its own, and then for a whole
+second. At its power limit a GPU sets its clock by what runs, and holds to the limit over a second, not over less: sets
+that take turns in milliseconds share a clock that none has in training, which errs by up to 18 % (LOG.md, 2026-11-24).
+So bf16 and the sets are not interleaved run by run but visit by visit, in random order, and compared within a round.
+"""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import random
+import signal
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+
+from fp8gate.calibrate.alone import run_alone
+from fp8gate.calibrate.block import Block, Blueprint, ReadyBlock
+from fp8gate.calibrate.gpu_watch import Watch
+from fp8gate.calibrate.measure import failure
+from fp8gate.calibrate.search import BF16, Roles
+from fp8gate.calibrate.timing import Timer
+from fp8gate.calibrate.worker import open_device
+from fp8gate.filter.plan import PlanProtocol
+from fp8gate.filter.table import Recipe
+
+MAX_ERROR = 0.5
+"""Of float8 against bf16: a block of random weights gave up to 0.1 on a CPU; a wrong kernel gives about 1."""
+BATCH_S = 0.1  # of rounds that are watched together: asking the driver takes a millisecond, in which a GPU would idle
+LEAST_ROUNDS = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanJob:
+    """What all processes of a plan have in common."""
+
+    blueprint: Blueprint
+    recipe: Recipe
+    protocol: PlanProtocol
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why there is no number of a set."""
+
+    status: Literal["out_of_memory", "failed"]
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The set is compiled, or loaded; error: then the largest relative difference from bf16's results."""
+
+    error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """Mean times of a visit. slowdown: why it does not count, or None."""
+
+    fwd_us: float
+    bwd_us: float
+    sm_clock_mhz: int | None
+    is_limited: bool
+    slowdown: str | None
+
+
+Answer = Done | Visit | Trouble
+Request = tuple[Literal["open", "compile", "load", "visit"], Roles]
+
+
+class Visitor:
+    """The sets that this process has compiled, and its block on the device."""
+
+    def __init__(self, job: PlanJob) -> None:
+        self.job = job
+        self._rng = random.Random(job.protocol.seed)
+        self._ready: dict[Roles, ReadyBlock] = {}
+        self._prepared: dict[Roles, Any] = {}
+        self._tools: tuple[Timer[Any], Watch, Block] | None = None
+
+    def answer(self, request: Request) -> Answer:
+        """Raises what the device says if it can no longer be used."""
+        what, roles = request
+        try:
+            return getattr(self, what)(roles)  # type: ignore[no-any-return]
+        except Exception as error:
+            trouble = Trouble(*failure(error))
+        if what != "compile" and self.job.device.type == "cuda":
+            torch.cuda.synchronize(self.job.device)
+            torch.cuda.empty_cache()
+        return trouble
+
+    def open(self, _: Roles = BF16) -> Done:
+        """Start the device's libraries and make the block there, which takes seconds; nobody may measure yet."""
+        self._on_device()
+        return Done()
+
+    def compile(self, roles: Roles) -> Done:
+        """bf16 as it is trained without float8, with Inductor's defaults."""
+        job = self.job
+        inductor = (job.protocol.inductor if roles else {}) if job.protocol.compile else None
+        self._ready[roles] = job.blueprint.ready(roles, job.recipe, inductor, job.device.type)
+        return Done()
+
+    def load(self, roles: Roles) -> Done | Trouble:
+        """Tune, capture and check a set that is compiled."""
+        timer, _, block = self._on_device()
+        prepared = timer.prepare(block.arm(self._ready.pop(roles)))
+        error = block.error(timer.results(prepared))
+        timer.forget_results(prepared)
+        if not error <= MAX_ERROR:
+            return Trouble("failed", f"wrong result: {error:.2g} from bf16's")
+        self._prepared[roles] = prepared
+        return Done(error)
+
+    def visit(self, roles: Roles) -> Visit:
+        """Time a set that is loaded."""
+        timer, watch, _ = self._on_device()
+        protocol = self.job.protocol
+        time.sleep(protocol.pause_s)
+        run = run_alone(
+            [self._prepared[roles]],
+            timer,
+            watch,
+            self._rng,
+            settle_s=protocol.settle_s,
+            run_s=protocol.run_s,
+            least=LEAST_ROUNDS,
+            batch_s=min(BATCH_S, protocol.run_s),
+        )
+        samples = [sample for (sample,) in run.rounds]
+        return Visit(
+            fwd_us=fmean(sample.fwd_us for sample in samples),
+            bwd_us=fmean(sample.bwd_us for sample in samples),
+            sm_clock_mhz=round(fmean(run.clocks_mhz)) if run.clocks_mhz else None,
+            is_limited=run.is_limited,
+            slowdown=run.slowdown,
+        )
+
+    def _on_device(self) -> tuple[Timer[Any], Watch, Block]:
+        if not self._tools:
+            torch.manual_seed(self.job.protocol.seed)
+            block = Block(self.job.blueprint, self.job.device)
+            self._tools = (*open_device(self.job.device, is_pooled=True), block)
+        return self._tools
+
+
+def serve(connection: Connection, job: bytes) -> None:
+    """Answer requests until the pipe closes, however the plan ended. job: a pickled `PlanJob`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the plan's to handle
+    visitor = Visitor(pickle.loads(job))
+    gc.freeze()
+    try:
+        while True:
+            connection.send(visitor.answer(connection.recv()))
+    except (EOFError, BrokenPipeError):
+        return

@@ -1,0 +1,294 @@
+"""The plan: which roles of one block train faster in float8 together, measured inside the compiled block.
+
+In: a file, or a `Plan` built from measurements. Out: a validated `Plan`, or a file that reads well in a diff.
+Try it: python -c "from fp8gate.filter.plan import read_plan; print(read_plan('FILE.yaml').convert)"
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from fp8gate.filter.devices import device_slug
+from fp8gate.filter.parallel import plain_name
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import (
+    SCHEMA,
+    Device,
+    Positive,
+    Recipe,
+    Size,
+    Software,
+    format_number,
+    load_plain_yaml,
+    write_atomically,
+    yaml_line,
+)
+
+Roles = tuple[str, ...]
+CandidateStatus = Literal["measured", "out_of_memory", "failed"]
+
+PLANS = "plans"  # the folder beside a device's tables
+
+_HUGGING_FACE = {
+    "attention": "self_attn",
+    "feed_forward": "mlp",
+    "wq": "q_proj",
+    "wk": "k_proj",
+    "wv": "v_proj",
+    "wo": "o_proj",
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
+}
+"""torchtitan's names of a Llama-style block's parts, and Hugging Face's."""
+_NO_PART = "qkv_linear"  # what torchtitan puts between the attention and its projections
+
+
+class PlanError(ValueError):
+    """A plan that cannot be used; the message names the file, the field and what was expected there."""
+
+
+class PlanProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the numbers were taken.
+
+    Each candidate ran alone on the device: after pause_s of idling, settle_s uncounted, then run_s. That is a visit.
+    Visits came in rounds: bf16 and those asked about, in random order. screening: visits of every candidate; final:
+    further ones of the few best, of which alone their numbers are. The bounds are at `confidence`, or at what fewer
+    visits give, 1 - 2 / 2^visits. noise: what a change had to gain, as a share, to be followed. inductor: the settings
+    that candidates were compiled with; bf16 was compiled with the defaults.
+    """
+
+    timer: Literal["cuda_graphs", "wall_clock"]
+    compile: bool
+    inductor: dict[str, bool]
+    l2: Literal["cold"]
+    data: str
+    settle_s: Annotated[float, msgspec.Meta(ge=0)]
+    run_s: Positive
+    pause_s: Annotated[float, msgspec.Meta(ge=0)]
+    screening: Size
+    final: Size
+    confidence: Annotated[float, msgspec.Meta(gt=0, lt=1)]
+    noise: Positive
+    seed: int
+
+
+class TableUsed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table whose answer the search started from, and what it said: the roles it converts."""
+
+    measured_at: Annotated[datetime, msgspec.Meta(tz=True)]
+    torch: str
+    min_speedup: Positive
+    convert: Roles
+
+
+class Candidate(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One set of roles measured in the block. Times in microseconds, means over its visits.
+
+    speedup: bf16 time / its time of forward plus backward, from the ratios of each visit, with bounds. predicted: what
+    the table says of it: the block's bf16 time over that time less what its linears save alone. error: the largest
+    relative difference of the output and the gradients from bf16's.
+    """
+
+    convert: Roles
+    visits: Annotated[int, msgspec.Meta(ge=0)]
+    fwd_us: Positive | None
+    bwd_us: Positive | None
+    speedup: Positive | None
+    speedup_low: Positive | None
+    speedup_high: Positive | None
+    predicted: Positive | None
+    error: Annotated[float, msgspec.Meta(ge=0)] | None
+    status: CandidateStatus
+
+    @property
+    def numbers(self) -> tuple[float | None, ...]:
+        return self.fwd_us, self.bwd_us, self.speedup, self.speedup_low, self.speedup_high
+
+
+COLUMNS = Candidate.__struct_fields__
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"schema_": "schema"}):
+    """What was measured of one block, and the set of roles that is to be converted.
+
+    shapes: (m, k, n) of each role as one rank holds it. indivisible: roles that float8 cannot compute. left_alone: what
+    of the block holds several matrices in one parameter, such as experts. table: None where there was none. torchao:
+    what its rule converts, None for a recipe without one. exhaustive: every set was measured. Field order is the order
+    in the file.
+    """
+
+    schema_: Literal[1] = 1
+    recipe: Recipe
+    model: str
+    tokens: Size
+    sequence: Size | None
+    tp: Size
+    recompute: Literal["none", "full"]
+    device: Device
+    software: Software
+    protocol: PlanProtocol
+    measured_at: Annotated[datetime, msgspec.Meta(tz=True)]
+    shapes: dict[str, tuple[Size, Size, Size]]
+    indivisible: Roles
+    left_alone: Roles
+    table: TableUsed | None
+    torchao: Roles | None
+    convert: Roles
+    exhaustive: bool
+    columns: tuple[str, ...] = COLUMNS
+    candidates: tuple[Candidate, ...]
+
+    def role(self, fqn: str) -> str | None:
+        """The role of the linear of this name in a whole model, Hugging Face's or torchtitan's; None: not in it."""
+        name = _canonical(fqn)
+        found = [role for role in self.shapes if f".{name}".endswith(f".{_canonical(role)}")]
+        return max(found, key=len, default=None)
+
+    def shape(self, role: str) -> LinearShape:
+        return LinearShape(*self.shapes[role])
+
+    def candidate(self, convert: Roles) -> Candidate | None:
+        return next((candidate for candidate in self.candidates if candidate.convert == convert), None)
+
+    @property
+    def chosen(self) -> Candidate:
+        chosen = self.candidate(self.convert)
+        assert chosen, "checked on reading"
+        return chosen
+
+
+def block_role(fqn: str) -> str:
+    """The name within a block, without the indices of layers and experts: those that a name follows."""
+    *parts, last = fqn.split(".")
+    return ".".join([*(part for part in parts if not part.isdigit()), last])
+
+
+def read_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read and validate a plan file.
+
+    Raises PlanError if the file cannot be read, is not plain YAML data, or breaks the schema in any way.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot be read: {error}") from error
+    return parse_plan(text, source=str(path))
+
+
+def parse_plan(text: str, *, source: str) -> Plan:
+    """`read_plan` for text already in memory; `source` names it in errors."""
+    data = load_plain_yaml(text, source=source, error=PlanError)
+    if isinstance(data, dict) and data.get("schema") != SCHEMA:
+        found = data.get("schema", "nothing")
+        raise PlanError(f"{source}: $.schema: expected {SCHEMA}, the version this fp8gate reads; found {found}")
+    try:
+        plan = msgspec.convert(data, Plan)
+    except msgspec.ValidationError as error:
+        raise PlanError(f"{source}: {error}") from error
+    _check(plan, source)
+    return plan
+
+
+def load_plan(plan: Plan | str | os.PathLike[str]) -> tuple[Plan, str]:
+    """A plan, or a file's, and what to call it in messages."""
+    return (plan, f"of {plan.model}") if isinstance(plan, Plan) else (read_plan(plan), str(plan))
+
+
+def require_same_training(plan: Plan, source: str, *, recipe: Recipe, device: str, tokens: int) -> None:
+    """Raises PlanError for a plan of other training. tokens: as context parallelism leaves them to a rank."""
+    for field, here, there in (("recipe", recipe, plan.recipe), ("tokens", tokens, plan.tokens)):
+        if here != there:
+            raise PlanError(f"{source}: $.{field}: expected {here}, found {there}")
+    if device_slug(plan.device.name) != device_slug(device):
+        raise PlanError(f"{source}: $.device.name: expected {device}, found {plan.device.name}")
+
+
+def require_same_layer(plan: Plan, role: str, fqn: str, shape: LinearShape, recomputed: bool, source: str) -> None:
+    """Raises PlanError if the plan's role is not the linear of this name as a rank holds it."""
+    if shape != plan.shape(role):
+        raise PlanError(f"{source}: $.shapes.{role}: expected {shape}, as {fqn} is here; found {plan.shape(role)}")
+    if recomputed != (plan.recompute == "full"):
+        here = "full" if recomputed else "none"
+        raise PlanError(f"{source}: $.recompute: expected {here}, as for {fqn} here; found {plan.recompute}")
+
+
+def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
+    """Write atomically. Raises PlanError rather than write what could not be read again."""
+    text = format_plan(plan)
+    parse_plan(text, source=str(path))
+    write_atomically(Path(path), text)
+
+
+def format_plan(plan: Plan) -> str:
+    """The file's text: fixed key order, one shape and one candidate a line, numbers rounded."""
+    header = msgspec.to_builtins(plan)
+    del header["candidates"]
+    lines = [f"{key}:\n{_shapes(plan)}" if key == "shapes" else yaml_line(key, value) for key, value in header.items()]
+    return "".join(lines) + "candidates:\n" + "".join(map(_format_candidate, plan.candidates))
+
+
+def _shapes(plan: Plan) -> str:
+    return "".join(f"  {yaml_line(role, list(shape))}" for role, shape in plan.shapes.items())
+
+
+def _format_candidate(candidate: Candidate) -> str:
+    convert = f"[{', '.join(candidate.convert)}]"
+    numbers = map(format_number, (*candidate.numbers, candidate.predicted, candidate.error))
+    return f"  - [{', '.join([convert, str(candidate.visits), *numbers, candidate.status])}]\n"
+
+
+def _check(plan: Plan, source: str) -> None:
+    """What types alone cannot say: column names, known roles, duplicates, consistent numbers, a choice that wins."""
+    if plan.columns != COLUMNS:
+        raise PlanError(f"{source}: $.columns: expected {list(COLUMNS)}, found {list(plan.columns)}")
+    if not plan.shapes:
+        raise PlanError(f"{source}: $.shapes: expected at least one role")
+    table = () if plan.table is None else plan.table.convert
+    for field, roles in (("indivisible", plan.indivisible), ("torchao", plan.torchao or ()), ("table.convert", table)):
+        _check_roles(plan, roles, f"{source}: $.{field}")
+    seen: set[Roles] = set()
+    for i, candidate in enumerate(plan.candidates):
+        where = f"{source}: $.candidates[{i}]"
+        _check_candidate(plan, candidate, where)
+        if candidate.convert in seen:
+            raise PlanError(f"{where}: {list(candidate.convert)} is there twice; expected each set once")
+        seen.add(candidate.convert)
+    chosen = plan.candidate(plan.convert)
+    if chosen is None or chosen.speedup_low is None:
+        raise PlanError(f"{source}: $.convert: expected a set that was measured, found {list(plan.convert)}")
+    if plan.convert and not chosen.speedup_low > 1:
+        raise PlanError(f"{source}: $.convert: expected a set above 1.0, bounds included; found {chosen.speedup_low}")
+
+
+def _check_roles(plan: Plan, roles: Roles, where: str) -> None:
+    unknown = [role for role in roles if role not in plan.shapes]
+    if unknown:
+        raise PlanError(f"{where}: expected roles of $.shapes, found {unknown[0]!r}")
+    if list(roles) != [role for role in plan.shapes if role in roles]:
+        raise PlanError(f"{where}: expected each role once, in the order of $.shapes; found {list(roles)}")
+
+
+def _check_candidate(plan: Plan, candidate: Candidate, where: str) -> None:
+    _check_roles(plan, candidate.convert, f"{where}.convert")
+    has_numbers = candidate.status == "measured"
+    for column, number in zip(COLUMNS[2:7], candidate.numbers, strict=True):
+        if has_numbers and (number is None or not math.isfinite(number)):
+            raise PlanError(f"{where}.{column}: expected a finite number, as it was measured; found {number}")
+        if not has_numbers and number is not None:
+            raise PlanError(f"{where}.{column}: expected null for status {candidate.status}, found {number}")
+    low, speedup, high = candidate.speedup_low, candidate.speedup, candidate.speedup_high
+    if has_numbers and not (low or 0) <= (speedup or 0) <= (high or 0):  # none is None here: checked above
+        raise PlanError(f"{where}.speedup: expected low <= speedup <= high, found {low}, {speedup}, {high}")
+
+
+def _canonical(fqn: str) -> str:
+    """A linear's name without wrappers and layer indices, as Hugging Face names a Llama's parts."""
+    parts = block_role(plain_name(fqn)).split(".")
+    return ".".join(_HUGGING_FACE.get(part, part) for part in parts if part != _NO_PART)

@@ -1,0 +1,218 @@
+"""Blocks: a model's own decoder layer as a rank holds it, any module's roles, arms that compute what they should."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+
+import msgspec
+import pytest
+import torch
+from plans import TINY_CONFIG, Block, block_input
+from torch import nn
+
+from fp8gate.calibrate.block import Block as RealBlock
+from fp8gate.calibrate.block import BlockError, Blueprint, sequence_of
+from fp8gate.calibrate.linears import INDUCTOR
+from fp8gate.calibrate.timing import CpuTimer, Results
+from fp8gate.filter.models import ModelConfig
+from fp8gate.filter.shapes import LinearShape
+
+CPU = torch.device("cpu")
+CONFIG = msgspec.convert(TINY_CONFIG, ModelConfig)
+SHAPES = {
+    "self_attn.q_proj": LinearShape(64, 64, 64),
+    "self_attn.k_proj": LinearShape(64, 64, 32),
+    "self_attn.v_proj": LinearShape(64, 64, 32),
+    "self_attn.o_proj": LinearShape(64, 64, 64),
+    "mlp.gate_proj": LinearShape(64, 64, 128),
+    "mlp.up_proj": LinearShape(64, 64, 128),
+    "mlp.down_proj": LinearShape(64, 128, 64),
+}
+LOCAL_SHAPES = {
+    "self_attn.q_proj": LinearShape(64, 64, 32),
+    "self_attn.k_proj": LinearShape(64, 64, 16),
+    "self_attn.v_proj": LinearShape(64, 64, 16),
+    "self_attn.o_proj": LinearShape(64, 32, 64),
+    "mlp.gate_proj": LinearShape(64, 64, 64),
+    "mlp.up_proj": LinearShape(64, 64, 64),
+    "mlp.down_proj": LinearShape(64, 64, 64),
+}
+
+
+def layer(config=CONFIG, **options):
+    pytest.importorskip("transformers")
+    facts = {**TINY_CONFIG, **msgspec.structs.asdict(config)}
+    facts = {name: fact for name, fact in facts.items() if fact is not None}
+    return Blueprint.of_layer(config, facts, **{"tokens": 64, "sequence": 32, **options})
+
+
+def results(blueprint, roles=(), inductor=None):
+    """What a block computes with these roles in rowwise float8, and its error."""
+    torch.manual_seed(0)
+    block = RealBlock(blueprint, CPU)
+    found = CpuTimer().results(block.arm(blueprint.ready(frozenset(roles), "rowwise", inductor, "cpu")))
+    return found, block.error(found)
+
+
+# --- a model's decoder layer -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tp", "shapes"), [(1, SHAPES), (2, LOCAL_SHAPES)])
+def test_its_linears_are_those_a_rank_holds(tp, shapes):
+    assert layer(tp=tp).shapes == shapes
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+def test_other_dense_architectures_have_the_same_roles(model_type):
+    config = msgspec.structs.replace(CONFIG, model_type=model_type, head_dim=16)
+    blueprint = layer(config)
+    assert blueprint.shapes == SHAPES
+    assert 0.02 < results(blueprint, SHAPES)[1] < 0.2
+
+
+def test_experts_are_left_alone():
+    blueprint = layer(msgspec.structs.replace(CONFIG, model_type="mixtral", num_local_experts=4))
+    assert list(blueprint.shapes) == [role for role in SHAPES if role.startswith("self_attn")]
+    assert results(blueprint)[1] == 0.0
+
+
+def test_it_is_called_as_its_model_calls_it():
+    """Causal, without a mask as no token is padded, with positions."""
+    blueprint = layer()
+    assert blueprint.inputs["hidden_states"].shape == (2, 32, 64)
+    assert [one.shape for one in blueprint.inputs["position_embeddings"]] == [(1, 32, 16)] * 2
+    assert "attention_mask" not in blueprint.inputs
+    assert not any(one.is_meta for one in blueprint.inputs["position_embeddings"])
+    torch.manual_seed(0)
+    block = RealBlock(blueprint, CPU)
+    arm = block.arm(blueprint.ready(frozenset(), "rowwise", None, "cpu"))
+    before = arm.forward().detach()
+    with torch.no_grad():
+        block.inputs["hidden_states"][:, -1] = 0
+    after = arm.forward().detach()
+    assert torch.equal(before[:, :-1], after[:, :-1])  # no token sees a later one
+    assert not torch.equal(before[:, -1], after[:, -1])
+
+
+def test_a_sliding_window_is_a_mask():
+    config = msgspec.structs.replace(CONFIG, model_type="mistral")
+    pytest.importorskip("transformers")
+    blueprint = Blueprint.of_layer(
+        config, {**TINY_CONFIG, "model_type": "mistral", "sliding_window": 8}, tokens=64, sequence=32
+    )
+    assert blueprint.inputs["attention_mask"].shape[-2:] == (32, 32)
+    assert results(blueprint)[1] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "complaint"),
+    [
+        ({}, {"tp": 4}, "tp: expected a divisor of num_key_value_heads = 2; got 4"),
+        ({"intermediate_size": 129}, {"tp": 2}, "tp: expected a divisor of intermediate_size = 129; got 2"),
+    ],
+)
+def test_what_does_not_divide_is_an_error(fields, options, complaint):
+    with pytest.raises(BlockError, match=complaint):
+        layer(msgspec.structs.replace(CONFIG, **fields), **options)
+
+
+def test_a_layer_with_other_linears_than_the_filter_knows_is_an_error():
+    pytest.importorskip("transformers")
+    with pytest.raises(BlockError, match=r"mlp.down_proj: expected None in the decoder layer, found \(64, 128, 64\)"):
+        Blueprint.of_layer(msgspec.structs.replace(CONFIG, model_type="mixtral"), TINY_CONFIG, tokens=64, sequence=32)
+
+
+@pytest.mark.parametrize(("tokens", "asked", "sequence"), [(64, None, 32), (16, None, 16), (64, 8, 8), (64, 64, 64)])
+def test_a_sequence_is_as_long_as_asked_or_as_the_model_takes(tokens, asked, sequence):
+    assert sequence_of(CONFIG, tokens, asked) == sequence
+
+
+def test_sequences_must_divide_the_tokens():
+    with pytest.raises(BlockError, match="sequence: expected a divisor of tokens = 48; got 32"):
+        sequence_of(CONFIG, 48, None)
+
+
+# --- any block -------------------------------------------------------------------------------------------------
+
+
+def test_roles_of_a_block_are_those_that_ran_with_their_rows():
+    block = nn.Sequential(Block(), Block())
+    blueprint = Blueprint.of(block, [block_input()], recomputed=False)
+    assert blueprint.shapes == {"inner": LinearShape(16, 32, 64), "outer": LinearShape(16, 64, 32)}
+
+
+def test_inputs_may_be_named():
+    blueprint = Blueprint.of(Block(), {"x": block_input(), "scale": 0.0}, recomputed=False)
+    assert blueprint.inputs["scale"] == 0.0
+    found, _ = results(blueprint)
+    assert found.gradients[3].count_nonzero() == 0  # of outer's weight
+
+
+class Twice(nn.Module):
+    """A role with two shapes."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = (32, 64), (64, 32)
+        self.layers = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(*size, dtype=torch.bfloat16)}) for size in sizes])
+
+    def forward(self, x):
+        return self.layers[1]["proj"](self.layers[0]["proj"](x))
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "complaint"),
+    [
+        (nn.LayerNorm(32), [torch.zeros(2, 32, requires_grad=True)], "expected an nn.Linear in it; found none"),
+        (Block(), [torch.zeros(16, 32, dtype=torch.bfloat16)], "expected one that requires a gradient"),
+        (Twice(), [block_input()], r"layers.proj: expected linears of one shape, found \(16, 32, 64\), \(16, 64, 32\)"),
+    ],
+)
+def test_what_cannot_be_planned_is_an_error(module, inputs, complaint):
+    with pytest.raises(BlockError, match=complaint):
+        Blueprint.of(module, inputs, recomputed=False)
+
+
+# --- arms ------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_roles_asked_for_are_converted_and_the_block_stays_as_it_was():
+    block = Block()
+    blueprint = Blueprint.of(block, [block_input()], recomputed=False)
+    ready = blueprint.ready(frozenset({"inner"}), "rowwise", None, "cpu")
+    kinds = {name: type(module).__name__ for name, module in ready.module.named_children()}
+    assert kinds == {"norm": "LayerNorm", "inner": "Float8Linear", "outer": "Linear"}
+    assert type(block.inner) is nn.Linear
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_float8_differs_from_bf16_by_its_rounding(recomputed):
+    blueprint = Blueprint.of(Block(), [block_input()], recomputed=recomputed)
+    assert results(blueprint)[1] == 0.0
+    assert 0.02 < results(blueprint, ["inner", "outer"])[1] < 0.3
+
+
+def test_a_result_that_is_not_finite_has_no_error_that_could_be_small():
+    blueprint = Blueprint.of(Block(), [block_input()], recomputed=False)
+    block = RealBlock(blueprint, CPU)
+    found, _ = results(blueprint)
+    broken = Results(found.output, (*found.gradients[:-1], found.gradients[-1] * torch.nan))
+    assert not block.error(broken) < 1e9
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_compiled_block_computes_the_same_in_another_process(monkeypatch, tmp_path, recomputed):
+    """As far as pickling goes; and compiled code runs once in each direction."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    calls = []
+    real = CompiledFxGraph.__call__
+    monkeypatch.setattr(CompiledFxGraph, "__call__", lambda graph, *args: calls.append(graph) or real(graph, *args))
+    torch._dynamo.reset()
+    blueprint = pickle.loads(pickle.dumps(Blueprint.of(Block(), [block_input()], recomputed=recomputed)))
+    error = results(blueprint, ["inner"], INDUCTOR["rowwise"])[1]
+    assert len(calls) == 2
+    assert error == pytest.approx(results(blueprint, ["inner"])[1], rel=0.1)

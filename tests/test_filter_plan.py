@@ -1,0 +1,151 @@
+"""The filter with a plan: the plan decides what it knows, the table the rest; a plan of something else is refused."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+from builders import DEVICE, make_point, make_table, write_file
+from plans import make_plan
+
+from fp8gate import NothingConvertedWarning, Parallel, PlanError, StaleTableWarning, auto_filter
+from fp8gate.filter import stale as stale_module
+from fp8gate.filter.plan import write_plan
+from fp8gate.filter.table import Device, Software
+
+TABLE = make_table(make_point(32, 64, 64, 0.5), make_point(32, 64, 128, 2.0))  # the plan says the opposite of both
+Q, GATE, HEAD = (64, 64), (64, 128), (64, 128)
+LAYERS = {
+    "model.layers.0.self_attn.q_proj": Q,
+    "model.layers.1.self_attn.q_proj": Q,
+    "model.layers.0.mlp.gate_proj": GATE,
+    "lm_head": HEAD,
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_driver(tmp_path, monkeypatch):
+    monkeypatch.setattr(stale_module, "DRIVER_VERSION", tmp_path / "version")
+
+
+@pytest.fixture
+def with_plan(tmp_path):
+    """Makes the filter with a plan of these fields."""
+
+    def make(*, file=False, plan=None, recipe="rowwise", tokens=32, **options):
+        plan = make_plan(**(plan or {}))
+        if file:
+            write_plan(plan, tmp_path / "plan.yaml")
+        table = write_file(
+            TABLE if recipe == "rowwise" else make_table(*TABLE.points, recipe=recipe), tmp_path / "t.yaml"
+        )
+        return auto_filter(
+            recipe, tokens=tokens, tables=table, plan=tmp_path / "plan.yaml" if file else plan, **options
+        )
+
+    return make
+
+
+def layer(in_features, out_features):
+    return SimpleNamespace(in_features=in_features, out_features=out_features)
+
+
+def answers(wants_float8, layers=LAYERS):
+    return {fqn: wants_float8(layer(*sizes), fqn) for fqn, sizes in layers.items()}
+
+
+@pytest.mark.parametrize("file", [True, False])
+def test_the_plan_decides_its_roles_and_the_table_the_others(with_plan, file):
+    wants_float8 = with_plan(file=file)
+    assert list(answers(wants_float8).values()) == [True, True, False, True]
+    reasons = [decision.reason for decision in wants_float8.decisions.values()]
+    assert reasons[0] == "the plan: block 1.111x"
+    assert reasons[2] == "the plan: bf16"
+    assert reasons[3] == "not in the plan: 2.00x (measured)"
+
+
+def test_without_a_plan_the_table_decides(with_plan, tmp_path):
+    wants_float8 = auto_filter("rowwise", tokens=32, tables=write_file(TABLE, tmp_path / "t.yaml"))
+    assert list(answers(wants_float8).values()) == [False, False, True, True]
+    assert "plan" not in wants_float8.report()
+
+
+def test_torchtitans_names_find_the_same_roles(with_plan):
+    names = {"layers.0.attention.wq": Q, "layers.0.feed_forward.w1": GATE}
+    assert list(answers(with_plan(), names).values()) == [True, False]
+
+
+def test_the_report_says_which_roles_the_plan_does_not_know(with_plan):
+    wants_float8 = with_plan()
+    answers(wants_float8)
+    assert "by the plan of tiny; not in it, decided by the table: lm_head" in wants_float8.report()
+    assert "the plan: bf16" in wants_float8.report()
+    del wants_float8.decisions["lm_head"]
+    assert "by the plan of tiny; all of it" in wants_float8.summary()
+
+
+def test_filter_fqns_and_the_check_go_on_working(with_plan):
+    wants_float8 = with_plan(filter_fqns=["q_proj"], on_nothing="error")
+    layers = [(fqn, layer(*sizes)) for fqn, sizes in LAYERS.items() if fqn != "lm_head"]
+    with pytest.raises(NothingConvertedWarning):
+        wants_float8.check(layers)
+    assert wants_float8.decisions["model.layers.0.self_attn.q_proj"].reason == "filter_fqns has 'q_proj'"
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"recipe": "tensorwise"}, r"of tiny: \$.recipe: expected tensorwise, found rowwise"),
+        ({"tokens": 64}, r"of tiny: \$.tokens: expected 64, found 32"),
+        (
+            {"plan": {"device": Device(name="NVIDIA H100", kind="cuda", memory_gib=79.1)}},
+            r"of tiny: \$.device.name: expected NVIDIA H200, found NVIDIA H100",
+        ),
+        ({"tokens": 32, "file": True, "recipe": "tensorwise"}, r"plan.yaml: \$.recipe: expected tensorwise"),
+    ],
+)
+def test_a_plan_of_other_training_is_an_error_that_names_file_and_field(with_plan, asked, complaint):
+    with pytest.raises(PlanError, match=complaint):
+        with_plan(**asked)
+
+
+def test_context_parallelism_divides_the_tokens_before_they_are_compared(with_plan):
+    assert answers(with_plan(tokens=64, parallel=Parallel(cp=2)))["model.layers.0.self_attn.q_proj"]
+
+
+def test_a_device_is_the_same_whatever_its_spelling(with_plan):
+    spelled = Device(name=DEVICE.name.lower(), kind="cuda", memory_gib=1.0)
+    assert answers(with_plan(plan={"device": spelled}))
+
+
+def test_another_local_shape_is_an_error_that_names_the_role(with_plan):
+    wants_float8 = with_plan()
+    with pytest.raises(
+        PlanError, match=r"\$.shapes.self_attn.q_proj: expected \(32, 64, 128\), as model.*q_proj is here"
+    ):
+        wants_float8(layer(64, 128), "model.layers.0.self_attn.q_proj")
+
+
+def test_the_shape_that_a_rank_holds_counts(with_plan):
+    wants_float8 = with_plan(parallel=Parallel(tp=2, plan="transformers"))
+    assert wants_float8(layer(64, 128), "model.layers.0.self_attn.q_proj")
+    with pytest.raises(PlanError, match=r"expected \(32, 64, 32\)"):
+        wants_float8(layer(64, 64), "model.layers.1.self_attn.q_proj")
+
+
+def test_recomputation_must_be_the_plans(with_plan):
+    assert answers(with_plan(recompute="full", plan={"recompute": "full"}))
+    with pytest.raises(PlanError, match=r"\$.recompute: expected full, as for model.*; found none"):
+        answers(with_plan(recompute="full"))
+
+
+def test_a_plan_of_other_software_is_stale(with_plan):
+    old = {"software": Software(torch="1.0.0", torchao="0.18.0", fp8gate="0.1.0")}
+    with pytest.warns(StaleTableWarning, match=r"of tiny was measured with torch 1.0.0, here .*: fp8gate plan"):
+        with_plan(plan=old)
+    with pytest.raises(StaleTableWarning):
+        with_plan(plan=old, on_stale="error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with_plan()

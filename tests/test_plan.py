@@ -1,0 +1,112 @@
+"""The plan file: what is written reads back equal, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from plans import CANDIDATES, make_plan
+
+from fp8gate.filter.plan import Candidate, PlanError, block_role, format_plan, parse_plan, read_plan, write_plan
+from fp8gate.filter.shapes import LinearShape
+
+
+def parsed(text):
+    return parse_plan(text, source="plan.yaml")
+
+
+def test_a_plan_reads_back_equal(tmp_path):
+    path = tmp_path / "deep" / "plan.yaml"
+    write_plan(make_plan(), path)
+    assert read_plan(path) == make_plan()
+    assert [file.name for file in path.parent.iterdir()] == ["plan.yaml"]
+
+
+@pytest.mark.parametrize("fields", [{"table": None}, {"torchao": None}, {"convert": ()}, {"sequence": None, "tp": 8}])
+def test_what_may_be_missing_reads_back_equal(fields):
+    assert parsed(format_plan(make_plan(**fields))) == make_plan(**fields)
+
+
+def test_the_file_reads_well_in_a_diff():
+    lines = format_plan(make_plan()).splitlines()
+    assert lines[:4] == ["schema: 1", "recipe: rowwise", "model: tiny", "tokens: 32"]
+    assert "  self_attn.q_proj: [32, 64, 64]" in lines
+    assert lines[-3:] == [
+        "  - [[self_attn.q_proj], 7, 90.0, 180.0, 1.111, 1.1, 1.12, 1.05, 0.04, measured]",
+        "  - [[mlp.gate_proj], 1, 100.0, 201.0, 0.9967, 0.9917, 1.002, 1.01, 0.03, measured]",
+        "  - [[self_attn.q_proj, mlp.gate_proj], 0, null, null, null, null, null, 1.06, null, out_of_memory]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("schema: 1", "schema: 2", r"\$.schema: expected 1, the version this fp8gate reads; found 2"),
+        ("recipe: rowwise", "recipe: colwise", r"Invalid enum value 'colwise' - at `\$.recipe`"),
+        ("tokens: 32", "tokens: 0", r"Expected `int` >= 1 - at `\$.tokens`"),
+        ("model: tiny", "model: tiny\nmodel: big", "key 'model' is there twice"),
+        ("model: tiny", "model: tiny\nextra: 1", "unknown field `extra`"),
+        ("convert: [self_attn.q_proj]", "convert: [mlp.gate_proj]", r"\$.convert: expected a set above 1.0.* 0.9917"),
+        ("convert: [self_attn.q_proj]", "convert: [self_attn.k_proj]", r"\$.convert: expected a set that was measured"),
+        (
+            "torchao: [self_attn.q_proj, ",
+            "torchao: [self_attn.w, ",
+            r"\$.torchao: expected roles of \$.shapes.*attn.w'",
+        ),
+        ("[[mlp.gate_proj], 1", "[[self_attn.q_proj], 1", r"candidates\[2\]: \['self_attn.q_proj'\] is there twice"),
+        ("7, 90.0, 180.0", "7, 90.0, null", r"candidates\[1\].bwd_us: expected a finite number, as it was measured"),
+        ("7, 90.0, 180.0", "7, 90.0, .inf", r"candidates\[1\].bwd_us: expected a finite number"),
+        ("1.1, 1.12", "1.13, 1.12", r"candidates\[1\].speedup: expected low <= speedup <= high"),
+        ("[convert, visits,", "[visits, convert,", r"\$.columns: expected"),
+    ],
+)
+def test_anything_else_is_an_error_that_names_file_and_field(old, new, complaint):
+    text = format_plan(make_plan())
+    assert text.count(old) >= 1
+    with pytest.raises(PlanError, match=f"plan.yaml: .*{complaint}|plan.yaml: {complaint}"):
+        parsed(text.replace(old, new, 1))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(PlanError, match=r"none.yaml: cannot be read"):
+        read_plan(tmp_path / "none.yaml")
+
+
+def test_roles_in_another_order_are_refused():
+    twisted = Candidate(("mlp.gate_proj", "self_attn.q_proj"), *msgspec.structs.astuple(CANDIDATES[1])[1:])
+    with pytest.raises(PlanError, match="in the order of"):
+        parsed(format_plan(make_plan(candidates=(*CANDIDATES[:2], twisted))))
+
+
+def test_a_plan_that_could_not_be_read_is_not_written(tmp_path):
+    with pytest.raises(PlanError):
+        write_plan(make_plan(convert=("mlp.gate_proj",)), tmp_path / "plan.yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fqn", "role"),
+    [
+        ("model.layers.3.self_attn.q_proj", "self_attn.q_proj"),
+        ("layers.3.attention.wq", "self_attn.q_proj"),
+        ("layers.3.attention.qkv_linear.wk", "self_attn.k_proj"),
+        ("layers.3._checkpoint_wrapped_module.feed_forward.w1", "mlp.gate_proj"),
+        ("self_attn.q_proj", "self_attn.q_proj"),
+        ("layers.3.feed_forward.w2", None),
+        ("lm_head", None),
+        ("q_proj", None),
+        ("other_self_attn.q_proj", None),
+    ],
+)
+def test_names_of_hugging_face_and_torchtitan_are_the_same_roles(fqn, role):
+    assert make_plan().role(fqn) == role
+
+
+def test_a_plan_of_torchtitans_names_knows_hugging_faces():
+    plan = make_plan(shapes={"attention.wq": (32, 64, 64)})
+    assert plan.role("model.layers.0.self_attn.q_proj") == "attention.wq"
+    assert plan.shape("attention.wq") == LinearShape(32, 64, 64)
+
+
+def test_a_role_has_no_layer_indices():
+    assert block_role("layers.12.mlp.experts.3.w1") == "layers.mlp.experts.w1"
+    assert block_role("layers.12.mlp.2") == "layers.mlp.2"

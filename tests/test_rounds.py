@@ -1,0 +1,179 @@
+"""Rounds of visits: who is visited when, what is kept, and that nothing is measured twice, however it ends."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+from plans import PROTOCOL, SHAPES
+from samples import CPU, SOFTWARE
+
+from fp8gate.calibrate.crew import MemberDiedError
+from fp8gate.calibrate.rounds import MAX_SLOWDOWNS, PlanJournal, PlanSetup, Rounds, StoppedError
+from fp8gate.calibrate.search import BF16
+from fp8gate.calibrate.visitor import Done, Trouble, Visit
+
+Q, GATE, BOTH = (
+    frozenset(one) for one in (["self_attn.q_proj"], ["mlp.gate_proj"], ["self_attn.q_proj", "mlp.gate_proj"])
+)
+TIMES_US = {BF16: 400.0, Q: 200.0, GATE: 100.0, BOTH: 50.0}
+SETUP = PlanSetup(
+    recipe="rowwise",
+    model="tiny",
+    tokens=32,
+    sequence=32,
+    tp=1,
+    recompute="none",
+    device=CPU,
+    software=SOFTWARE,
+    protocol=PROTOCOL,
+    shapes=SHAPES,
+)
+
+
+class FakeCrew:
+    """Times that are known. broken: what each step answers instead, by set. slowdowns: of the first visits."""
+
+    def __init__(self, broken=None, slowdowns=(), dies=None):
+        self.broken, self.slowdowns, self.dies = broken or {}, list(slowdowns), dies
+        self.log = []
+
+    def compile(self, sets):
+        self.log.append(("compile", tuple(sets)))
+        for one in sets:
+            yield one, self.broken.get(("compile", one), Done())
+
+    def load(self, one):
+        if one == self.dies:
+            raise MemberDiedError("its process ended with exit code -9", one)
+        self.log.append(("load", one))
+        return self.broken.get(("load", one), Done(0.04))
+
+    def visit(self, one):
+        self.log.append(("visit", one))
+        slowdown = self.slowdowns.pop(0) if self.slowdowns else None
+        times_us = TIMES_US[one]
+        return self.broken.get(("visit", one), Visit(times_us / 4, times_us * 3 / 4, 1500, True, slowdown))
+
+    def visits(self):
+        return [one for what, one in self.log if what == "visit"]
+
+
+@pytest.fixture
+def rounds(tmp_path):
+    """Opens the journal in this test's folder, again and again."""
+    journals = []
+
+    def make(crew, *, said=None, stop_after_s=None):
+        for journal in journals:
+            journal.__exit__(None, None, None)
+        journals[:] = [PlanJournal(tmp_path, SETUP).__enter__()]
+        say = said.append if said is not None else lambda _: None
+        return Rounds(crew, journals[0], SHAPES, say, start=time.monotonic(), stop_after_s=stop_after_s)
+
+    yield make
+    journals[0].__exit__(None, None, None)
+
+
+def test_bf16_is_visited_in_every_round_and_the_order_varies(rounds):
+    crew = FakeCrew()
+    ratios = rounds(crew)([Q, GATE], 6)
+    assert ratios == {Q: (math.log(2),) * 6, GATE: (math.log(4),) * 6}
+    orders = [tuple(crew.visits()[i : i + 3]) for i in range(0, 18, 3)]
+    assert all(set(order) == {BF16, Q, GATE} for order in orders)
+    assert len(set(orders)) > 1
+
+
+def test_all_are_compiled_together_and_once(rounds):
+    crew = FakeCrew()
+    measure = rounds(crew)
+    measure([Q, GATE], 1)
+    measure([Q, BOTH], 2)
+    assert [sets for what, sets in crew.log if what == "compile"] == [(BF16, Q, GATE), (BOTH,)]
+
+
+def test_only_what_lacks_visits_is_visited(rounds):
+    crew = FakeCrew()
+    measure = rounds(crew)
+    measure([Q], 2)
+    crew.log.clear()
+    measure([Q, GATE], 2)
+    assert (crew.visits().count(Q), crew.visits().count(GATE), crew.visits().count(BF16)) == (0, 2, 2)
+    assert measure.times(GATE, 0) == (25.0, 75.0)
+
+
+def test_another_process_goes_on_with_what_is_in_the_journal(rounds):
+    rounds(FakeCrew())([Q], 3)
+    crew = FakeCrew()
+    measure = rounds(crew)
+    assert measure([Q], 3) == {Q: (math.log(2),) * 3}
+    assert crew.log == []
+    measure([Q], 4)
+    assert sorted(crew.visits(), key=len) == [BF16, Q]
+    assert measure.errors[Q] == 0.04
+
+
+def test_a_round_without_its_bf16_is_no_pair(rounds):
+    measure = rounds(FakeCrew())
+    measure([Q], 1)
+    measure._keep(GATE, fwd_us=1.0, bwd_us=1.0, error=0.0)
+    measure._round += 1
+    measure._keep(GATE, fwd_us=1.0, bwd_us=1.0, error=0.0)
+    assert len(rounds(FakeCrew()).log_ratios(GATE)) == 1
+
+
+@pytest.mark.parametrize("step", ["compile", "load", "visit"])
+def test_a_set_that_fails_has_no_number_and_is_not_tried_again(rounds, step):
+    crew = FakeCrew(broken={(step, Q): Trouble("out_of_memory", "no room")})
+    measure = rounds(crew)
+    assert measure([Q, GATE], 2) == {Q: (), GATE: (math.log(4),) * 2}
+    assert measure.failed == {Q: "out_of_memory"}
+    again = FakeCrew()
+    assert rounds(again)([Q, GATE], 2) == {Q: (), GATE: (math.log(4),) * 2}
+    assert again.log == []
+
+
+def test_without_bf16_there_is_nothing_to_compare_with(rounds):
+    with pytest.raises(StoppedError, match="bf16 could not be measured"):
+        rounds(FakeCrew(broken={("load", BF16): Trouble("failed", "no room")}))([Q], 1)
+
+
+def test_a_set_over_which_a_process_dies_is_not_tried_again(rounds):
+    with pytest.raises(MemberDiedError):
+        rounds(FakeCrew(dies=Q))([GATE, Q], 1)
+    measure = rounds(FakeCrew())
+    assert measure([Q, GATE], 1) == {Q: (), GATE: (math.log(4),)}
+    assert measure.failed == {Q: "failed"}
+
+
+def test_a_visit_in_which_the_gpu_slowed_down_is_made_again(rounds):
+    said, crew = [], FakeCrew(slowdowns=["thermal slowdown"] * (MAX_SLOWDOWNS - 1))
+    assert rounds(crew, said=said)([Q], 1) == {Q: (math.log(2),)}
+    assert len(crew.visits()) == 2 + MAX_SLOWDOWNS - 1
+    assert sum("again: thermal slowdown of the GPU" in line for line in said) == MAX_SLOWDOWNS - 1
+
+
+def test_a_gpu_that_stays_slow_stops_it(rounds):
+    with pytest.raises(StoppedError, match="thermal slowdown of the GPU, 3 times in a row"):
+        rounds(FakeCrew(slowdowns=["thermal slowdown"] * MAX_SLOWDOWNS))([Q], 1)
+
+
+def test_no_round_begins_when_the_time_is_up(rounds):
+    crew = FakeCrew()
+    with pytest.raises(StoppedError, match="the time is up"):
+        rounds(crew, stop_after_s=0.0)([Q], 1)
+    assert crew.visits() == []
+    assert rounds(crew, stop_after_s=100.0)([Q], 1) == {Q: (math.log(2),)}
+
+
+def test_every_step_is_said(rounds):
+    said = []
+    measure = rounds(FakeCrew(), said=said)
+    measure([BOTH], 1)
+    assert [line.partition(" s ")[2] for line in said[:2]] == [
+        "ready 1 of 2: bf16",
+        "ready 2 of 2: self_attn.q_proj, mlp.gate_proj",
+    ]
+    assert "round 1: 0.400 ms bf16" in " ".join(said)
+    assert measure.summary().startswith("0 s: waiting for compilers 0, loading and tuning 0, visits 0")

@@ -56,6 +56,7 @@ def merge_tables(tables: Mapping[str, Table]) -> Table:
         protocol=msgspec.structs.replace(
             first.protocol,
             spread=_pooled(protocol.spread for protocol in protocols),
+            controls=_pooled(protocol.controls for protocol in protocols),
             devices=max(protocol.devices for protocol in protocols),
             between=_pooled(protocol.between for protocol in protocols),
         ),
@@ -96,7 +97,7 @@ def _difference(one: Table, other: Table) -> str:
         return f"recipe is {other.recipe}, but {one.recipe}"
     for part in ("device", "software", "protocol"):
         for field, ours, theirs in differences(getattr(one, part), getattr(other, part)):
-            if field not in ("spread", "devices", "between"):
+            if field not in ("spread", "controls", "devices", "between"):
                 return f"{part}.{field} is {theirs}, but {ours}"
     return ""
 

@@ -194,10 +194,7 @@ def quality(table: Table) -> dict[str, str]:
         "on no map: their tokens are not the grid's": str(sum(point.m not in on_maps for point in table.points)),
         "again by another process": _spread(protocol.spread),
         "on several devices": _spread(protocol.between) if protocol.devices > 1 else "one device",
-        "control: bf16 against itself": f"at most {protocol.control:.2%} from 1 beyond chance, or measured again",
-        "timing": "each arm alone"
-        if protocol.run_s
-        else "arms in turns: understates float8 for large layers at the power limit",
+        "bf16 against itself": f"{_spread(protocol.controls)}; measured again beyond {protocol.control:.1%} and chance",
     }
 
 
@@ -221,7 +218,7 @@ def _facts(path: Path, table: Table) -> dict[str, str]:
     facts = {"file": path.name, "measured at": f"{table.measured_at:%Y-%m-%d %H:%M %Z}"}
     for part in (table.device, table.software, table.protocol):
         fields: dict[str, Any] = msgspec.to_builtins(part)
-        facts |= {name: str(value) for name, value in fields.items() if name not in ("spread", "between")}
+        facts |= {name: str(value) for name, value in fields.items() if name not in ("spread", "controls", "between")}
     return facts
 
 

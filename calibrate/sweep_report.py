@@ -5,7 +5,7 @@ In: the records of a call, and the seconds that only the sweep knows. Out: a `Re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -124,6 +124,12 @@ def spread(recipe: Recipe, protocol: Protocol, records: Sequence[PointRecord]) -
     first = {r.shape: r for r in records if not r.repeat and recipe in r.arms and r.status(recipe) == "measured"}
     again = [r for r in records if r.repeat and recipe in r.arms and r.status(recipe) == "measured"]
     apart = [_apart(first[r.shape], r, recipe, protocol) for r in again if _is_other(first, r)]
+    return spread_of(apart, len(apart))
+
+
+def control_spread(protocol: Protocol, records: Iterable[PointRecord]) -> Spread | None:
+    """How far bf16 was from itself at the control points; None without any."""
+    apart = [control for record in records if (control := _control(record, protocol)) is not None]
     return spread_of(apart, len(apart))
 
 

@@ -14,7 +14,7 @@ from fp8gate.calibrate.between import between_devices, devices_of
 from fp8gate.calibrate.grid import union
 from fp8gate.calibrate.journal import Journal, Setup
 from fp8gate.calibrate.records import PointRecord
-from fp8gate.calibrate.sweep_report import spread
+from fp8gate.calibrate.sweep_report import control_spread, spread
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import WITH_NUMBERS, Grid, Recipe, Table, read_table, write_table
 
@@ -37,6 +37,7 @@ def make_table(grid: Grid, recipe: Recipe, setup: Setup, records: Sequence[Point
         protocol=msgspec.structs.replace(
             protocol,
             spread=spread(recipe, protocol, records),
+            controls=control_spread(protocol, latest.values()),
             devices=len(devices_of(records)),
             between=between_devices(recipe, protocol, records),
         ),

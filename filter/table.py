@@ -78,8 +78,8 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     too, for near_s at the power limit. rounds: samples after the first run and after the second, each the mean of a
     part of the run's rounds. The last run counts; the bounds at `confidence` tell what varies within it, not from one
     run to the next, as `spread` does. A point whose bounds straddle the threshold and are wider than `tolerance` is
-    ambiguous. control: how far bf16 timed against itself may be from 1, beyond chance and
-    0.5 us. spread: of the points that a second process measured again on the same device. devices: how many took part;
+    ambiguous. control: how far bf16 timed against itself may be from 1, beyond chance and 0.5 us; controls: how far it
+    was. spread: of the points that a second process measured again on the same device. devices: how many took part;
     between: how far each is from the median of all, at the points that all measured.
     """
 
@@ -100,6 +100,7 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     near_s: Positive
     control: Positive
     spread: Spread | None = None
+    controls: Spread | None = None
     devices: Size = 1
     between: Spread | None = None
 

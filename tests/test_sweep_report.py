@@ -9,7 +9,7 @@ from samples import PROTOCOL, PROTOCOLS, point_record, replaced, timed_arm
 
 from fp8gate.calibrate.records import CONTROL, ArmRecord, Stages
 from fp8gate.calibrate.run import Part
-from fp8gate.calibrate.sweep_report import Report, make_report, spread
+from fp8gate.calibrate.sweep_report import Report, control_spread, make_report, spread
 from fp8gate.filter.table import Spread
 
 FAILED = ArmRecord(status="failed", detail="broken kernel")
@@ -117,6 +117,12 @@ def test_a_control_without_numbers_is_none():
     failed = replaced(measured(), arms={**measured().arms, CONTROL: FAILED})
     report = report_of(measured(), failed)
     assert (report.controls, report.worst_control) == (0, None)
+
+
+def test_the_controls_of_a_table_are_how_far_bf16_is_from_itself():
+    found = control_spread(PROTOCOL, [measured(), *map(controlled, (1.002, 0.996, 1.001))])
+    assert (found.points, found.median, found.worst) == (3, 0.002, 0.004)
+    assert control_spread(PROTOCOL, [measured()]) is None
 
 
 def test_an_empty_call_is_all_zeros():

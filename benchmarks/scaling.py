@@ -29,7 +29,7 @@ from fp8gate.filter.shapes import LinearShape
 
 COSTS = Path(__file__).parent / "data" / "nvidia-h200-costs.csv"
 COLUMNS = ("m", "k", "n", "repeat", "compiling_s", "loading_s", "settling_s", "timing_s")
-STARTING_S = 10.0  # of 30 s until the first turn, what is not compiling the first point: imports, workers, the device
+STARTING_S = 4.0  # of 22 s until the first turn, what is not compiling the first point: imports, workers, the device
 WORKERS, PER_MACHINE = 14, 8  # compiling processes a rank, ranks a machine
 
 

@@ -10,7 +10,7 @@ tables state. A change is what exceeds both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fp8gate.calibrate.statistics import Interval, ratio_of
@@ -23,7 +23,9 @@ from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import WITH_NUMBERS, Point, Recipe, Table, TableError
 
 SHIFT = 0.03  # of all speedups together; two H200 of one machine differ by up to 2.2 % (median of a size, LOG.md)
-SPREADS = 3.0  # times the 95th percentile of 20 repeated points: of 1221 speedups of two sweeps the worst was at 2.65
+SPREADS = 3.0
+"""Times the 95th percentile of the repeated points, the mean of both tables', as each is of 20 points only. Of 1221
+speedups of two sweeps the farthest lay at 2.4, beside its bounds (LOG.md, 2026-11-25)."""
 DEFAULT_SPREAD = 0.05  # for tables that state none
 CONFIDENCE = 0.99
 MIN_POINTS = 8  # the fewest that give bounds at that confidence
@@ -65,7 +67,10 @@ class ModelChange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Two tables of one recipe. shift: after / before over all points, with its bounds; None for too few points."""
+    """Two tables of one recipe. shift: after / before over all points, with its bounds; None for too few points.
+
+    shifts: the same for the points of each number of tokens, where there are enough.
+    """
 
     recipe: Recipe
     before: Table
@@ -75,6 +80,7 @@ class Comparison:
     only_after: int
     lost: tuple[LinearShape, ...]
     shift: Interval | None
+    shifts: Mapping[int, Interval]
     models: tuple[ModelChange, ...]
 
     @property
@@ -90,11 +96,16 @@ class Comparison:
 
     @property
     def has_shifted(self) -> bool:
-        return self.shift is not None and (self.shift.low > 1 + SHIFT or self.shift.high < 1 / (1 + SHIFT))
+        return self.shift is not None and _is_beyond(self.shift)
+
+    @property
+    def shifted_tokens(self) -> dict[int, Interval]:
+        """Those numbers of tokens whose points have shifted."""
+        return {m: shift for m, shift in self.shifts.items() if _is_beyond(shift)}
 
     @property
     def has_findings(self) -> bool:
-        return bool(self.changed or self.lost or self.has_shifted)
+        return bool(self.changed or self.lost or self.has_shifted or self.shifted_tokens)
 
 
 def compare_tables(
@@ -113,7 +124,7 @@ def compare_tables(
         raise TableError(f"{before.recipe}: the tables have no point in common")
     lookups = Lookup(before), Lookup(after)
     pairs = [(one[shape], other[shape]) for shape in common]
-    spread = max(_spread(before), _spread(after))
+    spread = (_spread(before) + _spread(after)) / 2
     points = tuple(_compare(a, b, spread, min_speedup) for a, b in pairs if _has_numbers(a) and _has_numbers(b))
     return Comparison(
         recipe=before.recipe,
@@ -123,7 +134,8 @@ def compare_tables(
         only_before=len(one.keys() - other.keys()),
         only_after=len(other.keys() - one.keys()),
         lost=tuple(a.shape for a, b in pairs if _has_numbers(a) and not _has_numbers(b)),
-        shift=shift_of([math.log(1 + point.change) for point in points]),
+        shift=_shift(points),
+        shifts=_shifts(points),
         models=tuple(_compare_model(name, config, shards, lookups, min_speedup) for name, config, shards in models),
     )
 
@@ -133,6 +145,19 @@ def shift_of(log_changes: Sequence[float]) -> Interval | None:
     if len(log_changes) < MIN_POINTS:
         return None
     return ratio_of(log_changes, confidence=CONFIDENCE)
+
+
+def _shift(points: Iterable[PointChange]) -> Interval | None:
+    return shift_of([math.log(1 + point.change) for point in points])
+
+
+def _shifts(points: Sequence[PointChange]) -> dict[int, Interval]:
+    by_tokens = {m: _shift(p for p in points if p.shape.m == m) for m in sorted({p.shape.m for p in points})}
+    return {m: shift for m, shift in by_tokens.items() if shift}
+
+
+def _is_beyond(shift: Interval) -> bool:
+    return shift.low > 1 + SHIFT or shift.high < 1 / (1 + SHIFT)
 
 
 def _compare(before: Point, after: Point, spread: float, min_speedup: float) -> PointChange:

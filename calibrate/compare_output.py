@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 from tabulate import tabulate
 
 from fp8gate.calibrate.compare import SHIFT, Comparison, ModelChange, PointChange
+from fp8gate.calibrate.statistics import Interval
 from fp8gate.filter.table import Table
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "only_before": comparison.only_before,
         "only_after": comparison.only_after,
         "lost": [[shape.m, shape.k, shape.n] for shape in comparison.lost],
-        "shift": None if shift is None else {"estimate": shift.estimate, "low": shift.low, "high": shift.high},
+        "shift": None if shift is None else msgspec.to_builtins(shift),
+        "shifts": {str(m): msgspec.to_builtins(one) for m, one in comparison.shifts.items()},
         "changed": [_point_json(point) for point in comparison.changed],
         "flips": [_point_json(point) for point in comparison.flips],
         "models": [
@@ -87,6 +90,7 @@ def _sentences(comparison: Comparison) -> list[str]:
     lines = [
         f"{common} points in both, {comparison.only_before} only before, {comparison.only_after} only after",
         _shift_sentence(comparison),
+        *(f"{m} tokens: {_percent(shift)}, more than {SHIFT:.0%}" for m, shift in comparison.shifted_tokens.items()),
         f"{len(comparison.changed)} points changed beyond chance",
         f"{len(flips)} decisions flip, {by_chance} of them within what two honest sweeps differ by",
     ]
@@ -101,7 +105,11 @@ def _shift_sentence(comparison: Comparison) -> str:
     if shift is None:
         return "too few points to tell whether all have shifted"
     verdict = f"more than {SHIFT:.0%}: all have shifted" if comparison.has_shifted else "as two honest sweeps differ"
-    return f"all together: {shift.estimate - 1:+.1%} ({shift.low - 1:+.1%} to {shift.high - 1:+.1%}), {verdict}"
+    return f"all together: {_percent(shift)}, {verdict}"
+
+
+def _percent(shift: Interval) -> str:
+    return f"{shift.estimate - 1:+.1%} ({shift.low - 1:+.1%} to {shift.high - 1:+.1%})"
 
 
 def _points_table(changed: Sequence[PointChange], form: Format) -> str:

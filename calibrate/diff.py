@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fp8gate.calibrate.compare import Comparison, compare_tables
-from fp8gate.calibrate.table_files import read_tables
+from fp8gate.calibrate.table_files import by_recipe, read_tables
 from fp8gate.calibrate.usual_models import usual_models
 from fp8gate.filter.table import RECIPES, TableError
 
@@ -17,9 +17,11 @@ from fp8gate.filter.table import RECIPES, TableError
 def compare_paths(before: Path, after: Path, *, min_speedup: float) -> list[Comparison]:
     """Compare files of one recipe, or folders recipe by recipe.
 
-    Raises TableError if a table cannot be read, or if the two have no recipe in common.
+    Raises TableError if a table cannot be read, if a folder has two of a recipe, or without a recipe in common.
     """
-    one, other = ({table.recipe: table for table in read_tables(path).values()} for path in (before, after))
+    one, other = (
+        {recipe: table for recipe, (_, table) in by_recipe(read_tables(path)).items()} for path in (before, after)
+    )
     common = [recipe for recipe in RECIPES if recipe in one and recipe in other]
     if not common:
         raise TableError(

@@ -115,7 +115,7 @@ class DeviceLock:
 
     def __enter__(self) -> DeviceLock:
         """Raises DeviceBusyError if another process holds the lock."""
-        self._file = os.fdopen(open_for_everyone(self.path), "r+")  # not truncated: it names the holder
+        self._file = os.fdopen(_open_for_everyone(self.path), "r+")  # not truncated: it names the holder
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -135,7 +135,7 @@ class DeviceLock:
         self._file.close()
 
 
-def open_for_everyone(path: Path) -> int:
+def _open_for_everyone(path: Path) -> int:
     """A file that other users can open too: one user's lock file must not keep the others from the device."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)

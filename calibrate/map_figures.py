@@ -131,7 +131,7 @@ def _figure(title: str, shape: tuple[int, int], panel_in: tuple[float, float]) -
     rows, columns = shape
     size = (max(MIN_WIDTH_IN, panel_in[0] * columns + 0.5), panel_in[1] * rows + 1.6)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    figure.suptitle(title, fontsize=11, fontweight="bold")
+    figure.suptitle(title, fontsize=11, fontweight="bold", parse_math=False)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

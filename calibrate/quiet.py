@@ -4,7 +4,7 @@ Compiling touches the device at its end: Inductor loads each kernel that it has 
 turns, every such load takes 0.4 ms from the process that is timing (NVIDIA H200, LOG.md), some 25 times a second in a
 sweep with 14 workers. So they wait for the short pauses between two runs.
 
-In: the device's identity. Out: a `Quiet` that all processes on this machine share by a lock file.
+In: a file of the sweep's own, whose lock its processes share. Out: a `Quiet` for each of them.
 """
 
 from __future__ import annotations
@@ -16,34 +16,47 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fp8gate.calibrate.gpu_watch import open_for_everyone
+
+@contextmanager
+def quiet_file() -> Iterator[Path]:
+    """For the processes of one sweep on one device."""
+    with tempfile.NamedTemporaryFile(prefix="fp8gate-", suffix=".quiet") as file:
+        yield Path(file.name)
 
 
 class Quiet:
-    """One device's quiet. A process that dies gives back what it holds."""
+    """What one process knows of it; one that dies gives back what it holds."""
 
-    def __init__(self, device_identity: str) -> None:
-        self._handle = open_for_everyone(Path(tempfile.gettempdir()) / f"fp8gate-{device_identity}.quiet")
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._is_kept = False
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Nobody else is `disturbing` meanwhile."""
+        """No other process is `disturbing` meanwhile."""
         with self._locked(fcntl.LOCK_EX):
-            yield
+            self._is_kept = True
+            try:
+                yield
+            finally:
+                self._is_kept = False
 
     @contextmanager
     def disturbing(self) -> Iterator[None]:
-        """Nobody keeps quiet meanwhile; several may disturb at once."""
+        """No other process keeps quiet meanwhile; several may disturb at once."""
+        if self._is_kept:  # by this process, whose own work it is
+            yield
+            return
         with self._locked(fcntl.LOCK_SH):
             yield
 
     @contextmanager
     def _locked(self, how: int) -> Iterator[None]:
-        fcntl.flock(self._handle, how)
+        fcntl.flock(self._file, how)
         try:
             yield
         finally:
-            fcntl.flock(self._handle, fcntl.LOCK_UN)
+            fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
 def load_kernels_in(quiet: Quiet) -> None:

@@ -19,14 +19,14 @@ import jinja2
 import msgspec
 
 from fp8gate.calibrate.map_figures import NO_RULE, LayerGroup, Maps, colour_of, draw_numbers, draw_side_by_side
-from fp8gate.calibrate.speedup_map import capped, map_tokens, speedup_maps
-from fp8gate.calibrate.table_files import read_tables
+from fp8gate.calibrate.speedup_map import CAPPED, UNMEASURED, map_tokens, speedup_maps, without_row
+from fp8gate.calibrate.table_files import by_recipe, read_tables
 from fp8gate.calibrate.usual_models import MODEL_TOKENS, PlacedLayer, placed_models
 from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP, decide
 from fp8gate.filter.devices import device_slug
 from fp8gate.filter.lookup import Lookup
 from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES, WITH_NUMBERS, Recipe, Spread, Table, TableError, format_table
+from fp8gate.filter.table import WITH_NUMBERS, Recipe, Spread, Table, format_table
 
 PAGE, TEMPLATE = "index.html", "report_page.html.jinja"
 OVERVIEW_MODELS = ("llama3-8b", "llama3-70b, TP 8")  # one whole, one divided: more names would not fit
@@ -100,18 +100,10 @@ def write_report(paths: Iterable[Path], out: Path) -> list[Path]:
 
 def by_device(paths: Iterable[Path]) -> dict[str, Tables]:
     """Tables by device, recipes in their usual order. Raises TableError for two of one device and recipe."""
-    found: dict[str, dict[Recipe, tuple[Path, Table]]] = {}
+    found: dict[str, dict[Path, Table]] = {}
     for file, table in ((file, table) for path in paths for file, table in read_tables(path).items()):
-        of_device = found.setdefault(table.device.name, {})
-        if table.recipe in of_device:
-            raise TableError(
-                f"{file}: $.recipe: expected one table of {table.recipe} on {table.device.name}; "
-                f"{of_device[table.recipe][0]} is another: fp8gate diff compares two"
-            )
-        of_device[table.recipe] = file, table
-    return {
-        device: {recipe: tables[recipe] for recipe in RECIPES if recipe in tables} for device, tables in found.items()
-    }
+        found.setdefault(table.device.name, {})[file] = table
+    return {device: by_recipe(files) for device, files in found.items()}
 
 
 def tables_hash(tables: Iterable[Table]) -> str:
@@ -185,17 +177,26 @@ def quality(table: Table) -> dict[str, str]:
     statuses = Counter(point.status for point in table.points)
     missing = [f"{count} {status}" for status, count in sorted(statuses.items()) if status not in WITH_NUMBERS]
     on_maps = set(map_tokens(table))
+    holes = Counter(why for m in on_maps for why in without_row(table, m).values())
     protocol = table.protocol
     return {
         "points": str(len(table.points)),
-        "ambiguous (?): not to be told from 1.0": str(statuses["ambiguous"]),
+        "ambiguous (?): its own run could not tell it from 1.0": str(statuses["ambiguous"]),
+        "within the spread (95th percentile) of 1.0: another sweep may differ": _count_near(table),
         "without a number (oom, unst, fail)": ", ".join(missing) or "0",
-        "left out as too large (cap)": str(sum(len(capped(table, m)) for m in on_maps)),
+        "left out as too large (cap), not asked for (-)": f"{holes[CAPPED]}, {holes[UNMEASURED]}",
         "on no map: their tokens are not the grid's": str(sum(point.m not in on_maps for point in table.points)),
         "again by another process": _spread(protocol.spread),
         "on several devices": _spread(protocol.between) if protocol.devices > 1 else "one device",
         "bf16 against itself": f"{_spread(protocol.controls)}; measured again beyond {protocol.control:.1%} and chance",
     }
+
+
+def _count_near(table: Table) -> str:
+    spread = table.protocol.spread
+    if spread is None:
+        return "not known"
+    return str(sum(point.speedup is not None and abs(point.speedup - 1) <= spread.p95 for point in table.points))
 
 
 def _spread(spread: Spread | None) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fp8gate.calibrate.grid import too_large
 from fp8gate.filter.lookup import Estimate, Lookup
 from fp8gate.filter.shapes import FLOAT8_MULTIPLE, LinearShape
 from fp8gate.filter.table import WITH_NUMBERS, Point, Recipe, Status, Table, TableError
@@ -20,15 +21,15 @@ from fp8gate.filter.torchao_rule import torchao_converts
 
 MARGIN = 0.5  # octaves beyond the outermost points, so that what stands at them is on the map
 SAMPLES = 8  # per octave: interpolation is bilinear between the points, so lines are exact but for their corners
-CAPPED = "cap"
+CAPPED, UNMEASURED = "cap", "-"
 SHORT: dict[Status, str] = {"out_of_memory": "oom", "unstable": "unst", "failed": "fail"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """What stands at one (k, n): "1.31", "1.00?" if ambiguous, or why there is no speedup: oom, unst, fail, cap.
+    """What stands at one (k, n): "1.31", "1.00?" if ambiguous, or why there is no speedup: oom, unst, fail, cap, -.
 
-    cap: on the grid's axes, but without a row, as larger than a sweep's time allows.
+    On the grid's axes, but without a row: cap, as larger than a sweep's time allows, or -, as not asked for.
     """
 
     k: int
@@ -102,18 +103,21 @@ def samples(sizes: Iterable[int]) -> npt.NDArray[np.float64]:
     return np.asarray(2 ** np.linspace(low, high, round((high - low) * SAMPLES) + 1), dtype=np.float64)
 
 
-def capped(table: Table, m: int) -> list[tuple[int, int]]:
-    """The (k, n) of the grid that have no row at this m, which must be one of the grid's."""
+def without_row(table: Table, m: int) -> dict[tuple[int, int], str]:
+    """The (k, n) of the grid that have no row at this m, if that is one of the grid's: CAPPED or UNMEASURED."""
     known = {(point.k, point.n) for point in table.points if point.m == m}
-    return [(k, n) for k in table.grid.k for n in table.grid.n if m in table.grid.m and (k, n) not in known]
+    holes = [(k, n) for k in table.grid.k for n in table.grid.n if m in table.grid.m and (k, n) not in known]
+    return {
+        (k, n): CAPPED if too_large(LinearShape(m, k, n), table.device, on_grid=True) else UNMEASURED for k, n in holes
+    }
 
 
 def _marks(table: Table, m: int) -> Iterable[Mark]:
     for point in table.points:
         if point.m == m:
             yield Mark(k=point.k, n=point.n, text=_text(point), speedup=point.speedup)
-    for k, n in capped(table, m):
-        yield Mark(k=k, n=n, text=CAPPED)
+    for (k, n), why in without_row(table, m).items():
+        yield Mark(k=k, n=n, text=why)
 
 
 def _text(point: Point) -> str:

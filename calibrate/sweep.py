@@ -24,6 +24,7 @@ from fp8gate.calibrate.journal import Journal, Setup
 from fp8gate.calibrate.linears import DATA, INDUCTOR
 from fp8gate.calibrate.measure import PAUSE_S, RUN_S, SETTLE_S, DeviceLostError
 from fp8gate.calibrate.progress import Observer, make_observer
+from fp8gate.calibrate.quiet import quiet_file
 from fp8gate.calibrate.run import Book, Part, Run
 from fp8gate.calibrate.schedule import Schedule, Task
 from fp8gate.calibrate.sweep_report import Report, make_report
@@ -39,8 +40,8 @@ CONFIDENCE = 0.99
 THRESHOLD = 1.0
 TOLERANCE = 0.01
 NEAR, NEAR_S = 0.03, 1.0
-"""Under the power limit a short run errs by 1.5 % (standard deviation), a whole second by less than 0.5 %: what lies
-nearer to the threshold than twice the first runs for the second (LOG.md, 2026-11-25)."""
+"""Under the power limit the times of two short runs differ by 1.5 % (standard deviation), those of two whole seconds by
+0.8 %: what lies nearer to the threshold than twice the first runs for the second (LOG.md, 2026-11-25)."""
 CONTROL_ERROR = 0.005
 CPU_CONTROL_ERROR = 0.2  # wall-clock times of a shared machine: only gross faults show
 MAX_ATTEMPTS = 2  # a point without numbers is tried once more by the next run: memory may have been taken then
@@ -154,13 +155,14 @@ def _measure_alone(plan: Plan, book: Book, device: torch.device, workers: int, s
     """Raises DeviceLostError, its record kept."""
     measured_on = device_identity(device)
     tasks = [*plan.tasks, *plan.own_tasks(measured_on)]
-    job = Job(device, plan.protocols, plan.seed, measured_on)
-    run = Run(job, Schedule(tasks), book, stop_after_s=stop_after_s)
-    try:
-        run.measure(min(workers, len(tasks)))
-    except DeviceLostError as error:
-        book.keep(Task(error.args[0].shape), error.args[0])
-        raise
+    with quiet_file() as quiet:
+        job = Job(device, plan.protocols, plan.seed, quiet, measured_on)
+        run = Run(job, Schedule(tasks), book, stop_after_s=stop_after_s)
+        try:
+            run.measure(min(workers, len(tasks)))
+        except DeviceLostError as error:
+            book.keep(Task(error.args[0].shape), error.args[0])
+            raise
     return run.part(remaining=len(tasks) - len(book.measured) - len(book.off))
 
 

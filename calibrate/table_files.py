@@ -5,9 +5,10 @@ In: a path. Out: its tables, by file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from fp8gate.filter.table import Table, TableError, read_table
+from fp8gate.filter.table import RECIPES, Recipe, Table, TableError, read_table
 
 
 def read_tables(path: Path) -> dict[Path, Table]:
@@ -16,3 +17,16 @@ def read_tables(path: Path) -> dict[Path, Table]:
     if not files:
         raise TableError(f"{path}: expected a table, or a folder of tables such as thresholds/nvidia-h200; found none")
     return {file: read_table(file) for file in files}
+
+
+def by_recipe(files: Mapping[Path, Table]) -> dict[Recipe, tuple[Path, Table]]:
+    """One device's tables, recipes in their usual order. Raises TableError for two of one recipe."""
+    found: dict[Recipe, tuple[Path, Table]] = {}
+    for file, table in files.items():
+        if table.recipe in found:
+            raise TableError(
+                f"{file}: $.recipe: expected one table of {table.recipe} on {table.device.name}; "
+                f"{found[table.recipe][0]} is another: fp8gate diff compares two"
+            )
+        found[table.recipe] = file, table
+    return {recipe: found[recipe] for recipe in RECIPES if recipe in found}

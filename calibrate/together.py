@@ -24,6 +24,7 @@ from fp8gate.calibrate.device import device_identity
 from fp8gate.calibrate.gpu_watch import DeviceBusyError, DeviceLock
 from fp8gate.calibrate.journal import Setup, differences
 from fp8gate.calibrate.measure import DeviceLostError
+from fp8gate.calibrate.quiet import quiet_file
 from fp8gate.calibrate.ranks import Place
 from fp8gate.calibrate.run import Book, Part, Run
 from fp8gate.calibrate.worker import Job
@@ -133,10 +134,10 @@ def _measure(ranks: Ranks, plan: Plan, device: torch.device, workers: int | None
     if workers is None:
         workers = useful_workers(plan.setup.device, plan.protocols, ranks.place.local_world)
     schedule = RankSchedule(plan.own_tasks(measured_on), ranks.board)
-    job = Job(device, plan.protocols, plan.seed, measured_on)
-    run = Run(job, schedule, Posts(ranks.board, schedule), stop_after_s=plan.stop_after_s)
     lost = ""
-    with heartbeat(ranks.board):
+    with quiet_file() as quiet, heartbeat(ranks.board):
+        job = Job(device, plan.protocols, plan.seed, quiet, measured_on)
+        run = Run(job, schedule, Posts(ranks.board, schedule), stop_after_s=plan.stop_after_s)
         try:
             run.measure(workers)
         except DeviceLostError as error:

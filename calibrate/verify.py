@@ -16,10 +16,15 @@ import torch
 
 from fp8gate.calibrate.compare import Comparison, compare_tables
 from fp8gate.calibrate.sweep import make_setup, sweep
+from fp8gate.calibrate.table_files import by_recipe
 from fp8gate.filter.plan import PLANS, read_plan
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.stale import stale
 from fp8gate.filter.table import RECIPES, WITH_NUMBERS, Grid, Recipe, Table, TableError, read_table
+
+
+class UnverifiedError(RuntimeError):
+    """The device could not be measured; the tables may hold or not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +47,7 @@ def verify(folder: Path, device: torch.device, *, points: int, min_speedup: floa
     """Read every table and plan under `folder`; measure `points` of this device's tables again, if there are any.
 
     Raises TableError for a file that is no table, or if there is none, PlanError for one among the plans that is no
-    plan, and what `sweep` raises.
+    plan, UnverifiedError if bf16 is not equal to itself here, and what `sweep` raises.
     """
     paths = sorted(folder.rglob("*.yaml"))
     plans = tuple(path for path in paths if path.parent.name == PLANS)
@@ -53,7 +58,8 @@ def verify(folder: Path, device: torch.device, *, points: int, min_speedup: floa
     for path in plans:
         read_plan(path)
     setup = make_setup(device)
-    here = {table.recipe: table for table in tables.values() if table.device.name == setup.device.name}
+    of_device = {path: table for path, table in tables.items() if table.device.name == setup.device.name}
+    here = {recipe: table for recipe, (_, table) in by_recipe(of_device).items()}
     if not here:
         return Verification(device=setup.device.name, files=files, plans=plans, comparisons=(), stale={})
     recipes = [recipe for recipe in RECIPES if recipe in here]
@@ -69,7 +75,7 @@ def verify(folder: Path, device: torch.device, *, points: int, min_speedup: floa
         )
         again = {table.recipe: table for table in result.tables.values()}
     if not again:
-        raise TableError(f"{setup.device.name}: bf16 against itself was off here, so nothing can be verified")
+        raise UnverifiedError(f"{setup.device.name}: bf16 against itself was off, so nothing can be verified now")
     comparisons = tuple(compare_tables(here[recipe], again[recipe], min_speedup=min_speedup) for recipe in recipes)
     differences = {recipe: found for recipe in recipes if (found := stale(here[recipe].software))}
     return Verification(device=setup.device.name, files=files, plans=plans, comparisons=comparisons, stale=differences)

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,11 +35,12 @@ TINY = LinearShape(256, 256, 256)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What all workers of a sweep have in common."""
+    """What all workers of a sweep have in common. quiet: the file by which they leave each other alone."""
 
     device: torch.device
     protocols: Mapping[Recipe, Protocol]
     seed: int
+    quiet: Path
     measured_on: str = ""
 
 
@@ -82,7 +84,7 @@ class Bench:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.quiet = Quiet(job.measured_on)
+        self.quiet = Quiet(job.quiet)
         self._tools: tuple[Timer[Any], Watch] | None = None
 
     def warm_up(self) -> None:

@@ -84,6 +84,19 @@ def test_a_shift_of_all_is_found_though_no_point_is_beyond_chance(factor):
     assert comparison.has_findings
 
 
+def test_a_shift_at_one_number_of_tokens_is_found_though_the_others_have_not_changed():
+    shapes = [(m, k, n) for m in (1024, 2048, 4096, 8192) for k in (512, 1024, 2048) for n in (512, 1024, 2048)]
+    before = make_table(*(make_point(*shape, 1.0) for shape in shapes), protocol=STATED)
+    after = make_table(*(make_point(*s, 1.05 if s[0] == 8192 else 1.0) for s in shapes), protocol=STATED)
+    comparison = compared(before, after)
+    assert (comparison.changed, comparison.has_shifted) == ([], False)
+    assert list(comparison.shifted_tokens) == [8192]
+    assert comparison.shifted_tokens[8192].estimate == pytest.approx(1.05)
+    assert comparison.has_findings
+    assert "8192 tokens: +5.0% (+5.0% to +5.0%), more than 3%" in comparison_text([comparison])
+    assert comparison_json(comparison)["shifts"]["1024"]["estimate"] == pytest.approx(1.0)
+
+
 def test_a_shift_of_what_two_boards_differ_by_is_none():
     truth = speedups()
     comparison = compared(table(truth), table([s * (1 + SHIFT / 2) for s in truth]))
@@ -96,10 +109,11 @@ def test_what_chance_allows_is_the_bounds_and_the_spread():
     assert point.allowed == pytest.approx(0.05 + SPREADS * P95, rel=1e-3)
 
 
-def test_the_larger_spread_counts_and_none_is_not_zero():
+def test_both_spreads_count_and_none_is_not_zero():
     silent = table([1.5], protocol=PROTOCOL)
     (point,) = compared(silent, table([1.5])).points
-    assert point.allowed > SPREADS * 0.05
+    assert point.allowed == pytest.approx(0.02 + SPREADS * (0.05 + P95) / 2, abs=0.02)
+    assert point.allowed > SPREADS * 0.05 / 2
 
 
 def test_flips_are_counted_also_within_chance():

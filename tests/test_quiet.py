@@ -11,22 +11,23 @@ import threading
 import pytest
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-from fp8gate.calibrate.quiet import Quiet, load_kernels_in
+from fp8gate.calibrate.quiet import Quiet, load_kernels_in, quiet_file
 
 WAITS_S, ENTERS_S = 0.2, 10.0
 
 
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+@pytest.fixture
+def path():
+    with quiet_file() as path:
+        yield path
 
 
-def enter(how, device="device"):
+def enter(path, how):
     """Another process asks for this; returns what is set when it gets it."""
     entered = threading.Event()
 
     def wait():
-        with getattr(Quiet(device), how)():
+        with getattr(Quiet(path), how)():
             entered.set()
 
     threading.Thread(target=wait, daemon=True).start()
@@ -34,56 +35,63 @@ def enter(how, device="device"):
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("kept", "disturbing"), ("disturbing", "kept"), ("kept", "kept")])
-def test_one_that_keeps_quiet_is_alone(ours, theirs):
-    with getattr(Quiet("device"), ours)():
-        entered = enter(theirs)
+def test_one_that_keeps_quiet_is_alone(path, ours, theirs):
+    with getattr(Quiet(path), ours)():
+        entered = enter(path, theirs)
         assert not entered.wait(WAITS_S)
     assert entered.wait(ENTERS_S)
 
 
-def test_many_may_disturb_at_once():
-    with Quiet("device").disturbing():
-        assert enter("disturbing").wait(ENTERS_S)
+def test_many_may_disturb_at_once(path):
+    with Quiet(path).disturbing():
+        assert enter(path, "disturbing").wait(ENTERS_S)
 
 
-def test_devices_do_not_wait_for_each_other():
-    with Quiet("device").kept():
-        assert enter("disturbing", "another").wait(ENTERS_S)
+def test_sweeps_do_not_wait_for_each_other(path):
+    with Quiet(path).kept(), quiet_file() as another:
+        assert enter(another, "disturbing").wait(ENTERS_S)
 
 
-def test_quiet_ends_with_an_error():
-    with pytest.raises(RuntimeError, match="lost"), Quiet("device").kept():
+def test_who_keeps_quiet_may_disturb_itself_and_still_keeps_it(path):
+    quiet = Quiet(path)
+    with quiet.kept():
+        with quiet.disturbing():
+            pass
+        entered = enter(path, "disturbing")
+        assert not entered.wait(WAITS_S)
+    assert entered.wait(ENTERS_S)
+
+
+def test_quiet_ends_with_an_error(path):
+    with pytest.raises(RuntimeError, match="lost"), Quiet(path).kept():
         raise RuntimeError("the device is lost")
-    assert enter("kept").wait(ENTERS_S)
+    assert enter(path, "kept").wait(ENTERS_S)
 
 
-def keep_until_killed(folder, connection):
-    import tempfile
-
-    tempfile.tempdir = folder
-    with Quiet("device").kept():
+def keep_until_killed(path, connection):
+    with Quiet(path).kept():
         connection.send("kept")
         connection.recv()
 
 
-def test_quiet_ends_with_a_killed_process(tmp_path):
+def test_quiet_ends_with_a_killed_process(path):
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=keep_until_killed, args=(str(tmp_path), theirs), daemon=True)
+    process = context.Process(target=keep_until_killed, args=(path, theirs), daemon=True)
     process.start()
     assert ours.recv() == "kept"
-    entered = enter("disturbing")
+    entered = enter(path, "disturbing")
     assert not entered.wait(WAITS_S)
     process.kill()
     assert entered.wait(ENTERS_S)
     process.join()
 
 
-def test_inductor_loads_kernels_only_where_nobody_keeps_quiet(monkeypatch):
+def test_inductor_loads_kernels_only_where_nobody_keeps_quiet(path, monkeypatch):
     loaded = threading.Event()
     monkeypatch.setattr(CachingAutotuner, "_make_launchers", lambda autotuner: loaded.set())
-    load_kernels_in(Quiet("device"))
-    with Quiet("device").kept():
+    load_kernels_in(Quiet(path))
+    with Quiet(path).kept():
         threading.Thread(target=CachingAutotuner._make_launchers, args=(None,), daemon=True).start()
         assert not loaded.wait(WAITS_S)
     assert loaded.wait(ENTERS_S)

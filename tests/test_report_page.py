@@ -78,8 +78,9 @@ def test_quality_counts_what_is_not_as_it_should_be():
     assert list(found.values()) == [
         "3",
         "1",
+        "1",
         "1 failed",
-        "2",
+        "0, 2",
         "1",
         "20 points, 0.6% apart (median), 3.9% (95th percentile), 7.1% (worst)",
         "one device",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from builders import make_point, make_table
 
-from fp8gate.calibrate.speedup_map import MARGIN, SAMPLES, Mark, capped, map_tokens, samples, speedup_maps
+from fp8gate.calibrate.speedup_map import MARGIN, SAMPLES, Mark, map_tokens, samples, speedup_maps, without_row
 from fp8gate.filter.table import Grid, TableError
 
 SIZES = (1024, 2048, 4096, 8192)
@@ -44,14 +44,19 @@ def test_each_m_has_its_own_map_over_the_same_sizes():
     assert maps[1024].k is maps[8192].k
 
 
-def test_a_point_without_a_row_is_capped_and_others_stand_in():
+def test_where_a_point_has_no_row_others_stand_in():
     table = square(without=[(8192, 8192, 8192)])
     map_ = speedup_maps(table)[8192]
-    assert capped(table, 8192) == [(8192, 8192)]
-    assert capped(table, 1024) == []
     assert at(map_, map_.stands_in, 8192, 8192)
     assert not at(map_, map_.stands_in, 4096, 4096)
-    assert Mark(k=8192, n=8192, text="cap") in map_.marks
+    assert Mark(k=8192, n=8192, text="-") in map_.marks
+
+
+def test_a_point_without_a_row_was_too_large_or_not_asked_for():
+    grid = Grid(m=(65536,), k=(1024, 32768), n=(1024, 32768))
+    table = make_table(make_point(65536, 1024, 1024), make_point(65536, 1024, 32768), grid=grid)
+    assert without_row(table, 65536) == {(32768, 1024): "-", (32768, 32768): "cap"}
+    assert without_row(table, 1024) == {}
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,8 @@ def test_every_recipe_gets_a_table_with_every_shape(run, tmp_path, real_setup):
         assert table == result.tables[folder / f"{recipe}.yaml"]
         assert (table.recipe, table.grid) == (recipe, GRID)
         assert (table.device, table.software) == (real_setup.device, real_setup.software)
-        assert table.protocol == real_setup.protocols[recipe]
+        assert table.protocol.controls.points == 1
+        assert replaced(table.protocol, controls=None) == real_setup.protocols[recipe]
         assert [point.shape for point in table.points] == SHAPES
         assert {point.status for point in table.points} <= {"measured", "ambiguous"}
         assert None not in table.points[0].numbers
@@ -413,7 +414,8 @@ def test_repeats_say_how_far_processes_differ_and_change_no_point(run, script):
     result = run(FORTY, recipes=["rowwise"])
     expected = Spread(points=2, median=0.2, p95=0.29, worst=0.3)
     (path,), (table,) = result.tables, result.tables.values()
-    assert read_table(path).protocol == replaced(PROTOCOL, spread=expected)
+    equal = Spread(points=2, median=0.0, p95=0.0, worst=0.0)
+    assert read_table(path).protocol == replaced(PROTOCOL, spread=expected, controls=equal)
     assert result.report.spread == {"rowwise": expected}
     assert [point.shape for point in table.points] == FORTY
     assert {point.speedup for point in table.points} == {2.0}

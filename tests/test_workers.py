@@ -5,14 +5,17 @@ The workers are real, on the CPU. `hooked` is the worker's function with a hook 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import itertools
 import os
+import queue
 import shutil
 import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +40,8 @@ from fp8gate.filter.table import RECIPES
 
 CPU = torch.device("cpu")
 PROTOCOLS = {"tensorwise": replaced(PROTOCOL, rounds=(8,))}
-JOB = Job(CPU, PROTOCOLS, seed=0)
+QUIET = Path(__file__)  # any file will do
+JOB = Job(CPU, PROTOCOLS, seed=0, quiet=QUIET)
 TASKS = [Task(LinearShape(32, 32, n)) for n in (16, 32, 48, 64, 80)]
 VICTIM = TASKS[1].shape
 GIB = 2**30
@@ -219,7 +223,7 @@ def test_nothing_to_do_starts_and_ends_workers():
 
 def test_a_control_and_every_recipe_are_measured():
     recipes = {"tensorwise": PROTOCOLS["tensorwise"], "rowwise": PROTOCOLS["tensorwise"]}
-    (outcome,) = outcomes_of([Task(VICTIM, control=True)], 1, Job(CPU, recipes, seed=0))
+    (outcome,) = outcomes_of([Task(VICTIM, control=True)], 1, replace(JOB, protocols=recipes))
     assert set(outcome.record.arms) == {"bf16", "bf16_again", "tensorwise", "rowwise"}
     assert {arm.status for arm in outcome.record.arms.values()} == {"measured"}
 
@@ -457,7 +461,7 @@ def test_a_compiled_point(monkeypatch):
     protocols = {
         recipe: replaced(PROTOCOL, compile=True, inductor=INDUCTOR[recipe]) for recipe in ("tensorwise", "rowwise")
     }
-    (outcome,) = outcomes_of([Task(LinearShape(64, 64, 64))], 1, Job(CPU, protocols, seed=0))
+    (outcome,) = outcomes_of([Task(LinearShape(64, 64, 64))], 1, replace(JOB, protocols=protocols))
     record = outcome.record
     assert {arm.status for arm in record.arms.values()} == {"measured"}, record.arms
     for recipe in protocols:
@@ -501,11 +505,29 @@ def test_a_device_that_could_not_be_used_once_is_tried_again(hook_into, tmp_path
     assert {type(outcome) for outcome in outcomes} == {Finished}
 
 
+def test_on_a_gpu_a_worker_that_comes_later_touches_it_only_where_nobody_times(monkeypatch, tmp_path):
+    def opens(bench):
+        with pytest.raises(BlockingIOError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        log.append("opens")
+
+    path, log, nothing_more = tmp_path / "quiet", [], queue.SimpleQueue()
+    path.touch()
+    nothing_more.put(None)
+    monkeypatch.setattr(worker, "_listen", lambda connection: nothing_more)
+    monkeypatch.setattr(worker, "load_kernels_in", lambda quiet: log.append("loads there"))
+    monkeypatch.setattr(worker, "signal", SimpleNamespace(signal=lambda *_: None, SIGINT=0, SIG_IGN=0))
+    monkeypatch.setattr(worker, "gc", SimpleNamespace(freeze=lambda: None))
+    monkeypatch.setattr(Bench, "_open", opens)
+    worker.work(None, replace(JOB, device=torch.device("cuda"), quiet=path), early=False)
+    assert log == ["loads there", "opens"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_real_point_on_a_gpu_compiled_tuned_captured_and_timed():
     device = torch.device("cuda")
-    job = Job(device, make_setup(device).protocols, seed=0)
+    job = Job(device, make_setup(device).protocols, seed=0, quiet=QUIET)
     bench = Bench(job)
     bench.warm_up()
     record = bench.measure(make_ready(Task(LinearShape(2048, 1024, 512)), job.protocols, device))

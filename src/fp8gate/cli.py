@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fp8gate.calibrate.sweep import SweepResult
 
 EXIT_STOPPED, EXIT_FINDINGS, EXIT_USAGE, EXIT_INTERRUPTED = 1, 1, 2, 130
-MEASURING, DRAWING = ("torch", "torchao", "numpy", "pandas", "pynvml"), ("jinja2", "matplotlib", "numpy")
+MEASURING, DRAWING = ("torch", "torchao", "numpy", "pandas", "pynvml"), ("jinja2", "matplotlib", "numpy", "PIL")
 PLANNING = (*MEASURING, "transformers")
 
 
@@ -225,7 +225,8 @@ def verify_command(
     """Measure a sample of the committed tables again and say whether they still hold here.
 
     Every table under the folder is read and checked. Those of this device are measured again at some points, spread
-    over all sizes; if there are none, only the files are checked. Exit code 1 if they do not hold.
+    over all sizes; if there are none, only the files are checked. Exit code 1 if they do not hold, or if the device
+    cannot be measured.
     """
     _require("verify")
     from fp8gate.calibrate.forkserver import start_early
@@ -234,12 +235,19 @@ def verify_command(
         start_early()
     from fp8gate.calibrate.compare_output import verification_json, verification_text
     from fp8gate.calibrate.device import choose_device
+    from fp8gate.calibrate.measure import DeviceLostError
     from fp8gate.calibrate.verify import verify
 
     try:
         found = verify(tables, choose_device(device), points=points, min_speedup=min_speedup, workers=workers)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError) as error:
         _fail(str(error))
+    except DeviceLostError as error:
+        typer.echo(f"fp8gate: the GPU failed at {error.args[0].shape}: {error.__cause__}", err=True)
+        raise typer.Exit(EXIT_STOPPED) from error
+    except RuntimeError as error:  # the processes that measure, or a device that is not what it was
+        typer.echo(f"fp8gate: {error}", err=True)
+        raise typer.Exit(EXIT_STOPPED) from error
     typer.echo(_json(verification_json(found)) if as_json else verification_text(found))
     if found.has_findings:
         raise typer.Exit(EXIT_FINDINGS)

@@ -1,0 +1,22 @@
+"""What all tests share: a temporary folder of their own, so that no lock in it is another test run's, or a sweep's."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from multiprocessing.util import Finalize
+
+import pytest
+
+AFTER_MULTIPROCESSING = -200  # whose own folder in there is removed at -100
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_temporary_folder():
+    """Also of the processes that tests start. Its path is short: sockets lie in it."""
+    folder = tempfile.mkdtemp(prefix="fp8gate-")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
+    Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=AFTER_MULTIPROCESSING)

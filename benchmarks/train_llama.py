@@ -1,0 +1,281 @@
+"""Train a Llama end to end on one device: what each choice of float8 layers gains, and whether its loss follows bf16's.
+
+The model is transformers' own with Llama 3 8B's widths, embedding and head included, and as many layers as asked for;
+bf16 parameters, fused AdamW. On a GPU each decoder layer is compiled by itself, so that all share one graph, and the
+head with the loss, as torchtitan does; bf16 with Inductor's defaults, float8 with the recipe's production settings. The
+head stays in bf16 for every choice (`filter_fqns`, as torchtitan has it), unless --convert-head leaves it to each.
+Choices that convert the same linears are one model.
+
+All models are on the device at once and take turns: a visit is a pause, steps that do not count until the GPU's clock
+is that model's own, then whole seconds. Visits come in rounds, in random order; gains are paired by round. Every step
+trains: all models see the same tokens in the same order. Half of the tokens follow from the one before, the others
+are drawn by Zipf's law, so that there is something to learn: of uniformly random ones every loss stays at ln(vocab).
+
+What noise is: bf16 is trained from three different weights. A float8 loss (mean of the last quarter of the steps)
+should be no farther from that of bf16, from the same weights, than these are from each other: a change that nobody
+minds. The same runs tell what bf16 gains over itself, so what a gain must exceed. Some hundred steps show whether the
+losses part, not what training converges to.
+
+Run it: python benchmarks/train_llama.py --recipe rowwise --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from train_llama_output import ROUNDS, Header, Run, Visit, report
+
+from fp8gate import auto_filter
+from fp8gate.calibrate.block import bundled_facts, sequence_of
+from fp8gate.calibrate.device import choose_device, describe_device, describe_software
+from fp8gate.calibrate.gpu_watch import DeviceLock, Watch, make_watch
+from fp8gate.calibrate.linears import INDUCTOR, convert
+from fp8gate.calibrate.planning import PAUSE_S
+from fp8gate.filter.devices import device_slug
+from fp8gate.filter.find_table import packaged_thresholds
+from fp8gate.filter.linear_layer import linears_of
+from fp8gate.filter.models import BUNDLED, ModelConfig
+from fp8gate.filter.plan import PLANS
+from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.table import RECIPES, Recipe
+from fp8gate.filter.torchao_rule import torchao_converts
+
+MODEL, HEAD = "llama3-8b", "lm_head"
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
+SETTLE_STEPS = 3  # 0.2 s, which a GPU at its power limit needs (planning.py), at these widths with 4 layers
+OTHER_WEIGHTS = (1, 2)  # seeds; all choices start from seed 0's
+ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}  # Llama's
+WARM_UP = 0.1  # of the steps, in which the learning rate rises
+
+
+def main() -> None:
+    arguments = parse()
+    device = choose_device(None)
+    sizes = TINY if arguments.tiny else {}
+    model = msgspec.structs.replace(BUNDLED[MODEL], **sizes, num_hidden_layers=arguments.layers)
+    header = Header(
+        model="tiny" if arguments.tiny else MODEL,
+        recipe=arguments.recipe,
+        layers=arguments.layers,
+        tokens=arguments.tokens,
+        steps=arguments.steps,
+        device=describe_device(device),
+        software=describe_software(device),
+        runs=runs_of(choices(model, arguments, device)),
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"train-llama-{arguments.recipe}.jsonl"
+    with DeviceLock(device), open(path, "ab", buffering=0) as file:
+        file.write(msgspec.json.encode(header) + b"\n")
+        visits: dict[str, list[Visit]] = defaultdict(list)
+        for visit in train(header, model, device):
+            file.write(msgspec.json.encode(visit) + b"\n")
+            visits[visit.run].append(visit)
+    print(report(header, visits))
+    say(f"wrote {path}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=RECIPES, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder; its train-llama-<recipe>.jsonl grows")
+    parser.add_argument("--layers", type=int, default=4, help="all models must fit into memory together")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a step: sequences of at most 8192")
+    parser.add_argument("--steps", type=int, default=200, help=f"of each model, a multiple of {ROUNDS}")
+    parser.add_argument("--tables", type=Path, help="a table or folder of tables; default: those of fp8gate")
+    parser.add_argument("--plan", type=Path, help="a plan; default: fp8gate's for this model, recipe and tokens")
+    parser.add_argument("--convert-head", action="store_true", help="let each choice decide on the head too")
+    parser.add_argument("--tiny", action="store_true", help="a small model, to try this on a CPU")
+    arguments = parser.parse_args()
+    if arguments.steps % ROUNDS or arguments.steps <= ROUNDS * SETTLE_STEPS:
+        least = ROUNDS * (SETTLE_STEPS + 1)
+        parser.error(f"--steps: expected a multiple of {ROUNDS}, at least {least}; got {arguments.steps}")
+    return arguments
+
+
+def choices(model: ModelConfig, arguments: argparse.Namespace, device: torch.device) -> dict[str, tuple[str, ...]]:
+    """The linears that each choice converts, by name; says which choice there is not."""
+    recipe, tokens = arguments.recipe, arguments.tokens
+    left_out = () if arguments.convert_head else (HEAD,)
+    whole = build(model, torch.device("meta"))
+    linears = {
+        fqn: LinearShape(tokens, linear.in_features, linear.out_features)
+        for fqn, linear in linears_of(whole)
+        if fqn not in left_out
+    }
+    found = {"bf16": (), "all float8": tuple(fqn for fqn, shape in linears.items() if not shape.indivisible())}
+    rule = {fqn: torchao_converts(recipe, in_features=s.k, out_features=s.n) for fqn, s in linears.items()}
+    if None in rule.values():
+        say(f"torchao's rule: none for {recipe}, left out")
+    else:
+        found["torchao's rule"] = tuple(fqn for fqn, converts in rule.items() if converts)
+    filters = {"table": None, "plan": arguments.plan or packaged_plan(recipe, tokens, device)}
+    for name, plan in filters.items():
+        if name == "plan" and plan is None:
+            say("plan: none given and none in fp8gate, left out")
+            continue
+        wants = auto_filter(recipe, tokens=tokens, filter_fqns=left_out, tables=arguments.tables, plan=plan)
+        wants.check(whole)
+        say(f"{name}: {wants.summary()}")
+        found[name] = tuple(fqn for fqn, decision in wants.decisions.items() if decision.convert)
+    return found
+
+
+def packaged_plan(recipe: Recipe, tokens: int, device: torch.device) -> Path | None:
+    folder = packaged_thresholds() / device_slug(describe_device(device).name) / PLANS
+    path = folder / f"{MODEL}-{recipe}-m{tokens}.yaml"
+    return path if path.is_file() else None
+
+
+def runs_of(found: Mapping[str, tuple[str, ...]]) -> tuple[Run, ...]:
+    """bf16 and what is like it first, and bf16 from other weights last."""
+    names: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name, float8 in found.items():
+        names[float8].append(name)
+    runs = [Run(name=", ".join(same), float8=float8) for float8, same in names.items()]
+    others = [Run(name=f"bf16, weights {seed}", float8=(), weights=seed) for seed in OTHER_WEIGHTS]
+    return (*runs, *others)
+
+
+class Training:
+    """One model, its optimizer and what its steps need, on the device as long as others are compared with it."""
+
+    def __init__(self, run: Run, header: Header, model: ModelConfig, device: torch.device) -> None:
+        torch.manual_seed(run.weights)
+        self.model = build(model, device)
+        self.head_loss = head_loss
+        if run.float8:
+            convert(self.model, header.recipe, lambda _, fqn: fqn in run.float8)
+        if device.type == "cuda":
+            self.compile(INDUCTOR[header.recipe] if run.float8 else {})
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), **ADAMW, fused=True)  # type: ignore[arg-type]
+        warm_up = max(1, round(WARM_UP * header.steps))
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / warm_up, total_iters=warm_up)
+
+    def compile(self, inductor: dict[str, Any]) -> None:
+        """Once forward and backward have run: a graph break, or too many graphs, is an error."""
+        for layer in self.model.model.layers:
+            layer.compile(fullgraph=True, dynamic=False, options=inductor)
+        self.head_loss = torch.compile(head_loss, fullgraph=True, dynamic=False, options=inductor)
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """ids: (batch, sequence + 1)."""
+        hidden = self.model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+        return self.head_loss(self.model.lm_head, hidden, ids[:, 1:])
+
+    def start(self, ids: Tensor) -> None:
+        """Compile and tune, and leave the weights as they are."""
+        self.loss(ids).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad()
+
+    def step(self, ids: Tensor) -> Tensor:
+        loss = self.loss(ids)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return loss.detach()
+
+    def resident_bytes(self) -> int:
+        """Between two steps."""
+        states = [one for state in self.optimizer.state.values() for one in state.values()]
+        return sum(one.nbytes for one in (*self.model.parameters(), *self.model.buffers(), *states))
+
+
+def build(model: ModelConfig, device: torch.device) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**bundled_facts(model))
+    make: Any = AutoModelForCausalLM.from_config
+    with device:
+        return make(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+
+
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(head(hidden).flatten(0, 1).float(), targets.flatten())
+
+
+def random_tokens(steps: int, batch: int, sequence: int, vocab: int) -> Tensor:
+    """(steps, batch, sequence + 1); always the same."""
+    rng = torch.Generator().manual_seed(0)
+    ids = zipf((steps, batch, sequence + 1), vocab, rng)
+    successors, follows = zipf((vocab,), vocab, rng), torch.rand(ids.shape, generator=rng) < 0.5
+    for i in range(1, sequence + 1):
+        ids[..., i] = torch.where(follows[..., i], successors[ids[..., i - 1]], ids[..., i])
+    return ids
+
+
+def zipf(shape: tuple[int, ...], vocab: int, rng: torch.Generator) -> Tensor:
+    """Token i about as often as 1 / (i + 1)."""
+    return ((vocab + 1) ** torch.rand(shape, generator=rng, dtype=torch.float64)).long() - 1
+
+
+def train(header: Header, model: ModelConfig, device: torch.device) -> Iterator[Visit]:
+    """Every visit, as it is done."""
+    start = time.monotonic()
+    sequence = sequence_of(model, header.tokens, None)
+    ids = random_tokens(header.steps, header.tokens // sequence, sequence, model.vocab_size).to(device)
+    trainings: dict[str, Training] = {}
+    for run in header.runs:
+        trainings[run.name] = Training(run, header, model, device)
+        trainings[run.name].start(ids[0])
+        say(f"{time.monotonic() - start:.0f} s: {run.name} is ready, {len(run.float8)} linears in float8")
+    watch, rng = make_watch(device), random.Random(0)
+    for i, part in enumerate(ids.chunk(ROUNDS)):
+        for run in rng.sample(header.runs, len(header.runs)):
+            visit = make_visit(trainings[run.name], part, watch, device, run=run.name, round=i)
+            slowdown = f", {visit.slowdown}" if visit.slowdown else ""
+            say(f"{time.monotonic() - start:.0f} s: {run.name}: {visit.step_s * 1e3:.2f} ms a step{slowdown}")
+            yield visit
+
+
+def make_visit(training: Training, ids: Tensor, watch: Watch, device: torch.device, **fields: Any) -> Visit:
+    """Train for these steps. The watch is asked while they run: the host is ahead of a GPU."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        time.sleep(PAUSE_S)
+        others_bytes = torch.cuda.memory_allocated(device) - training.resident_bytes()
+        torch.cuda.reset_peak_memory_stats(device)
+    losses = [training.step(one) for one in ids[:SETTLE_STEPS]]
+    synchronize(device)
+    begin = time.perf_counter()
+    losses += [training.step(one) for one in ids[SETTLE_STEPS:]]
+    slowdown, sm_clock_mhz = watch.slowdown(), watch.sm_clock_mhz()
+    synchronize(device)
+    return Visit(
+        **fields,
+        step_s=(time.perf_counter() - begin) / (len(ids) - SETTLE_STEPS),
+        losses=tuple(torch.stack(losses).tolist()),
+        peak_gib=round((torch.cuda.max_memory_allocated(device) - others_bytes) / 2**30, 3) if on_gpu else None,
+        sm_clock_mhz=sm_clock_mhz,
+        slowdown=slowdown,
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ import msgspec
 import torch
 from torch import nn
 
-from fp8gate.calibrate.block import DATA, LAYER, Blueprint, bundled_facts, sequence_of
+from fp8gate.calibrate.block import DATA, LAYER, Blueprint, bundled_facts, linears_in, sequence_of
 from fp8gate.calibrate.capacity import WORKER_DEVICE_GIB, default_workers
 from fp8gate.calibrate.crew import Crew
 from fp8gate.calibrate.device import describe_device, describe_software
@@ -43,8 +43,8 @@ from fp8gate.filter.torchao_rule import torchao_converts
 SETTLE_S, RUN_S, PAUSE_S = 0.2, 1.0, 0.15
 """A GPU at its power limit needs 0.2 s for the clock of what runs, and keeps to the limit over a second: such windows
 agree within 0.44 %. It draws more after a pause, so each visit begins with the same (H200, LOG.md, 2026-11-24)."""
-NOISE = 0.005
-SCREENING, FINAL, CONFIDENCE = 1, 6, 0.95  # 6 visits are the fewest that give these bounds
+NOISE = 0.008  # of the ratio of two visits: whole seconds of one arm differ by 0.8 % (standard deviation, 2026-11-25)
+SCREENING, FINAL, CONFIDENCE = 2, 6, 0.95  # 6 visits are the fewest that give these bounds
 CPU_RUN_S, CPU_NOISE = 0.1, 0.1  # wall-clock times of a shared machine
 COPIES, MAX_DEVICE_SHARE = 3, 0.8
 """A process holds about so many times a block's bf16 operands: weights and their gradients twice, once to compare with,
@@ -128,6 +128,7 @@ def plan_subject(
             say(f"{setup.device.name}: {subject.name}, {recipe}, {len(roles)} roles, {workers} workers, {journal.path}")
             rounds = Rounds(crew, journal, subject.blueprint.shapes, say, start=start, stop_after_s=stop_after_s)
             chosen = search_all(roles, rounds, rules) if exhaustive else search(roles, answer.guesses, rounds, rules)
+            rounds([BF16], 1)  # it may be all that could be measured
             say(rounds.summary())
         return _make_plan(setup, subject, roles, answer, rounds, rules, chosen, exhaustive)
 
@@ -218,7 +219,7 @@ class _Answer:
             for role in possible
             if decide(shapes[role], lookup, min_speedup=DEFAULT_MIN_SPEEDUP, recomputed=recomputed).convert
         ]
-        counts = Counter(block_role(name) for name, one in _linears(subject.blueprint.template))
+        counts = Counter(block_role(name) for name, _ in linears_in(subject.blueprint.template))
         saved_us = {role: counts[role] * _saved_us(shapes[role], lookup, recomputed) for role in possible}
         return cls(_used(table, convert), torchao, saved_us, [frozenset(convert), *guesses])
 
@@ -254,10 +255,6 @@ def _used(table: Table, convert: Sequence[str]) -> TableUsed:
     )
 
 
-def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(name, one) for name, one in module.named_modules() if isinstance(one, nn.Linear)]
-
-
 def _setup(subject: Subject, recipe: Recipe, device: torch.device, protocol: PlanProtocol) -> PlanSetup:
     return PlanSetup(
         recipe=recipe,
@@ -269,6 +266,7 @@ def _setup(subject: Subject, recipe: Recipe, device: torch.device, protocol: Pla
         device=describe_device(device),
         software=describe_software(device),
         protocol=protocol,
+        block=subject.blueprint.identity,
         shapes={role: (shape.m, shape.k, shape.n) for role, shape in subject.blueprint.shapes.items()},
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from statistics import fmean
@@ -23,6 +23,7 @@ from fp8gate.calibrate.visitor import Done, Trouble, Visit
 from fp8gate.filter.plan import CandidateStatus, PlanProtocol
 from fp8gate.filter.table import Device, Recipe, Software
 
+MAX_ATTEMPTS = 2  # calls in which a set may fail: memory may have been taken the first time
 MAX_SLOWDOWNS = 3  # in a row: the GPU will not get faster by waiting
 
 
@@ -42,6 +43,7 @@ class PlanSetup(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     device: Device
     software: Software
     protocol: PlanProtocol
+    block: str
     shapes: dict[str, tuple[int, int, int]]
 
 
@@ -88,8 +90,11 @@ class Rounds:
         self._round = 0
         self._start, self._stop_after_s = start, stop_after_s
         self._spent_s: defaultdict[str, float] = defaultdict(float)
+        failures = Counter(frozenset(record.convert) for record in journal.records if record.status != "measured")
         for record in journal.records:
-            self._note(record)
+            one = frozenset(record.convert)
+            if record.status == "measured" or (one != BF16 and failures[one] >= MAX_ATTEMPTS):
+                self._note(record)
 
     def __call__(self, candidates: Sequence[Roles], visits: int) -> dict[Roles, tuple[float, ...]]:
         """Raises StoppedError when the time is up or the GPU slows down again and again, MemberDiedError."""
@@ -99,7 +104,7 @@ class Rounds:
                 self._load(new)
             if BF16 in self.failed:
                 raise StoppedError(
-                    "bf16 could not be measured, so nothing can be compared with it; --fresh tries again"
+                    "bf16 could not be measured, so nothing can be compared with it; try fewer --workers"
                 )
             self._run_round(list(dict.fromkeys([BF16, *(one for one in lacking if one not in self.failed)])))
         return {one: self.log_ratios(one) for one in candidates}
@@ -134,11 +139,12 @@ class Rounds:
         return one not in self.failed and len(self.log_ratios(one)) < visits
 
     def _load(self, new: Sequence[Roles]) -> None:
-        """Compile together, load one by one."""
+        """Compile together, load one by one. Raises StoppedError when the time is up."""
         begin = time.monotonic()
         try:
             for i, (one, answer) in enumerate(self.crew.compile(new), start=1):
                 self._spend("waiting for compilers", begin)
+                self._require_time()
                 begin = time.monotonic()
                 loaded = self.crew.load(one) if isinstance(answer, Done) else answer
                 self._spend("loading and tuning", begin)
@@ -154,14 +160,17 @@ class Rounds:
             raise
 
     def _run_round(self, sets: Sequence[Roles]) -> None:
-        if self._stop_after_s is not None and time.monotonic() > self._start + self._stop_after_s:
-            raise StoppedError("the time is up")
+        self._require_time()
         self._round += 1
         begin = time.monotonic()
         rng = random.Random(f"{self.journal.setup.protocol.seed} {self._round}")
         for one in rng.sample(sets, len(sets)):
             self._visit(one)
         self._spend("visits", begin)
+
+    def _require_time(self) -> None:
+        if self._stop_after_s is not None and time.monotonic() > self._start + self._stop_after_s:
+            raise StoppedError("the time is up")
 
     def _visit(self, one: Roles) -> None:
         answer = self._undisturbed(one)

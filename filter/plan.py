@@ -59,9 +59,9 @@ class PlanProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     Each candidate ran alone on the device: after pause_s of idling, settle_s uncounted, then run_s. That is a visit.
     Visits came in rounds: bf16 and those asked about, in random order. screening: visits of every candidate; final:
-    further ones of the few best, of which alone their numbers are. The bounds are at `confidence`, or at what fewer
-    visits give, 1 - 2 / 2^visits. noise: what a change had to gain, as a share, to be followed. inductor: the settings
-    that candidates were compiled with; bf16 was compiled with the defaults.
+    further ones of the few best, of which alone their numbers are, with bounds at `confidence`. noise: what a change
+    had to gain, as a share, to be followed; the bounds of candidates that were only screened are no more than that.
+    inductor: the settings that candidates were compiled with; bf16 was compiled with the defaults.
     """
 
     timer: Literal["cuda_graphs", "wall_clock"]
@@ -118,10 +118,10 @@ COLUMNS = Candidate.__struct_fields__
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"schema_": "schema"}):
     """What was measured of one block, and the set of roles that is to be converted.
 
-    shapes: (m, k, n) of each role as one rank holds it. indivisible: roles that float8 cannot compute. left_alone: what
-    of the block holds several matrices in one parameter, such as experts. table: None where there was none. torchao:
-    what its rule converts, None for a recipe without one. exhaustive: every set was measured. Field order is the order
-    in the file.
+    block: a hash of its code, settings and inputs. shapes: (m, k, n) of each role as one rank holds it. indivisible:
+    roles that float8 cannot compute. left_alone: what of the block holds several matrices in one parameter, such as
+    experts. table: None where there was none. torchao: what its rule converts, None for a recipe without one.
+    exhaustive: every set was measured. Field order is the order in the file.
     """
 
     schema_: Literal[1] = 1
@@ -134,6 +134,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     device: Device
     software: Software
     protocol: PlanProtocol
+    block: str
     measured_at: Annotated[datetime, msgspec.Meta(tz=True)]
     shapes: dict[str, tuple[Size, Size, Size]]
     indivisible: Roles
@@ -198,7 +199,11 @@ def parse_plan(text: str, *, source: str) -> Plan:
 
 def load_plan(plan: Plan | str | os.PathLike[str]) -> tuple[Plan, str]:
     """A plan, or a file's, and what to call it in messages."""
-    return (plan, f"of {plan.model}") if isinstance(plan, Plan) else (read_plan(plan), str(plan))
+    if not isinstance(plan, Plan):
+        return read_plan(plan), str(plan)
+    source = f"of {plan.model}"
+    _check(plan, source)
+    return plan, source
 
 
 def require_same_training(plan: Plan, source: str, *, recipe: Recipe, device: str, tokens: int) -> None:
@@ -239,7 +244,7 @@ def _shapes(plan: Plan) -> str:
 
 
 def _format_candidate(candidate: Candidate) -> str:
-    convert = f"[{', '.join(candidate.convert)}]"
+    convert = yaml_line("convert", list(candidate.convert)).removeprefix("convert:").strip()
     numbers = map(format_number, (*candidate.numbers, candidate.predicted, candidate.error))
     return f"  - [{', '.join([convert, str(candidate.visits), *numbers, candidate.status])}]\n"
 

@@ -73,6 +73,7 @@ def make_plan(**fields: Any) -> Plan:
         "device": DEVICE,
         "software": SOFTWARE_HERE,
         "protocol": PROTOCOL,
+        "block": "0123456789abcdef",
         "measured_at": MEASURED_AT,
         "shapes": SHAPES,
         "indivisible": ("self_attn.k_proj",),

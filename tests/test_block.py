@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import shutil
 
@@ -52,7 +53,7 @@ def results(blueprint, roles=(), inductor=None):
     torch.manual_seed(0)
     block = RealBlock(blueprint, CPU)
     found = CpuTimer().results(block.arm(blueprint.ready(frozenset(roles), "rowwise", inductor, "cpu")))
-    return found, block.error(found)
+    return found, block.error(found)[0]
 
 
 # --- a model's decoder layer -----------------------------------------------------------------------------------
@@ -166,6 +167,7 @@ class Twice(nn.Module):
     [
         (nn.LayerNorm(32), [torch.zeros(2, 32, requires_grad=True)], "expected an nn.Linear in it; found none"),
         (Block(), [torch.zeros(16, 32, dtype=torch.bfloat16)], "expected one that requires a gradient"),
+        (Block().float(), [torch.zeros(16, 32, requires_grad=True)], "x: expected torch.bfloat16, which"),
         (Twice(), [block_input()], r"layers.proj: expected linears of one shape, found \(16, 32, 64\), \(16, 64, 32\)"),
     ],
 )
@@ -198,7 +200,48 @@ def test_a_result_that_is_not_finite_has_no_error_that_could_be_small():
     block = RealBlock(blueprint, CPU)
     found, _ = results(blueprint)
     broken = Results(found.output, (*found.gradients[:-1], found.gradients[-1] * torch.nan))
-    assert not block.error(broken) < 1e9
+    error, name = block.error(broken)
+    assert math.isnan(error)
+    assert name == "outer.weight"
+
+
+class WithDeadBias(Block):
+    """What is added to all logits alike changes no softmax, so that its gradient is 0 but for rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.dead = nn.Parameter(torch.zeros(16, 1, dtype=torch.bfloat16))
+
+    def forward(self, x, scale=1.0):
+        return super().forward(x, scale) + torch.softmax(x + self.dead, -1)
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_is_not_compared():
+    blueprint = Blueprint.of(WithDeadBias(), [block_input()], recomputed=False)
+    block = RealBlock(blueprint, CPU)
+    assert results(blueprint, ["inner"])[1] < 0.3
+    noise = dict(zip(block._names, block._noise, strict=True))
+    assert noise["dead"] > 0.2
+    assert max(one for name, one in noise.items() if name != "dead") < 0.02
+
+
+def test_what_a_block_adds_to_its_input_is_compared_not_their_sum():
+    blueprint = Blueprint.of(Block(), [block_input()], recomputed=False)
+    found, _ = results(blueprint)
+    torch.manual_seed(0)
+    block = RealBlock(blueprint, CPU)
+    nothing_added = Results(block.inputs["x"].detach(), found.gradients)
+    error, name = block.error(nothing_added)
+    assert (round(error, 2), name) == (1.0, "output")
+
+
+def test_blocks_that_compute_something_else_have_another_identity():
+    def identity(block, rows=16):
+        x = torch.zeros(rows, 32, dtype=torch.bfloat16, requires_grad=True)
+        return Blueprint.of(block, [x], recomputed=False).identity
+
+    assert identity(Block()) == identity(Block())
+    assert len({identity(Block()), identity(Block(), rows=32), identity(WithDeadBias())}) == 3
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")

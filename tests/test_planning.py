@@ -157,8 +157,8 @@ def test_a_visitor_compiles_loads_and_visits(job):
 def test_a_wrong_result_is_trouble(job, monkeypatch):
     visitor = Visitor(job)
     visitor.answer(("compile", INNER))
-    monkeypatch.setattr("fp8gate.calibrate.block.Block.error", lambda *_: float("nan"))
-    assert visitor.answer(("load", INNER)) == Trouble("failed", "wrong result: nan from bf16's")
+    monkeypatch.setattr("fp8gate.calibrate.block.Block.error", lambda *_: (float("nan"), "output"))
+    assert visitor.answer(("load", INNER)) == Trouble("failed", "wrong result: output is nan from bf16's")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,8 @@ def test_a_block_that_cannot_be_made_ends_the_processes():
 
 def test_processes_are_as_many_as_the_device_has_memory_for(monkeypatch):
     monkeypatch.setattr(planning, "default_workers", lambda _: 14)
-    blueprint = SimpleNamespace(shapes={"w": LinearShape(8192, 8192, 28672)}, recomputed=False)
+    shapes = {"w": LinearShape(8192, 8192, 28672)}
+    blueprint = SimpleNamespace(shapes=shapes, recomputed=False, identity="0")
     subject = Subject(name="x", blueprint=blueprint, whole={}, tokens=8192)
     setup = planning._setup(subject, "rowwise", CPU, PROTOCOL)
     count = {gib: planning._useful_workers(with_memory(setup, gib)) for gib in (1.0, 40.0, 1000.0)}

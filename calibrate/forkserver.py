@@ -15,6 +15,7 @@ from fp8gate.calibrate.nvml import gpu_count
 
 PRELOADED = (
     "fp8gate.calibrate.ignore_interrupts",
+    "fp8gate.calibrate.visitor",
     "fp8gate.calibrate.worker",
     "fp8gate.calibrate.compiler_keys",
     "torch._inductor.compile_fx",

@@ -1,7 +1,7 @@
 """One process's part of a plan: it compiles sets of roles in float8 beside other processes, and visits them in turn.
 
 In: a `PlanJob`, then requests, one at a time. Out: an answer to each; failures of a set are answers. Compiling touches
-no device; while a set is loaded or visited, no other process may use it.
+no device but to load what it has compiled; while a set is visited, no other process may use it.
 
 A visit has the device for itself: it idles, then the set runs alone until the clock is its own, and then for a whole
 second. At its power limit a GPU sets its clock by what runs, and holds to the limit over a second, not over less: sets
@@ -11,6 +11,7 @@ So bf16 and the sets are not interleaved run by run but visit by visit, in rando
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import pickle
 import random
@@ -27,9 +28,9 @@ from fp8gate.calibrate.alone import run_alone
 from fp8gate.calibrate.block import Block, Blueprint, ReadyBlock
 from fp8gate.calibrate.gpu_watch import Watch
 from fp8gate.calibrate.measure import failure
-from fp8gate.calibrate.search import BF16, Roles
+from fp8gate.calibrate.search import Roles
 from fp8gate.calibrate.timing import Timer
-from fp8gate.calibrate.worker import open_device
+from fp8gate.calibrate.worker import listen, open_device
 from fp8gate.filter.plan import PlanProtocol
 from fp8gate.filter.table import Recipe
 
@@ -101,7 +102,7 @@ class Visitor:
             torch.cuda.empty_cache()
         return trouble
 
-    def open(self, _: Roles = BF16) -> Done:
+    def open(self, _: Roles) -> Done:
         """Start the device's libraries and make the block there, which takes seconds; nobody may measure yet."""
         self._on_device()
         return Done()
@@ -158,12 +159,16 @@ class Visitor:
 
 
 def serve(connection: Connection, job: bytes) -> None:
-    """Answer requests until the pipe closes, however the plan ended. job: a pickled `PlanJob`."""
+    """Answer until the pipe closes: that ends the process, however the plan ended. job: a pickled `PlanJob`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the plan's to handle
-    visitor = Visitor(pickle.loads(job))
-    gc.freeze()
+    inbox = listen(connection)
     try:
-        while True:
-            connection.send(visitor.answer(connection.recv()))
-    except (EOFError, BrokenPipeError):
+        visitor = Visitor(pickle.loads(job))
+    except Exception as error:
+        inbox.get()
+        connection.send(Trouble("failed", f"not to be had in another process: {type(error).__name__}: {error}"))
         return
+    gc.freeze()
+    with contextlib.suppress(BrokenPipeError):
+        while True:
+            connection.send(visitor.answer(inbox.get()))

@@ -124,7 +124,7 @@ def open_device(device: torch.device, *, is_pooled: bool = False) -> tuple[Timer
 def work(connection: Connection, job: Job, *, early: bool) -> None:
     """Serve tasks until the pipe closes or None comes. early: nobody measures yet, so the device may be used now."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to handle
-    inbox = _listen(connection)
+    inbox = listen(connection)
     bench = Bench(job)
     if job.device.type == "cuda":
         load_kernels_in(bench.quiet)
@@ -160,9 +160,9 @@ def _serve(connection: Connection, inbox: queue.SimpleQueue[Task | Turn | None],
             gc.collect()  # compiled functions are in reference cycles, and their kernels on the device
 
 
-def _listen(connection: Connection) -> queue.SimpleQueue[Task | Turn | None]:
-    """Read messages on a thread, which ends the process with the pipe: a killed sweep cannot end its workers."""
-    inbox: queue.SimpleQueue[Task | Turn | None] = queue.SimpleQueue()
+def listen(connection: Connection) -> queue.SimpleQueue[Any]:
+    """Read messages on a thread, which ends the process with the pipe: who is killed cannot end its workers."""
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def listen() -> None:
         try:

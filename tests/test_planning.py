@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import msgspec
@@ -187,6 +188,19 @@ def test_processes_answer_as_this_one_does_and_a_dead_one_is_named(job):
     assert not any(process.is_alive() for process in processes)
 
 
+def test_processes_end_with_the_plan_even_within_a_visit(job):
+    """As if it was killed: the pipe closes, and nobody ends them."""
+    long = replace(job, protocol=msgspec.structs.replace(PROTOCOL, pause_s=60.0))
+    with Crew(long, 1) as members:
+        (member,) = members._members
+        list(members.compile([INNER]))
+        members.load(INNER)
+        member.send(("visit", INNER))
+        member.connection.close()
+        member.process.join(10.0)
+        assert member.process.exitcode == 1
+
+
 def test_a_block_that_cannot_be_made_ends_the_processes():
     blueprint = planning.Blueprint.of(Block(), [block_input()], recomputed=False)
     blueprint.inputs["x"] = torch.zeros(16, 33, dtype=torch.bfloat16)  # not what the block takes
@@ -324,3 +338,20 @@ def test_the_json_has_every_candidate_and_choice():
 def test_without_a_table_or_a_rule_there_is_no_answer():
     rows = [line for line in plan_text(make_plan(table=None, torchao=None)).splitlines() if "no answer" in line]
     assert [row.split("  ")[0] for row in rows] == ["torchao's rule", "table"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_sets_of_a_real_layer_share_memory_on_a_gpu_and_compute_what_they_should(config, recipe):
+    """Each is checked against bf16 when it is loaded, beside those that are loaded already, then all are visited."""
+    subject = model_subject(str(config), tokens=256, sequence=256, tp=1, recomputed=False)
+    device = torch.device("cuda")
+    protocol = msgspec.structs.replace(make_protocol(device, recipe), run_s=0.05, settle_s=0.05)
+    visitor = Visitor(PlanJob(blueprint=subject.blueprint, recipe=recipe, protocol=protocol, device=device))
+    sets = [BF16, frozenset({"self_attn.q_proj", "mlp.down_proj"}), frozenset(subject.blueprint.shapes)]
+    for one in sets:
+        assert visitor.answer(("compile", one)) == Done()
+        assert isinstance(visitor.answer(("load", one)), Done)
+    for one in [*sets, *sets]:
+        assert visitor.answer(("visit", one)).slowdown is None

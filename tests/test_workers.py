@@ -514,7 +514,7 @@ def test_on_a_gpu_a_worker_that_comes_later_touches_it_only_where_nobody_times(m
     path, log, nothing_more = tmp_path / "quiet", [], queue.SimpleQueue()
     path.touch()
     nothing_more.put(None)
-    monkeypatch.setattr(worker, "_listen", lambda connection: nothing_more)
+    monkeypatch.setattr(worker, "listen", lambda connection: nothing_more)
     monkeypatch.setattr(worker, "load_kernels_in", lambda quiet: log.append("loads there"))
     monkeypatch.setattr(worker, "signal", SimpleNamespace(signal=lambda *_: None, SIGINT=0, SIG_IGN=0))
     monkeypatch.setattr(worker, "gc", SimpleNamespace(freeze=lambda: None))

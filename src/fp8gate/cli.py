@@ -412,6 +412,9 @@ def plan_command(
     except (StoppedError, MemberDiedError) as error:
         typer.echo(f"fp8gate: {error.args[0]}; run the same command to go on", err=True)
         raise typer.Exit(EXIT_STOPPED) from error
+    except RuntimeError as error:
+        typer.echo(f"fp8gate: the device failed: {error}; run the same command to go on", err=True)
+        raise typer.Exit(EXIT_STOPPED) from error
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:

@@ -26,6 +26,7 @@ from fp8gate.filter.findings import (
     MissingPointWarning,
     NothingConvertedWarning,
     OutsideGridWarning,
+    PlanMismatchWarning,
     Policy,
     StaleTableWarning,
     UnknownShardWarning,
@@ -42,7 +43,8 @@ from fp8gate.filter.linear_layer import (
 )
 from fp8gate.filter.lookup import DEFAULT_LOOKUP, Lookup, LookupName
 from fp8gate.filter.parallel import Parallel, ShardError, Shards, plain_name
-from fp8gate.filter.plan import Plan, format_plan, load_plan, require_same_layer, require_same_training
+from fp8gate.filter.plan import Plan, format_plan, load_plan, require_same_training
+from fp8gate.filter.planned import Planned
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.stale import stale
 from fp8gate.filter.table import RECIPES, Recipe, Table, format_table
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 
 AGREE_TIMEOUT_S = 60.0  # ranks decide within seconds of each other
 NOT_PARALLEL = Parallel()
-NO_PLAN: tuple[Plan | None, str] = (None, "")
+OF_ALL = (UnmatchedPatternWarning, NothingConvertedWarning)  # these are asked anew by each check
 
 Recompute = Literal["none", "full"] | Callable[[str], bool]
 """Which forwards run twice, under activation checkpointing: none; full: all but the head's, which stands outside of the
@@ -102,7 +104,7 @@ class AutoFilter:
         path: Path,
         settings: FilterSettings,
         findings: Findings,
-        plan: tuple[Plan, str] | None = None,
+        planned: Planned | None = None,
     ) -> None:
         self.table = table
         self.path = path
@@ -112,7 +114,7 @@ class AutoFilter:
         self.unknown_shards: dict[str, None] = {}
         self._saw_all_modules = False
         self._findings = findings
-        self._plan, self._plan_source = plan or NO_PLAN
+        self._planned = planned
         self._lookup = Lookup(table, settings.lookup)
         self._shards = Shards(settings.parallel, settings.tokens)
         self._by_shape: dict[tuple[LinearShape, bool], Decision] = {}
@@ -157,8 +159,8 @@ class AutoFilter:
         for finding in of_all:
             self._findings.add(finding)
         self._settle()
-        of_layers = [f for f in self._findings if f.category not in (UnmatchedPatternWarning, NothingConvertedWarning)]
-        return [*of_layers, *(f for f in self._findings if f in of_all)]
+        known = [finding for finding in self._findings if finding.category not in OF_ALL or finding in of_all]
+        return sorted(known, key=lambda finding: finding in of_all)
 
     def agree(self, group: ProcessGroup | None = None, *, timeout_s: float = AGREE_TIMEOUT_S) -> None:
         """Make sure that every rank of a process group decided the same by the same table. All of them must call this.
@@ -168,18 +170,16 @@ class AutoFilter:
         that differ, their tables and layers, and RanksMissingError if a rank does not answer within `timeout_s`
         seconds.
         """
-        from hashlib import sha256
-
         if not self.decisions:
             raise ValueError("agree: nothing is decided yet; call check(model) first")
         settings = self.settings
         decided = {
-            "table": f"sha256 {sha256(format_table(self.table).encode()).hexdigest()[:12]}",
+            "table": _digest(format_table(self.table)),
             "recipe": self.table.recipe,
             "tokens": settings.tokens,
             "min_speedup": settings.min_speedup,
             "lookup": settings.lookup,
-            "plan": f"sha256 {sha256(format_plan(self._plan).encode()).hexdigest()[:12]}" if self._plan else "none",
+            "plan": _digest(format_plan(self._planned.plan)) if self._planned else "none",
             "layers": {fqn: "float8" if d.convert else "bf16" for fqn, d in self.decisions.items()},
         }
         require_agreement(decided, str(self.path), group, timeout_s)
@@ -198,12 +198,12 @@ class AutoFilter:
             f"converted {converted} of {len(self.decisions)} linears to float8 {self.table.recipe} "
             f"(at least {self.settings.min_speedup:.2f}x on {self.table.device.name} at {self.settings.tokens} tokens)"
         ]
-        if self._plan:
-            by_table = [role(fqn) for fqn in self.decisions if self._plan.role(fqn) is None]
+        if self._planned:
+            by_table = [role(fqn) for fqn in self.decisions if self._planned.plan.role(fqn) is None]
             others = (
                 f"not in it, decided by the table: {', '.join(dict.fromkeys(by_table))}" if by_table else "all of it"
             )
-            sentences.append(f"by the plan {self._plan_source}; {others}")
+            sentences.append(f"by the plan {self._planned.source}, whatever the least speedup; {others}")
         if outside:
             sentences.append(f"{outside} lie outside the measured range")
         if self.unmatched:
@@ -238,28 +238,26 @@ class AutoFilter:
             if pattern in plain:
                 return Decision(convert=False, shape=shape, reason=f"filter_fqns has {pattern!r}")
         key = shape, self.settings.recomputes(plain)
-        decision = self._by_shape.get(key)
-        if planned := self._planned(plain, *key):
-            self._by_layer[fqn, size] = planned
-            return planned
-        if decision is None:
-            decision = decide(shape, self._lookup, min_speedup=self.settings.min_speedup, recomputed=key[1])
-            if self._plan:
-                decision = msgspec.structs.replace(decision, reason=f"not in the plan: {decision.reason}")
-            self._question(decision, fqn)
-            self._by_shape[key] = decision
+        decision = self._of_plan(plain, *key) or self._of_table(fqn, *key)
         self._by_layer[fqn, size] = decision
         return decision
 
-    def _planned(self, fqn: str, shape: LinearShape, recomputed: bool) -> Decision | None:
-        """What the plan decides, if it knows the role. Raises PlanError if it was made for another layer."""
-        role = self._plan.role(fqn) if self._plan else None
-        if not self._plan or role is None:
+    def _of_plan(self, fqn: str, shape: LinearShape, recomputed: bool) -> Decision | None:
+        planned = self._planned.decide(fqn, shape, recomputed) if self._planned else None
+        if isinstance(planned, Finding):
+            self._findings.add(planned)
             return None
-        require_same_layer(self._plan, role, fqn, shape, recomputed, self._plan_source)
-        converted = role in self._plan.convert
-        reason = f"the plan: {f'block {self._plan.chosen.speedup:.3f}x' if converted else 'bf16'}"
-        return Decision(convert=converted, shape=shape, reason=reason)
+        return planned
+
+    def _of_table(self, fqn: str, shape: LinearShape, recomputed: bool) -> Decision:
+        decision = self._by_shape.get((shape, recomputed))
+        if decision is None:
+            decision = decide(shape, self._lookup, min_speedup=self.settings.min_speedup, recomputed=recomputed)
+            if self._planned:
+                decision = msgspec.structs.replace(decision, reason=f"not in the plan: {decision.reason}")
+            self._question(decision, fqn)
+            self._by_shape[shape, recomputed] = decision
+        return decision
 
     def _local_shape(self, size: LinearSize, fqn: str) -> LinearShape:
         style = self._shards.style(fqn)
@@ -297,6 +295,8 @@ class AutoFilter:
             yield Finding(UnmatchedPatternWarning, f"filter_fqns: {pattern!r} is in no linear's name")
         for pattern in self._shards.unmatched(of_linears=not self._saw_all_modules):
             yield Finding(UnmatchedPatternWarning, f"parallel.plan: {pattern} matched no linear")
+        if self._planned:
+            yield from self._planned.findings(self.decisions)
         if not any(decision.convert for decision in self.decisions.values()):
             yield Finding(NothingConvertedWarning, f"none of {len(self.decisions)} linears is converted to float8")
 
@@ -332,6 +332,7 @@ def auto_filter(
     on_ambiguous: Policy | None = None,
     on_missing: Policy | None = None,
     on_unknown_shard: Policy | None = None,
+    on_plan: Policy | None = None,
     on_unmatched: Policy | None = None,
     on_nothing: Policy | None = None,
 ) -> AutoFilter:
@@ -342,19 +343,19 @@ def auto_filter(
     torch for the local one. filter_fqns: never convert linears whose name contains one of these. min_speedup: convert
     from this measured bf16 / float8 time ratio on. lookup: "interpolate" ln(speedup) between the measured points around
     a shape, or take the "nearest" one's. tables: a table file or a folder of them, before FP8GATE_THRESHOLDS and the
-    packaged ones. plan: a plan, or its file, that decides the roles it knows; the table decides the others.
+    packaged ones. plan: a plan, or its file, that decides the roles it knows, whatever min_speedup; the table decides
+    the others, and those of another local shape or recomputation than the plan's.
     parallel: how tensor and context parallelism divide the model; a weight that is divided already (a
     DTensor) is taken as it is. recompute: the layers under activation checkpointing, "none", "full", or a predicate of
     their names: their forward runs twice.
 
     on_stale and its like: "ignore", "warn" of or raise ("error") a StaleTableWarning, OutsideGridWarning,
-    AmbiguousPointWarning, MissingPointWarning, UnknownShardWarning, UnmatchedPatternWarning or NothingConvertedWarning;
-    None warns, or, if strict, raises. The last two come from `check` alone, the others from any question, a
-    StaleTableWarning from here.
+    AmbiguousPointWarning, MissingPointWarning, UnknownShardWarning, PlanMismatchWarning, UnmatchedPatternWarning or
+    NothingConvertedWarning; None warns, or, if strict, raises. The last two come from `check` alone, and so does what a
+    plan's blocks convert together; the others from any question, a StaleTableWarning from here.
 
     Raises ValueError for arguments out of range, TableError (a ValueError) if there is no valid table for the device
-    and recipe, and PlanError (a ValueError) for a plan that is not valid or not of this device, recipe and tokens; also
-    when asked about a layer whose local shape or recomputation is not the plan's.
+    and recipe, and PlanError (a ValueError) for a plan that is not valid or not of this device, recipe and tokens.
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}; got {recipe!r}")
@@ -377,6 +378,7 @@ def auto_filter(
                 "on_ambiguous": (AmbiguousPointWarning, on_ambiguous),
                 "on_missing": (MissingPointWarning, on_missing),
                 "on_unknown_shard": (UnknownShardWarning, on_unknown_shard),
+                "on_plan": (PlanMismatchWarning, on_plan),
                 "on_unmatched": (UnmatchedPatternWarning, on_unmatched),
                 "on_nothing": (NothingConvertedWarning, on_nothing),
             },
@@ -387,7 +389,7 @@ def auto_filter(
     if loaded:
         local_tokens = tokens // settings.parallel.cp
         require_same_training(loaded[0], loaded[1], recipe=recipe, device=table.device.name, tokens=local_tokens)
-    wants_float8 = AutoFilter(table, path, settings, findings, loaded)
+    wants_float8 = AutoFilter(table, path, settings, findings, Planned(*loaded) if loaded else None)
     sources = [(str(path), table.software, "fp8gate calibrate")]
     sources += [(loaded[1], loaded[0].software, "fp8gate plan")] if loaded else []
     for source, software, command in sources:
@@ -405,6 +407,12 @@ def _policies(
         if policy is not None and policy not in POLICIES:
             raise ValueError(f"{name}: expected one of {', '.join(POLICIES)}; got {policy!r}")
     return {category: policy or default for category, policy in asked.values()}
+
+
+def _digest(text: str) -> str:
+    from hashlib import sha256
+
+    return f"sha256 {sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _sizes(decision: Decision) -> tuple[int | None, int | None, int | None]:

@@ -96,7 +96,9 @@ def _provenance(estimate: Estimate, min_speedup: float) -> str:
     if estimate.point.status == "ambiguous":
         parts.append("ambiguous")
     if estimate.speedup_low < min_speedup <= estimate.speedup_high:
-        parts.append(f"bounds {estimate.speedup_low:.2f} to {estimate.speedup_high:.2f}")
+        low, high = estimate.speedup_low, estimate.speedup_high
+        digits = 2 if round(low, 2) < round(high, 2) else 4
+        parts.append(f"bounds {low:.{digits}f} to {high:.{digits}f}")
     if estimate.forwards > 1:
         parts.append("recomputed")
     if estimate.gap:

@@ -36,6 +36,10 @@ class UnknownShardWarning(FilterWarning):
     """Neither the parallel plan nor a linear's weight says what a rank holds of it."""
 
 
+class PlanMismatchWarning(FilterWarning):
+    """A plan is of other layers, or blocks convert another set than the one that it measured."""
+
+
 class UnmatchedPatternWarning(FilterWarning):
     """A pattern of `filter_fqns` or of the parallel plan matched no linear."""
 

@@ -148,9 +148,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def role(self, fqn: str) -> str | None:
         """The role of the linear of this name in a whole model, Hugging Face's or torchtitan's; None: not in it."""
-        name = _canonical(fqn)
-        found = [role for role in self.shapes if f".{name}".endswith(f".{_canonical(role)}")]
-        return max(found, key=len, default=None)
+        place = self.place(fqn)
+        return place[1] if place else None
+
+    def place(self, fqn: str) -> tuple[str, str] | None:
+        """The block, such as "model.layers.3", and the role: a role begins the name or follows its block's index."""
+        roles = {_canonical(role): role for role in self.shapes}
+        parts = plain_name(fqn).split(".")
+        for i in range(len(parts)):
+            if i == 0 or parts[i - 1].isdigit():
+                role = roles.get(_canonical(".".join(parts[i:])))
+                if role:
+                    return ".".join(parts[:i]), role
+        return None
 
     def shape(self, role: str) -> LinearShape:
         return LinearShape(*self.shapes[role])
@@ -213,15 +223,6 @@ def require_same_training(plan: Plan, source: str, *, recipe: Recipe, device: st
             raise PlanError(f"{source}: $.{field}: expected {here}, found {there}")
     if device_slug(plan.device.name) != device_slug(device):
         raise PlanError(f"{source}: $.device.name: expected {device}, found {plan.device.name}")
-
-
-def require_same_layer(plan: Plan, role: str, fqn: str, shape: LinearShape, recomputed: bool, source: str) -> None:
-    """Raises PlanError if the plan's role is not the linear of this name as a rank holds it."""
-    if shape != plan.shape(role):
-        raise PlanError(f"{source}: $.shapes.{role}: expected {shape}, as {fqn} is here; found {plan.shape(role)}")
-    if recomputed != (plan.recompute == "full"):
-        here = "full" if recomputed else "none"
-        raise PlanError(f"{source}: $.recompute: expected {here}, as for {fqn} here; found {plan.recompute}")
 
 
 def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
@@ -294,6 +295,6 @@ def _check_candidate(plan: Plan, candidate: Candidate, where: str) -> None:
 
 
 def _canonical(fqn: str) -> str:
-    """A linear's name without wrappers and layer indices, as Hugging Face names a Llama's parts."""
-    parts = block_role(plain_name(fqn)).split(".")
+    """A linear's name within a block, as Hugging Face names a Llama's parts."""
+    parts = block_role(fqn).split(".")
     return ".".join(_HUGGING_FACE.get(part, part) for part in parts if part != _NO_PART)

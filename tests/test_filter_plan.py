@@ -9,9 +9,16 @@ import pytest
 from builders import DEVICE, make_point, make_table, write_file
 from plans import make_plan
 
-from fp8gate import NothingConvertedWarning, Parallel, PlanError, StaleTableWarning, auto_filter
+from fp8gate import (
+    NothingConvertedWarning,
+    Parallel,
+    PlanError,
+    PlanMismatchWarning,
+    StaleTableWarning,
+    auto_filter,
+)
 from fp8gate.filter import stale as stale_module
-from fp8gate.filter.plan import write_plan
+from fp8gate.filter.plan import Candidate, write_plan
 from fp8gate.filter.table import Device, Software
 
 TABLE = make_table(make_point(32, 64, 64, 0.5), make_point(32, 64, 128, 2.0))  # the plan says the opposite of both
@@ -79,10 +86,13 @@ def test_torchtitans_names_find_the_same_roles(with_plan):
 def test_the_report_says_which_roles_the_plan_does_not_know(with_plan):
     wants_float8 = with_plan()
     answers(wants_float8)
-    assert "by the plan of tiny; not in it, decided by the table: lm_head" in wants_float8.report()
+    assert (
+        "by the plan of tiny, whatever the least speedup; not in it, decided by the table: lm_head"
+        in wants_float8.report()
+    )
     assert "the plan: bf16" in wants_float8.report()
     del wants_float8.decisions["lm_head"]
-    assert "by the plan of tiny; all of it" in wants_float8.summary()
+    assert "by the plan of tiny, whatever the least speedup; all of it" in wants_float8.summary()
 
 
 def test_filter_fqns_and_the_check_go_on_working(with_plan):
@@ -119,25 +129,97 @@ def test_a_device_is_the_same_whatever_its_spelling(with_plan):
     assert answers(with_plan(plan={"device": spelled}))
 
 
-def test_another_local_shape_is_an_error_that_names_the_role(with_plan):
+def test_a_layer_of_another_local_shape_is_the_tables_to_decide_and_that_is_said(with_plan):
     wants_float8 = with_plan()
-    with pytest.raises(
-        PlanError, match=r"\$.shapes.self_attn.q_proj: expected \(32, 64, 128\), as model.*q_proj is here"
-    ):
-        wants_float8(layer(64, 128), "model.layers.0.self_attn.q_proj")
+    message = (
+        r"of tiny: \$.shapes.self_attn.q_proj: expected \(32, 64, 128\), as model.layers.\*.self_attn.q_proj is here; "
+        r"found \(32, 64, 64\); the table decides"
+    )
+    with pytest.warns(PlanMismatchWarning, match=message):
+        assert wants_float8(layer(64, 128), "model.layers.0.self_attn.q_proj")
+    (decision,) = wants_float8.decisions.values()
+    assert decision.reason == "not in the plan: 2.00x (measured)"
 
 
 def test_the_shape_that_a_rank_holds_counts(with_plan):
-    wants_float8 = with_plan(parallel=Parallel(tp=2, plan="transformers"))
+    wants_float8 = with_plan(parallel=Parallel(tp=2, plan="transformers"), on_plan="error")
     assert wants_float8(layer(64, 128), "model.layers.0.self_attn.q_proj")
-    with pytest.raises(PlanError, match=r"expected \(32, 64, 32\)"):
+    with pytest.raises(PlanMismatchWarning, match=r"expected \(32, 64, 32\)"):
         wants_float8(layer(64, 64), "model.layers.1.self_attn.q_proj")
 
 
 def test_recomputation_must_be_the_plans(with_plan):
     assert answers(with_plan(recompute="full", plan={"recompute": "full"}))
-    with pytest.raises(PlanError, match=r"\$.recompute: expected full, as for model.*; found none"):
+    with pytest.warns(PlanMismatchWarning, match=r"\$.recompute: expected full, as model.*; found none"):
         answers(with_plan(recompute="full"))
+
+
+TWO = ("self_attn.q_proj", "mlp.gate_proj")
+TOGETHER = (
+    Candidate((), 7, 100.0, 200.0, 1.0, 1.0, 1.0, 1.0, 0.0, "measured"),
+    Candidate(TWO, 7, 90.0, 180.0, 1.111, 1.1, 1.12, 1.05, 0.04, "measured"),
+    Candidate(("mlp.gate_proj",), 1, 100.0, 201.0, 0.9967, 0.9917, 1.002, 1.01, 0.03, "measured"),
+)
+OF_TWO = {"convert": TWO, "candidates": TOGETHER}
+
+
+def checked(wants_float8, layers):
+    """What `check` finds of the plan."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = wants_float8.check([(fqn, layer(*sizes)) for fqn, sizes in layers.items()])
+    return [finding.message for finding in found if finding.category is PlanMismatchWarning]
+
+
+BLOCKS = {f"model.layers.{i}.{role}": size for i in range(3) for role, size in zip(TWO, (Q, GATE), strict=True)}
+
+
+def test_where_every_block_converts_the_plans_set_there_is_nothing_to_say(with_plan):
+    wants_float8 = with_plan(plan=OF_TWO)
+    assert checked(wants_float8, BLOCKS) == []
+    reasons = {decision.reason for decision in wants_float8.decisions.values()}
+    assert reasons == {"the plan: block 1.111x, 2 roles together"}
+
+
+def test_half_a_plan_is_not_the_plans_gain(with_plan):
+    (message,) = checked(with_plan(plan=OF_TWO, filter_fqns=["q_proj"]), BLOCKS)
+    converted = "3 of 3 blocks convert mlp.gate_proj, measured at 0.997x"
+    assert message == f"of tiny: $.convert: {converted}, not self_attn.q_proj, mlp.gate_proj"
+    fused = {name.replace("self_attn.q_proj", "attention.qkv_linear.wqkv"): size for name, size in BLOCKS.items()}
+    assert checked(with_plan(plan=OF_TWO), fused) == [message]
+    (message,) = checked(with_plan(plan=OF_TWO, filter_fqns=["gate_proj"]), BLOCKS)
+    assert "3 of 3 blocks convert self_attn.q_proj, which was not measured" in message
+
+
+def test_whole_blocks_may_be_left_out(with_plan):
+    assert checked(with_plan(plan=OF_TWO, filter_fqns=["layers.1."]), BLOCKS) == []
+
+
+def test_a_plan_of_another_models_names_is_said(with_plan):
+    (message,) = checked(with_plan(), {"h.0.attn.c_attn": Q, "lm_head": HEAD})
+    assert message == "of tiny: $.shapes: no linear has any of its roles, such as self_attn.q_proj"
+
+
+def test_two_kinds_of_blocks_with_its_roles_are_said(with_plan):
+    towers = {
+        **BLOCKS,
+        "model.vision_tower.layers.0.self_attn.q_proj": Q,
+        "model.vision_tower.layers.0.mlp.gate_proj": GATE,
+    }
+    (message,) = checked(with_plan(plan=OF_TWO), towers)
+    assert message.endswith("its roles are in model.layers.*, model.vision_tower.layers.*")
+
+
+def test_no_conversion_ends_halfway(with_plan):
+    """A second kind of layer is the table's to decide: nothing is raised after others were converted."""
+    wider = {**BLOCKS, "model.layers.3.mlp.gate_proj": (64, 64)}
+    with pytest.warns(PlanMismatchWarning):
+        assert list(answers(with_plan(plan=OF_TWO), wider).values()) == [True] * 6 + [False]
+
+
+def test_a_plan_that_was_never_checked_is_an_error(with_plan):
+    with pytest.raises(PlanError, match=r"of tiny: \$.convert: expected a set that was measured"):
+        with_plan(plan={"convert": TWO})
 
 
 def test_a_plan_of_other_software_is_stale(with_plan):

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import torch
 from builders import SOFTWARE_HERE, make_point, make_table, write_file
+from plans import CANDIDATES, make_plan
 from torch import nn
 from torchao.float8 import convert_to_float8_training
 from torchao.float8.float8_linear import Float8Linear
@@ -21,6 +22,7 @@ from fp8gate import (
     NothingConvertedWarning,
     OutsideGridWarning,
     Parallel,
+    PlanMismatchWarning,
     StaleTableWarning,
     UnknownShardWarning,
     UnmatchedPatternWarning,
@@ -35,6 +37,15 @@ TABLE = make_table(
     make_point(TOKENS, *LOSER, 0.5),
     make_point(TOKENS, *AMBIGUOUS, 1.25, status="ambiguous"),
     make_point(TOKENS, *MISSING, status="out_of_memory"),
+)
+
+PLAN_OF_W1 = make_plan(
+    shapes={"w1": (TOKENS, *WINNER)},
+    indivisible=(),
+    table=None,
+    torchao=None,
+    convert=("w1",),
+    candidates=(CANDIDATES[0], msgspec.structs.replace(CANDIDATES[1], convert=("w1",))),
 )
 
 
@@ -112,6 +123,13 @@ CASES = {
         ({"parallel": Parallel(tp=2, plan={"w1": "colwise"})}, [(64, 256), WINNER]),
         r"w2: no pattern of the parallel plan names it; taken as whole on every rank",
         ({"parallel": Parallel(tp=2, plan={"w1": "colwise", "w2": "replicated"})}, [(64, 256), WINNER]),
+    ),
+    "a plan of other layers": (
+        PlanMismatchWarning,
+        "on_plan",
+        ({"plan": make_plan()}, [WINNER]),
+        r"of tiny: \$\.shapes: no linear has any of its roles, such as self_attn\.q_proj",
+        ({"plan": PLAN_OF_W1}, [WINNER]),
     ),
     "unmatched name": (
         UnmatchedPatternWarning,

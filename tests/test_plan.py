@@ -95,6 +95,8 @@ def test_a_plan_that_could_not_be_read_is_not_written(tmp_path):
         ("lm_head", None),
         ("q_proj", None),
         ("other_self_attn.q_proj", None),
+        ("decoder.layers.0.cross.self_attn.q_proj", None),
+        ("layers.0.moe.mlp.gate_proj", None),
     ],
 )
 def test_names_of_hugging_face_and_torchtitan_are_the_same_roles(fqn, role):

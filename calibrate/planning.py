@@ -27,7 +27,7 @@ from fp8gate.calibrate.device import describe_device, describe_software
 from fp8gate.calibrate.gpu_watch import DeviceLock
 from fp8gate.calibrate.linears import INDUCTOR
 from fp8gate.calibrate.rounds import PlanJournal, PlanSetup, Rounds
-from fp8gate.calibrate.search import BF16, Roles, Rules, gain, search, search_all
+from fp8gate.calibrate.search import BF16, CONTROL, Roles, Rules, gain, search, search_all
 from fp8gate.calibrate.visitor import PlanJob
 from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP, decide
 from fp8gate.filter.devices import device_slug
@@ -35,7 +35,7 @@ from fp8gate.filter.find_table import find_table
 from fp8gate.filter.linear_layer import grouped_weights
 from fp8gate.filter.lookup import Lookup
 from fp8gate.filter.models import BUNDLED, linear_roles, load_model
-from fp8gate.filter.plan import PLANS, Candidate, Plan, PlanProtocol, TableUsed, block_role
+from fp8gate.filter.plan import PLANS, Candidate, Plan, PlanProtocol, TableUsed, block_role, exceeds_control
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Recipe, Table, TableError
 from fp8gate.filter.torchao_rule import torchao_converts
@@ -129,8 +129,12 @@ def plan_subject(
             rounds = Rounds(crew, journal, subject.blueprint.shapes, say, start=start, stop_after_s=stop_after_s)
             chosen = search_all(roles, rounds, rules) if exhaustive else search(roles, answer.guesses, rounds, rules)
             rounds([BF16], 1)  # it may be all that could be measured
+            control = _control(rounds, rules)
+            if chosen != BF16 and not exceeds_control(gain(rounds.log_ratios(chosen), rules).low, control):
+                say(f"bf16 stays: no set gains more than bf16 loaded again, {control and f'{control:.4f}x'}")
+                chosen = BF16
             say(rounds.summary())
-        return _make_plan(setup, subject, roles, answer, rounds, rules, chosen, exhaustive)
+        return _make_plan(setup, subject, roles, answer, rounds, rules, chosen, control, exhaustive)
 
 
 def model_subject(model: str, *, tokens: int, sequence: int | None, tp: int, recomputed: bool) -> Subject:
@@ -279,6 +283,7 @@ def _make_plan(
     rounds: Rounds,
     rules: Rules,
     chosen: Roles,
+    control: float | None,
     exhaustive: bool,
 ) -> Plan:
     bf16_us = sum(rounds.times(BF16, 0))
@@ -292,10 +297,17 @@ def _make_plan(
         left_alone=grouped_weights(subject.blueprint.template),
         table=answer.table,
         torchao=answer.torchao,
+        control=control,
         convert=rounds.in_order(chosen),
         exhaustive=exhaustive,
         candidates=tuple(candidates),
     )
+
+
+def _control(rounds: Rounds, rules: Rules) -> float | None:
+    """bf16 / bf16 loaded again; None if it could not be."""
+    ratios = rounds([CONTROL], rules.screening + rules.final)[CONTROL]
+    return gain(ratios, rules).estimate if ratios else None
 
 
 def _candidate(one: Roles, rounds: Rounds, rules: Rules, predicted: float | None) -> Candidate:

@@ -18,7 +18,7 @@ import msgspec
 
 from fp8gate.calibrate.crew import Crew, MemberDiedError
 from fp8gate.calibrate.journal import AnyJournal, Header
-from fp8gate.calibrate.search import BF16, Roles
+from fp8gate.calibrate.search import BF16, CONTROL, Roles
 from fp8gate.calibrate.visitor import Done, Trouble, Visit
 from fp8gate.filter.plan import CandidateStatus, PlanProtocol
 from fp8gate.filter.table import Device, Recipe, Software
@@ -82,7 +82,7 @@ class Rounds:
         stop_after_s: float | None,
     ) -> None:
         self.crew, self.journal, self.say = crew, journal, say
-        self.roles = list(roles)
+        self.roles = [*roles, *CONTROL]
         self.errors: dict[Roles, float] = {}
         self.failed: dict[Roles, CandidateStatus] = {}
         self._loaded: set[Roles] = set()
@@ -111,9 +111,8 @@ class Rounds:
 
     @property
     def candidates(self) -> list[Roles]:
-        return [
-            one for one in dict.fromkeys([*self._visits, *self.failed]) if one in self.failed or self.log_ratios(one)
-        ]
+        known = [one for one in dict.fromkeys([*self._visits, *self.failed]) if one != CONTROL]
+        return [one for one in known if one in self.failed or self.log_ratios(one)]
 
     def log_ratios(self, one: Roles) -> tuple[float, ...]:
         """ln(bf16 / set) of forward plus backward, of the rounds in which both were visited, in their order."""

@@ -19,6 +19,8 @@ from fp8gate.calibrate.statistics import Interval, ratio_of
 
 Roles = frozenset[str]
 BF16: Roles = frozenset()
+CONTROL: Roles = frozenset({"bf16 again"})
+"""bf16, compiled, tuned and captured a second time: what it gains over the first is what such a thing differs by."""
 
 FINALISTS = 4  # beside bf16: of those within twice the noise of the best, more are rarely left
 WORTH = 1.0005  # a plan's numbers have four digits, of which the last must show that the choice is above 1

@@ -28,7 +28,7 @@ from fp8gate.calibrate.alone import run_alone
 from fp8gate.calibrate.block import Block, Blueprint, ReadyBlock
 from fp8gate.calibrate.gpu_watch import Watch
 from fp8gate.calibrate.measure import failure
-from fp8gate.calibrate.search import Roles
+from fp8gate.calibrate.search import BF16, CONTROL, Roles
 from fp8gate.calibrate.timing import Timer
 from fp8gate.calibrate.worker import listen, open_device
 from fp8gate.filter.plan import PlanProtocol
@@ -110,8 +110,9 @@ class Visitor:
     def compile(self, roles: Roles) -> Done:
         """bf16 as it is trained without float8, with Inductor's defaults."""
         job = self.job
-        inductor = (job.protocol.inductor if roles else {}) if job.protocol.compile else None
-        self._ready[roles] = job.blueprint.ready(roles, job.recipe, inductor, job.device.type)
+        converted = BF16 if roles == CONTROL else roles
+        inductor = (job.protocol.inductor if converted else {}) if job.protocol.compile else None
+        self._ready[roles] = job.blueprint.ready(converted, job.recipe, inductor, job.device.type)
         return Done()
 
     def load(self, roles: Roles) -> Done | Trouble:

@@ -121,6 +121,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     block: a hash of its code, settings and inputs. shapes: (m, k, n) of each role as one rank holds it. indivisible:
     roles that float8 cannot compute. left_alone: what of the block holds several matrices in one parameter, such as
     experts. table: None where there was none. torchao: what its rule converts, None for a recipe without one.
+    control: what bf16 gained over itself, compiled and loaded again, None if that failed; a choice gains more.
     exhaustive: every set was measured. Field order is the order in the file.
     """
 
@@ -141,6 +142,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     left_alone: Roles
     table: TableUsed | None
     torchao: Roles | None
+    control: Positive | None
     convert: Roles
     exhaustive: bool
     columns: tuple[str, ...] = COLUMNS
@@ -179,6 +181,11 @@ def block_role(fqn: str) -> str:
     """The name within a block, without the indices of layers and experts: those that a name follows."""
     *parts, last = fqn.split(".")
     return ".".join([*(part for part in parts if not part.isdigit()), last])
+
+
+def exceeds_control(speedup_low: float, control: float | None) -> bool:
+    """Whether a set wins by more than bf16 differs from itself. control: see `Plan`; without it nothing wins."""
+    return control is not None and speedup_low > max(1.0, control, 1 / control)
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan:
@@ -269,8 +276,11 @@ def _check(plan: Plan, source: str) -> None:
     chosen = plan.candidate(plan.convert)
     if chosen is None or chosen.speedup_low is None:
         raise PlanError(f"{source}: $.convert: expected a set that was measured, found {list(plan.convert)}")
-    if plan.convert and not chosen.speedup_low > 1:
-        raise PlanError(f"{source}: $.convert: expected a set above 1.0, bounds included; found {chosen.speedup_low}")
+    if plan.convert and not exceeds_control(chosen.speedup_low, plan.control):
+        above = f"1.0 and $.control = {plan.control}, either way"
+        raise PlanError(
+            f"{source}: $.convert: expected a set above {above}, bounds included; found {chosen.speedup_low}"
+        )
 
 
 def _check_roles(plan: Plan, roles: Roles, where: str) -> None:

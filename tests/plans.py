@@ -80,6 +80,7 @@ def make_plan(**fields: Any) -> Plan:
         "left_alone": ("mlp.experts",),
         "table": TableUsed(measured_at=MEASURED_AT, torch="2.13.0", min_speedup=1.02, convert=("mlp.gate_proj",)),
         "torchao": ("self_attn.q_proj", "mlp.gate_proj"),
+        "control": 0.998,
         "convert": ("self_attn.q_proj",),
         "exhaustive": False,
         "candidates": CANDIDATES,

@@ -21,11 +21,11 @@ from fp8gate.calibrate.crew import Crew, MemberDiedError
 from fp8gate.calibrate.plan_output import plan_json, plan_text
 from fp8gate.calibrate.planning import Subject, make_protocol, model_subject, plan, plan_path
 from fp8gate.calibrate.rounds import StoppedError
-from fp8gate.calibrate.search import BF16
+from fp8gate.calibrate.search import BF16, CONTROL
 from fp8gate.calibrate.visitor import Done, PlanJob, Trouble, Visit, Visitor
 from fp8gate.cli import app
 from fp8gate.filter.devices import cpu_name
-from fp8gate.filter.plan import format_plan, parse_plan
+from fp8gate.filter.plan import exceeds_control, format_plan, parse_plan
 from fp8gate.filter.shapes import LinearShape
 from fp8gate.filter.table import Device
 
@@ -66,6 +66,36 @@ def test_every_set_of_two_roles_is_measured_and_the_file_reads_back(tables):
 def test_bf16_is_what_is_left_unless_something_wins():
     """On a CPU float8 casts cost far more than a product of 16 rows."""
     assert planned().convert == ()
+
+
+def test_bf16_is_measured_against_itself_and_that_is_no_candidate(tmp_path):
+    found = planned(out=tmp_path)
+    assert 0.2 < found.control < 5
+    assert not any("bf16 again" in one.convert for one in found.candidates)
+    (journal,) = tmp_path.glob("journal-*.jsonl")
+    visits = [line for line in journal.read_text().splitlines() if '"convert":["bf16 again"]' in line]
+    assert len(visits) == PROTOCOL.screening + PROTOCOL.final
+
+
+@pytest.mark.parametrize("wins", [True, False])
+def test_a_set_that_gains_no_more_than_bf16_over_itself_is_not_chosen(monkeypatch, wins):
+    said = []
+    monkeypatch.setattr(planning, "search", lambda roles, guesses, rounds, rules: rounds([INNER], 7) and INNER)
+    monkeypatch.setattr(planning, "exceeds_control", lambda low, control: wins)
+    found = planned(say=said.append)
+    assert found.convert == (("inner",) if wins else ())
+    assert any("bf16 stays: no set gains more than bf16 loaded again" in line for line in said) is not wins
+
+
+def test_without_a_control_nothing_wins():
+    assert not exceeds_control(1.2, None)
+    assert [exceeds_control(1.02, control) for control in (1.0, 1.01, 1.03, 0.99, 0.97)] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_what_the_table_says_is_kept_beside_what_was_measured(tables):
@@ -153,6 +183,12 @@ def test_a_visitor_compiles_loads_and_visits(job):
     visit = visitor.answer(("visit", INNER))
     assert isinstance(visit, Visit)
     assert visit.fwd_us > 0
+
+
+def test_the_control_is_bf16_again(job):
+    visitor = Visitor(job)
+    assert visitor.answer(("compile", CONTROL)) == Done()
+    assert visitor.answer(("load", CONTROL)) == Done(error=0.0)
 
 
 def test_a_wrong_result_is_trouble(job, monkeypatch):

@@ -17,7 +17,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """Whether one linear is converted to float8, and why.
 
     speedup and bounds: float8 against bf16 for `shape` (local m, k, n); None where no number was needed or there.
-    point, distance, outside, gap: see `Estimate`.
+    point, distance, outside, gap: see `Estimate`. planned: by a plan, whose number is its block's.
     """
 
     convert: bool
@@ -30,6 +30,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     distance: float | None = None
     outside: bool = False
     gap: Status | None = None
+    planned: bool = False
 
     @property
     def m(self) -> int | None:
@@ -58,7 +59,9 @@ def decide(shape: LinearShape, lookup: Lookup, *, min_speedup: float, recomputed
 def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decision:
     wins = estimate.speedup >= min_speedup
     broken = estimate.gap == "failed"
-    verdict = f"{estimate.speedup:.2f}x" if wins else _just_below(estimate.speedup, min_speedup)
+    digits = _digits(estimate, min_speedup)
+    below = "" if wins else f", below {min_speedup:.{digits}f}x"
+    verdict = f"{estimate.speedup:.{digits}f}x{below}"
     if broken:
         verdict = "float8 failed at the nearest point"  # a wrong result is no speedup, however fast a neighbour is
     return Decision(
@@ -75,10 +78,16 @@ def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decisi
     )
 
 
-def _just_below(speedup: float, min_speedup: float) -> str:
-    """ "0.90x, below 1.02x"; with more digits where two would read "1.02x, below 1.02x"."""
-    digits = 2 if round(speedup, 2) < round(min_speedup, 2) else 4
-    return f"{speedup:.{digits}f}x, below {min_speedup:.{digits}f}x"
+def _digits(estimate: Estimate, min_speedup: float) -> int:
+    """2, or 4 where two of a reason's numbers would read "1.02x, below 1.02x" or "bounds 1.02 to 1.02"."""
+    low, speedup, high = (round(x, 2) for x in (estimate.speedup_low, estimate.speedup, estimate.speedup_high))
+    is_below = estimate.speedup < min_speedup
+    reads_alike = (is_below and speedup >= round(min_speedup, 2)) or (_straddles(estimate, min_speedup) and low == high)
+    return 4 if reads_alike else 2
+
+
+def _straddles(estimate: Estimate, min_speedup: float) -> bool:
+    return estimate.speedup_low < min_speedup <= estimate.speedup_high
 
 
 def _provenance(estimate: Estimate, min_speedup: float) -> str:
@@ -95,10 +104,9 @@ def _provenance(estimate: Estimate, min_speedup: float) -> str:
         parts.append("outside the measured range")
     if estimate.point.status == "ambiguous":
         parts.append("ambiguous")
-    if estimate.speedup_low < min_speedup <= estimate.speedup_high:
-        low, high = estimate.speedup_low, estimate.speedup_high
-        digits = 2 if round(low, 2) < round(high, 2) else 4
-        parts.append(f"bounds {low:.{digits}f} to {high:.{digits}f}")
+    if _straddles(estimate, min_speedup):
+        digits = _digits(estimate, min_speedup)
+        parts.append(f"bounds {estimate.speedup_low:.{digits}f} to {estimate.speedup_high:.{digits}f} within one run")
     if estimate.forwards > 1:
         parts.append("recomputed")
     if estimate.gap:

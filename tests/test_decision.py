@@ -47,6 +47,22 @@ def test_converts_from_the_wanted_speedup_on(speedup, min_speedup, expected):
 
 
 @pytest.mark.parametrize(
+    ("speedup", "low", "high", "expected"),
+    [
+        (1.0175, 1.0163, 1.0203, (False, "1.0175x, below 1.0200x (measured, bounds 1.0163 to 1.0203 within one run)")),
+        (1.0175, 1.0, 1.04, (False, "1.0175x, below 1.0200x (measured, bounds 1.0000 to 1.0400 within one run)")),
+        (1.021, 1.019, 1.022, (True, "1.0210x (measured, bounds 1.0190 to 1.0220 within one run)")),
+        (1.01, 1.0, 1.03, (False, "1.01x, below 1.02x (measured, bounds 1.00 to 1.03 within one run)")),
+        (1.04, 1.01, 1.05, (True, "1.04x (measured, bounds 1.01 to 1.05 within one run)")),
+        (1.021, 1.0205, 1.022, (True, "1.02x (measured)")),
+    ],
+)
+def test_all_numbers_of_a_reason_have_the_digits_that_tell_them_apart(speedup, low, high, expected):
+    point = msgspec.structs.replace(make_point(32, 64, 128, speedup), speedup_low=low, speedup_high=high)
+    assert answer(decided((32, 64, 128), point)) == expected
+
+
+@pytest.mark.parametrize(
     ("shape", "reason"),
     [
         ((40, 64, 128), "m = 40: not a multiple of 16"),

@@ -146,10 +146,12 @@ class AutoFilter:
         if model is not None:
             self._start_anew()
             is_module = hasattr(model, "named_modules")
-            for fqn, layer in linears_of(model) if is_module else model:
-                size = linear_size(layer)
-                if not isinstance(size, str):
-                    self.decisions[fqn] = self._ask(size, fqn)
+            sizes = [(fqn, linear_size(layer)) for fqn, layer in (linears_of(model) if is_module else model)]
+            linears = [(fqn, size) for fqn, size in sizes if not isinstance(size, str)]
+            self.decisions.update((fqn, self._ask(size, fqn)) for fqn, size in linears)
+            if self._planned:
+                self._planned.rule(self.decisions, self.settings.recomputes)
+                self.decisions.update((fqn, self._ask(size, fqn)) for fqn, size in linears)  # now by whole blocks
             if is_module:
                 for name in names_without_linears(model):
                     self._shards.style(name)
@@ -194,16 +196,16 @@ class AutoFilter:
         """What was decided, in a sentence or two for a log."""
         converted = sum(d.convert for d in self.decisions.values())
         outside = sum(d.outside for d in self.decisions.values())
+        least = f"at least {self.settings.min_speedup:.2f}x"
+        where = f"on {self.table.device.name} at {self.settings.tokens} tokens"
         sentences = [
             f"converted {converted} of {len(self.decisions)} linears to float8 {self.table.recipe} "
-            f"(at least {self.settings.min_speedup:.2f}x on {self.table.device.name} at {self.settings.tokens} tokens)"
+            f"({'by a plan' if self._planned else least} {where})"
         ]
         if self._planned:
-            by_table = [role(fqn) for fqn in self.decisions if self._planned.plan.role(fqn) is None]
-            others = (
-                f"not in it, decided by the table: {', '.join(dict.fromkeys(by_table))}" if by_table else "all of it"
-            )
-            sentences.append(f"by the plan {self._planned.source}, whatever the least speedup; {others}")
+            by_table = dict.fromkeys(role(fqn) for fqn, d in self.decisions.items() if d.point)
+            others = f"; not in it, by the table, {least}: {', '.join(by_table)}" if by_table else ""
+            sentences.append(f"the plan {self._planned.source}, whatever min_speedup{others}")
         if outside:
             sentences.append(f"{outside} lie outside the measured range")
         if self.unmatched:
@@ -275,6 +277,8 @@ class AutoFilter:
         self.left_alone, self.unknown_shards, self._saw_all_modules = (), {}, False
         self._shards.forget()
         self._findings.forget(but=StaleTableWarning)
+        if self._planned:
+            self._planned.forget()
         self._forget_answers()
 
     def _forget_answers(self) -> None:
@@ -296,7 +300,7 @@ class AutoFilter:
         for pattern in self._shards.unmatched(of_linears=not self._saw_all_modules):
             yield Finding(UnmatchedPatternWarning, f"parallel.plan: {pattern} matched no linear")
         if self._planned:
-            yield from self._planned.findings(self.decisions)
+            yield from self._planned.findings(self.decisions, self.settings.recomputes)
         if not any(decision.convert for decision in self.decisions.values()):
             yield Finding(NothingConvertedWarning, f"none of {len(self.decisions)} linears is converted to float8")
 
@@ -344,7 +348,8 @@ def auto_filter(
     from this measured bf16 / float8 time ratio on. lookup: "interpolate" ln(speedup) between the measured points around
     a shape, or take the "nearest" one's. tables: a table file or a folder of them, before FP8GATE_THRESHOLDS and the
     packaged ones. plan: a plan, or its file, that decides the roles it knows, whatever min_speedup; the table decides
-    the others, and those of another local shape or recomputation than the plan's.
+    the others. Only `check(model)` sees whole blocks: where one is not all the plan's, it takes what was measured of
+    the rest, or the table's answers; a filter that is asked layer by layer takes every block for whole.
     parallel: how tensor and context parallelism divide the model; a weight that is divided already (a
     DTensor) is taken as it is. recompute: the layers under activation checkpointing, "none", "full", or a predicate of
     their names: their forward runs twice.

@@ -37,7 +37,7 @@ class UnknownShardWarning(FilterWarning):
 
 
 class PlanMismatchWarning(FilterWarning):
-    """A plan is of other layers, or blocks convert another set than the one that it measured."""
+    """A plan does not know a linear of a block, or blocks convert another set than the one that it measured."""
 
 
 class UnmatchedPatternWarning(FilterWarning):
@@ -70,7 +70,8 @@ class Findings:
     def add(self, finding: Finding) -> None:
         """Note a finding, to be dealt with by `settle`. An error is raised as often as it is found."""
         policy = self._policies[finding.category]
-        if policy == "error" or (policy == "warn" and finding not in (*self._known, *self._pending)):
+        is_new = finding not in self._pending and (policy == "error" or finding not in self._known)
+        if policy != "ignore" and is_new:
             self._pending.append(finding)
 
     def forget(self, *, but: type[FilterWarning]) -> None:

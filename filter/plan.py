@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
@@ -48,10 +49,19 @@ _HUGGING_FACE = {
 }
 """torchtitan's names of a Llama-style block's parts, and Hugging Face's."""
 _NO_PART = "qkv_linear"  # what torchtitan puts between the attention and its projections
+_TWO_IN_ONE = {"wkv": ("wk", "wv")}  # torchtitan builds both of one config; its fused wqkv is one product: no role
+_BLOCK = re.compile(r"((?:model\.)?layers\.\d+)\.")  # nothing before it: a vision tower has layers too
 
 
 class PlanError(ValueError):
     """A plan that cannot be used; the message names the file, the field and what was expected there."""
+
+
+class Place(NamedTuple):
+    """A linear's block, such as "model.layers.3", "" for a model that is the block, and its roles: none if unknown."""
+
+    block: str
+    roles: Roles
 
 
 class PlanProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -148,21 +158,27 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     columns: tuple[str, ...] = COLUMNS
     candidates: tuple[Candidate, ...]
 
-    def role(self, fqn: str) -> str | None:
-        """The role of the linear of this name in a whole model, Hugging Face's or torchtitan's; None: not in it."""
-        place = self.place(fqn)
-        return place[1] if place else None
+    def place(self, fqn: str) -> Place | None:
+        """Where the linear of this name stands in a whole model, Hugging Face's or torchtitan's; None: in no block."""
+        name = plain_name(fqn)
+        if roles := self._roles(name):
+            return Place("", roles)
+        found = _BLOCK.match(name)
+        return Place(found[1], self._roles(name[found.end() :])) if found else None
 
-    def place(self, fqn: str) -> tuple[str, str] | None:
-        """The block, such as "model.layers.3", and the role: a role begins the name or follows its block's index."""
-        roles = {_canonical(role): role for role in self.shapes}
-        parts = plain_name(fqn).split(".")
-        for i in range(len(parts)):
-            if i == 0 or parts[i - 1].isdigit():
-                role = roles.get(_canonical(".".join(parts[i:])))
-                if role:
-                    return ".".join(parts[:i]), role
-        return None
+    def alike(self, fqn: str) -> str | None:
+        """The role that this name ends like, for names in no block."""
+        name = _canonical(plain_name(fqn))
+        return next((role for role in self.shapes if name.endswith(f".{_canonical(role)}")), None)
+
+    def _roles(self, name: str) -> Roles:
+        """The roles that a name within a block has; none if one of them is not there."""
+        known = {_canonical(role): role for role in self.shapes}
+        before, _, last = name.rpartition(".")
+        names = [_canonical(name)]
+        if names[0] not in known and last in _TWO_IN_ONE:
+            names = [_canonical(f"{before}.{part}") for part in _TWO_IN_ONE[last]]
+        return tuple(known[name] for name in names) if all(name in known for name in names) else ()
 
     def shape(self, role: str) -> LinearShape:
         return LinearShape(*self.shapes[role])

@@ -1,66 +1,156 @@
-"""A plan in use: what it decides of a model's linears, and whether its set is what every block converts. Pure.
+"""A plan in use: what it decides of a model's linears. Its unit is the set that was measured, block by block. Pure.
 
-In: a plan, linears by name. Out: decisions, and findings where blocks convert another set than the one measured to win:
-what conversions are worth together is not the sum of their parts.
+In: a plan, linears by name. Out: decisions, and findings where a model is not what was measured: what conversions are
+worth together is not the sum of their parts.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 from fp8gate.filter.decision import Decision
 from fp8gate.filter.findings import Finding, PlanMismatchWarning
 from fp8gate.filter.linear_layer import role as without_indices
+from fp8gate.filter.parallel import plain_name
 from fp8gate.filter.plan import Plan, Roles
 from fp8gate.filter.shapes import LinearShape
 
+Decisions = Mapping[str, Decision]
+Recomputes = Callable[[str], bool]
+
+
+class _Ruling(NamedTuple):
+    """The roles that a block converts, None: the table decides; and what the block's number does not say."""
+
+    convert: Roles | None
+    remark: str = ""
+
 
 class Planned:
-    """A plan, and what to call it in messages."""
+    """A plan, what to call it in messages, and what it comes to in the blocks of a model once `rule` has seen them."""
 
     def __init__(self, plan: Plan, source: str) -> None:
         self.plan, self.source = plan, source
+        self._rulings: dict[str, _Ruling] = {}
+        self._unchecked = _Ruling(plan.convert, "as a whole, not checked")
+
+    def forget(self) -> None:
+        """Start anew with another model."""
+        self._rulings.clear()
 
     def decide(self, fqn: str, shape: LinearShape, recomputed: bool) -> Decision | Finding | None:
-        """The plan's answer; a finding for another layer than it was made for, which is not in it; None: not in it."""
-        role = self.plan.role(fqn)
-        if role is None:
+        """The plan's answer; a finding for what could be taken for its linear and is not; None: the table decides."""
+        place = self.plan.place(fqn)
+        if place is None or not place.roles:
+            return self._unknown(fqn, in_block=place is not None)
+        if mismatch := self._mismatch(fqn, place.roles, shape, recomputed):
+            return mismatch
+        convert, remark = self._rulings.get(place.block, self._unchecked)
+        if convert is None:
             return None
-        for field, here, there in (
-            (f"shapes.{role}", shape, self.plan.shape(role)),
-            ("recompute", "full" if recomputed else "none", self.plan.recompute),
-        ):
+        says = f", {remark}" if remark else ""
+        if place.roles[0] in convert:
+            reason = f"the plan: block {self._speedup(convert):.3f}x{says}"
+            return Decision(convert=True, shape=shape, reason=reason, planned=True)
+        reason = "the plan: bf16" + (says if place.roles[0] in self.plan.convert else "")
+        return Decision(convert=False, shape=shape, reason=reason, planned=True)
+
+    def rule(self, decisions: Decisions, recomputes: Recomputes) -> None:
+        """Settle what each block converts, from all of a model's answers, each given as if its block were whole."""
+        for block, linears in self._blocks(decisions).items():
+            self._rulings[block] = self._ruling(linears, decisions, recomputes)
+
+    def findings(self, decisions: Decisions, recomputes: Recomputes) -> Iterator[Finding]:
+        """Where blocks convert another set than the plan's, or none is of it; not where one is left out altogether."""
+        blocks = self._blocks(decisions)
+        if not any(roles for linears in blocks.values() for roles in linears.values()):
+            yield self._finding(f"$.shapes: no linear has any of its roles, such as {next(iter(self.plan.shapes))}")
+        sets: Counter[tuple[Roles, bool]] = Counter()
+        for linears in blocks.values():
+            if any(decisions[fqn].planned or decisions[fqn].point for fqn in linears):
+                sets[self._converted(linears, decisions), self._is_other(linears, decisions, recomputes)] += 1
+        for (found, is_other), count in sets.items():
+            if is_other or found != self.plan.convert:
+                known = "in blocks that were not measured" if is_other else self._measured(found)
+                which = f"{count} of {len(blocks)} blocks convert {_names(found)}, {known}"
+                yield self._finding(f"$.convert: {which}; expected {_names(self.plan.convert)}")
+
+    def _ruling(self, linears: Mapping[str, Roles], decisions: Decisions, recomputes: Recomputes) -> _Ruling:
+        if self._is_other(linears, decisions, recomputes):
+            return _Ruling(None)
+        there = {role for roles in linears.values() for role in roles}
+        barred = {role for fqn, roles in linears.items() if not decisions[fqn].planned for role in roles}
+        left = tuple(role for role in self.plan.convert if role in there - barred)
+        beside = "" if all(linears.values()) else "measured without the linears beside its own"
+        if left == self.plan.convert:
+            return _Ruling(left, beside)
+        measured = self.plan.candidate(left)
+        if measured is None or measured.speedup is None:
+            return _Ruling(None)
+        if (measured.speedup_low or 0) > 1:  # as is asked of the plan's own set
+            return _Ruling(left, ", ".join(filter(None, ("what is left of its set", beside))))
+        return _Ruling((), f"what is left of its set, {_names(left)}, {self._measured(left)}")
+
+    def _mismatch(self, fqn: str, roles: Roles, shape: LinearShape, recomputed: bool) -> Finding | None:
+        """Why this is another layer than the plan's."""
+        recompute = "full" if recomputed else "none"
+        fields = [(f"shapes.{role}", shape, self.plan.shape(role)) for role in roles]
+        for field, here, there in (*fields, ("recompute", recompute, self.plan.recompute)):
             if here != there:
                 which = f"expected {here}, as {without_indices(fqn)} is here; found {there}"
                 return self._finding(f"$.{field}: {which}; the table decides")
-        if role not in self.plan.convert:
-            return Decision(convert=False, shape=shape, reason="the plan: bf16")
-        together = f", {len(self.plan.convert)} roles together" if len(self.plan.convert) > 1 else ""
-        reason = f"the plan: block {self.plan.chosen.speedup:.3f}x{together}"
-        return Decision(convert=True, shape=shape, reason=reason)
+        apart = [role for role in roles if role in self.plan.convert]
+        if apart and len(apart) < len(roles):
+            which = f"expected all or none of {_names(roles)}, as {without_indices(fqn)} is both; found {_names(apart)}"
+            return self._finding(f"$.convert: {which}; the table decides")
+        return None
 
-    def findings(self, decisions: Mapping[str, Decision]) -> Iterator[Finding]:
-        """Where blocks convert another set than the plan's, none is of it, or several kinds of blocks are."""
-        converted: defaultdict[str, set[str]] = defaultdict(set)
-        for fqn, decision in decisions.items():
+    def _unknown(self, fqn: str, *, in_block: bool) -> Finding | None:
+        """A linear within a block, or one named like a role elsewhere, may be taken for the plan's; a head may not."""
+        alike = self.plan.alike(fqn)
+        if not in_block and alike is None:
+            return None
+        why = "is none of its roles" if in_block else f"is not named (model.)layers.<i>.{alike}"
+        return self._finding(f"$.shapes: {without_indices(fqn)} {why}; the table decides")
+
+    def _is_other(self, linears: Mapping[str, Roles], decisions: Decisions, recomputes: Recomputes) -> bool:
+        """Whether one of a block's linears is another than the plan's: then no set of the block was measured."""
+        for fqn, roles in linears.items():
+            shape = decisions[fqn].shape
+            if roles and shape and self._mismatch(fqn, roles, shape, recomputes(plain_name(fqn))):
+                return True
+        return False
+
+    def _blocks(self, decisions: Decisions) -> dict[str, dict[str, Roles]]:
+        """Block -> its linears, each with its roles: none of those that the plan does not know."""
+        blocks: defaultdict[str, dict[str, Roles]] = defaultdict(dict)
+        for fqn in decisions:
             if place := self.plan.place(fqn):
-                block, role = place
-                converted[block].update({role} if decision.convert else ())
-        if not converted:
-            yield self._finding(f"$.shapes: no linear has any of its roles, such as {next(iter(self.plan.shapes))}")
-        if len(kinds := dict.fromkeys(map(without_indices, converted))) > 1:
-            yield self._finding(f"$.model: expected one kind of block; its roles are in {', '.join(kinds)}")
-        sets = Counter(tuple(role for role in self.plan.shapes if role in roles) for roles in converted.values())
-        for found, count in sets.items():
-            if found and found != self.plan.convert:
-                yield self._finding(f"$.convert: {count} of {len(converted)} blocks convert {self._measured(found)}")
+                blocks[place.block][fqn] = place.roles
+        return blocks
+
+    def _converted(self, linears: Mapping[str, Roles], decisions: Decisions) -> Roles:
+        """What a block converts: roles in the plan's order, then names that are none."""
+        roles = {role for fqn, roles in linears.items() if decisions[fqn].convert for role in roles}
+        others = {without_indices(fqn): None for fqn in linears if decisions[fqn].convert and not linears[fqn]}
+        return (*(role for role in self.plan.shapes if role in roles), *others)
+
+    def _speedup(self, roles: Roles) -> float:
+        candidate = self.plan.candidate(roles)
+        assert candidate is not None, "a ruling names a set of the plan's"
+        assert candidate.speedup is not None, "that was measured"
+        return candidate.speedup
 
     def _measured(self, roles: Roles) -> str:
         candidate = self.plan.candidate(roles)
         number = candidate.speedup if candidate else None
-        known = "which was not measured" if number is None else f"measured at {number:.3f}x"
-        return f"{', '.join(roles)}, {known}, not {', '.join(self.plan.convert) or 'nothing'}"
+        return "which was not measured" if number is None else f"measured at {number:.3f}x"
 
     def _finding(self, message: str) -> Finding:
         return Finding(PlanMismatchWarning, f"{self.source}: {message}")
+
+
+def _names(roles: Roles | list[str]) -> str:
+    return ", ".join(roles) or "nothing"

@@ -83,30 +83,54 @@ def test_a_plan_that_could_not_be_read_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+Q, K, V, GATE = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj"
+
+
 @pytest.mark.parametrize(
-    ("fqn", "role"),
+    ("fqn", "place"),
     [
-        ("model.layers.3.self_attn.q_proj", "self_attn.q_proj"),
-        ("layers.3.attention.wq", "self_attn.q_proj"),
-        ("layers.3.attention.qkv_linear.wk", "self_attn.k_proj"),
-        ("layers.3._checkpoint_wrapped_module.feed_forward.w1", "mlp.gate_proj"),
-        ("self_attn.q_proj", "self_attn.q_proj"),
-        ("layers.3.feed_forward.w2", None),
+        ("model.layers.3.self_attn.q_proj", ("model.layers.3", (Q,))),
+        ("layers.3.attention.wq", ("layers.3", (Q,))),
+        ("layers.3.attention.qkv_linear.wk", ("layers.3", (K,))),
+        ("layers.3._checkpoint_wrapped_module.feed_forward.w1", ("layers.3", (GATE,))),
+        ("self_attn.q_proj", ("", (Q,))),
+        ("layers.3.feed_forward.w2", ("layers.3", ())),
+        ("layers.3.attention.qkv_linear.wqkv", ("layers.3", ())),
+        ("layers.3.attention.qkv_linear.wkv", ("layers.3", ())),  # the plan has no v_proj
+        ("layers.3.moe.shared_experts.gate_proj", ("layers.3", ())),
+        ("layers.3.cross.self_attn.q_proj", ("layers.3", ())),
+        ("decoder.layers.0.self_attn.q_proj", None),
+        ("model.vision_tower.layers.0.self_attn.q_proj", None),
         ("lm_head", None),
         ("q_proj", None),
         ("other_self_attn.q_proj", None),
-        ("decoder.layers.0.cross.self_attn.q_proj", None),
-        ("layers.0.moe.mlp.gate_proj", None),
     ],
 )
-def test_names_of_hugging_face_and_torchtitan_are_the_same_roles(fqn, role):
-    assert make_plan().role(fqn) == role
+def test_only_a_role_in_a_numbered_layer_is_the_plans(fqn, place):
+    assert make_plan().place(fqn) == place
+
+
+def test_torchtitans_wkv_is_two_roles():
+    plan = make_plan(shapes={Q: (32, 64, 64), K: (32, 64, 32), V: (32, 64, 32)})
+    assert plan.place("layers.0.attention.qkv_linear.wkv") == ("layers.0", (K, V))
+    assert make_plan(shapes={"attention.wkv": (32, 64, 32)}).place("layers.0.attention.wkv").roles == ("attention.wkv",)
 
 
 def test_a_plan_of_torchtitans_names_knows_hugging_faces():
     plan = make_plan(shapes={"attention.wq": (32, 64, 64)})
-    assert plan.role("model.layers.0.self_attn.q_proj") == "attention.wq"
+    assert plan.place("model.layers.0.self_attn.q_proj") == ("model.layers.0", ("attention.wq",))
     assert plan.shape("attention.wq") == LinearShape(32, 64, 64)
+
+
+def test_a_name_in_no_block_may_be_like_a_role():
+    assert make_plan().alike("model.vision_tower.layers.0.self_attn.q_proj") == Q
+    assert make_plan().alike("model.other_self_attn.q_proj") is None
+
+
+def test_a_bare_feed_forwards_roles_are_no_experts():
+    plan = make_plan(shapes={"w1": (32, 64, 64)})
+    assert plan.place("layers.0.moe.shared_experts.w1") == ("layers.0", ())
+    assert plan.place("w1") == ("", ("w1",))
 
 
 def test_a_role_has_no_layer_indices():

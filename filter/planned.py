@@ -14,7 +14,7 @@ from fp8gate.filter.decision import Decision
 from fp8gate.filter.findings import Finding, PlanMismatchWarning
 from fp8gate.filter.linear_layer import role as without_indices
 from fp8gate.filter.parallel import plain_name
-from fp8gate.filter.plan import Plan, Roles
+from fp8gate.filter.plan import Plan, Roles, exceeds_control
 from fp8gate.filter.shapes import LinearShape
 
 Decisions = Mapping[str, Decision]
@@ -87,9 +87,9 @@ class Planned:
         if left == self.plan.convert:
             return _Ruling(left, beside)
         measured = self.plan.candidate(left)
-        if measured is None or measured.speedup is None:
+        if measured is None or measured.speedup_low is None:
             return _Ruling(None)
-        if (measured.speedup_low or 0) > 1:  # as is asked of the plan's own set
+        if exceeds_control(measured.speedup_low, self.plan.control):  # as is asked of the plan's own set
             return _Ruling(left, ", ".join(filter(None, ("what is left of its set", beside))))
         return _Ruling((), f"what is left of its set, {_names(left)}, {self._measured(left)}")
 

@@ -204,6 +204,15 @@ def test_half_a_plan_that_wins_has_its_own_number(with_plan):
     assert decided(wants_float8)["self_attn.q_proj"] == (True, reason)
 
 
+def test_half_a_plan_wins_by_more_than_the_control_or_not_at_all(with_plan):
+    alone = Candidate(("self_attn.q_proj",), 7, 95.0, 190.0, 1.053, 1.04, 1.06, 1.02, 0.04, "measured")
+    fields = {**OF_TWO, "candidates": (*TOGETHER, alone), "control": 1.05}
+    wants_float8 = with_plan(plan=fields, filter_fqns=["gate_proj"])
+    checked(wants_float8, BLOCKS)
+    reason = "the plan: bf16, what is left of its set, self_attn.q_proj, measured at 1.053x"
+    assert decided(wants_float8)["self_attn.q_proj"] == (False, reason)
+
+
 def test_half_a_plan_that_was_not_measured_is_the_tables_to_decide(with_plan):
     wants_float8 = with_plan(plan=OF_TWO, filter_fqns=["gate_proj"])
     (message,) = checked(wants_float8, BLOCKS)

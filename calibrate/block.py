@@ -8,6 +8,7 @@ the block comes from: only time counts.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import hashlib
@@ -133,18 +134,22 @@ class Block:
             **{name: buffer.to(device) for name, buffer in blueprint.buffers.items()},
         }
         self.inputs = tree_map_only(Tensor, lambda tensor: _real(tensor, device), blueprint.inputs)
-        leaves = {
-            name: leaf for name, leaf in (*_named_leaves(self.inputs), *self.tensors.items()) if leaf.requires_grad
-        }
+        inputs = [(name, leaf) for name, leaf in _named_leaves(self.inputs) if leaf.requires_grad]
+        self._data = [(leaf, leaf.detach().clone(), _alike(leaf)) for _, leaf in inputs]
+        leaves = dict((*inputs, *((name, one) for name, one in self.tensors.items() if one.requires_grad)))
         self._names, self._wanted = ("output", *leaves), tuple(leaves.values())
         self._grad_output = torch.empty(0)
         eager = self.arm(blueprint.ready(frozenset(), "tensorwise", None, device.type))
         output = eager.forward()
         self._grad_output = torch.randn_like(output)
         self._require_all_used(output)
-        self._expected = self._reference(eager, 1.0)
-        again = self._reference(eager, 3.0)
+        with self._check_data():
+            self._expected = self._reference(eager, 1.0)
+            again = self._reference(eager, 3.0)
         self._noise = [_relative_error(one, right) for one, right in zip(again, self._expected, strict=True)]
+        for name, right in zip(self._names, self._expected, strict=True):
+            if not torch.isfinite(right).all():
+                raise BlockError(f"{name}: expected finite values in bf16, with random weights and inputs")
         del eager, output, again
         gc.collect()
         if device.type == "cuda":
@@ -155,19 +160,35 @@ class Block:
         put_tensors(ready.module, self.tensors)
         return BlockArm(ready.function, self.inputs, self._wanted, self._grad_output)
 
-    def error(self, results: Results) -> tuple[float, str]:
-        """The largest |result - bf16's| / |bf16's| (Frobenius) of all results, and whose it is; NaN if not finite.
+    def error(self, run: Callable[[], Results]) -> tuple[float, str]:
+        """The largest |result - bf16's| / |bf16's| (Frobenius) of all that `run` gives, and whose it is; NaN if not
+        finite.
 
-        Of the output, what the block adds to its input counts. A part of the block that adds little may be wrong and
-        not be noticed.
+        Of the output, what the block adds to its input counts. For this run all rows of an input are alike by half:
+        attention averages over rows, so that of independent ones its output would be too small to tell from nothing.
         """
-        found = (self._added(results.output), *results.gradients)
+        with self._check_data():
+            results = run()
+            found = (self._added(results.output), *results.gradients)
         errors = [
             (_relative_error(one, right), name)
             for name, one, right, noise in zip(self._names, found, self._expected, self._noise, strict=True)
             if noise <= TRUSTED
         ]
         return max(errors, key=lambda error: math.inf if math.isnan(error[0]) else error[0])
+
+    @contextlib.contextmanager
+    def _check_data(self) -> Iterator[None]:
+        """Inputs of rows that are alike, in the memory of those that are timed."""
+        with torch.no_grad():
+            for leaf, _, alike in self._data:
+                leaf.copy_(alike)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for leaf, timed, _ in self._data:
+                    leaf.copy_(timed)
 
     def _reference(self, eager: BlockArm, scale: float) -> tuple[Tensor, ...]:
         """The results in bf16. scale: of the gradients on the way, which changes nothing but how they are rounded."""
@@ -292,6 +313,12 @@ def _real(tensor: Tensor, device: torch.device) -> Tensor:
     if not tensor.is_meta:
         return tensor.to(device)
     return _empty(tensor, device).normal_().requires_grad_()
+
+
+def _alike(leaf: Tensor) -> Tensor:
+    """As large as N(0, 1): half of what varies is the same in all rows."""
+    own, common = torch.randn_like(leaf), torch.randn(leaf.shape[-1:], dtype=leaf.dtype, device=leaf.device)
+    return (own.detach() + common) / math.sqrt(2)
 
 
 def _relative_error(result: Tensor, right: Tensor) -> float:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from fp8gate.calibrate.block import BlockError
 from fp8gate.calibrate.forkserver import start_server
-from fp8gate.calibrate.search import BF16, Roles
+from fp8gate.calibrate.search import BF16, CONTROL, Roles
 from fp8gate.calibrate.visitor import Answer, PlanJob, Request, Trouble, Visitor, serve
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class Crew:
             return
         left = deque(sets)
         idle = sorted(self._members, key=list(self._homes.values()).count)
+        if CONTROL in sets:  # a process shares tuned kernels: what bf16 differs from must come from another
+            idle.sort(key=lambda member: member is self._homes.get(BF16))
         busy: dict[Connection, tuple[_Member, Roles]] = {}
         while left or busy:
             while left and idle:

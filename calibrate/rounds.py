@@ -102,10 +102,6 @@ class Rounds:
             new = [one for one in dict.fromkeys([BF16, *lacking]) if one not in self._loaded]
             if new:
                 self._load(new)
-            if BF16 in self.failed:
-                raise StoppedError(
-                    "bf16 could not be measured, so nothing can be compared with it; try fewer --workers"
-                )
             self._run_round(list(dict.fromkeys([BF16, *(one for one in lacking if one not in self.failed)])))
         return {one: self.log_ratios(one) for one in candidates}
 
@@ -154,9 +150,14 @@ class Rounds:
                     self.say(f"{self._elapsed()} ready {i} of {len(new)}: {self._name(one)}")
                 elif isinstance(loaded, Trouble):
                     self._fail(one, loaded)
+                self._require_bf16()
         except MemberDiedError as error:
             self._fail(error.args[1], Trouble("failed", error.args[0]))
             raise
+
+    def _require_bf16(self) -> None:
+        if BF16 in self.failed:
+            raise StoppedError("bf16 could not be measured, so nothing can be compared with it; try fewer --workers")
 
     def _run_round(self, sets: Sequence[Roles]) -> None:
         self._require_time()
@@ -165,6 +166,7 @@ class Rounds:
         rng = random.Random(f"{self.journal.setup.protocol.seed} {self._round}")
         for one in rng.sample(sets, len(sets)):
             self._visit(one)
+            self._require_bf16()
         self._spend("visits", begin)
 
     def _require_time(self) -> None:

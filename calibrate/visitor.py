@@ -119,7 +119,7 @@ class Visitor:
         """Tune, capture and check a set that is compiled."""
         timer, _, block = self._on_device()
         prepared = timer.prepare(block.arm(self._ready.pop(roles)))
-        error, name = block.error(timer.results(prepared))
+        error, name = block.error(lambda: timer.results(prepared))
         timer.forget_results(prepared)
         gc.collect()  # not in a visit
         if not error <= MAX_ERROR:

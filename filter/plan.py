@@ -50,7 +50,7 @@ _HUGGING_FACE = {
 """torchtitan's names of a Llama-style block's parts, and Hugging Face's."""
 _NO_PART = "qkv_linear"  # what torchtitan puts between the attention and its projections
 _TWO_IN_ONE = {"wkv": ("wk", "wv")}  # torchtitan builds both of one config; its fused wqkv is one product: no role
-_BLOCK = re.compile(r"((?:model\.)?layers\.\d+)\.")  # nothing before it: a vision tower has layers too
+_BLOCK = re.compile(r"((?:model\.|language_model\.)*layers\.\d+)\.")  # nothing else before: vision towers have layers
 
 
 class PlanError(ValueError):

@@ -101,6 +101,8 @@ Q, K, V, GATE = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp
         ("layers.3.cross.self_attn.q_proj", ("layers.3", ())),
         ("decoder.layers.0.self_attn.q_proj", None),
         ("model.vision_tower.layers.0.self_attn.q_proj", None),
+        ("model.language_model.layers.3.self_attn.q_proj", ("model.language_model.layers.3", (Q,))),
+        ("language_model.model.layers.3.self_attn.q_proj", ("language_model.model.layers.3", (Q,))),
         ("lm_head", None),
         ("q_proj", None),
         ("other_self_attn.q_proj", None),

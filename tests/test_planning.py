@@ -224,6 +224,14 @@ def test_processes_answer_as_this_one_does_and_a_dead_one_is_named(job):
     assert not any(process.is_alive() for process in processes)
 
 
+def test_bf16_again_comes_from_another_process(job):
+    with Crew(job, 2) as crew:
+        list(crew.compile([BF16]))
+        list(crew.compile([INNER, OUTER]))
+        list(crew.compile([CONTROL]))
+        assert crew._homes[CONTROL] is not crew._homes[BF16]
+
+
 def test_processes_end_with_the_plan_even_within_a_visit(job):
     """As if it was killed: the pipe closes, and nobody ends them."""
     long = replace(job, protocol=msgspec.structs.replace(PROTOCOL, pause_s=60.0))
@@ -379,15 +387,48 @@ def test_without_a_table_or_a_rule_there_is_no_answer():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_sets_of_a_real_layer_share_memory_on_a_gpu_and_compute_what_they_should(config, recipe):
-    """Each is checked against bf16 when it is loaded, beside those that are loaded already, then all are visited."""
+def test_sets_of_a_real_layer_share_memory_on_a_gpu_and_compute_what_they_should(config, recipe, monkeypatch):
+    """Each is checked against bf16 when it is loaded, beside those that are loaded already, then all are visited; what
+    was captured first still computes the same then, in the memory where its output was."""
     subject = model_subject(str(config), tokens=256, sequence=256, tp=1, recomputed=False)
     device = torch.device("cuda")
     protocol = msgspec.structs.replace(make_protocol(device, recipe), run_s=0.05, settle_s=0.05)
     visitor = Visitor(PlanJob(blueprint=subject.blueprint, recipe=recipe, protocol=protocol, device=device))
     sets = [BF16, frozenset({"self_attn.q_proj", "mlp.down_proj"}), frozenset(subject.blueprint.shapes)]
+    timer, _, _ = visitor._on_device()
+    outputs, forget_results = [], timer.forget_results
+
+    def note_and_forget(prepared):
+        timer.results(prepared)
+        outputs.append(_Memory(prepared.outputs.output))
+        forget_results(prepared)
+
+    monkeypatch.setattr(timer, "forget_results", note_and_forget)
     for one in sets:
         assert visitor.answer(("compile", one)) == Done()
         assert isinstance(visitor.answer(("load", one)), Done)
     for one in [*sets, *sets]:
         assert visitor.answer(("visit", one)).slowdown is None
+    for one, output in zip(sets, outputs, strict=True):
+        prepared = visitor._prepared[one]
+        prepared.forward.replay()
+        prepared.backward.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(output.now(), output.then)
+
+
+class _Memory:
+    """Where a contiguous bf16 tensor lies on the GPU, without keeping it there, and what was in it."""
+
+    def __init__(self, tensor):
+        assert tensor.is_contiguous()
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "typestr": "<i2",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+        self.then = self.now()
+
+    def now(self):
+        return torch.as_tensor(self, device="cuda").clone()

@@ -140,6 +140,13 @@ def test_without_bf16_there_is_nothing_to_compare_with(rounds):
         rounds(FakeCrew(broken={("load", BF16): Trouble("failed", "no room")}))([Q], 1)
 
 
+def test_without_bf16_no_other_set_is_loaded(rounds):
+    crew = FakeCrew(broken={("compile", BF16): Trouble("failed", "no compiler")})
+    with pytest.raises(StoppedError, match="bf16 could not be measured"):
+        rounds(crew)([Q, GATE, BOTH], 1)
+    assert [step for step, _ in crew.log] == ["compile"]
+
+
 def test_without_bf16_the_next_call_tries_it_again(rounds):
     for _ in range(MAX_ATTEMPTS + 1):
         with pytest.raises(StoppedError, match="try fewer --workers"):

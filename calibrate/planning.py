@@ -127,7 +127,7 @@ def plan_subject(
         with PlanJournal(out or Path(nowhere), setup, fresh=fresh) as journal, Crew(job, workers) as crew:
             say(f"{setup.device.name}: {subject.name}, {recipe}, {len(roles)} roles, {workers} workers, {journal.path}")
             rounds = Rounds(crew, journal, subject.blueprint.shapes, say, start=start, stop_after_s=stop_after_s)
-            chosen = search_all(roles, rounds, rules) if exhaustive else search(roles, answer.guesses, rounds, rules)
+            chosen = (search_all if exhaustive else search)(roles, answer.guesses, rounds, rules)
             rounds([BF16], 1)  # it may be all that could be measured
             control = _control(rounds, rules)
             if chosen != BF16 and not exceeds_control(gain(rounds.log_ratios(chosen), rules).low, control):

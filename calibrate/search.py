@@ -22,6 +22,7 @@ BF16: Roles = frozenset()
 CONTROL: Roles = frozenset({"bf16 again"})
 """bf16, compiled, tuned and captured a second time: what it gains over the first is what such a thing differs by."""
 
+RULED_OUT = 4  # times the noise, after a single visit
 FINALISTS = 4  # beside bf16: of those within twice the noise of the best, more are rarely left
 WORTH = 1.0005  # a plan's numbers have four digits, of which the last must show that the choice is above 1
 SYNERGY = 0.03
@@ -52,8 +53,8 @@ def search(roles: Sequence[str], guesses: Iterable[Roles], measure: Measure, rul
 
     roles: those that float8 can compute. guesses: where to start, the most trusted first.
     """
-    known = _Known(roles, measure, rules)
     first, *others = guesses
+    known = _Known(roles, measure, rules, [first, *others])
     known.ask([first, *others, *known.singles(first)])
     center, explored = known.best(), set[Roles]()
     while True:
@@ -67,10 +68,11 @@ def search(roles: Sequence[str], guesses: Iterable[Roles], measure: Measure, rul
         center = better
 
 
-def search_all(roles: Sequence[str], measure: Measure, rules: Rules) -> Roles:
-    """The same by measuring every set there is."""
-    known = _Known(roles, measure, rules)
-    known.ask([frozenset(some) for count in range(len(roles) + 1) for some in itertools.combinations(roles, count)])
+def search_all(roles: Sequence[str], guesses: Iterable[Roles], measure: Measure, rules: Rules) -> Roles:
+    """The same by measuring every set there is, once; those that this does not rule out as all are screened."""
+    known = _Known(roles, measure, rules, list(guesses))
+    known.ask((frozenset(some) for n in range(len(roles) + 1) for some in itertools.combinations(roles, n)), visits=1)
+    known.ask_again(within=RULED_OUT * rules.noise)
     return known.winner()
 
 
@@ -78,27 +80,34 @@ def gain(log_ratios: Sequence[float], rules: Rules) -> Interval:
     """bf16 / candidate time with bounds, from all visits of a candidate.
 
     Of a finalist the final visits count, with bounds at the rules' confidence; of others the screening, within its
-    noise. Raises ValueError for no visits, or for fewer final ones than that confidence needs (6 at 0.95).
+    noise, or as much more as it has fewer visits. Raises ValueError for no visits, or for fewer final ones than that
+    confidence needs (6 at 0.95).
     """
     final = log_ratios[rules.screening :]
     if len(final) >= rules.final:
         return ratio_of(final, confidence=rules.confidence)
-    mean = fmean(log_ratios)
-    return Interval(math.exp(mean), math.exp(mean - rules.noise), math.exp(mean + rules.noise))
+    mean, noise = fmean(log_ratios), rules.noise * math.sqrt(max(1.0, rules.screening / len(log_ratios)))
+    return Interval(math.exp(mean), math.exp(mean - noise), math.exp(mean + noise))
 
 
 class _Known:
     """What has been measured so far, and the questions that follow from it."""
 
-    def __init__(self, roles: Sequence[str], measure: Measure, rules: Rules) -> None:
-        self.roles, self.measure, self.rules = roles, measure, rules
+    def __init__(self, roles: Sequence[str], measure: Measure, rules: Rules, guesses: Sequence[Roles]) -> None:
+        self.roles, self.measure, self.rules, self.guesses = roles, measure, rules, guesses
         self._ratios: dict[Roles, Sequence[float]] = {BF16: (0.0,)}
 
-    def ask(self, candidates: Iterable[Roles]) -> None:
-        """Screen those that are new."""
+    def ask(self, candidates: Iterable[Roles], visits: int | None = None) -> None:
+        """Screen those that are new, in so many visits."""
         new = [candidate for candidate in dict.fromkeys(candidates) if candidate not in self._ratios]
         if new:
-            self._ratios.update(self.measure(new, self.rules.screening))
+            self._ratios.update(self.measure(new, visits or self.rules.screening))
+
+    def ask_again(self, within: float) -> None:
+        """Complete the screening of those that are no farther from the best."""
+        least = self.value(self.best()) - within
+        near = [one for one in self._ratios if one != BF16 and self.value(one) >= least]
+        self._ratios.update(self.measure(near, self.rules.screening))
 
     def value(self, candidate: Roles) -> float:
         """ln(bf16 / candidate); minus infinity for one that failed."""
@@ -129,8 +138,11 @@ class _Known:
         self.ask([center ^ {*pair} for pair in pairs if sum(changes[role] for role in pair) > -SYNERGY])
 
     def winner(self) -> Roles:
-        """Measure the few best against each other, and what then looks better than those, until none does."""
-        new = self._few_best()
+        """Measure the few best against each other, and what then looks better than those, until none does.
+
+        The guesses take part, good or not: people ask what a plan gains over them.
+        """
+        new = [one for one in dict.fromkeys([*self._few_best(), *self.guesses]) if one != BF16 and self._ratios[one]]
         while new:
             self._ratios.update(self.measure(new, self.rules.screening + self.rules.final))
             best = self.best([BF16, *filter(self._is_final, self._ratios)])

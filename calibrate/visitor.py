@@ -34,8 +34,9 @@ from fp8gate.calibrate.worker import listen, open_device
 from fp8gate.filter.plan import PlanProtocol
 from fp8gate.filter.table import Recipe
 
-MAX_ERROR = 0.25
-"""Of float8 against bf16: blocks of random weights gave up to 0.11 on a CPU, also at a model's own widths."""
+MAX_ERROR = 0.35
+"""Of float8 against bf16. Decoder layers gave up to 0.18 (tensorwise, 8192 wide), more the wider they are; one whose
+attention's or MLP's last product is lost gives at least 0.5."""
 BATCH_S = 0.1  # of rounds that are watched together: asking the driver takes a millisecond, in which a GPU would idle
 LEAST_ROUNDS = 3
 

@@ -85,7 +85,7 @@ def test_it_asks_for_a_fraction_of_all_sets_in_few_calls(planted):
     search(ROLES, [ALL - {"k", "v"}, BF16, ALL], block, RULES)
     assert len(block.visits) < 40
     assert len(block.calls) < 9
-    assert sum(len(visits) > RULES.screening for visits in block.visits.values()) <= 8
+    assert sum(len(visits) > RULES.screening for visits in block.visits.values()) <= 9
 
 
 def test_nothing_is_measured_twice_but_finalists():
@@ -130,8 +130,33 @@ def test_if_all_fail_bf16_is_left():
 @pytest.mark.parametrize("planted", [TENSORWISE, ROWWISE, LOSING])
 def test_exhaustive_measures_every_set_and_finds_the_same(planted):
     block = FakeBlock(**planted)
-    assert search_all(ROLES, block, RULES) == block.best
+    assert search_all(ROLES, [ALL], block, RULES) == block.best
     assert len(block.visits) == 2 ** len(ROLES) - 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_exhaustive_screens_what_one_visit_does_not_rule_out(seed):
+    rules = Rules(screening=2, final=6, confidence=0.95, noise=0.005)
+    block = FakeBlock(**TENSORWISE, noise=NOISE, seed=seed)
+    assert block.loss(search_all(ROLES, [ALL], block, rules)) < 0.005
+    screened_once = [one for one, visits in block.visits.items() if len(visits) == 1]
+    assert len(screened_once) > 90
+    assert min(block.loss(one) for one in screened_once) > 0.01
+
+
+def test_guesses_are_measured_as_well_as_the_best():
+    """People ask what the choice gains over them; here they lose."""
+    guesses = [ALL, frozenset({"k", "v"}), BF16]
+    for find in (search, search_all):
+        block = FakeBlock(**TENSORWISE)
+        assert find(ROLES, guesses, block, RULES) == block.best
+        assert [len(block.visits[one]) for one in guesses[:2]] == [RULES.screening + RULES.final] * 2
+
+
+def test_a_guess_that_fails_is_no_finalist():
+    block = FakeBlock(**TENSORWISE, fails=[ALL])
+    assert search(ROLES, [ALL], block, RULES) == block.best
+    assert ALL not in block.calls[-1]
 
 
 def test_the_gain_of_a_finalist_is_that_of_its_final_visits():
@@ -143,6 +168,8 @@ def test_the_gain_of_a_finalist_is_that_of_its_final_visits():
 def test_the_gain_of_others_is_known_within_the_noise():
     found = gain((0.1,), RULES)
     assert (math.log(found.low), math.log(found.high)) == pytest.approx((0.095, 0.105))
+    one_of_four = gain((0.1,), Rules(screening=4, final=6, confidence=0.95, noise=0.005))
+    assert (math.log(one_of_four.low), math.log(one_of_four.high)) == pytest.approx((0.09, 0.11))
 
 
 def test_bounds_lie_above_one_only_if_every_final_visit_does():

@@ -12,9 +12,10 @@ trains: all models see the same tokens in the same order. Half of the tokens fol
 are drawn by Zipf's law, so that there is something to learn: of uniformly random ones every loss stays at ln(vocab).
 
 What noise is: bf16 is trained from three different weights. A float8 loss (mean of the last quarter of the steps)
-should be no farther from that of bf16, from the same weights, than these are from each other: a change that nobody
-minds. The same runs tell what bf16 gains over itself, so what a gain must exceed. Some hundred steps show whether the
-losses part, not what training converges to.
+should lie where that of a further training in bf16 would, with 95 % probability: a change that nobody minds. (The same
+weights are no better judge: in bf16 too, sums in another order soon lead elsewhere.) The same runs tell what bf16
+gains over itself, so what a gain must exceed. Some hundred steps show whether the losses part, not what training
+converges to.
 
 Run it: python benchmarks/train_llama.py --recipe rowwise --out DIR
 """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 
 import msgspec
 from tabulate import tabulate
@@ -13,6 +14,7 @@ from fp8gate.filter.table import Device, Recipe, Software
 
 ROUNDS, CONFIDENCE = 8, 0.99  # the fewest that give such bounds
 LAST = 0.25  # of the steps: their mean loss is compared
+STUDENT_T = 4.303  # 95 %, two-sided, of three trainings in bf16
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,12 +85,12 @@ def gains(header: Header, visits: Visits, losses: Mapping[str, float]) -> str:
 
 
 def verdict(header: Header, losses: Mapping[str, float]) -> str:
-    """Whether float8 changes the loss by more than other weights do."""
+    """Whether a float8 loss is one that another training in bf16 might have had (95 % prediction interval)."""
     bf16 = [losses[run.name] for run in header.runs if not run.float8]
-    noise = max(bf16) - min(bf16)
-    farther = [run.name for run in header.runs if abs(losses[run.name] - losses[header.runs[0].name]) > noise]
-    found = f"farther from bf16's than that: {'; '.join(farther)}" if farther else "none is farther from bf16's"
-    return f"bf16 from {len(bf16)} different weights: losses at most {noise:.4f} apart; {found}"
+    mean, reach = fmean(bf16), STUDENT_T * stdev(bf16) * math.sqrt(1 + 1 / len(bf16))
+    beyond = [run.name for run in header.runs if run.float8 and abs(losses[run.name] - mean) > reach]
+    found = f"beyond that: {'; '.join(beyond)}" if beyond else "so do all in float8"
+    return f"bf16 from {len(bf16)} different weights: {mean:.4f}, another would lie within {reach:.4f} (95%); {found}"
 
 
 def curves(header: Header, visits: Visits) -> str:

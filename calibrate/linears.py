@@ -31,6 +31,14 @@ INDUCTOR: dict[Recipe, dict[str, bool]] = {
 """Production's Inductor settings for each recipe."""
 
 
+def inductor_settings(recipe: Recipe, emulate_precision_casts: bool | None = None) -> dict[str, bool]:
+    """Those of production (None), or with this one as asked; False is Inductor's default."""
+    settings = {**INDUCTOR[recipe]}
+    if emulate_precision_casts is not None:
+        settings["emulate_precision_casts"] = emulate_precision_casts
+    return {name: value for name, value in settings.items() if value}
+
+
 @dataclass(frozen=True, slots=True)
 class Operands:
     """One set of bf16 tensors for all arms of a point: x (m, k), weight (n, k), grad_output (m, n)."""

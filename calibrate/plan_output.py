@@ -25,6 +25,7 @@ def plan_text(plan: Plan) -> str:
     software = plan.software
     title = [plan.model, f"{plan.tokens} tokens", *([f"tp {plan.tp}"] if plan.tp > 1 else []), plan.recipe]
     title += ["recomputed"] if plan.recompute == "full" else []
+    title += [name for name, is_on in plan.protocol.inductor.items() if is_on]
     named = choices(plan)
     others = [one for one in plan.candidates if one not in named.values()][:MAX_CANDIDATES]
     rows = [_row(name, one) for name, one in named.items()] + [_row("", one) for one in others]

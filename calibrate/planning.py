@@ -25,7 +25,7 @@ from fp8gate.calibrate.capacity import WORKER_DEVICE_GIB, default_workers
 from fp8gate.calibrate.crew import Crew
 from fp8gate.calibrate.device import describe_device, describe_software
 from fp8gate.calibrate.gpu_watch import DeviceLock
-from fp8gate.calibrate.linears import INDUCTOR
+from fp8gate.calibrate.linears import INDUCTOR, inductor_settings
 from fp8gate.calibrate.rounds import PlanJournal, PlanSetup, Rounds
 from fp8gate.calibrate.search import BF16, CONTROL, Roles, Rules, gain, search, search_all
 from fp8gate.calibrate.visitor import PlanJob
@@ -157,22 +157,31 @@ def model_subject(model: str, *, tokens: int, sequence: int | None, tp: int, rec
     )
 
 
-def plan_path(out: Path, subject: Subject, recipe: Recipe, device: torch.device) -> Path:
+def plan_path(
+    out: Path, subject: Subject, recipe: Recipe, device: torch.device, emulate_precision_casts: bool | None = None
+) -> Path:
     """<out>/<device>/plans/<model>-<recipe>-m<tokens>, and what is not the default."""
+    settings = inductor_settings(recipe, emulate_precision_casts)
     parts = [subject.name, recipe, f"m{subject.tokens}"]
     parts += [f"s{subject.sequence}"] if subject.sequence not in (None, subject.tokens) else []
     parts += [f"tp{subject.tp}"] if subject.tp > 1 else []
     parts += ["recomputed"] if subject.blueprint.recomputed else []
+    parts += [name for name in settings if name not in INDUCTOR[recipe]]
+    parts += [f"no_{name}" for name in INDUCTOR[recipe] if name not in settings]
     return out / device_slug(describe_device(device).name) / PLANS / f"{'-'.join(parts)}.yaml"
 
 
-def make_protocol(device: torch.device, recipe: Recipe) -> PlanProtocol:
-    """Compiled under CUDA graphs on a GPU, eager on a CPU."""
+def make_protocol(device: torch.device, recipe: Recipe, emulate_precision_casts: bool | None = None) -> PlanProtocol:
+    """Compiled under CUDA graphs on a GPU, eager on a CPU. emulate_precision_casts: of Inductor; None: as the recipe's
+    production has it. Raises ValueError if it is asked for where nothing is compiled.
+    """
+    if emulate_precision_casts is not None and device.type != "cuda":
+        raise ValueError("emulate_precision_casts: a setting of Inductor; on a CPU blocks are not compiled")
     on_gpu = device.type == "cuda"
     return PlanProtocol(
         timer="cuda_graphs" if on_gpu else "wall_clock",
         compile=on_gpu,
-        inductor=INDUCTOR[recipe] if on_gpu else {},
+        inductor=inductor_settings(recipe, emulate_precision_casts) if on_gpu else {},
         l2="cold",
         data=DATA,
         settle_s=SETTLE_S if on_gpu else 0.0,

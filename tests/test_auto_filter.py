@@ -286,7 +286,7 @@ def test_recomputed_layers_are_judged_with_two_forwards(decided, recompute, expe
 def test_summary_counts_converted_linears(wants_float8):
     convert_to_float8_training(Model(), module_filter_fn=wants_float8)
     assert wants_float8.summary() == (
-        "converted 4 of 9 linears to float8 rowwise (at least 1.02x on NVIDIA H200 at 32 tokens)"
+        "converted 4 of 9 linears to float8 rowwise (at least 1.05x on NVIDIA H200 at 32 tokens)"
     )
 
 
@@ -296,7 +296,7 @@ def test_summary_says_what_is_outside_and_what_matched_nothing(table_path):
         wants_float8(LinearConfig(64, 256), "output")
     wants_float8(LinearConfig(*WINNER), "wq")
     assert wants_float8.summary() == (
-        "converted 1 of 2 linears to float8 rowwise (at least 1.02x on NVIDIA H200 at 32 tokens); "
+        "converted 1 of 2 linears to float8 rowwise (at least 1.05x on NVIDIA H200 at 32 tokens); "
         "1 lie outside the measured range; filter_fqns that matched no linear: mlp, moe"
     )
 
@@ -312,7 +312,7 @@ def test_report_has_a_row_for_each_linear_in_the_order_asked(wants_float8):
     header, _, *rows, summary = wants_float8.report().splitlines()
     assert re.split(r"\s{2,}", header) == ["linear", "m", "k", "n", "train in", "speedup", "reason"]
     assert [re.split(r"\s{2,}", row) for row in rows] == [
-        ["wk", "32", "128", "64", "bf16", "0.50x", "0.50x, below 1.02x (measured)"],
+        ["wk", "32", "128", "64", "bf16", "0.50x", "0.50x, below 1.05x (measured)"],
         ["wq", "32", "64", "128", "float8", "1.50x", "1.50x (measured)"],
         ["output", "32", "64", "100", "bf16", "n = 100: not a multiple of 16"],
     ]
@@ -337,7 +337,7 @@ def test_repr_says_which_table_is_used(wants_float8, table_path):
         ({"tokens": 32.0}, "tokens: .* got 32.0"),
         ({"tokens": "32"}, "tokens: .* got '32'"),
         ({"filter_fqns": "output"}, "filter_fqns: expected a list of strings; got the string 'output'"),
-        ({"min_speedup": 0}, "min_speedup: expected a ratio above 0, such as 1.02; got 0"),
+        ({"min_speedup": 0}, "min_speedup: expected a ratio above 0, such as 1.05; got 0"),
         ({"min_speedup": -1.0}, "min_speedup: .* got -1.0"),
         ({"min_speedup": float("nan")}, "min_speedup: .* got nan"),
         ({"lookup": "linear"}, "lookup: expected one of nearest, interpolate; got 'linear'"),

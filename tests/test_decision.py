@@ -27,8 +27,8 @@ def answer(decision: Decision) -> tuple[bool, str]:
     return decision.convert, decision.reason
 
 
-def test_default_is_two_percent():
-    assert DEFAULT_MIN_SPEEDUP == 1.02
+def test_default_is_five_percent():
+    assert DEFAULT_MIN_SPEEDUP == 1.05
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_recipe_without_a_rule_says_so(explained, explained_json):
     [
         (["--tp", "3"], "model.layers.*.self_attn.q_proj: tp = 3 does not divide n = 64 (colwise)"),
         (["--cp", "3"], "parallel.cp: expected a divisor of tokens = 32; got 3"),
-        (["--min-speedup", "0"], "--min-speedup: expected a ratio above 0, such as 1.02; got 0.0"),
+        (["--min-speedup", "0"], "--min-speedup: expected a ratio above 0, such as 1.05; got 0.0"),
     ],
 )
 def test_bad_input_is_one_clear_line(explain, options, complaint):

@@ -114,7 +114,7 @@ CASES = {
         MissingPointWarning,
         "on_missing",
         ({}, [WINNER, MISSING]),
-        r"w2, \(32, 128, 128\): 0\.50x, below 1\.02x \(nearest \(32, 128, 64\), a nearer point is out_of_memory\)",
+        r"w2, \(32, 128, 128\): 0\.50x, below 1\.05x \(nearest \(32, 128, 64\), a nearer point is out_of_memory\)",
         ({}, [WINNER, (80, 112)]),
     ),
     "unknown shard": (

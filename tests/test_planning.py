@@ -324,6 +324,7 @@ def test_stopped_is_exit_code_1_and_the_next_run_goes_on(run):
     [
         (["--recipe", "rowwise", "--tp", "4"], "tp: expected a divisor of num_key_value_heads = 2; got 4"),
         (["--recipe", "rowwise", "--sequence", "24"], "sequence: expected a divisor of tokens = 32; got 24"),
+        (["--recipe", "rowwise", "--no-emulate-precision-casts"], "emulate_precision_casts: a setting of Inductor"),
     ],
 )
 def test_bad_input_is_a_usage_error(run, args, complaint):
@@ -344,6 +345,22 @@ def test_a_file_is_named_by_what_is_not_the_default(config, tmp_path, options, n
     asked = {"sequence": None, "tp": 1, "recomputed": False, **options}
     subject = model_subject(str(config), tokens=32, **asked)
     assert plan_path(tmp_path, subject, "rowwise", CPU).name == name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "asked", "inductor", "name"),
+    [
+        ("rowwise", None, {"emulate_precision_casts": True}, "tiny-rowwise-m32.yaml"),
+        ("rowwise", True, {"emulate_precision_casts": True}, "tiny-rowwise-m32.yaml"),
+        ("rowwise", False, {}, "tiny-rowwise-m32-no_emulate_precision_casts.yaml"),
+        ("tensorwise", None, {}, "tiny-tensorwise-m32.yaml"),
+        ("tensorwise", True, {"emulate_precision_casts": True}, "tiny-tensorwise-m32-emulate_precision_casts.yaml"),
+    ],
+)
+def test_a_setting_that_production_changes_can_be_asked_for(config, tmp_path, recipe, asked, inductor, name):
+    subject = model_subject(str(config), tokens=32, sequence=None, tp=1, recomputed=False)
+    assert make_protocol(torch.device("cuda"), recipe, asked).inductor == inductor
+    assert plan_path(tmp_path, subject, recipe, CPU, asked).name == name
 
 
 def test_torchaos_rule_sees_the_undivided_layer(config):

@@ -352,6 +352,10 @@ def plan_command(
     recompute: Annotated[
         Literal["none", "full"], typer.Option(help="full: the block is under activation checkpointing.")
     ] = "none",
+    emulate_precision_casts: Annotated[
+        bool | None,
+        typer.Option(help="Inductor's setting for float8 sets; by default as torchtitan has it: for rowwise alone."),
+    ] = None,
     exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Measure every set of roles.")] = False,
     device: Annotated[
         DeviceKind | None, typer.Option(help="What to measure; by default the GPU if there is one.")
@@ -387,18 +391,20 @@ def plan_command(
     from fp8gate.calibrate.crew import MemberDiedError
     from fp8gate.calibrate.device import choose_device
     from fp8gate.calibrate.plan_output import plan_json, plan_text
-    from fp8gate.calibrate.planning import model_subject, plan_path, plan_subject
+    from fp8gate.calibrate.planning import make_protocol, model_subject, plan_path, plan_subject
     from fp8gate.calibrate.rounds import StoppedError
 
     plans = {}
     try:
         subject = model_subject(model, tokens=tokens, sequence=sequence, tp=tp, recomputed=recompute == "full")
         for one in RECIPES if recipe == "all" else (recipe,):
-            path = plan_path(out, subject, one, choose_device(device))
+            where, setting = choose_device(device), emulate_precision_casts
+            path = plan_path(out, subject, one, where, setting)
             plans[path] = plan_subject(
                 subject,
                 recipe=one,
-                device=choose_device(device),
+                device=where,
+                protocol=make_protocol(where, one, setting),
                 tables=tables,
                 exhaustive=exhaustive,
                 workers=workers,

@@ -1,0 +1,99 @@
+"""What each choice of float8 layers gains inside a model's block, and how well a table alone chooses there.
+
+The judge are the packaged plans, which measured every choice in the compiled block: the table's set at each min_speedup
+is looked up among a plan's candidates.
+
+gain: block time in bf16 over that of the choice, forward and backward. loss: by how much the choice's block is slower
+than the plan's.
+
+Run it: python benchmarks/plan_choices.py [--device "NVIDIA H200"]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from statistics import fmean
+
+from tabulate import tabulate
+
+from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP, decide
+from fp8gate.filter.devices import device_slug
+from fp8gate.filter.find_table import find_table, packaged_thresholds
+from fp8gate.filter.lookup import Lookup
+from fp8gate.filter.plan import PLANS, Plan, Roles, read_plan
+
+THRESHOLDS = (1.0, 1.02, 1.03, 1.05, 1.1, 1.2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="NVIDIA H200", help="a device with packaged tables and plans")
+    plans = list(packaged_plans(parser.parse_args().device))
+    print(gains(plans), losses(plans), sep="\n\n")
+
+
+def packaged_plans(device: str) -> Iterator[Plan]:
+    folder = packaged_thresholds() / device_slug(device) / PLANS
+    return (read_plan(path) for path in sorted(folder.glob("*.yaml")))
+
+
+def gains(plans: list[Plan]) -> str:
+    """Each choice's gain in each plan's block, as a Markdown table."""
+    rows = []
+    for plan in plans:
+        everything = tuple(role for role in plan.shapes if role not in plan.indivisible)
+        sets = (everything, plan.torchao, table_choice(plan, DEFAULT_MIN_SPEEDUP), plan.convert)
+        cells = ["" if roles is None else gain(plan, roles) for roles in sets]
+        names = ", ".join(role.rpartition(".")[2] for role in plan.convert)
+        tp = f" TP {plan.tp}" if plan.tp > 1 else ""
+        rows.append((plan.model + tp, plan.recipe, bf16_ms(plan), *cells, names, len(plan.candidates)))
+    headers = ("block", "recipe", "bf16 ms", "all float8", "torchao's rule", "table", "plan", "the plan's", "measured")
+    return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
+
+
+def losses(plans: list[Plan]) -> str:
+    """What the table's choice loses against the plan at each min_speedup, as a Markdown table."""
+    rows = []
+    for threshold in THRESHOLDS:
+        lost = [loss(plan, table_choice(plan, threshold)) for plan in plans]
+        cells = ["not measured" if one is None else f"{one:.1%}" for one in lost]
+        known = [one for one in lost if one is not None]
+        rows.append((f"{threshold:.2f}", *cells, f"{fmean(known):.1%}", f"{max(known):.1%}"))
+    headers = ("min_speedup", *(f"{plan.model}, {plan.recipe}" for plan in plans), "mean", "worst")
+    return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
+
+
+def table_choice(plan: Plan, min_speedup: float) -> Roles:
+    """The roles that the packaged table converts."""
+    table, _ = find_table(plan.recipe, device=plan.device.name)
+    lookup, recomputed = Lookup(table), plan.recompute == "full"
+    decisions = {
+        role: decide(plan.shape(role), lookup, min_speedup=min_speedup, recomputed=recomputed) for role in plan.shapes
+    }
+    return tuple(role for role, decision in decisions.items() if decision.convert)
+
+
+def loss(plan: Plan, roles: Roles) -> float | None:
+    candidate = plan.candidate(roles)
+    if candidate is None or candidate.speedup is None or plan.chosen.speedup is None:
+        return None
+    return plan.chosen.speedup / candidate.speedup - 1
+
+
+def gain(plan: Plan, roles: Roles) -> str:
+    """With the number of visits, of which few say less."""
+    candidate = plan.candidate(roles)
+    if candidate is None or candidate.speedup is None:
+        return "not measured"
+    return f"{candidate.speedup - 1:+.1%} ({candidate.visits})" if roles else "none converted"
+
+
+def bf16_ms(plan: Plan) -> str:
+    bf16 = plan.candidate(())
+    assert bf16, "a plan has bf16"
+    return f"{((bf16.fwd_us or 0.0) + (bf16.bwd_us or 0.0)) / 1e3:.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ from fp8gate.filter.table import Point, Status
 
 DEFAULT_MIN_SPEEDUP = 1.05
 """Near 1.0 it is better not to convert: such a layer gains little of a block, but changes what others cost. By six
-plans of an H200 (LOG.md, 2026-11-25) the table's set loses 1.0 % of a block on average at 1.05, 2.9 % at 1.02:
+plans of an H200 (LOG.md, 2026-11-25) the table's set loses 1.0 % of a block on average at 1.05, 3.1 % at 1.02:
 llama3-8b's wk and wv, 1.03x alone (tensorwise), cost 6 % of the block when both are converted with wq."""
 
 

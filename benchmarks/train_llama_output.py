@@ -1,9 +1,15 @@
-"""What benchmarks/train_llama.py writes as it goes, and what it comes to: tables for people, as Markdown. Pure."""
+"""What benchmarks/train_llama.py writes as it goes, and what it comes to: tables for people, as Markdown.
+
+Run it: python benchmarks/train_llama_output.py benchmarks/data/train-llama/*.jsonl
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 
 import msgspec
@@ -14,6 +20,8 @@ from fp8gate.filter.table import Device, Recipe, Software
 
 ROUNDS, CONFIDENCE = 8, 0.99  # the fewest that give such bounds
 LAST = 0.25  # of the steps: their mean loss is compared
+RULE = "torchao's rule"
+HEADERS = ("choice", "float8 linears", "tokens/s", "over bf16", f"over {RULE}", "peak GiB", "loss")
 STUDENT_T = 4.303  # 95 %, two-sided, of three trainings in bf16
 
 
@@ -53,10 +61,36 @@ class Visit(msgspec.Struct, frozen=True, kw_only=True):
 Visits = Mapping[str, Sequence[Visit]]  # by run, in the order of rounds
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="each of one run of train_llama.py")
+    files = parser.parse_args().files
+    print(*(report(*read_run(file)) for file in files), headline(files), sep="\n\n")
+
+
+def read_run(file: Path) -> tuple[Header, Visits]:
+    """The last run in a file. Raises msgspec.DecodeError for a file that is not of train_llama.py."""
+    lines = file.read_bytes().splitlines()
+    start = max(i for i, line in enumerate(lines) if b'"runs":' in line)
+    visits: dict[str, list[Visit]] = defaultdict(list)
+    for line in lines[start + 1 :]:
+        visit = msgspec.json.decode(line, type=Visit)
+        visits[visit.run].append(visit)
+    return msgspec.json.decode(lines[start], type=Header), visits
+
+
+def headline(files: Iterable[Path]) -> str:
+    """The choices of several runs in one table, without bf16 from other weights."""
+    rows = []
+    for header, visits in map(read_run, files):
+        rows += [(header.recipe, *_row(header, run, visits)) for run in header.runs if not run.weights]
+    return tabulate(rows, headers=("recipe", *HEADERS), disable_numparse=True, tablefmt="github")
+
+
 def report(header: Header, visits: Visits) -> str:
-    """The gains, how far apart the losses are, and the losses on the way."""
+    """The gains with 99 % bounds, how far apart the losses are, and the losses on the way."""
     losses = {run.name: last_loss(header, visits[run.name]) for run in header.runs}
-    return "\n\n".join([title(header), gains(header, visits, losses), verdict(header, losses), curves(header, visits)])
+    return "\n\n".join([title(header), gains(header, visits), verdict(header, losses), curves(header, visits)])
 
 
 def title(header: Header) -> str:
@@ -72,16 +106,9 @@ def last_loss(header: Header, visits: Sequence[Visit]) -> float:
     return fmean(losses[-round(LAST * header.steps) :])
 
 
-def gains(header: Header, visits: Visits, losses: Mapping[str, float]) -> str:
-    bf16, *others = header.runs
-    rows = [(*_row(header, bf16, visits), "", "", f"{losses[bf16.name]:.4f}", "")]
-    for run in others:
-        gain = paired_speedup(_step_s(visits[bf16.name]), _step_s(visits[run.name]), confidence=CONFIDENCE)
-        bounds = f"{gain.low - 1:+.1%} to {gain.high - 1:+.1%}"
-        apart = f"{losses[run.name] - losses[bf16.name]:+.4f}"
-        rows.append((*_row(header, run, visits), f"{gain.estimate - 1:+.1%}", bounds, f"{losses[run.name]:.4f}", apart))
-    headers = ("", "float8 linears", "peak GiB", "tokens/s", "gain", f"bounds ({CONFIDENCE:.0%})", "loss", "to bf16's")
-    return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
+def gains(header: Header, visits: Visits) -> str:
+    rows = [_row(header, run, visits) for run in header.runs]
+    return tabulate(rows, headers=HEADERS, disable_numparse=True, tablefmt="github")
 
 
 def verdict(header: Header, losses: Mapping[str, float]) -> str:
@@ -101,11 +128,30 @@ def curves(header: Header, visits: Visits) -> str:
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
 
 
-def _row(header: Header, run: Run, visits: Visits) -> tuple[str, str, str, str]:
+def _row(header: Header, run: Run, visits: Visits) -> tuple[str, ...]:
     peaks = [visit.peak_gib for visit in visits[run.name] if visit.peak_gib is not None]
-    tokens_per_s = header.tokens / fmean(_step_s(visits[run.name]))
-    return run.name, str(len(run.float8)), f"{max(peaks):.1f}" if peaks else "", f"{tokens_per_s:.0f}"
+    return (
+        run.name,
+        str(len(run.float8)),
+        f"{header.tokens / fmean(_step_s(visits[run.name])):.0f}",
+        _gain(header.runs[0], run, visits),
+        _gain(next((one for one in header.runs if RULE in one.name), None), run, visits),
+        f"{max(peaks):.1f}" if peaks else "",
+        f"{last_loss(header, visits[run.name]):.4f}",
+    )
+
+
+def _gain(over: Run | None, run: Run, visits: Visits) -> str:
+    """Of tokens per second, with bounds."""
+    if over in (None, run):
+        return ""
+    gain = paired_speedup(_step_s(visits[over.name]), _step_s(visits[run.name]), confidence=CONFIDENCE)
+    return f"{gain.estimate - 1:+.1%} ({gain.low - 1:+.1%} to {gain.high - 1:+.1%})"
 
 
 def _step_s(visits: Sequence[Visit]) -> list[float]:
     return [visit.step_s for visit in visits]
+
+
+if __name__ == "__main__":
+    main()

@@ -139,6 +139,21 @@ def test_the_comparison_is_what_the_benchmark_prints(monkeypatch: pytest.MonkeyP
     assert compare("NVIDIA H200") + "\n" == marked("against_torchao_rule")
 
 
+def test_the_gains_of_plans_are_what_the_benchmark_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from plan_choices import gains, packaged_plans
+
+    assert gains(list(packaged_plans("NVIDIA H200"))) + "\n" == marked("plan_choices")
+
+
+def test_the_end_to_end_table_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from train_llama_output import headline
+
+    files = sorted((ROOT / "benchmarks" / "data" / "train-llama").glob("*.jsonl"))
+    assert headline(files) + "\n" == marked("train_llama")
+
+
 def test_the_row_shown_is_in_the_committed_table() -> None:
     row = re.search(r"^  - \[8192, 4096, 1024, .*\]$", README, flags=re.M)
     assert row

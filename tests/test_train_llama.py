@@ -220,19 +220,25 @@ def made_visits(llama: ModuleType, step_s: dict[str, float], losses: dict[str, f
 
 
 def test_the_report_says_what_was_measured(llama: ModuleType) -> None:
-    runs = llama.runs_of({"bf16": (), "table": ("a",), "plan": ("b", "c")})
-    step_s = {"bf16": 0.5, "table": 0.4, "plan": 0.625, "bf16, weights 1": 0.5, "bf16, weights 2": 0.5}
-    losses = {"bf16": 5.0, "table": 5.25, "plan": 5.375, "bf16, weights 1": 4.75, "bf16, weights 2": 5.125}
+    runs = llama.runs_of({"bf16": (), "torchao's rule": ("a",), "table": ("a",), "plan": ("b", "c")})
+    step_s = {"bf16": 0.5, "torchao's rule, table": 0.4, "plan": 0.625, "bf16, weights 1": 0.5, "bf16, weights 2": 0.5}
+    losses = {
+        "bf16": 5.0,
+        "torchao's rule, table": 5.25,
+        "plan": 5.375,
+        "bf16, weights 1": 4.75,
+        "bf16, weights 2": 5.125,
+    }
     text = llama.report(header(llama, *runs), made_visits(llama, step_s, losses))
     title, gains, verdict, curves = text.split("\n\n")
     assert title.startswith("tiny, 1 layers, 32 tokens, 32 steps, rowwise, NVIDIA H200 (torch ")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in gains.splitlines()[2:]]
     assert rows == [
-        ["bf16", "0", "27.0", "64", "", "", "5.0000", ""],
-        ["table", "1", "27.0", "80", "+25.0%", "+25.0% to +25.0%", "5.2500", "+0.2500"],
-        ["plan", "2", "27.0", "51", "-20.0%", "-20.0% to -20.0%", "5.3750", "+0.3750"],
-        ["bf16, weights 1", "0", "27.0", "64", "+0.0%", "+0.0% to +0.0%", "4.7500", "-0.2500"],
-        ["bf16, weights 2", "0", "27.0", "64", "+0.0%", "+0.0% to +0.0%", "5.1250", "+0.1250"],
+        ["bf16", "0", "64", "", "-20.0% (-20.0% to -20.0%)", "27.0", "5.0000"],
+        ["torchao's rule, table", "1", "80", "+25.0% (+25.0% to +25.0%)", "", "27.0", "5.2500"],
+        ["plan", "2", "51", "-20.0% (-20.0% to -20.0%)", "-36.0% (-36.0% to -36.0%)", "27.0", "5.3750"],
+        ["bf16, weights 1", "0", "64", "+0.0% (+0.0% to +0.0%)", "-20.0% (-20.0% to -20.0%)", "27.0", "4.7500"],
+        ["bf16, weights 2", "0", "64", "+0.0% (+0.0% to +0.0%)", "-20.0% (-20.0% to -20.0%)", "27.0", "5.1250"],
     ]
     assert verdict == (
         "bf16 from 3 different weights: 4.9583, another would lie within 0.9487 (95%); so do all in float8"

@@ -101,7 +101,7 @@ def test_every_choice_trains(
     assert len({start[name] for name in runs if not runs[name].float8}) == 3
     out, _ = capsys.readouterr()
     assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")] == [
-        *("", *runs, "loss, steps", *runs)
+        *("choice", *runs, "loss, steps", *runs)
     ]
 
 

@@ -500,7 +500,8 @@ def test_every_bundled_model_has_shapes(model):
         ("explain", "model recipe tokens tp cp recompute device tables lookup min_speedup as_json"),
         (
             "plan",
-            "model recipe tokens sequence tp recompute exhaustive device tables out resume stop_after workers as_json",
+            "model recipe tokens sequence tp recompute emulate_precision_casts exhaustive device tables out resume "
+            "stop_after workers as_json",
         ),
     ],
 )
@@ -522,8 +523,8 @@ def test_option_spellings():
     )
     explain = "--cp --device --json --lookup --min-speedup --recipe --recompute --tables --tokens --tp"
     plan = (
-        "--device --exhaustive --fresh --json --out --recipe --recompute --resume --sequence --stop-after --tables "
-        "--tokens --tp --workers"
+        "--device --emulate-precision-casts --exhaustive --fresh --json --no-emulate-precision-casts --out --recipe "
+        "--recompute --resume --sequence --stop-after --tables --tokens --tp --workers"
     )
     assert {name: " ".join(flags) for name, flags in spelled.items()} == {
         "breakdown": "--device --json --png --recipe",

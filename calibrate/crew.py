@@ -6,6 +6,7 @@ In: a `PlanJob`, sets of roles. Out: answers. Without processes, this one does t
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from fp8gate.calibrate.block import BlockError
 from fp8gate.calibrate.forkserver import start_server
+from fp8gate.calibrate.gpu_watch import foreign, make_watch
 from fp8gate.calibrate.search import BF16, CONTROL, Roles
 from fp8gate.calibrate.visitor import Answer, PlanJob, Request, Trouble, Visitor, serve
 
@@ -38,6 +40,7 @@ class Crew:
     def __init__(self, job: PlanJob, count: int) -> None:
         self._job, self._count = job, count
         self._alone = Visitor(job)
+        self._watch = make_watch(job.device)
         self._members: list[_Member] = []
         self._homes: dict[Roles, _Member] = {}
 
@@ -79,6 +82,11 @@ class Crew:
                 member, roles = busy.pop(connection)
                 idle.append(member)
                 yield roles, member.hear(roles)
+
+    def others(self) -> list[str]:
+        """Processes on the device that are not this plan's."""
+        own = [os.getpid(), *(member.process.pid for member in self._members if member.process.pid)]
+        return foreign(self._watch.processes(), own)
 
     def load(self, roles: Roles) -> Answer:
         """Raises MemberDiedError."""
@@ -130,7 +138,8 @@ class _Member:
             answer: Answer = self.connection.recv()
         except (EOFError, OSError) as error:
             self.process.join(GOODBYE_S)
-            raise MemberDiedError(f"its process ended with exit code {self.process.exitcode}", roles) from error
+            died = f"its process ended with exit code {self.process.exitcode}"
+            raise MemberDiedError(f"{died}; for want of memory, try fewer --workers", roles) from error
         return answer
 
 

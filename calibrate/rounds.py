@@ -86,6 +86,7 @@ class Rounds:
         self.errors: dict[Roles, float] = {}
         self.failed: dict[Roles, CandidateStatus] = {}
         self._loaded: set[Roles] = set()
+        self._others: set[str] = set()
         self._visits: defaultdict[Roles, dict[int, tuple[float, float]]] = defaultdict(dict)
         self._round = 0
         self._start, self._stop_after_s = start, stop_after_s
@@ -163,11 +164,19 @@ class Rounds:
         self._require_time()
         self._round += 1
         begin = time.monotonic()
+        self._look_for_others()
         rng = random.Random(f"{self.journal.setup.protocol.seed} {self._round}")
         for one in rng.sample(sets, len(sets)):
             self._visit(one)
             self._require_bf16()
         self._spend("visits", begin)
+
+    def _look_for_others(self) -> None:
+        """Name each other process on the device once."""
+        for other in self.crew.others():
+            if other not in self._others:
+                self._others.add(other)
+                self.say(f"warning: another process is on the device and may spoil timings: {other}")
 
     def _require_time(self) -> None:
         if self._stop_after_s is not None and time.monotonic() > self._start + self._stop_after_s:

@@ -216,6 +216,7 @@ def test_processes_answer_as_this_one_does_and_a_dead_one_is_named(job):
         here.answer(("compile", INNER))
         assert crew.load(INNER).error == pytest.approx(here.answer(("load", INNER)).error, rel=0.05)
         assert crew.visit(INNER).bwd_us > 0
+        assert crew.others() == []
         processes = [member.process for member in crew._members]
         crew._homes[INNER].process.kill()
         with pytest.raises(MemberDiedError, match="its process ended with exit code -9") as caught:

@@ -36,9 +36,9 @@ SETUP = PlanSetup(
 class FakeCrew:
     """Times that are known. broken: what each step answers instead, by set. slowdowns: of the first visits."""
 
-    def __init__(self, broken=None, slowdowns=(), dies=None):
+    def __init__(self, broken=None, slowdowns=(), dies=None, has_company=False):
         self.broken, self.slowdowns, self.dies = broken or {}, list(slowdowns), dies
-        self.log = []
+        self.log, self.has_company = [], has_company
 
     def compile(self, sets):
         self.log.append(("compile", tuple(sets)))
@@ -56,6 +56,9 @@ class FakeCrew:
         slowdown = self.slowdowns.pop(0) if self.slowdowns else None
         times_us = TIMES_US[one]
         return self.broken.get(("visit", one), Visit(times_us / 4, times_us * 3 / 4, 1500, True, slowdown))
+
+    def others(self):
+        return ["1234 (python3)"] if self.has_company else []
 
     def visits(self):
         return [one for what, one in self.log if what == "visit"]
@@ -182,6 +185,14 @@ def test_no_round_begins_when_the_time_is_up(rounds):
     assert crew.visits() == []
     assert not any(step == "load" for step, _ in crew.log)
     assert rounds(crew, stop_after_s=100.0)([Q], 1) == {Q: (math.log(2),)}
+
+
+def test_another_process_on_the_device_is_named_once(rounds):
+    said = []
+    rounds(FakeCrew(has_company=True), said=said)([Q, GATE], 3)
+    assert [line for line in said if "1234" in line] == [
+        "warning: another process is on the device and may spoil timings: 1234 (python3)"
+    ]
 
 
 def test_every_step_is_said(rounds):

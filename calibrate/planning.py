@@ -48,7 +48,8 @@ SCREENING, FINAL, CONFIDENCE = 2, 6, 0.95  # 6 visits are the fewest that give t
 CPU_RUN_S, CPU_NOISE = 0.1, 0.1  # wall-clock times of a shared machine
 COPIES, MAX_DEVICE_SHARE = 3, 0.8
 """A process holds about so many times a block's bf16 operands: weights and their gradients twice, once to compare with,
-activations, and what is left of warming up. An allowance, not a measurement."""
+activations, and what is left of warming up. With what a worker needs that is 7.0 GiB for llama3-8b's block of 8192
+tokens; 16 processes held 100 GiB (H200, 2026-11-25)."""
 FEW_ROLES = 7  # of a Llama block: 128 sets
 
 
@@ -119,7 +120,7 @@ def plan_subject(
     answer = _Answer.of(subject, recipe, setup.device.name, tables, say)
     job = PlanJob(blueprint=subject.blueprint, recipe=recipe, protocol=protocol, device=device)
     if workers is None:
-        workers = _useful_workers(setup) if protocol.compile else 0
+        workers = _useful_workers(subject.blueprint, setup.device.memory_gib) if protocol.compile else 0
     rules = Rules(
         screening=protocol.screening, final=protocol.final, confidence=protocol.confidence, noise=protocol.noise
     )
@@ -195,12 +196,12 @@ def make_protocol(device: torch.device, recipe: Recipe, emulate_precision_casts:
     )
 
 
-def _useful_workers(setup: PlanSetup) -> int:
+def _useful_workers(blueprint: Blueprint, memory_gib: float) -> int:
     """As many as the machine bears, and the device's memory: each holds a block, its gradients and activations."""
-    elements = sum(m * (k + n) + k * n for m, k, n in setup.shapes.values())
+    elements = sum(parameter.numel() for parameter in blueprint.template.parameters())
+    elements += sum(shape.m * (shape.k + shape.n) for shape in blueprint.shapes.values())
     needed_gib = WORKER_DEVICE_GIB + COPIES * 2 * elements / 2**30
-    fitting = int(MAX_DEVICE_SHARE * setup.device.memory_gib / needed_gib)
-    return max(1, min(default_workers(setup.device.memory_gib), fitting))
+    return max(1, min(default_workers(memory_gib), int(MAX_DEVICE_SHARE * memory_gib / needed_gib)))
 
 
 @dataclass(frozen=True, slots=True)

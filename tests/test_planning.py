@@ -19,7 +19,7 @@ from fp8gate import auto_filter, read_plan
 from fp8gate.calibrate import planning
 from fp8gate.calibrate.crew import Crew, MemberDiedError
 from fp8gate.calibrate.plan_output import plan_json, plan_text
-from fp8gate.calibrate.planning import Subject, make_protocol, model_subject, plan, plan_path
+from fp8gate.calibrate.planning import make_protocol, model_subject, plan, plan_path
 from fp8gate.calibrate.rounds import StoppedError
 from fp8gate.calibrate.search import BF16, CONTROL
 from fp8gate.calibrate.visitor import Done, PlanJob, Trouble, Visit, Visitor
@@ -258,17 +258,12 @@ def test_a_block_that_cannot_be_made_ends_the_processes():
 
 def test_processes_are_as_many_as_the_device_has_memory_for(monkeypatch):
     monkeypatch.setattr(planning, "default_workers", lambda _: 14)
-    shapes = {"w": LinearShape(8192, 8192, 28672)}
-    blueprint = SimpleNamespace(shapes=shapes, recomputed=False, identity="0")
-    subject = Subject(name="x", blueprint=blueprint, whole={}, tokens=8192)
-    setup = planning._setup(subject, "rowwise", CPU, PROTOCOL)
-    count = {gib: planning._useful_workers(with_memory(setup, gib)) for gib in (1.0, 40.0, 1000.0)}
-    assert count == {1.0: 1, 40.0: 6, 1000.0: 14}
-
-
-def with_memory(setup, memory_gib):
-    device = msgspec.structs.replace(setup.device, memory_gib=memory_gib)
-    return msgspec.structs.replace(setup, device=device)
+    with torch.device("meta"):
+        template = torch.nn.ModuleDict({"w": torch.nn.Linear(8192, 28672, bias=False)})
+    blueprint = SimpleNamespace(shapes={"w": LinearShape(8192, 8192, 28672)}, template=template)
+    assert [planning._useful_workers(blueprint, gib) for gib in (1.0, 40.0, 1000.0)] == [1, 6, 14]
+    template.experts = torch.nn.Parameter(torch.empty(8, 8192, 28672, device="meta"))  # no linears, but there
+    assert [planning._useful_workers(blueprint, gib) for gib in (40.0, 1000.0)] == [2, 14]
 
 
 # --- models and files ------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 In: the roles, guesses, a function that measures sets. Out: the set to convert. Conversions are not independent: a cast
 is shared or fused, so two changes may gain what neither gains alone. From the best guess the search follows single
-changes, all of those that gain together, and pairs; the few best are then measured again against each other, and only
-those later visits decide, as the first ones have chosen them.
+changes, all of those that gain together, and pairs; the few best and the guesses are then measured again against each
+other, and only those later visits decide, as the first ones have chosen them.
 """
 
 from __future__ import annotations

@@ -68,9 +68,11 @@ class PlanProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How the numbers were taken.
 
     Each candidate ran alone on the device: after pause_s of idling, settle_s uncounted, then run_s. That is a visit.
-    Visits came in rounds: bf16 and those asked about, in random order. screening: visits of every candidate; final:
-    further ones of the few best, of which alone their numbers are, with bounds at `confidence`. noise: what a change
-    had to gain, as a share, to be followed; the bounds of candidates that were only screened are no more than that.
+    Visits came in rounds: bf16 and those asked about, in random order. screening: visits of every candidate, but for
+    an exhaustive plan's that the first one ruled out; final: further ones of the few best and of what the table and
+    torchao's rule say, of which alone their numbers are, with bounds at `confidence`. noise: what a change had to gain,
+    as a share, to be followed; the bounds of candidates that were only screened are no more than that (of one visit,
+    1.4 times as wide).
     inductor: the settings that candidates were compiled with; bf16 was compiled with the defaults.
     """
 

@@ -98,7 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder; its train-llama-<recipe>.jsonl grows")
     parser.add_argument("--layers", type=int, default=4, help="all models must fit into memory together")
     parser.add_argument("--tokens", type=int, default=8192, help="of a step: sequences of at most 8192")
-    parser.add_argument("--steps", type=int, default=200, help=f"of each model, a multiple of {ROUNDS}")
+    parser.add_argument("--steps", type=int, default=320, help=f"of each model, a multiple of {ROUNDS}")
     parser.add_argument("--tables", type=Path, help="a table or folder of tables; default: those of fp8gate")
     parser.add_argument("--plan", type=Path, help="a plan; default: fp8gate's for this model, recipe and tokens")
     parser.add_argument("--convert-head", action="store_true", help="let each choice decide on the head too")

@@ -18,7 +18,8 @@ from tabulate import tabulate
 from fp8gate.calibrate.statistics import paired_speedup
 from fp8gate.filter.table import Device, Recipe, Software
 
-ROUNDS, CONFIDENCE = 8, 0.99  # the fewest that give such bounds
+ROUNDS, CONFIDENCE = 16, 0.99  # 8 would do, if the bounds may be the least and the most of all rounds
+PARTS = 8  # of the steps, of each the mean loss is shown
 LAST = 0.25  # of the steps: their mean loss is compared
 RULE = "torchao's rule"
 HEADERS = ("choice", "float8 linears", "tokens/s", "over bf16", f"over {RULE}", "peak GiB", "loss")
@@ -102,8 +103,7 @@ def title(header: Header) -> str:
 
 
 def last_loss(header: Header, visits: Sequence[Visit]) -> float:
-    losses = [loss for visit in visits for loss in visit.losses]
-    return fmean(losses[-round(LAST * header.steps) :])
+    return fmean(_losses(visits)[-round(LAST * header.steps) :])
 
 
 def gains(header: Header, visits: Visits) -> str:
@@ -121,10 +121,12 @@ def verdict(header: Header, losses: Mapping[str, float]) -> str:
 
 
 def curves(header: Header, visits: Visits) -> str:
-    """The mean loss of each visit."""
-    steps = header.steps // ROUNDS
-    headers = ("loss, steps", *(f"{i * steps + 1} to {(i + 1) * steps}" for i in range(ROUNDS)))
-    rows = [(run.name, *(f"{fmean(visit.losses):.4f}" for visit in visits[run.name])) for run in header.runs]
+    """The mean loss over each eighth of the steps."""
+    steps = header.steps // PARTS
+    starts = [i * steps for i in range(PARTS)]
+    headers = ("loss, steps", *(f"{start + 1} to {start + steps}" for start in starts))
+    losses = {run.name: _losses(visits[run.name]) for run in header.runs}
+    rows = [(name, *(f"{fmean(of_all[start : start + steps]):.4f}" for start in starts)) for name, of_all in losses.items()]
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
 
 
@@ -147,6 +149,10 @@ def _gain(over: Run | None, run: Run, visits: Visits) -> str:
         return ""
     gain = paired_speedup(_step_s(visits[over.name]), _step_s(visits[run.name]), confidence=CONFIDENCE)
     return f"{gain.estimate - 1:+.1%} ({gain.low - 1:+.1%} to {gain.high - 1:+.1%})"
+
+
+def _losses(visits: Sequence[Visit]) -> list[float]:
+    return [loss for visit in visits for loss in visit.losses]
 
 
 def _step_s(visits: Sequence[Visit]) -> list[float]:

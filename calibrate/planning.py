@@ -50,6 +50,7 @@ COPIES, MAX_DEVICE_SHARE = 3, 0.8
 """A process holds about so many times a block's bf16 operands: weights and their gradients twice, once to compare with,
 activations, and what is left of warming up. With what a worker needs that is 7.0 GiB for llama3-8b's block of 8192
 tokens; 16 processes held 100 GiB (H200, 2026-11-25)."""
+MOST_EXPERTS = 8  # that a token is sent to, in usual models
 FEW_ROLES = 7  # of a Llama block: 128 sets
 
 
@@ -200,6 +201,10 @@ def _useful_workers(blueprint: Blueprint, memory_gib: float) -> int:
     """As many as the machine bears, and the device's memory: each holds a block, its gradients and activations."""
     elements = sum(parameter.numel() for parameter in blueprint.template.parameters())
     elements += sum(shape.m * (shape.k + shape.n) for shape in blueprint.shapes.values())
+    tokens = max(shape.m for shape in blueprint.shapes.values())
+    for one in blueprint.template.parameters():
+        if one.ndim == 3:  # grouped experts
+            elements += tokens * min(one.shape[0], MOST_EXPERTS) * (one.shape[1] + one.shape[2])
     needed_gib = WORKER_DEVICE_GIB + COPIES * 2 * elements / 2**30
     return max(1, min(default_workers(memory_gib), int(MAX_DEVICE_SHARE * memory_gib / needed_gib)))
 

@@ -34,9 +34,10 @@ from fp8gate.calibrate.worker import listen, open_device
 from fp8gate.filter.plan import PlanProtocol
 from fp8gate.filter.table import Recipe
 
-MAX_ERROR = 0.35
-"""Of float8 against bf16. Decoder layers gave up to 0.18 (tensorwise, 8192 wide), more the wider they are; one whose
-attention's or MLP's last product is lost gives at least 0.5."""
+MAX_ERROR = 0.45
+"""Of float8 against bf16. Decoder layers gave up to 0.18 (tensorwise, 8192 wide), more the wider they are, and up to
+0.38 where a router then sends some tokens to other experts (mixtral-8x7b); one whose attention's or MLP's last product
+is lost gives at least 0.5."""
 BATCH_S = 0.1  # of rounds that are watched together: asking the driver takes a millisecond, in which a GPU would idle
 LEAST_ROUNDS = 3
 

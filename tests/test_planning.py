@@ -263,7 +263,7 @@ def test_processes_are_as_many_as_the_device_has_memory_for(monkeypatch):
     blueprint = SimpleNamespace(shapes={"w": LinearShape(8192, 8192, 28672)}, template=template)
     assert [planning._useful_workers(blueprint, gib) for gib in (1.0, 40.0, 1000.0)] == [1, 6, 14]
     template.experts = torch.nn.Parameter(torch.empty(8, 8192, 28672, device="meta"))  # no linears, but there
-    assert [planning._useful_workers(blueprint, gib) for gib in (40.0, 1000.0)] == [2, 14]
+    assert [planning._useful_workers(blueprint, gib) for gib in (40.0, 80.0, 1000.0)] == [1, 2, 14]
 
 
 # --- models and files ------------------------------------------------------------------------------------------

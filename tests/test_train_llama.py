@@ -19,7 +19,7 @@ from fp8gate.filter.models import BUNDLED
 from fp8gate.filter.plan import write_plan
 
 ROOT = Path(__file__).parent.parent
-TOKENS, STEPS = 32, 32
+TOKENS, STEPS = 32, 64
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LAYER = "model.layers.0."
 TABLE = make_table(
@@ -197,7 +197,7 @@ def test_too_few_steps_are_refused(
         monkeypatch.setattr(sys, "argv", ["", "--recipe", "rowwise", "--out", "x", "--steps", str(steps)])
         with pytest.raises(SystemExit):
             llama.parse()
-        assert f"--steps: expected a multiple of 8, at least 32; got {steps}" in capsys.readouterr().err
+        assert f"--steps: expected a multiple of 16, at least 64; got {steps}" in capsys.readouterr().err
 
 
 def made_visits(llama: ModuleType, step_s: dict[str, float], losses: dict[str, float]) -> dict[str, list[Any]]:
@@ -208,8 +208,8 @@ def made_visits(llama: ModuleType, step_s: dict[str, float], losses: dict[str, f
                 run=name,
                 round=i,
                 step_s=step_s[name],
-                losses=(9.0 if i < 6 else losses[name],) * 4,
-                peak_gib=20.0 + i,
+                losses=(9.0 if i < 12 else losses[name],) * 4,
+                peak_gib=12.0 + i,
                 sm_clock_mhz=1980,
                 slowdown=None,
             )
@@ -231,7 +231,7 @@ def test_the_report_says_what_was_measured(llama: ModuleType) -> None:
     }
     text = llama.report(header(llama, *runs), made_visits(llama, step_s, losses))
     title, gains, verdict, curves = text.split("\n\n")
-    assert title.startswith("tiny, 1 layers, 32 tokens, 32 steps, rowwise, NVIDIA H200 (torch ")
+    assert title.startswith("tiny, 1 layers, 32 tokens, 64 steps, rowwise, NVIDIA H200 (torch ")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in gains.splitlines()[2:]]
     assert rows == [
         ["bf16", "0", "64", "", "-20.0% (-20.0% to -20.0%)", "27.0", "5.0000"],
@@ -243,7 +243,7 @@ def test_the_report_says_what_was_measured(llama: ModuleType) -> None:
     assert verdict == (
         "bf16 from 3 different weights: 4.9583, another would lie within 0.9487 (95%); so do all in float8"
     )
-    assert curves.splitlines()[0].split("|")[2].strip() == "1 to 4"
+    assert curves.splitlines()[0].split("|")[2].strip() == "1 to 8"
     assert curves.splitlines()[3].count("9.0000") == 6
     assert curves.splitlines()[3].count("5.2500") == 2
 

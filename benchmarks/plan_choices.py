@@ -47,7 +47,9 @@ def gains(plans: list[Plan]) -> str:
         cells = ["" if roles is None else gain(plan, roles) for roles in sets]
         names = ", ".join(role.rpartition(".")[2] for role in plan.convert)
         tp = f" TP {plan.tp}" if plan.tp > 1 else ""
-        rows.append((plan.model + tp, plan.recipe, bf16_ms(plan), *cells, names, sum(one.visits > 0 for one in plan.candidates)))
+        rows.append(
+            (plan.model + tp, plan.recipe, bf16_ms(plan), *cells, names, sum(one.visits > 0 for one in plan.candidates))
+        )
     headers = ("block", "recipe", "bf16 ms", "all float8", "torchao's rule", "table", "plan", "the plan's", "measured")
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
 

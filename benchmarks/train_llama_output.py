@@ -126,7 +126,9 @@ def curves(header: Header, visits: Visits) -> str:
     starts = [i * steps for i in range(PARTS)]
     headers = ("loss, steps", *(f"{start + 1} to {start + steps}" for start in starts))
     losses = {run.name: _losses(visits[run.name]) for run in header.runs}
-    rows = [(name, *(f"{fmean(of_all[start : start + steps]):.4f}" for start in starts)) for name, of_all in losses.items()]
+    rows = [
+        (name, *(f"{fmean(of_all[start : start + steps]):.4f}" for start in starts)) for name, of_all in losses.items()
+    ]
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
 
 

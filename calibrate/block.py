@@ -324,7 +324,7 @@ def _alike(leaf: Tensor) -> Tensor:
 
 def _relative_error(result: Tensor, right: Tensor) -> float:
     """NaN if not finite. A piece at a time: experts' gradients are gigabytes, and twice that in float32."""
-    pieces = zip(result.flatten().split(PIECE), right.flatten().split(PIECE), strict=True)
+    pieces = zip(torch.split(result.flatten(), PIECE), torch.split(right.flatten(), PIECE), strict=True)
     squares = torch.zeros(2, dtype=torch.float64, device=result.device)
     for one, other in pieces:
         other = other.float()

@@ -14,17 +14,17 @@ from rich.console import Console
 from rich.progress import track
 from tabulate import tabulate
 
-from fp8gate.calibrate.device import describe_device
-from fp8gate.calibrate.gpu_watch import make_watch
-from fp8gate.calibrate.grid import GRIDS, grid_shapes, too_large
-from fp8gate.calibrate.linears import Operands
-from fp8gate.calibrate.measure import make_ready, measure_point
-from fp8gate.calibrate.quiet import Quiet, quiet_file
-from fp8gate.calibrate.schedule import Task
-from fp8gate.calibrate.sweep import make_setup
-from fp8gate.calibrate.timing import CapturedArm, CudaTimer
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import Device
+from fp8gate.calibrate.arms.linear import Operands
+from fp8gate.calibrate.device.description import describe_device
+from fp8gate.calibrate.device.timer import CapturedArm, CudaTimer
+from fp8gate.calibrate.device.timing_lock import TimingLock, timing_lock_file
+from fp8gate.calibrate.device.watch import make_watch
+from fp8gate.calibrate.points.measure_point import make_ready, measure_point
+from fp8gate.calibrate.points.task_queue import Task
+from fp8gate.calibrate.sweep.grid import GRIDS, grid_shapes, too_large
+from fp8gate.calibrate.sweep.run_sweep import make_setup
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Device
 
 POINTS = 20
 
@@ -53,8 +53,8 @@ def compare(shape: LinearShape, timer: CudaTimer, device: torch.device) -> list[
     """Both opinions on every recipe at one shape."""
     protocols = make_setup(device).protocols
     point = make_ready(Task(shape), protocols, device)
-    with quiet_file() as quiet:
-        record = measure_point(point, timer, make_watch(device), Quiet(quiet), device, seed=0)
+    with timing_lock_file() as quiet:
+        record = measure_point(point, timer, make_watch(device), TimingLock(quiet), device, seed=0)
     operands = Operands.random(shape, device)
     arms = {name: timer.prepare(linear.over(operands)) for name, linear in point.linears.items()}
     do_bench_us = {name: bench_us(arm) for name, arm in arms.items()}

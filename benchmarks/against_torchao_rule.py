@@ -24,10 +24,11 @@ from torch import nn
 from torchao.float8.float8_linear_utils import _auto_filter_for_recipe
 
 from fp8gate import AutoFilter, auto_filter, read_table
-from fp8gate.filter.devices import device_slug
-from fp8gate.filter.lookup import LOOKUPS, LookupName
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES, WITH_NUMBERS, Recipe
+from fp8gate.filter.contract.devices import device_slug
+from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import WITH_NUMBERS
+from fp8gate.filter.decision.lookup import LOOKUPS, LookupName
 
 DATA = Path(__file__).parent / "data"
 NEUTRAL = 0.02  # a speedup within this of 1.0 has no wrong answer

@@ -26,9 +26,10 @@ import pandas as pd
 import torch
 from tabulate import tabulate
 
-from fp8gate.calibrate.sweep import make_setup, sweep
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES, Grid, Recipe
+from fp8gate.calibrate.sweep.run_sweep import make_setup, sweep
+from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Grid
 
 SHAPES = [LinearShape(*s) for s in ((2048, 4096, 1024), (8192, 4096, 4096), (8192, 8192, 1024), (16384, 4096, 16384))]
 TOOLS = ("torchao's script", "fp8gate")

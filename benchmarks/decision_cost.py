@@ -21,9 +21,9 @@ from pathlib import Path
 from tabulate import tabulate
 
 from fp8gate import FilterWarning, Parallel, auto_filter, read_table
-from fp8gate.filter.models import BUNDLED, linear_roles
-from fp8gate.filter.parallel import Shards
-from fp8gate.filter.table import Recipe
+from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.model.model_config import BUNDLED, linear_roles
+from fp8gate.filter.model.parallel import Shards
 
 THRESHOLDS = Path(__file__).parents[1] / "thresholds"
 TOKENS, DEGREES = (2048, 8192, 12288), (1, 2, 4, 8)

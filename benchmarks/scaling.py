@@ -24,8 +24,8 @@ import msgspec
 import numpy as np
 from tabulate import tabulate
 
-from fp8gate.calibrate.records import PointRecord
-from fp8gate.filter.shapes import LinearShape
+from fp8gate.calibrate.points.point_record import PointRecord
+from fp8gate.filter.contract.shapes import LinearShape
 
 COSTS = Path(__file__).parent / "data" / "nvidia-h200-costs.csv"
 COLUMNS = ("m", "k", "n", "repeat", "compiling_s", "loading_s", "settling_s", "timing_s")

@@ -37,19 +37,19 @@ from torch import Tensor, nn
 from train_llama_output import ROUNDS, Header, Run, Visit, report
 
 from fp8gate import auto_filter
-from fp8gate.calibrate.block import bundled_facts, sequence_of
-from fp8gate.calibrate.device import choose_device, describe_device, describe_software
-from fp8gate.calibrate.gpu_watch import DeviceLock, Watch, make_watch
-from fp8gate.calibrate.linears import INDUCTOR, convert
-from fp8gate.calibrate.planning import PAUSE_S
-from fp8gate.filter.devices import device_slug
-from fp8gate.filter.find_table import packaged_thresholds
-from fp8gate.filter.linear_layer import linears_of
-from fp8gate.filter.models import BUNDLED, ModelConfig
-from fp8gate.filter.plan import PLANS
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES, Recipe
-from fp8gate.filter.torchao_rule import torchao_converts
+from fp8gate.calibrate.arms.block import bundled_facts, sequence_of
+from fp8gate.calibrate.arms.linear import convert
+from fp8gate.calibrate.device.description import choose_device, describe_device, describe_software
+from fp8gate.calibrate.device.watch import DeviceLock, Watch, make_watch
+from fp8gate.calibrate.planning.plan_block import VISIT_PAUSE_S
+from fp8gate.filter.contract.devices import device_slug
+from fp8gate.filter.contract.find_table import packaged_thresholds
+from fp8gate.filter.contract.plan import PLANS
+from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.decision.torchao_rule import torchao_converts
+from fp8gate.filter.model.linear_layer import linears_of
+from fp8gate.filter.model.model_config import BUNDLED, ModelConfig
 
 MODEL, HEAD = "llama3-8b", "lm_head"
 TINY = {
@@ -164,7 +164,7 @@ class Training:
         if run.float8:
             convert(self.model, header.recipe, lambda _, fqn: fqn in run.float8)
         if device.type == "cuda":
-            self.compile(INDUCTOR[header.recipe] if run.float8 else {})
+            self.compile(RECIPES[header.recipe].inductor if run.float8 else {})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **ADAMW, fused=True)  # type: ignore[arg-type]
         warm_up = max(1, round(WARM_UP * header.steps))
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / warm_up, total_iters=warm_up)
@@ -250,7 +250,7 @@ def make_visit(training: Training, ids: Tensor, watch: Watch, device: torch.devi
     """Train for these steps. The watch is asked while they run: the host is ahead of a GPU."""
     on_gpu = device.type == "cuda"
     if on_gpu:
-        time.sleep(PAUSE_S)
+        time.sleep(VISIT_PAUSE_S)
         others_bytes = torch.cuda.memory_allocated(device) - training.resident_bytes()
         torch.cuda.reset_peak_memory_stats(device)
     losses = [training.step(one) for one in ids[:SETTLE_STEPS]]

@@ -15,8 +15,9 @@ from statistics import fmean, stdev
 import msgspec
 from tabulate import tabulate
 
-from fp8gate.calibrate.statistics import paired_speedup
-from fp8gate.filter.table import Device, Recipe, Software
+from fp8gate.calibrate.timing.statistics import paired_speedup
+from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.table import Device, Software
 
 ROUNDS, CONFIDENCE = 16, 0.99  # 8 would do, if the bounds may be the least and the most of all rounds
 PARTS = 8  # of the steps, of each the mean loss is shown

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP
-from fp8gate.filter.table import RECIPES, WITH_NUMBERS, Point, read_table
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.table import WITH_NUMBERS, Point, read_table
+from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 
 ROOT = Path(__file__).parents[1]
 BF16_US = (0.0, 30.0, 60.0, 120.0, 300.0, 1000.0, 4000.0, float("inf"))

@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from fp8gate.filter.agreement import require_agreement
-from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP, Decision, decide
-from fp8gate.filter.find_table import find_table
+from fp8gate.filter.contract.find_table import find_table
+from fp8gate.filter.contract.names import is_head, plain_name, without_indices
+from fp8gate.filter.contract.plan import Plan, format_plan, load_plan, require_same_training
+from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.software_check import stale
+from fp8gate.filter.contract.table import Table, format_table
+from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, Decision, decide
+from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, Lookup, LookupName
 from fp8gate.filter.findings import (
     POLICIES,
     AmbiguousPointWarning,
@@ -32,22 +39,15 @@ from fp8gate.filter.findings import (
     UnknownShardWarning,
     UnmatchedPatternWarning,
 )
-from fp8gate.filter.linear_layer import (
+from fp8gate.filter.model.linear_layer import (
     LinearSize,
     grouped_weights,
-    is_head,
     linear_size,
     linears_of,
     names_without_linears,
-    role,
 )
-from fp8gate.filter.lookup import DEFAULT_LOOKUP, Lookup, LookupName
-from fp8gate.filter.parallel import Parallel, ShardError, Shards, plain_name
-from fp8gate.filter.plan import Plan, format_plan, load_plan, require_same_training
-from fp8gate.filter.planned import Planned
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.stale import stale
-from fp8gate.filter.table import RECIPES, Recipe, Table, format_table
+from fp8gate.filter.model.parallel import Parallel, ShardError, Shards
+from fp8gate.filter.plan_decisions import PlanDecisions
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -104,7 +104,7 @@ class AutoFilter:
         path: Path,
         settings: FilterSettings,
         findings: Findings,
-        planned: Planned | None = None,
+        planned: PlanDecisions | None = None,
     ) -> None:
         self.table = table
         self.path = path
@@ -203,7 +203,7 @@ class AutoFilter:
             f"({'by a plan' if self._planned else least} {where})"
         ]
         if self._planned:
-            by_table = dict.fromkeys(role(fqn) for fqn, d in self.decisions.items() if d.point)
+            by_table = dict.fromkeys(without_indices(fqn) for fqn, d in self.decisions.items() if d.point)
             others = f"; not in it, by the table, {least}: {', '.join(by_table)}" if by_table else ""
             sentences.append(f"the plan {self._planned.source}, whatever min_speedup{others}")
         if outside:
@@ -267,8 +267,10 @@ class AutoFilter:
         if size.is_local:
             style = "replicated"
         elif unknown:
-            self.unknown_shards[role(fqn)] = None
-            self._findings.add(Finding(UnknownShardWarning, f"{role(fqn)}: {unknown}; taken as whole on every rank"))
+            self.unknown_shards[without_indices(fqn)] = None
+            self._findings.add(
+                Finding(UnknownShardWarning, f"{without_indices(fqn)}: {unknown}; taken as whole on every rank")
+            )
         return self._shards.part(style, size.in_features, size.out_features)
 
     def _start_anew(self) -> None:
@@ -394,7 +396,7 @@ def auto_filter(
     if loaded:
         local_tokens = tokens // settings.parallel.cp
         require_same_training(loaded[0], loaded[1], recipe=recipe, device=table.device.name, tokens=local_tokens)
-    wants_float8 = AutoFilter(table, path, settings, findings, Planned(*loaded) if loaded else None)
+    wants_float8 = AutoFilter(table, path, settings, findings, PlanDecisions(*loaded) if loaded else None)
     sources = [(str(path), table.software, "fp8gate calibrate")]
     sources += [(loaded[1], loaded[0].software, "fp8gate plan")] if loaded else []
     for source, software, command in sources:

@@ -8,21 +8,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fp8gate.filter.table import (
+from fp8gate.filter.contract.table import (
     WITH_NUMBERS,
     Device,
     Grid,
     Point,
-    Protocol,
     Software,
     Status,
+    SweepProtocol,
     Table,
     write_table,
 )
 
 DEVICE = Device(name="NVIDIA H200", kind="cuda", capability="9.0", multiprocessors=132, memory_gib=139.8)
 SOFTWARE_HERE = Software(torch=metadata.version("torch"), torchao=metadata.version("torchao"), fp8gate="0.1.0")
-PROTOCOL = Protocol(
+PROTOCOL = SweepProtocol(
     timer="cuda_graphs",
     compile=True,
     inductor={"emulate_precision_casts": True},

@@ -13,9 +13,10 @@ from typing import Any
 
 import msgspec
 
-from fp8gate.calibrate.journal import Setup
-from fp8gate.calibrate.records import ArmRecord, PointRecord, Stages
-from fp8gate.filter.table import RECIPES, Device, Protocol, Software
+from fp8gate.calibrate.points.point_record import ArmRecord, PointRecord, Stages
+from fp8gate.calibrate.sweep.journal import Setup
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.table import Device, Software, SweepProtocol
 
 SOURCE = Path(__file__).parents[1] / "src"
 NOON = datetime(2026, 11, 23, 12, tzinfo=timezone.utc)
@@ -23,7 +24,7 @@ NOON = datetime(2026, 11, 23, 12, tzinfo=timezone.utc)
 CPU = Device(name="CPU Test 9000", kind="cpu", threads=2, memory_gib=16.0)
 GPU = Device(name="NVIDIA Test", kind="cuda", memory_gib=80.0)
 SOFTWARE = Software(torch="2.13.0", torchao="0.18.0", fp8gate="0.1.0")
-PROTOCOL = Protocol(
+PROTOCOL = SweepProtocol(
     timer="wall_clock",
     compile=False,
     inductor={},
@@ -93,13 +94,13 @@ def quick_points() -> Iterator[None]:
     """
     import torch
 
-    from fp8gate.calibrate import timing
+    from fp8gate.calibrate.device import timer
 
-    threads, flush_bytes = torch.get_num_threads(), timing.CPU_FLUSH_BYTES
+    threads, flush_bytes = torch.get_num_threads(), timer.CPU_FLUSH_BYTES
     torch.set_num_threads(1)
-    timing.CPU_FLUSH_BYTES = 2**16
+    timer.CPU_FLUSH_BYTES = 2**16
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        timing.CPU_FLUSH_BYTES = flush_bytes
+        timer.CPU_FLUSH_BYTES = flush_bytes

@@ -17,11 +17,11 @@ from torchao.float8 import convert_to_float8_training
 from torchao.float8.float8_linear import Float8Linear
 
 from fp8gate import AutoFilter, OutsideGridWarning, Parallel, StaleTableWarning, auto_filter
-from fp8gate.filter import stale as stale_module
-from fp8gate.filter.linear_layer import LinearSize, linear_size
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.stale import stale
-from fp8gate.filter.table import Point, Software
+from fp8gate.filter.contract import software_check as stale_module
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.software_check import stale
+from fp8gate.filter.contract.table import Point, Software
+from fp8gate.filter.model.linear_layer import LinearSize, linear_size
 
 TOKENS = 32
 WINNER, LOSER = (64, 128), (128, 64)  # (in_features, out_features): swapped, they would change places

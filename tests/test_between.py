@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from samples import PROTOCOL, point_record, replaced, timed_arm
 
-from fp8gate.calibrate.between import between_devices, devices_of, odd_devices
-from fp8gate.calibrate.records import ArmRecord
+from fp8gate.calibrate.points.point_record import ArmRecord
+from fp8gate.calibrate.sweep.spread import between_devices, devices_of, odd_devices
 
 
 def record(device, k=32, *, speedup=2.0, slower=1.0, **fields):

@@ -12,12 +12,12 @@ import torch
 from plans import TINY_CONFIG, Block, block_input
 from torch import nn
 
-from fp8gate.calibrate.block import Block as RealBlock
-from fp8gate.calibrate.block import BlockError, Blueprint, sequence_of
-from fp8gate.calibrate.linears import INDUCTOR
-from fp8gate.calibrate.timing import CpuTimer, Results
-from fp8gate.filter.models import ModelConfig
-from fp8gate.filter.shapes import LinearShape
+from fp8gate.calibrate.arms.block import Block as RealBlock
+from fp8gate.calibrate.arms.block import BlockError, Blueprint, sequence_of
+from fp8gate.calibrate.device.timer import CpuTimer, Results
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.model.model_config import ModelConfig
 
 CPU = torch.device("cpu")
 CONFIG = msgspec.convert(TINY_CONFIG, ModelConfig)
@@ -294,6 +294,6 @@ def test_a_compiled_block_computes_the_same_in_another_process(monkeypatch, tmp_
     monkeypatch.setattr(CompiledFxGraph, "__call__", lambda graph, *args: calls.append(graph) or real(graph, *args))
     torch._dynamo.reset()
     blueprint = pickle.loads(pickle.dumps(Blueprint.of(Block(), [block_input()], recomputed=recomputed)))
-    error = results(blueprint, ["inner"], INDUCTOR["rowwise"])[1]
+    error = results(blueprint, ["inner"], RECIPES["rowwise"].inductor)[1]
     assert len(calls) == 2
     assert error == pytest.approx(results(blueprint, ["inner"])[1], rel=0.1)

@@ -10,16 +10,16 @@ import torch
 from samples import quick_points
 from typer.testing import CliRunner
 
-from fp8gate.calibrate import breakdown as module
-from fp8gate.calibrate import ceilings as ceilings_module
-from fp8gate.calibrate.breakdown import ArmBreakdown, Breakdown, BreakdownError, Direction, break_down
-from fp8gate.calibrate.breakdown_output import breakdown_json, breakdown_text, sentence, write_png
-from fp8gate.calibrate.ceilings import Ceilings
-from fp8gate.calibrate.gpu_watch import DeviceLock
-from fp8gate.calibrate.profiling import Kernel, ProfileError
-from fp8gate.calibrate.work import Flop, Work, work_of
+from fp8gate.calibrate.breakdown import ceilings as ceilings_module
+from fp8gate.calibrate.breakdown import take_apart as module
+from fp8gate.calibrate.breakdown.ceilings import Ceilings
+from fp8gate.calibrate.breakdown.profiler import Kernel, ProfileError
+from fp8gate.calibrate.breakdown.required_work import Flop, Work, work_of
+from fp8gate.calibrate.breakdown.take_apart import ArmBreakdown, Breakdown, BreakdownError, Direction, break_down
+from fp8gate.calibrate.device.watch import DeviceLock
+from fp8gate.calibrate.report.breakdown_text import breakdown_json, breakdown_text, sentence, write_png
 from fp8gate.cli import app
-from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.contract.shapes import LinearShape
 
 SHAPE = LinearShape(8192, 8192, 1024)
 PRODUCT = 2 * SHAPE.m * SHAPE.k * SHAPE.n
@@ -134,8 +134,8 @@ def test_products_of_two_precisions_take_their_own_ceilings(found):
 @pytest.fixture
 def quick(monkeypatch):
     """On the CPU, for tenths of a second."""
-    monkeypatch.setattr(module, "SETTLE_S", 0.01)
-    monkeypatch.setattr(module, "RUN_S", 0.05)
+    monkeypatch.setattr(module, "PROFILE_SETTLE_S", 0.01)
+    monkeypatch.setattr(module, "PROFILE_RUN_S", 0.05)
     monkeypatch.setattr(ceilings_module, "SQUARE", {"cpu": 64})
     monkeypatch.setattr(ceilings_module, "COPY_BYTES", {"cpu": 2**16})
     with quick_points():
@@ -234,7 +234,7 @@ def test_a_real_linear_on_a_gpu():
 
 @pytest.mark.usefixtures("quick")
 def test_a_gpu_that_slows_down_ends_it(monkeypatch):
-    from fp8gate.calibrate.gpu_watch import CpuWatch
+    from fp8gate.calibrate.device.watch import CpuWatch
 
     monkeypatch.setattr(CpuWatch, "slowdown", lambda self: "thermal slowdown")
     result = run("64", "48", "32", "--recipe", "rowwise")

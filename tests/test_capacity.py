@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from fp8gate.calibrate import capacity
-from fp8gate.calibrate.capacity import default_workers, usable_cores
+from fp8gate.calibrate.device import capacity
+from fp8gate.calibrate.device.capacity import default_workers, usable_cores
 
 GIB = 2**30
 

@@ -17,16 +17,17 @@ from samples import journal_points, point_record, python, quick_points
 from typer.testing import CliRunner
 
 from fp8gate import cli
-from fp8gate.calibrate import forkserver
-from fp8gate.calibrate import sweep as sweep_module
-from fp8gate.calibrate.gpu_watch import DeviceLock
-from fp8gate.calibrate.measure import DeviceLostError
-from fp8gate.calibrate.sweep import SweepResult, make_setup
-from fp8gate.calibrate.sweep_report import Report
-from fp8gate.calibrate.workers import WorkersDiedError
-from fp8gate.filter.models import BUNDLED
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES, Grid, read_table
+from fp8gate.calibrate.device.watch import DeviceLock
+from fp8gate.calibrate.points.measure_point import DeviceLostError
+from fp8gate.calibrate.points.worker_pool import WorkersDiedError
+from fp8gate.calibrate.processes import forkserver
+from fp8gate.calibrate.sweep import run_sweep as sweep_module
+from fp8gate.calibrate.sweep.run_sweep import SweepResult, make_setup
+from fp8gate.calibrate.sweep.sweep_report import SweepReport
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Grid, read_table
+from fp8gate.filter.model.model_config import BUNDLED
 
 SIX_SHAPES = [(32, k, n) for k in (32, 48, 64) for n in (32, 64)]
 TINY_CONFIG = {
@@ -41,7 +42,7 @@ TINY_CONFIG = {
 GO_ON = "stopped; what was measured is in the journal: run the same command to go on"
 TOLERANT = 10.0  # of the controls: on a shared CPU one may be off
 START = f"from fp8gate.calibrate import sweep; sweep.CPU_CONTROL_ERROR = {TOLERANT}; from fp8gate.cli import app; app()"
-REPORT = Report(
+REPORT = SweepReport(
     measured=5,
     resumed=4,
     retried=3,

@@ -9,7 +9,7 @@ from builders import make_point, make_table, write_file
 from typer.testing import CliRunner
 
 from fp8gate.cli import app
-from fp8gate.filter.table import read_table
+from fp8gate.filter.contract.table import read_table
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import pytest
 from builders import PROTOCOL, make_point, make_table
 from samples import replaced
 
-from fp8gate.calibrate.compare import SHIFT, SPREADS, compare_tables, shift_of
-from fp8gate.calibrate.compare_output import comparison_json, comparison_text
-from fp8gate.calibrate.usual_models import MODEL_TP, usual_models
-from fp8gate.filter.models import BUNDLED, ModelConfig
-from fp8gate.filter.parallel import Parallel, Shards
-from fp8gate.filter.table import Spread, TableError
+from fp8gate.calibrate.comparison.compare_tables import SHIFT, SPREADS, compare_tables, shift_of
+from fp8gate.calibrate.comparison.usual_models import MODEL_TP, usual_models
+from fp8gate.calibrate.report.comparison_text import comparison_json, comparison_text
+from fp8gate.filter.contract.table import Spread, TableError
+from fp8gate.filter.model.model_config import BUNDLED, ModelConfig
+from fp8gate.filter.model.parallel import Parallel, Shards
 
 P95 = 0.02
 SHAPES = [(m, k, n) for m in (1024, 4096) for k in (512, 1024, 2048, 4096) for n in (512, 1024, 2048, 4096)]

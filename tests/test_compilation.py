@@ -12,12 +12,12 @@ import pytest
 import torch
 from samples import python
 
-from fp8gate.calibrate.compilation import _settings, compiled_linear, eager_linear
-from fp8gate.calibrate.linears import INDUCTOR, Operands
-from fp8gate.calibrate.numerics import References, acceptable
-from fp8gate.calibrate.timing import CpuTimer
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES
+from fp8gate.calibrate.arms.compilation import _settings, compiled_linear, eager_linear
+from fp8gate.calibrate.arms.linear import Operands
+from fp8gate.calibrate.arms.numerics import References, acceptable
+from fp8gate.calibrate.device.timer import CpuTimer
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.shapes import LinearShape
 
 CPU = torch.device("cpu")
 SHAPE = LinearShape(64, 64, 64)
@@ -25,10 +25,10 @@ SHAPE = LinearShape(64, 64, 64)
 COMPILE = """
 {first_import}
 import json
-import fp8gate.calibrate.sweep
+import fp8gate.calibrate.sweep.run_sweep
 from torch._dynamo.utils import counters
-from fp8gate.calibrate.compilation import compiled_linear
-from fp8gate.filter.shapes import LinearShape
+from fp8gate.calibrate.arms.compilation import compiled_linear
+from fp8gate.filter.contract.shapes import LinearShape
 
 compiled_linear("tensorwise", LinearShape(64, 64, 64), {{}}, "cpu")
 print(json.dumps({{name: n for name, n in counters["inductor"].items() if name.startswith("fxgraph_cache")}}))
@@ -50,7 +50,7 @@ def linears():
     if shutil.which("g++") is None:
         pytest.skip("compiling for the CPU needs g++")
     torch._dynamo.reset()
-    return {recipe: compiled_linear(recipe, SHAPE, INDUCTOR[recipe], "cpu") for recipe in RECIPES}
+    return {recipe: compiled_linear(recipe, SHAPE, RECIPES[recipe].inductor, "cpu") for recipe in RECIPES}
 
 
 def errors_of(linear):

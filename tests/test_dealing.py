@@ -12,17 +12,17 @@ import pytest
 from samples import SETUP, point_record
 from torch.distributed import HashStore
 
-from fp8gate.calibrate import board as board_module
-from fp8gate.calibrate import dealing
-from fp8gate.calibrate.board import Board, Message, Plan, RanksError
-from fp8gate.calibrate.dealing import Collector, Posts, RankSchedule, heartbeat
-from fp8gate.calibrate.records import Stages
-from fp8gate.calibrate.schedule import Task
-from fp8gate.filter.shapes import LinearShape
+from fp8gate.calibrate.points.point_record import Stages
+from fp8gate.calibrate.points.task_queue import Task
+from fp8gate.calibrate.ranks import dealing
+from fp8gate.calibrate.ranks import rank_store as board_module
+from fp8gate.calibrate.ranks.dealing import Collector, RankLedger, RankTaskQueue, heartbeat
+from fp8gate.calibrate.ranks.rank_store import Message, RanksError, RankStore, SweepTasks
+from fp8gate.filter.contract.shapes import LinearShape
 
 SHAPES = [LinearShape(16, 16, n) for n in (16, 32, 48)]
 A, B, C = TASKS = [Task(shape) for shape in SHAPES]
-PLAN = Plan(setup=SETUP, recipes=("tensorwise",), seed=3, tasks=tuple(TASKS))
+PLAN = SweepTasks(setup=SETUP, recipes=("tensorwise",), seed=3, tasks=tuple(TASKS))
 LIMIT_S = 20.0
 
 
@@ -39,12 +39,12 @@ def _quick(monkeypatch):
 def boards():
     """Those of three ranks, over one store."""
     store = HashStore()
-    leader = Board.open(store)
-    return [leader, *(Board(store, leader._session, f"process {rank}") for rank in (1, 2))]
+    leader = RankStore.open(store)
+    return [leader, *(RankStore(store, leader._session, f"process {rank}") for rank in (1, 2))]
 
 
 def ask_to_join(board, rank):
-    Board(board._store, "lobby", board.me)._set(f"join/{rank}", board.me)
+    RankStore(board._store, "lobby", board.me)._set(f"join/{rank}", board.me)
 
 
 class Notes:
@@ -68,10 +68,10 @@ class Rank:
     """A rank that the test moves: it lives until told otherwise, and measures what it takes at once."""
 
     def __init__(self, board, own=()):
-        self.board, self.schedule = board, RankSchedule(own, board)
+        self.board, self.schedule = board, RankTaskQueue(own, board)
         if board.me.startswith("process"):
             ask_to_join(board, int(board.me[-1]))
-        self.posts = Posts(board, self.schedule)
+        self.posts = RankLedger(board, self.schedule)
         self.life = heartbeat(board)
         self.life.__enter__()
 
@@ -164,7 +164,7 @@ def test_a_store_that_is_gone_is_an_error(boards):
             raise RuntimeError("Connection reset by peer")
 
     with pytest.raises(RanksError, match="Connection reset"):
-        Board.open(Gone()).has_ended()
+        RankStore.open(Gone()).has_ended()
 
 
 def test_only_the_first_end_counts(boards):
@@ -175,7 +175,7 @@ def test_only_the_first_end_counts(boards):
 
 
 def test_each_device_repeats_what_it_has_not(boards):
-    plan = Plan(
+    plan = SweepTasks(
         setup=SETUP,
         recipes=("rowwise",),
         seed=0,
@@ -190,14 +190,14 @@ def test_each_device_repeats_what_it_has_not(boards):
 def test_a_rank_measures_its_own_first_and_then_what_is_dealt_out(boards):
     boards[0].publish(PLAN)
     own = Task(SHAPES[2], repeat=True)
-    schedule = RankSchedule([own], boards[1])
+    schedule = RankTaskQueue([own], boards[1])
     assert [schedule.next() for _ in range(5)] == [own, A, B, C, None]
     assert schedule.numbers == {A: 0, B: 1, C: 2}
 
 
 def test_a_repeat_taken_by_the_process_that_measured_it_goes_to_another(boards):
-    boards[0].publish(Plan(setup=SETUP, recipes=("rowwise",), seed=0, tasks=(Task(SHAPES[0], repeat=True), B)))
-    schedule = RankSchedule([], boards[1])
+    boards[0].publish(SweepTasks(setup=SETUP, recipes=("rowwise",), seed=0, tasks=(Task(SHAPES[0], repeat=True), B)))
+    schedule = RankTaskQueue([], boards[1])
     assert schedule.next({SHAPES[0]}) is None
     assert schedule.next({SHAPES[0]}) == B
     assert schedule.next() == Task(SHAPES[0], repeat=True)
@@ -206,7 +206,7 @@ def test_a_repeat_taken_by_the_process_that_measured_it_goes_to_another(boards):
 def test_after_the_end_nothing_is_taken(boards):
     boards[0].publish(PLAN)
     boards[0].end()
-    schedule = RankSchedule([], boards[1])
+    schedule = RankTaskQueue([], boards[1])
     assert schedule.next() is None
 
 
@@ -214,7 +214,7 @@ def test_waiting_ends_with_the_sweep(boards):
     boards[0].publish(PLAN)
     boards[2].take(), boards[2].take(), boards[2].take()
     threading.Timer(0.1, boards[0].end).start()
-    assert not RankSchedule([], boards[1]).wait()
+    assert not RankTaskQueue([], boards[1]).wait()
 
 
 def test_all_that_ranks_measure_is_kept_once(boards, collecting):
@@ -372,7 +372,7 @@ def test_a_process_that_takes_a_ranks_place_is_heard_from_its_start(boards, coll
         assert before.take() == B
         wait_until(lambda: A in collector.notes.kept)
         before.die()
-        after = Board(boards[1]._store, boards[1]._session, "process started again, rank 1")
+        after = RankStore(boards[1]._store, boards[1]._session, "process started again, rank 1")
         rank = Rank(after)
         wait_until(lambda: len(collector._members) == 3)
         rank.measure_all()
@@ -386,7 +386,7 @@ def test_a_later_session_over_the_same_store_knows_nothing_of_an_earlier_one(boa
     boards[0].publish(PLAN)
     boards[1].take()
     boards[0].end("mixed devices")
-    later = Board.open(boards[0]._store)
+    later = RankStore.open(boards[0]._store)
     later.publish(PLAN)
     assert not later.has_ended()
     assert later.take() == (0, A)
@@ -396,7 +396,7 @@ def test_rank_0_lets_in_the_newest_process_of_each_rank(boards):
     leader, store = boards[0], boards[0]._store
     ask_to_join(boards[1], 1)  # of an earlier session, long gone
     joined = []
-    threads = [threading.Thread(target=lambda r=rank: joined.append(Board.join(store, r))) for rank in (1, 2)]
+    threads = [threading.Thread(target=lambda r=rank: joined.append(RankStore.join(store, r))) for rank in (1, 2)]
     [thread.start() for thread in threads]
     wait_until(lambda: leader.admit([1, 2]) and len(joined) == 2)
     leader.publish(PLAN)
@@ -410,7 +410,7 @@ def test_a_store_that_does_not_answer_is_noticed():
             time.sleep(0.3)
             return False
 
-    board = Board.open(Frozen())
+    board = RankStore.open(Frozen())
     thread = threading.Thread(target=board.has_ended)
     thread.start()
     time.sleep(0.15)

@@ -6,10 +6,10 @@ import msgspec
 import pytest
 from builders import make_point, make_table
 
-from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP, Decision, decide
-from fp8gate.filter.lookup import Lookup
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import Point
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Point
+from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, Decision, decide
+from fp8gate.filter.decision.lookup import Lookup
 
 
 def decided(

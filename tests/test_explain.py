@@ -8,11 +8,11 @@ import msgspec
 import pytest
 from builders import make_point, make_table
 
-from fp8gate.filter.explain import Explanation, explain
-from fp8gate.filter.lookup import Lookup
-from fp8gate.filter.models import ModelConfig
-from fp8gate.filter.parallel import Parallel, ShardError, Shards
-from fp8gate.filter.table import Point, TableError
+from fp8gate.filter.contract.table import Point, TableError
+from fp8gate.filter.decision.lookup import Lookup
+from fp8gate.filter.explain.explanation import Explanation, explain
+from fp8gate.filter.model.model_config import ModelConfig
+from fp8gate.filter.model.parallel import Parallel, ShardError, Shards
 
 TOKENS = 32
 CONFIG = ModelConfig(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fp8gate.calibrate.map_figures import SOURCE
-from fp8gate.calibrate.report_page import tables_hash
-from fp8gate.calibrate.table_files import read_tables
+from fp8gate.calibrate.comparison.table_paths import read_tables
+from fp8gate.calibrate.report.map_figures import SOURCE
+from fp8gate.calibrate.report.page import tables_hash
 
 ROOT = Path(__file__).parent.parent
 FIGURES = sorted((ROOT / "docs" / "figures").glob("*.png"))

@@ -17,9 +17,9 @@ from fp8gate import (
     StaleTableWarning,
     auto_filter,
 )
-from fp8gate.filter import stale as stale_module
-from fp8gate.filter.plan import Candidate, write_plan
-from fp8gate.filter.table import Device, Software
+from fp8gate.filter.contract import software_check as stale_module
+from fp8gate.filter.contract.plan import Candidate, write_plan
+from fp8gate.filter.contract.table import Device, Software
 
 TABLE = make_table(make_point(32, 64, 64, 0.5), make_point(32, 64, 128, 2.0))  # the plan says the opposite of both
 Q, GATE, HEAD = (64, 64), (64, 128), (64, 128)

@@ -7,10 +7,10 @@ import pytest
 from builders import DEVICE, make_point, make_table, write_file, write_folder
 
 from fp8gate import auto_filter
-from fp8gate.filter import find_table as module
-from fp8gate.filter.devices import cpu_name, device_slug
-from fp8gate.filter.find_table import ENVIRONMENT, find_table, measured_devices, packaged_thresholds
-from fp8gate.filter.table import TableError
+from fp8gate.filter.contract import find_table as module
+from fp8gate.filter.contract.devices import cpu_name, device_slug
+from fp8gate.filter.contract.find_table import ENVIRONMENT, find_table, measured_devices, packaged_thresholds
+from fp8gate.filter.contract.table import TableError
 
 
 def table_of(device: str = "NVIDIA H200", recipe: str = "rowwise", speedup: float = 1.5):

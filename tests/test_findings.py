@@ -28,7 +28,7 @@ from fp8gate import (
     UnmatchedPatternWarning,
     auto_filter,
 )
-from fp8gate.filter import stale as stale_module
+from fp8gate.filter.contract import software_check as stale_module
 
 TOKENS = 32
 WINNER, LOSER, AMBIGUOUS, MISSING, OUTSIDE = (64, 128), (128, 64), (64, 64), (128, 128), (64, 256)

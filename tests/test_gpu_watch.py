@@ -14,13 +14,13 @@ import pytest
 import torch
 from samples import python
 
-from fp8gate.calibrate.gpu_watch import CpuWatch, DeviceBusyError, DeviceLock, GpuWatch, foreign, make_watch
+from fp8gate.calibrate.device.watch import CpuWatch, DeviceBusyError, DeviceLock, GpuWatch, foreign, make_watch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HOLD = """
 import time
 import torch
-from fp8gate.calibrate.gpu_watch import DeviceLock
+from fp8gate.calibrate.device.watch import DeviceLock
 
 with DeviceLock(torch.device("cpu")):
     print("held", flush=True)
@@ -29,7 +29,7 @@ with DeviceLock(torch.device("cpu")):
 TAKE_AS_NOBODY = """
 import os
 import torch
-from fp8gate.calibrate.gpu_watch import DeviceLock
+from fp8gate.calibrate.device.watch import DeviceLock
 
 os.setuid(65534)
 with DeviceLock(torch.device("cpu")) as lock:

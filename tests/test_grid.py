@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from samples import CPU, GPU, replaced
 
-from fp8gate.calibrate.grid import (
+from fp8gate.calibrate.sweep.grid import (
     GRIDS,
     GridError,
     grid_shapes,
@@ -14,8 +14,8 @@ from fp8gate.calibrate.grid import (
     point_memory_bytes,
     too_large,
 )
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import Grid
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Grid
 
 SHAPES = [LinearShape(m, k, n) for m in (16, 32, 64) for k in (16, 48) for n in (16, 32)]
 

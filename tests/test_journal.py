@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from samples import PROTOCOLS, SETUP, SOFTWARE, point_record, replaced
 
-from fp8gate.calibrate.journal import Journal, JournalError, Setup
+from fp8gate.calibrate.sweep.journal import Journal, JournalError, Setup
 
 FIRST, SECOND, THIRD = (point_record((m, 16, 16)) for m in (16, 32, 48))
 OTHER_SETUPS = [

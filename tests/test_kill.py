@@ -11,8 +11,9 @@ import msgspec
 import pytest
 from samples import python
 
-from fp8gate.calibrate.records import PointRecord
-from fp8gate.filter.table import RECIPES, read_table
+from fp8gate.calibrate.points.point_record import PointRecord
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.table import read_table
 
 SHAPES = [(32, k, n) for k in (32, 48, 64) for n in (32, 64)]
 MAX_WAIT_S = 60.0  # for anything: it only takes so long where it fails

@@ -58,4 +58,4 @@ def test_only_the_report_loads_tabulate(table_path):
 
 
 def test_asking_for_the_local_device_loads_torch():
-    assert "torch" in loaded_after("from fp8gate.filter.devices import local_device_name; local_device_name()")
+    assert "torch" in loaded_after("from fp8gate.filter.contract.devices import local_device_name; local_device_name()")

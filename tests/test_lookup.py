@@ -11,9 +11,9 @@ from builders import make_point, make_table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8gate.filter.lookup import Estimate, Lookup
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import Grid, Point
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Grid, Point
+from fp8gate.filter.decision.lookup import Estimate, Lookup
 
 
 def look_up(shape: tuple[int, int, int], *points: Point, kind: str = "nearest", **fields: object) -> Estimate:

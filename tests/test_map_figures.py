@@ -10,7 +10,8 @@ from builders import make_point, make_table
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from fp8gate.calibrate.map_figures import (
+from fp8gate.calibrate.comparison.usual_models import PlacedLayer
+from fp8gate.calibrate.report.map_figures import (
     COLOUR_LIMIT,
     INK,
     SHADES,
@@ -22,8 +23,7 @@ from fp8gate.calibrate.map_figures import (
     draw_side_by_side,
     short_size,
 )
-from fp8gate.calibrate.speedup_map import speedup_maps
-from fp8gate.calibrate.usual_models import PlacedLayer
+from fp8gate.calibrate.report.speedup_map import speedup_maps
 
 SHAPES = [(m, k, n) for m in (1024, 8192) for k in (1024, 4096) for n in (1024, 4096)]
 LAYERS = [

@@ -14,16 +14,17 @@ import pytest
 import torch
 from samples import PROTOCOL, replaced
 
-from fp8gate.calibrate import alone, measure
-from fp8gate.calibrate.gpu_watch import CpuWatch
-from fp8gate.calibrate.linears import Operands
-from fp8gate.calibrate.measure import DeviceLostError, condensed, make_ready, measure_point
-from fp8gate.calibrate.records import CONTROL
-from fp8gate.calibrate.schedule import Task
-from fp8gate.calibrate.sweep import ROUNDS, make_setup
-from fp8gate.calibrate.timing import CpuTimer, Results, Sample
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES
+from fp8gate.calibrate.arms.linear import Operands
+from fp8gate.calibrate.device.timer import CpuTimer, Results, Sample
+from fp8gate.calibrate.device.watch import CpuWatch
+from fp8gate.calibrate.points import measure_point as measuring
+from fp8gate.calibrate.points.measure_point import DeviceLostError, condensed, make_ready, measure_point
+from fp8gate.calibrate.points.point_record import CONTROL
+from fp8gate.calibrate.points.task_queue import Task
+from fp8gate.calibrate.sweep.run_sweep import ROUNDS, make_setup
+from fp8gate.calibrate.timing import steady_run
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.shapes import LinearShape
 
 CPU = torch.device("cpu")
 SHAPE = LinearShape(32, 48, 16)
@@ -45,7 +46,7 @@ def clock(monkeypatch):
         clock.now += seconds
         clock.pauses.append(seconds)
 
-    for module in (measure, alone):
+    for module in (measuring, steady_run):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=sleep))
     return clock
 
@@ -233,7 +234,7 @@ def test_quiet_is_kept_while_arms_run_and_not_while_they_are_loaded_or_the_devic
 
     timer = fake(settling=1000, busy=0.9)
     timer.prepare, timer.rounds = noting("prepare", timer.prepare), noting("rounds", timer.rounds)
-    measure.time.sleep = noting("pause", measure.time.sleep)
+    measuring.time.sleep = noting("pause", measuring.time.sleep)
     measured(timer, dict.fromkeys(RECIPES, LIMITED), watch=FakeWatch(limited=itertools.repeat(True)), quiet=quiet)
     assert set(seen) == {("prepare", False), ("rounds", True), ("pause", False)}
 
@@ -350,7 +351,7 @@ def test_a_record_says_where_the_time_went(fake, clock, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(measure, "eager_linear", slow(measure.eager_linear, 3.0))
+    monkeypatch.setattr(measuring, "eager_linear", slow(measuring.eager_linear, 3.0))
     timer = fake()
     timer.prepare = slow(timer.prepare, 0.5)
     stages = measured(timer).stages
@@ -484,9 +485,9 @@ def test_what_cannot_be_compiled_is_failed_and_the_others_are_measured(fake, mon
     def refuse_rowwise(recipe, shape, inductor, device):
         if recipe == "rowwise":
             raise RuntimeError("no such layout")
-        return measure.eager_linear(recipe, shape)
+        return measuring.eager_linear(recipe, shape)
 
-    monkeypatch.setattr(measure, "compiled_linear", refuse_rowwise)
+    monkeypatch.setattr(measuring, "compiled_linear", refuse_rowwise)
     record = measured(fake(), {recipe: replaced(p, compile=True) for recipe, p in PROTOCOLS.items()})
     statuses = {recipe: point.status for recipe, point in points_of(record).items()}
     assert statuses == {"tensorwise": "measured", "rowwise": "failed", "rowwise_with_gw_hp": "measured"}
@@ -515,7 +516,7 @@ def test_the_memory_of_the_operands_is_given_back_even_if_timing_failed(fake, mo
 
 
 def test_a_real_point_on_the_cpu(monkeypatch):
-    for module in (measure, alone):
+    for module in (measuring, steady_run):
         monkeypatch.setattr(module, "time", time)
     protocols = {recipe: replaced(protocol, settle_s=0.01, run_s=0.01) for recipe, protocol in PROTOCOLS.items()}
     record = measured(CpuTimer(), protocols, LinearShape(64, 64, 64))

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fp8gate.filter.models import BUNDLED, ModelConfig, ModelError, linear_roles, load_model, not_linear
+from fp8gate.filter.model.model_config import BUNDLED, ModelConfig, ModelError, linear_roles, load_model, not_linear
 
 LLAMA = {
     "model_type": "llama",

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from fp8gate.calibrate.compilation import eager_linear
-from fp8gate.calibrate.linears import Operands
-from fp8gate.calibrate.numerics import MAX_RELATIVE_ERROR, References, acceptable
-from fp8gate.calibrate.timing import Results
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES
+from fp8gate.calibrate.arms.compilation import eager_linear
+from fp8gate.calibrate.arms.linear import Operands
+from fp8gate.calibrate.arms.numerics import MAX_RELATIVE_ERROR, References, acceptable
+from fp8gate.calibrate.device.timer import Results
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.shapes import LinearShape
 
 CPU = torch.device("cpu")
 RESULTS = ("output", "grad_x", "grad_weight")

@@ -27,9 +27,9 @@ from torchao.float8 import convert_to_float8_training
 from torchao.float8.float8_tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel
 
 from fp8gate import FilterWarning, Parallel, ShardError, UnknownShardWarning, UnmatchedPatternWarning, auto_filter
-from fp8gate.filter.linear_layer import LinearSize, linear_size
-from fp8gate.filter.parallel import READY_PLANS, Shards, divided
-from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.model.linear_layer import LinearSize, linear_size
+from fp8gate.filter.model.parallel import READY_PLANS, Shards, divided
 
 TP = 8
 TOKENS = 64

@@ -6,8 +6,9 @@ import msgspec
 import pytest
 from plans import CANDIDATES, make_plan
 
-from fp8gate.filter.plan import Candidate, PlanError, block_role, format_plan, parse_plan, read_plan, write_plan
-from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.contract.names import block_role
+from fp8gate.filter.contract.plan import Candidate, PlanError, format_plan, parse_plan, read_plan, write_plan
+from fp8gate.filter.contract.shapes import LinearShape
 
 
 def parsed(text):

@@ -16,18 +16,18 @@ from samples import quick_points
 from typer.testing import CliRunner
 
 from fp8gate import auto_filter, read_plan
-from fp8gate.calibrate import planning
-from fp8gate.calibrate.crew import Crew, MemberDiedError
-from fp8gate.calibrate.plan_output import plan_json, plan_text
-from fp8gate.calibrate.planning import make_protocol, model_subject, plan, plan_path
-from fp8gate.calibrate.rounds import StoppedError
-from fp8gate.calibrate.search import BF16, CONTROL
-from fp8gate.calibrate.visitor import Done, PlanJob, Trouble, Visit, Visitor
+from fp8gate.calibrate.planning import plan_block
+from fp8gate.calibrate.planning.block_worker import BlockBench, Done, Failure, PlanJob, Visit
+from fp8gate.calibrate.planning.block_worker_pool import BlockWorkerDiedError, BlockWorkerPool
+from fp8gate.calibrate.planning.plan_block import make_protocol, model_subject, plan, plan_path
+from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET
+from fp8gate.calibrate.planning.visit_rounds import StoppedError
+from fp8gate.calibrate.report.plan_text import plan_json, plan_text
 from fp8gate.cli import app
-from fp8gate.filter.devices import cpu_name
-from fp8gate.filter.plan import exceeds_control, format_plan, parse_plan
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import Device
+from fp8gate.filter.contract.devices import cpu_name
+from fp8gate.filter.contract.plan import exceeds_control, format_plan, parse_plan
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Device
 
 CPU = torch.device("cpu")
 INNER, OUTER = frozenset({"inner"}), frozenset({"outer"})
@@ -80,8 +80,8 @@ def test_bf16_is_measured_against_itself_and_that_is_no_candidate(tmp_path):
 @pytest.mark.parametrize("wins", [True, False])
 def test_a_set_that_gains_no_more_than_bf16_over_itself_is_not_chosen(monkeypatch, wins):
     said = []
-    monkeypatch.setattr(planning, "search", lambda roles, guesses, rounds, rules: rounds([INNER], 7) and INNER)
-    monkeypatch.setattr(planning, "exceeds_control", lambda low, control: wins)
+    monkeypatch.setattr(plan_block, "search", lambda roles, guesses, rounds, rules: rounds([INNER], 7) and INNER)
+    monkeypatch.setattr(plan_block, "exceeds_control", lambda low, control: wins)
     found = planned(say=said.append)
     assert found.convert == (("inner",) if wins else ())
     assert any("bf16 stays: no set gains more than bf16 loaded again" in line for line in said) is not wins
@@ -120,7 +120,7 @@ def test_exhaustive_measures_every_set():
 
 
 def test_too_many_roles_for_every_set(monkeypatch):
-    monkeypatch.setattr(planning, "FEW_ROLES", 1)
+    monkeypatch.setattr(plan_block, "FEW_ROLES", 1)
     with pytest.raises(ValueError, match="exhaustive: expected at most 1 roles, 2 sets; got 2"):
         planned(exhaustive=True)
 
@@ -153,14 +153,14 @@ def test_a_block_that_float8_cannot_compute_is_an_error():
 
 
 def test_where_every_set_fails_bf16_is_measured_alone(monkeypatch):
-    real = planning.Blueprint.ready
+    real = plan_block.Blueprint.ready
 
     def ready(blueprint, roles, *args):
         if roles:
             raise torch.OutOfMemoryError("much")
         return real(blueprint, roles, *args)
 
-    monkeypatch.setattr(planning.Blueprint, "ready", ready)
+    monkeypatch.setattr(plan_block.Blueprint, "ready", ready)
     found = planned()
     assert found.convert == ()
     assert {one.status for one in found.candidates[1:]} == {"out_of_memory"}
@@ -172,12 +172,12 @@ def test_where_every_set_fails_bf16_is_measured_alone(monkeypatch):
 
 @pytest.fixture
 def job():
-    blueprint = planning.Blueprint.of(Block(), [block_input()], recomputed=False)
+    blueprint = plan_block.Blueprint.of(Block(), [block_input()], recomputed=False)
     return PlanJob(blueprint=blueprint, recipe="rowwise", protocol=PROTOCOL, device=CPU)
 
 
 def test_a_visitor_compiles_loads_and_visits(job):
-    visitor = Visitor(job)
+    visitor = BlockBench(job)
     assert visitor.answer(("compile", INNER)) == Done()
     assert 0.01 < visitor.answer(("load", INNER)).error < 0.3
     visit = visitor.answer(("visit", INNER))
@@ -186,16 +186,16 @@ def test_a_visitor_compiles_loads_and_visits(job):
 
 
 def test_the_control_is_bf16_again(job):
-    visitor = Visitor(job)
-    assert visitor.answer(("compile", CONTROL)) == Done()
-    assert visitor.answer(("load", CONTROL)) == Done(error=0.0)
+    visitor = BlockBench(job)
+    assert visitor.answer(("compile", CONTROL_SET)) == Done()
+    assert visitor.answer(("load", CONTROL_SET)) == Done(error=0.0)
 
 
 def test_a_wrong_result_is_trouble(job, monkeypatch):
-    visitor = Visitor(job)
+    visitor = BlockBench(job)
     visitor.answer(("compile", INNER))
-    monkeypatch.setattr("fp8gate.calibrate.block.Block.error", lambda *_: (float("nan"), "output"))
-    assert visitor.answer(("load", INNER)) == Trouble("failed", "wrong result: output is nan from bf16's")
+    monkeypatch.setattr("fp8gate.calibrate.arms.block.Block.error", lambda *_: (float("nan"), "output"))
+    assert visitor.answer(("load", INNER)) == Failure("failed", "wrong result: output is nan from bf16's")
 
 
 @pytest.mark.parametrize(
@@ -205,38 +205,38 @@ def test_what_goes_wrong_is_an_answer(job, monkeypatch, error, status):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(planning.Blueprint, "ready", fail)
-    assert Visitor(job).answer(("compile", INNER)).status == status
+    monkeypatch.setattr(plan_block.Blueprint, "ready", fail)
+    assert BlockBench(job).answer(("compile", INNER)).status == status
 
 
 def test_processes_answer_as_this_one_does_and_a_dead_one_is_named(job):
-    with Crew(job, 2) as crew:
-        assert dict(crew.compile([BF16, INNER, OUTER])) == {BF16: Done(), INNER: Done(), OUTER: Done()}
-        here = Visitor(job)
+    with BlockWorkerPool(job, 2) as crew:
+        assert dict(crew.compile([BF16_SET, INNER, OUTER])) == {BF16_SET: Done(), INNER: Done(), OUTER: Done()}
+        here = BlockBench(job)
         here.answer(("compile", INNER))
         assert crew.load(INNER).error == pytest.approx(here.answer(("load", INNER)).error, rel=0.05)
         assert crew.visit(INNER).bwd_us > 0
         assert crew.others() == []
         processes = [member.process for member in crew._members]
         crew._homes[INNER].process.kill()
-        with pytest.raises(MemberDiedError, match="its process ended with exit code -9") as caught:
+        with pytest.raises(BlockWorkerDiedError, match="its process ended with exit code -9") as caught:
             crew.visit(INNER)
         assert caught.value.args[1] == INNER
     assert not any(process.is_alive() for process in processes)
 
 
 def test_bf16_again_comes_from_another_process(job):
-    with Crew(job, 2) as crew:
-        list(crew.compile([BF16]))
+    with BlockWorkerPool(job, 2) as crew:
+        list(crew.compile([BF16_SET]))
         list(crew.compile([INNER, OUTER]))
-        list(crew.compile([CONTROL]))
-        assert crew._homes[CONTROL] is not crew._homes[BF16]
+        list(crew.compile([CONTROL_SET]))
+        assert crew._homes[CONTROL_SET] is not crew._homes[BF16_SET]
 
 
 def test_processes_end_with_the_plan_even_within_a_visit(job):
     """As if it was killed: the pipe closes, and nobody ends them."""
     long = replace(job, protocol=msgspec.structs.replace(PROTOCOL, pause_s=60.0))
-    with Crew(long, 1) as members:
+    with BlockWorkerPool(long, 1) as members:
         (member,) = members._members
         list(members.compile([INNER]))
         members.load(INNER)
@@ -247,23 +247,23 @@ def test_processes_end_with_the_plan_even_within_a_visit(job):
 
 
 def test_a_block_that_cannot_be_made_ends_the_processes():
-    blueprint = planning.Blueprint.of(Block(), [block_input()], recomputed=False)
+    blueprint = plan_block.Blueprint.of(Block(), [block_input()], recomputed=False)
     blueprint.inputs["x"] = torch.zeros(16, 33, dtype=torch.bfloat16)  # not what the block takes
     with (
-        pytest.raises(MemberDiedError, match="the block cannot be made on the device: RuntimeError"),
-        Crew(PlanJob(blueprint=blueprint, recipe="rowwise", protocol=PROTOCOL, device=CPU), 1),
+        pytest.raises(BlockWorkerDiedError, match="the block cannot be made on the device: RuntimeError"),
+        BlockWorkerPool(PlanJob(blueprint=blueprint, recipe="rowwise", protocol=PROTOCOL, device=CPU), 1),
     ):
         pass
 
 
 def test_processes_are_as_many_as_the_device_has_memory_for(monkeypatch):
-    monkeypatch.setattr(planning, "default_workers", lambda _: 14)
+    monkeypatch.setattr(plan_block, "default_workers", lambda _: 14)
     with torch.device("meta"):
         template = torch.nn.ModuleDict({"w": torch.nn.Linear(8192, 28672, bias=False)})
     blueprint = SimpleNamespace(shapes={"w": LinearShape(8192, 8192, 28672)}, template=template)
-    assert [planning._useful_workers(blueprint, gib) for gib in (1.0, 40.0, 1000.0)] == [1, 6, 14]
+    assert [plan_block._useful_workers(blueprint, gib) for gib in (1.0, 40.0, 1000.0)] == [1, 6, 14]
     template.experts = torch.nn.Parameter(torch.empty(8, 8192, 28672, device="meta"))  # no linears, but there
-    assert [planning._useful_workers(blueprint, gib) for gib in (40.0, 80.0, 1000.0)] == [1, 2, 14]
+    assert [plan_block._useful_workers(blueprint, gib) for gib in (40.0, 80.0, 1000.0)] == [1, 2, 14]
 
 
 # --- models and files ------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def config(tmp_path):
 @pytest.fixture
 def run(monkeypatch, config, tmp_path):
     """The command on a tiny model and this CPU."""
-    monkeypatch.setattr(planning, "CPU_RUN_S", 0.001)
+    monkeypatch.setattr(plan_block, "CPU_RUN_S", 0.001)
 
     def run(*args):
         place = ["--device", "cpu", "--out", str(tmp_path / "out"), "--tables", str(tmp_path / "tables")]
@@ -406,8 +406,8 @@ def test_sets_of_a_real_layer_share_memory_on_a_gpu_and_compute_what_they_should
     subject = model_subject(str(config), tokens=256, sequence=256, tp=1, recomputed=False)
     device = torch.device("cuda")
     protocol = msgspec.structs.replace(make_protocol(device, recipe), run_s=0.05, settle_s=0.05)
-    visitor = Visitor(PlanJob(blueprint=subject.blueprint, recipe=recipe, protocol=protocol, device=device))
-    sets = [BF16, frozenset({"self_attn.q_proj", "mlp.down_proj"}), frozenset(subject.blueprint.shapes)]
+    visitor = BlockBench(PlanJob(blueprint=subject.blueprint, recipe=recipe, protocol=protocol, device=device))
+    sets = [BF16_SET, frozenset({"self_attn.q_proj", "mlp.down_proj"}), frozenset(subject.blueprint.shapes)]
     timer, _, _ = visitor._on_device()
     outputs, forget_results = [], timer.forget_results
 

@@ -11,9 +11,18 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import Interval
 from torch.profiler import ProfilerActivity
 
-from fp8gate.calibrate import profiling, timing
-from fp8gate.calibrate.profiling import Event, Kernel, ProfileError, flush_names, kind_of, passes, record, summed
-from fp8gate.calibrate.timing import CpuTimer
+from fp8gate.calibrate.breakdown import profiler
+from fp8gate.calibrate.breakdown.profiler import (
+    Event,
+    Kernel,
+    ProfileError,
+    flush_names,
+    kind_of,
+    passes,
+    record,
+    summed,
+)
+from fp8gate.calibrate.device.timer import CpuTimer
 
 CPU = torch.device("cpu")
 
@@ -120,7 +129,7 @@ def test_of_a_gpu_only_what_it_ran_itself_is_recorded_in_the_order_it_began(monk
     ]
     fake = MagicMock()
     fake.return_value.__enter__.return_value.events.return_value = ran
-    monkeypatch.setattr(profiling, "profile", fake)
+    monkeypatch.setattr(profiler, "profile", fake)
     monkeypatch.setenv("TEARDOWN_CUPTI", "0")
     found = record(torch.device("cuda"), lambda: None, lambda: None)
     assert found == [Event("Memset (Device)", 0.5), Event("triton_poi_fused_0", 1.5)]
@@ -128,7 +137,7 @@ def test_of_a_gpu_only_what_it_ran_itself_is_recorded_in_the_order_it_began(monk
 
 
 def test_the_flush_of_a_cpu_is_known_by_its_ops(monkeypatch):
-    monkeypatch.setattr(timing, "CPU_FLUSH_BYTES", 2**16)
+    monkeypatch.setattr("fp8gate.calibrate.device.timer.CPU_FLUSH_BYTES", 2**16)
     timer = CpuTimer()
     flush = flush_names(timer, CPU)
     assert flush[0] == "aten::sum"
@@ -152,12 +161,12 @@ def test_the_flush_of_a_cpu_is_known_by_its_ops(monkeypatch):
     ],
 )
 def test_a_flush_is_the_shortest_that_repeats_to_the_end(monkeypatch, recorded, one):
-    monkeypatch.setattr(profiling, "record", lambda *_: events(recorded))
+    monkeypatch.setattr(profiler, "record", lambda *_: events(recorded))
     assert flush_names(None, CPU) == one.split()
 
 
 @pytest.mark.parametrize("recorded", ["", "set read read set", "read"])
 def test_flushes_that_do_not_repeat_are_an_error(monkeypatch, recorded):
-    monkeypatch.setattr(profiling, "record", lambda *_: events(recorded))
+    monkeypatch.setattr(profiler, "record", lambda *_: events(recorded))
     with pytest.raises(ProfileError, match="4 flushes"):
         flush_names(None, CPU)

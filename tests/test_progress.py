@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 from samples import PROTOCOLS, point_record, timed_arm
 
-from fp8gate.calibrate import progress
-from fp8gate.calibrate.progress import Bar, Lines, describe, make_observer
-from fp8gate.calibrate.records import ArmRecord
+from fp8gate.calibrate.points.point_record import ArmRecord
+from fp8gate.calibrate.sweep import progress
+from fp8gate.calibrate.sweep.progress import Bar, Lines, describe, make_observer
 
 ARMS = {
     "bf16": timed_arm([200.0] * 8),

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from fp8gate import StaleTableWarning
 from fp8gate.cli import app
-from fp8gate.filter import find_table
+from fp8gate.filter.contract import find_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -6,9 +6,9 @@ import msgspec
 import pytest
 from samples import NOON, PROTOCOL, point_record, replaced, timed_arm
 
-from fp8gate.calibrate.records import CONTROL, ArmRecord, PointRecord, is_near
-from fp8gate.calibrate.statistics import Interval
-from fp8gate.filter.shapes import LinearShape
+from fp8gate.calibrate.points.point_record import CONTROL, ArmRecord, PointRecord, is_near
+from fp8gate.calibrate.timing.statistics import Interval
+from fp8gate.filter.contract.shapes import LinearShape
 
 NO_NUMBERS = (None,) * 7
 WINS = [1.2] * 8

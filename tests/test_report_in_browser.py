@@ -8,7 +8,7 @@ import shutil
 import pytest
 from builders import make_point, make_table, write_folder
 
-from fp8gate.calibrate.report_page import write_report
+from fp8gate.calibrate.report.page import write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (

@@ -11,9 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fp8gate import cli
-from fp8gate.calibrate.map_figures import SOURCE
-from fp8gate.calibrate.report_page import by_device, quality, tables_hash, write_report
-from fp8gate.filter.table import Grid, Spread, TableError, read_table
+from fp8gate.calibrate.report.map_figures import SOURCE
+from fp8gate.calibrate.report.page import by_device, quality, tables_hash, write_report
+from fp8gate.filter.contract.table import Grid, Spread, TableError, read_table
 
 SHAPES = [(m, k, n) for m in (1024, 8192) for k in (1024, 4096) for n in (1024, 4096)]
 PICTURES = ("overview", "tokens", "rowwise")

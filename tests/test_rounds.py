@@ -9,15 +9,22 @@ import pytest
 from plans import PROTOCOL, SHAPES
 from samples import CPU, SOFTWARE
 
-from fp8gate.calibrate.crew import MemberDiedError
-from fp8gate.calibrate.rounds import MAX_ATTEMPTS, MAX_SLOWDOWNS, PlanJournal, PlanSetup, Rounds, StoppedError
-from fp8gate.calibrate.search import BF16
-from fp8gate.calibrate.visitor import Done, Trouble, Visit
+from fp8gate.calibrate.planning.block_worker import Done, Failure, Visit
+from fp8gate.calibrate.planning.block_worker_pool import BlockWorkerDiedError
+from fp8gate.calibrate.planning.search import BF16_SET
+from fp8gate.calibrate.planning.visit_rounds import (
+    MAX_ATTEMPTS,
+    MAX_SLOWDOWNS,
+    PlanJournal,
+    PlanSetup,
+    StoppedError,
+    VisitRounds,
+)
 
 Q, GATE, BOTH = (
     frozenset(one) for one in (["self_attn.q_proj"], ["mlp.gate_proj"], ["self_attn.q_proj", "mlp.gate_proj"])
 )
-TIMES_US = {BF16: 400.0, Q: 200.0, GATE: 100.0, BOTH: 50.0}
+TIMES_US = {BF16_SET: 400.0, Q: 200.0, GATE: 100.0, BOTH: 50.0}
 SETUP = PlanSetup(
     recipe="rowwise",
     model="tiny",
@@ -47,7 +54,7 @@ class FakeCrew:
 
     def load(self, one):
         if one == self.dies:
-            raise MemberDiedError("its process ended with exit code -9", one)
+            raise BlockWorkerDiedError("its process ended with exit code -9", one)
         self.log.append(("load", one))
         return self.broken.get(("load", one), Done(0.04))
 
@@ -74,7 +81,7 @@ def rounds(tmp_path):
             journal.__exit__(None, None, None)
         journals[:] = [PlanJournal(tmp_path, SETUP).__enter__()]
         say = said.append if said is not None else lambda _: None
-        return Rounds(crew, journals[0], SHAPES, say, start=time.monotonic(), stop_after_s=stop_after_s)
+        return VisitRounds(crew, journals[0], SHAPES, say, start=time.monotonic(), stop_after_s=stop_after_s)
 
     yield make
     journals[0].__exit__(None, None, None)
@@ -85,7 +92,7 @@ def test_bf16_is_visited_in_every_round_and_the_order_varies(rounds):
     ratios = rounds(crew)([Q, GATE], 6)
     assert ratios == {Q: (math.log(2),) * 6, GATE: (math.log(4),) * 6}
     orders = [tuple(crew.visits()[i : i + 3]) for i in range(0, 18, 3)]
-    assert all(set(order) == {BF16, Q, GATE} for order in orders)
+    assert all(set(order) == {BF16_SET, Q, GATE} for order in orders)
     assert len(set(orders)) > 1
 
 
@@ -94,7 +101,7 @@ def test_all_are_compiled_together_and_once(rounds):
     measure = rounds(crew)
     measure([Q, GATE], 1)
     measure([Q, BOTH], 2)
-    assert [sets for what, sets in crew.log if what == "compile"] == [(BF16, Q, GATE), (BOTH,)]
+    assert [sets for what, sets in crew.log if what == "compile"] == [(BF16_SET, Q, GATE), (BOTH,)]
 
 
 def test_only_what_lacks_visits_is_visited(rounds):
@@ -103,7 +110,7 @@ def test_only_what_lacks_visits_is_visited(rounds):
     measure([Q], 2)
     crew.log.clear()
     measure([Q, GATE], 2)
-    assert (crew.visits().count(Q), crew.visits().count(GATE), crew.visits().count(BF16)) == (0, 2, 2)
+    assert (crew.visits().count(Q), crew.visits().count(GATE), crew.visits().count(BF16_SET)) == (0, 2, 2)
     assert measure.times(GATE, 0) == (25.0, 75.0)
 
 
@@ -114,7 +121,7 @@ def test_another_process_goes_on_with_what_is_in_the_journal(rounds):
     assert measure([Q], 3) == {Q: (math.log(2),) * 3}
     assert crew.log == []
     measure([Q], 4)
-    assert sorted(crew.visits(), key=len) == [BF16, Q]
+    assert sorted(crew.visits(), key=len) == [BF16_SET, Q]
     assert measure.errors[Q] == 0.04
 
 
@@ -130,7 +137,7 @@ def test_a_round_without_its_bf16_is_no_pair(rounds):
 @pytest.mark.parametrize("step", ["compile", "load", "visit"])
 def test_a_set_that_fails_has_no_number_and_is_tried_once_more(rounds, step):
     for _ in range(MAX_ATTEMPTS):
-        measure = rounds(FakeCrew(broken={(step, Q): Trouble("out_of_memory", "no room")}))
+        measure = rounds(FakeCrew(broken={(step, Q): Failure("out_of_memory", "no room")}))
         assert measure([Q, GATE], 2) == {Q: (), GATE: (math.log(4),) * 2}
         assert measure.failed == {Q: "out_of_memory"}
     again = FakeCrew()
@@ -140,11 +147,11 @@ def test_a_set_that_fails_has_no_number_and_is_tried_once_more(rounds, step):
 
 def test_without_bf16_there_is_nothing_to_compare_with(rounds):
     with pytest.raises(StoppedError, match="bf16 could not be measured"):
-        rounds(FakeCrew(broken={("load", BF16): Trouble("failed", "no room")}))([Q], 1)
+        rounds(FakeCrew(broken={("load", BF16_SET): Failure("failed", "no room")}))([Q], 1)
 
 
 def test_without_bf16_no_other_set_is_loaded(rounds):
-    crew = FakeCrew(broken={("compile", BF16): Trouble("failed", "no compiler")})
+    crew = FakeCrew(broken={("compile", BF16_SET): Failure("failed", "no compiler")})
     with pytest.raises(StoppedError, match="bf16 could not be measured"):
         rounds(crew)([Q, GATE, BOTH], 1)
     assert [step for step, _ in crew.log] == ["compile"]
@@ -153,13 +160,13 @@ def test_without_bf16_no_other_set_is_loaded(rounds):
 def test_without_bf16_the_next_call_tries_it_again(rounds):
     for _ in range(MAX_ATTEMPTS + 1):
         with pytest.raises(StoppedError, match="try fewer --workers"):
-            rounds(FakeCrew(broken={("load", BF16): Trouble("out_of_memory", "no room")}))([Q], 1)
+            rounds(FakeCrew(broken={("load", BF16_SET): Failure("out_of_memory", "no room")}))([Q], 1)
     assert rounds(FakeCrew())([Q], 1) == {Q: (math.log(2),)}
 
 
 def test_a_set_over_which_processes_die_is_not_tried_for_ever(rounds):
     for _ in range(MAX_ATTEMPTS):
-        with pytest.raises(MemberDiedError):
+        with pytest.raises(BlockWorkerDiedError):
             rounds(FakeCrew(dies=Q))([GATE, Q], 1)
     measure = rounds(FakeCrew())
     assert measure([Q, GATE], 1) == {Q: (), GATE: (math.log(4),)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.contract.shapes import LinearShape
 
 ROOT = Path(__file__).parent.parent
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fp8gate.calibrate.schedule import MAX_DEATHS, MAX_RETRIES, Schedule, Task
-from fp8gate.filter.shapes import LinearShape
+from fp8gate.calibrate.points.task_queue import MAX_DEATHS, MAX_RETRIES, Task, TaskQueue
+from fp8gate.filter.contract.shapes import LinearShape
 
 SHAPES = [LinearShape(16, 16, n) for n in (16, 32, 48)]
 A, B, C = (Task(shape) for shape in SHAPES)
@@ -16,29 +16,29 @@ def dealt(schedule, measured=()):
 
 
 def test_tasks_are_dealt_out_once_and_in_order():
-    schedule = Schedule([B, A_AGAIN, A])
+    schedule = TaskQueue([B, A_AGAIN, A])
     assert dealt(schedule) == [B, A_AGAIN, A]
     assert schedule.next() is None
 
 
 def test_an_empty_schedule_has_nothing_to_deal():
-    assert dealt(Schedule([])) == []
-    assert not Schedule([])
+    assert dealt(TaskQueue([])) == []
+    assert not TaskQueue([])
 
 
 def test_a_process_repeats_no_shape_that_it_measured():
-    schedule = Schedule([A_AGAIN, B_AGAIN, C])
+    schedule = TaskQueue([A_AGAIN, B_AGAIN, C])
     assert dealt(schedule, measured={A.shape, C.shape}) == [B_AGAIN, C]
     assert schedule.next({A.shape}) is None
     assert schedule.next({B.shape}) == A_AGAIN
 
 
 def test_a_point_is_not_a_repeat_though_its_shape_was_measured():
-    assert dealt(Schedule([A, B]), measured={A.shape, B.shape}) == [A, B]
+    assert dealt(TaskQueue([A, B]), measured={A.shape, B.shape}) == [A, B]
 
 
 def test_a_point_given_back_does_not_go_where_it_was_repeated():
-    schedule = Schedule([A, A_AGAIN])
+    schedule = TaskQueue([A, A_AGAIN])
     assert [schedule.next(), schedule.next()] == [A, A_AGAIN]
     schedule.give_back(A)
     assert schedule.next({A.shape}) is None
@@ -48,7 +48,7 @@ def test_a_point_given_back_does_not_go_where_it_was_repeated():
 
 
 def test_what_is_given_back_comes_after_all_others():
-    schedule = Schedule([A, B, C, A_AGAIN])
+    schedule = TaskQueue([A, B, C, A_AGAIN])
     assert (schedule.next(), schedule.next()) == (A, B)
     assert schedule.may_retry(B)
     assert schedule.may_try_after_death(A)
@@ -56,14 +56,14 @@ def test_what_is_given_back_comes_after_all_others():
 
 
 def test_a_repeat_that_is_given_back_still_needs_another_process():
-    schedule = Schedule([A_AGAIN])
+    schedule = TaskQueue([A_AGAIN])
     assert schedule.may_retry(schedule.next())
     assert schedule.next({A.shape}) is None
     assert schedule.next() == A_AGAIN
 
 
 def test_numbers_not_to_be_trusted_are_taken_again_only_so_often():
-    schedule = Schedule([A])
+    schedule = TaskQueue([A])
     for _ in range(MAX_RETRIES):
         assert schedule.may_retry(schedule.next())
     assert schedule.next() == A
@@ -73,7 +73,7 @@ def test_numbers_not_to_be_trusted_are_taken_again_only_so_often():
 
 
 def test_a_point_whose_processes_die_is_tried_only_so_often():
-    schedule = Schedule([A])
+    schedule = TaskQueue([A])
     for _ in range(MAX_DEATHS - 1):
         assert schedule.may_try_after_death(schedule.next())
     assert schedule.next() == A
@@ -83,7 +83,7 @@ def test_a_point_whose_processes_die_is_tried_only_so_often():
 
 
 def test_each_task_has_its_own_tries():
-    schedule = Schedule([])
+    schedule = TaskQueue([])
     for _ in range(MAX_RETRIES):
         assert schedule.may_retry(A)
     assert not schedule.may_retry(A)
@@ -93,7 +93,7 @@ def test_each_task_has_its_own_tries():
 
 
 def test_retries_are_counted_however_they_came_about():
-    schedule = Schedule([A, B])
+    schedule = TaskQueue([A, B])
     assert schedule.retries == 0
     schedule.may_retry(A)
     schedule.may_retry(A)
@@ -102,7 +102,7 @@ def test_retries_are_counted_however_they_came_about():
 
 
 def test_what_is_not_tried_again_is_no_retry():
-    schedule = Schedule([])
+    schedule = TaskQueue([])
     for _ in range(MAX_RETRIES + 1):
         schedule.may_retry(A)
     for _ in range(MAX_DEATHS):

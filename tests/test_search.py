@@ -8,9 +8,9 @@ import random
 
 import pytest
 
-from fp8gate.calibrate.search import BF16, Rules, gain, search, search_all
-from fp8gate.filter.find_table import packaged_thresholds
-from fp8gate.filter.plan import read_plan
+from fp8gate.calibrate.planning.search import BF16_SET, Rules, gain, search, search_all
+from fp8gate.filter.contract.find_table import packaged_thresholds
+from fp8gate.filter.contract.plan import read_plan
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 ALL = frozenset(ROLES)
@@ -60,31 +60,31 @@ LOSING = {"alone": (-0.02, -0.03, -0.03, -0.01, -0.01, -0.01, -0.02)}
 
 
 @pytest.mark.parametrize("planted", [TENSORWISE, ROWWISE, FLAT, LOSING])
-@pytest.mark.parametrize("guess", [BF16, ALL, frozenset({"gate", "up", "down"}), frozenset({"k", "v"})])
+@pytest.mark.parametrize("guess", [BF16_SET, ALL, frozenset({"gate", "up", "down"}), frozenset({"k", "v"})])
 def test_it_finds_the_planted_best_set_from_anywhere(planted, guess):
     block = FakeBlock(**planted)
-    assert search(ROLES, [guess, BF16, ALL], block, RULES) == block.best
+    assert search(ROLES, [guess, BF16_SET, ALL], block, RULES) == block.best
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("planted", [TENSORWISE, ROWWISE])
 def test_noise_costs_less_than_half_a_percent(planted, seed):
     block = FakeBlock(**planted, noise=NOISE, seed=seed)
-    assert block.loss(search(ROLES, [ALL, BF16], block, RULES)) < 0.005
+    assert block.loss(search(ROLES, [ALL, BF16_SET], block, RULES)) < 0.005
 
 
 @pytest.mark.parametrize("planted", [FLAT, LOSING])
 def test_noise_alone_seldom_passes_for_a_gain_and_then_costs_nothing(planted):
     """Six visits of one sign happen once in 64 times to each of four finalists."""
-    chosen = [search(ROLES, [ALL, BF16], FakeBlock(**planted, noise=NOISE, seed=seed), RULES) for seed in range(40)]
+    chosen = [search(ROLES, [ALL, BF16_SET], FakeBlock(**planted, noise=NOISE, seed=seed), RULES) for seed in range(40)]
     assert all(FakeBlock(**planted).loss(one) < 0.001 for one in chosen)
-    assert sum(one != BF16 for one in chosen) <= 6
+    assert sum(one != BF16_SET for one in chosen) <= 6
 
 
 @pytest.mark.parametrize("planted", [TENSORWISE, ROWWISE, FLAT, LOSING])
 def test_it_asks_for_a_fraction_of_all_sets_in_few_calls(planted):
     block = FakeBlock(**planted, noise=NOISE)
-    search(ROLES, [ALL - {"k", "v"}, BF16, ALL], block, RULES)
+    search(ROLES, [ALL - {"k", "v"}, BF16_SET, ALL], block, RULES)
     assert len(block.visits) < 40
     assert len(block.calls) < 9
     assert sum(len(visits) > RULES.screening for visits in block.visits.values()) <= 9
@@ -92,21 +92,21 @@ def test_it_asks_for_a_fraction_of_all_sets_in_few_calls(planted):
 
 def test_nothing_is_measured_twice_but_finalists():
     block = FakeBlock(**ROWWISE)
-    search(ROLES, [ALL, ALL, BF16], block, RULES)
+    search(ROLES, [ALL, ALL, BF16_SET], block, RULES)
     screened = [one for call in block.calls[:-1] for one in call]
     assert len(screened) == len(set(screened))
-    assert BF16 not in block.visits  # whoever measures visits bf16 in every round
+    assert BF16_SET not in block.visits  # whoever measures visits bf16 in every round
 
 
 def test_a_pair_is_found_that_neither_half_leads_to():
     """Its halves lose 2 % together, alone, and gain 4 % as a pair."""
     block = FakeBlock((-0.05, -0.05, -0.05, -0.05, -0.01, -0.01, -0.05), SHARED_CAST)
-    assert search(ROLES, [BF16], block, RULES) == {"gate", "up"}
+    assert search(ROLES, [BF16_SET], block, RULES) == {"gate", "up"}
 
 
 def test_a_set_that_fails_is_left_out():
     block = FakeBlock(**TENSORWISE, fails=[ALL - {"k", "v"}])
-    chosen = search(ROLES, [ALL, BF16], block, RULES)
+    chosen = search(ROLES, [ALL, BF16_SET], block, RULES)
     assert chosen not in block.fails
     assert block.truth(chosen) > 0
 
@@ -121,12 +121,12 @@ def test_a_round_in_which_bf16_was_slow_fools_nobody():
         first.extend(() if first else candidates)
         return {one: (ratios[0] + 0.3 * (one in first), *ratios[1:]) for one, ratios in found.items()}
 
-    assert search(ROLES, [ALL], disturbed, RULES) == BF16
+    assert search(ROLES, [ALL], disturbed, RULES) == BF16_SET
 
 
 def test_if_all_fail_bf16_is_left():
     sets = [frozenset(some) for n in range(1, 8) for some in itertools.combinations(ROLES, n)]
-    assert search(ROLES, [ALL], FakeBlock(**TENSORWISE, fails=sets), RULES) == BF16
+    assert search(ROLES, [ALL], FakeBlock(**TENSORWISE, fails=sets), RULES) == BF16_SET
 
 
 @pytest.mark.parametrize("planted", [TENSORWISE, ROWWISE, LOSING])
@@ -148,7 +148,7 @@ def test_exhaustive_screens_what_one_visit_does_not_rule_out(seed):
 
 def test_guesses_are_measured_as_well_as_the_best():
     """People ask what the choice gains over them; here they lose."""
-    guesses = [ALL, frozenset({"k", "v"}), BF16]
+    guesses = [ALL, frozenset({"k", "v"}), BF16_SET]
     for find in (search, search_all):
         block = FakeBlock(**TENSORWISE)
         assert find(ROLES, guesses, block, RULES) == block.best

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from builders import make_point, make_table
 
-from fp8gate.calibrate.speedup_map import MARGIN, SAMPLES, Mark, map_tokens, samples, speedup_maps, without_row
-from fp8gate.filter.table import Grid, TableError
+from fp8gate.calibrate.report.speedup_map import MARGIN, SAMPLES, Mark, map_tokens, samples, speedup_maps, without_row
+from fp8gate.filter.contract.table import Grid, TableError
 
 SIZES = (1024, 2048, 4096, 8192)
 

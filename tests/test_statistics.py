@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8gate.calibrate.statistics import Interval, paired_speedup, signed_rank_depth, walsh_averages
+from fp8gate.calibrate.timing.statistics import Interval, paired_speedup, signed_rank_depth, walsh_averages
 
 TIME_US = st.floats(min_value=1.0, max_value=1e5)
 ROUNDS = st.lists(st.tuples(TIME_US, TIME_US), min_size=8, max_size=16)

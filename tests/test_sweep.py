@@ -15,23 +15,24 @@ import pytest
 import torch
 from samples import NOON, PROTOCOL, SETUP, SOFTWARE, journal_points, point_record, quick_points, replaced, timed_arm
 
-from fp8gate.calibrate import capacity
-from fp8gate.calibrate import run as run_module
-from fp8gate.calibrate import sweep as sweep_module
-from fp8gate.calibrate import worker as worker_module
-from fp8gate.calibrate import workers as workers_module
-from fp8gate.calibrate.gpu_watch import DeviceBusyError
-from fp8gate.calibrate.grid import grid_shapes, measuring_order
-from fp8gate.calibrate.journal import Journal, JournalError
-from fp8gate.calibrate.measure import DeviceLostError, ReadyPoint
-from fp8gate.calibrate.records import CONTROL, ArmRecord, Stages
-from fp8gate.calibrate.schedule import MAX_RETRIES
-from fp8gate.calibrate.sweep import ROUNDS, make_setup, sweep
-from fp8gate.calibrate.tables import make_table
-from fp8gate.calibrate.workers import Died, Finished, InThisProcess
-from fp8gate.filter.devices import cpu_name, device_slug
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES, Grid, Spread, read_table
+from fp8gate.calibrate.device import capacity
+from fp8gate.calibrate.device.watch import DeviceBusyError
+from fp8gate.calibrate.points import point_worker as worker_module
+from fp8gate.calibrate.points import worker_pool as workers_module
+from fp8gate.calibrate.points.measure_point import DeviceLostError, ReadyPoint
+from fp8gate.calibrate.points.point_record import CONTROL, ArmRecord, Stages
+from fp8gate.calibrate.points.task_queue import MAX_RETRIES
+from fp8gate.calibrate.points.worker_pool import Died, Finished, InThisProcess
+from fp8gate.calibrate.sweep import run_sweep as sweep_module
+from fp8gate.calibrate.sweep import session as run_module
+from fp8gate.calibrate.sweep.grid import grid_shapes, measuring_order
+from fp8gate.calibrate.sweep.journal import Journal, JournalError
+from fp8gate.calibrate.sweep.run_sweep import ROUNDS, make_setup, sweep
+from fp8gate.calibrate.sweep.table_writing import make_table
+from fp8gate.filter.contract.devices import cpu_name, device_slug
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Grid, Spread, read_table
 
 CPU = torch.device("cpu")
 GRID = Grid(m=(32,), k=(32, 64), n=(48,))

@@ -7,14 +7,14 @@ import dataclasses
 import pytest
 from samples import PROTOCOL, PROTOCOLS, point_record, replaced, timed_arm
 
-from fp8gate.calibrate.records import CONTROL, ArmRecord, Stages
-from fp8gate.calibrate.run import Part
-from fp8gate.calibrate.sweep_report import Report, control_spread, make_report, spread
-from fp8gate.filter.table import Spread
+from fp8gate.calibrate.points.point_record import CONTROL, ArmRecord, Stages
+from fp8gate.calibrate.sweep.session import SessionResult
+from fp8gate.calibrate.sweep.sweep_report import SweepReport, control_spread, make_sweep_report, spread
+from fp8gate.filter.contract.table import Spread
 
 FAILED = ArmRecord(status="failed", detail="broken kernel")
 AMBIGUOUS = [90.0, 110.0] * 4  # against a bf16 of 100 in each round: as often faster as slower
-REPORT = Report(
+REPORT = SweepReport(
     measured=12,
     resumed=3,
     retried=2,
@@ -51,10 +51,10 @@ def controlled(ratio, **fields):
 
 
 def report_of(*records, protocols=PROTOCOLS, **fields):
-    part = Part(remaining=0, retried=0, discarded=[], starting_s=0.0, idle_s=0.0, troubles={})
+    part = SessionResult(remaining=0, retried=0, discarded=[], starting_s=0.0, idle_s=0.0, troubles={})
     of_part = {name: fields.pop(name) for name in dataclasses.asdict(part) if name in fields}
     known = {"history": records, "resumed": 0, "capped": 0, "total_s": 0.0}
-    return make_report(records, protocols, dataclasses.replace(part, **of_part), **{**known, **fields})
+    return make_sweep_report(records, protocols, dataclasses.replace(part, **of_part), **{**known, **fields})
 
 
 def test_what_only_the_sweep_knows_is_taken_over():

@@ -15,9 +15,10 @@ from builders import PROTOCOL, make_point, make_table, write_file
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8gate.filter.table import (
+from fp8gate.filter.contract.plain_yaml import round_to_measured
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.table import (
     COLUMNS,
-    RECIPES,
     WITH_NUMBERS,
     Device,
     Grid,
@@ -28,7 +29,6 @@ from fp8gate.filter.table import (
     format_table,
     parse_table,
     read_table,
-    round_to_measured,
     write_table,
 )
 

@@ -9,13 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fp8gate.calibrate import timing
-from fp8gate.calibrate.compilation import compiled_linear, eager_linear
-from fp8gate.calibrate.linears import INDUCTOR, Operands
-from fp8gate.calibrate.numerics import References, acceptable
-from fp8gate.calibrate.timing import WARM_UP_RUNS, CpuTimer, CudaTimer, Sample, balanced_orders
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES
+from fp8gate.calibrate.arms.compilation import compiled_linear, eager_linear
+from fp8gate.calibrate.arms.linear import Operands
+from fp8gate.calibrate.arms.numerics import References, acceptable
+from fp8gate.calibrate.device.timer import WARM_UP_RUNS, CpuTimer, CudaTimer, Sample, balanced_orders
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.shapes import LinearShape
 
 FORWARD_NS, BACKWARD_NS, FLUSH_NS = 10_500, 30_000, 1_000_000
 
@@ -50,7 +49,7 @@ class FakeArm:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter_ns=lambda: clock.now_ns))
+    monkeypatch.setattr("fp8gate.calibrate.device.timer.time", SimpleNamespace(perf_counter_ns=lambda: clock.now_ns))
     return clock
 
 
@@ -125,7 +124,7 @@ def test_orders_are_reproducible_and_as_many_as_asked():
 def test_a_captured_arm_computes_what_it_should_and_gives_its_memory_back(recipe):
     device, shape = torch.device("cuda"), LinearShape(256, 512, 128)
     timer = CudaTimer(device)
-    linear = compiled_linear(recipe, shape, INDUCTOR[recipe], "cuda") if recipe else eager_linear(None, shape)
+    linear = compiled_linear(recipe, shape, RECIPES[recipe].inductor, "cuda") if recipe else eager_linear(None, shape)
     operands = Operands.random(shape, device)
     captured = timer.prepare(linear.over(operands))
     assert acceptable(References(operands).relative_errors(timer.results(captured)))

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 from torchao.float8.float8_linear_utils import _auto_filter_for_recipe
 
-from fp8gate.filter.torchao_rule import torchao_converts
+from fp8gate.filter.decision.torchao_rule import torchao_converts
 
 SIZES = [16, 100, 512, 1000, 1008, 1024, 1032, 1040, 2032, 2048, 2064, 4080, 4096, 4112, 4100, 8192, 16384]
 """Around each of the rule's limits, and some that 16 does not divide."""

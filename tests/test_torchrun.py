@@ -15,7 +15,7 @@ import time
 import pytest
 from samples import SOURCE, journal_points
 
-from fp8gate.filter.table import read_table
+from fp8gate.filter.contract.table import read_table
 
 SHAPES = [(32, k, n) for k in (32, 48, 64) for n in (32, 64)]
 LIMIT_S = 90.0

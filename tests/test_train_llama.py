@@ -15,8 +15,9 @@ import torch
 from builders import DEVICE, SOFTWARE_HERE, make_point, make_table, write_file
 from plans import make_plan
 
-from fp8gate.filter.models import BUNDLED
-from fp8gate.filter.plan import write_plan
+from fp8gate.filter.contract.plan import write_plan
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.model.model_config import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 TOKENS, STEPS = 32, 64
@@ -167,7 +168,7 @@ def test_layers_and_models_share_one_graph(llama: ModuleType, monkeypatch: pytes
         run = llama.Run(name="", float8=float8, weights=weights)
         training = llama.Training(run, header(llama), small(llama, layers=2), torch.device("cpu"))
         eager = training.loss(ids).item()
-        training.compile(llama.INDUCTOR["rowwise"] if float8 else {})
+        training.compile(RECIPES["rowwise"].inductor if float8 else {})
         training.start(ids)
         losses.append((training.loss(ids).item(), eager))
         graphs.append(counters["stats"]["unique_graphs"] - before)

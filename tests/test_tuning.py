@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch._inductor.runtime import triton_heuristics
 
-from fp8gate.calibrate import timing
-from fp8gate.calibrate.timing import HEAD_START, TUNING_RUNS, CudaTimer
-from fp8gate.calibrate.tuning import tune_by
+from fp8gate.calibrate.device import timer
+from fp8gate.calibrate.device.cuda.launch_tuning import tune_by
+from fp8gate.calibrate.device.timer import HEAD_START, TUNING_RUNS, CudaTimer
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ class FakeGpu:
 
     def __init__(self, monkeypatch, times_us):
         self.times_us, self.log = iter(times_us), []
-        monkeypatch.setattr(timing, "_event", lambda: SimpleNamespace(record=lambda: None))
-        monkeypatch.setattr(timing, "_elapsed_us", lambda start, end: next(self.times_us))
+        monkeypatch.setattr(timer, "_event", lambda: SimpleNamespace(record=lambda: None))
+        monkeypatch.setattr(timer, "_elapsed_us", lambda start, end: next(self.times_us))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.log.append("wait"))
         self.timer = CudaTimer.__new__(CudaTimer)
         self.timer.device = None

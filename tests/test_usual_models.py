@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fp8gate.calibrate.usual_models import placed_models
+from fp8gate.calibrate.comparison.usual_models import placed_models
 
 
 def placed(model):

@@ -11,14 +11,14 @@ from plans import make_plan
 from samples import replaced
 from typer.testing import CliRunner
 
-from fp8gate.calibrate import sweep as sweep_module
-from fp8gate.calibrate import verify as verify_module
-from fp8gate.calibrate.device import describe_device
-from fp8gate.calibrate.sweep import SweepResult
-from fp8gate.calibrate.verify import sample
+from fp8gate.calibrate.comparison import verify as verify_module
+from fp8gate.calibrate.comparison.verify import sample
+from fp8gate.calibrate.device.description import describe_device
+from fp8gate.calibrate.sweep import run_sweep as sweep_module
+from fp8gate.calibrate.sweep.run_sweep import SweepResult
 from fp8gate.cli import app
-from fp8gate.filter.plan import write_plan
-from fp8gate.filter.shapes import LinearShape
+from fp8gate.filter.contract.plan import write_plan
+from fp8gate.filter.contract.shapes import LinearShape
 
 HERE = describe_device(torch.device("cpu"))
 SHAPES = [(m, k, n) for m in (16, 32, 64) for k in (16, 32, 64, 128) for n in (16, 32, 64, 128)]

@@ -21,22 +21,15 @@ import pytest
 import torch
 from samples import PROTOCOL, point_record, quick_points, replaced
 
-from fp8gate.calibrate import timing, worker, workers
-from fp8gate.calibrate.linears import INDUCTOR
-from fp8gate.calibrate.measure import DeviceLostError, make_ready
-from fp8gate.calibrate.schedule import Schedule, Task
-from fp8gate.calibrate.sweep import make_setup
-from fp8gate.calibrate.worker import Bench, Job, Ready
-from fp8gate.calibrate.workers import (
-    DeviceUse,
-    Died,
-    Finished,
-    InThisProcess,
-    Workers,
-    WorkersDiedError,
-)
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES
+from fp8gate.calibrate.device import timer
+from fp8gate.calibrate.points import point_worker, worker_pool
+from fp8gate.calibrate.points.measure_point import DeviceLostError, make_ready
+from fp8gate.calibrate.points.point_worker import Job, PointBench, Ready
+from fp8gate.calibrate.points.task_queue import Task, TaskQueue
+from fp8gate.calibrate.points.worker_pool import DeviceUse, Died, Finished, InThisProcess, WorkerPool, WorkersDiedError
+from fp8gate.calibrate.sweep.run_sweep import make_setup
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.shapes import LinearShape
 
 CPU = torch.device("cpu")
 PROTOCOLS = {"tensorwise": replaced(PROTOCOL, rounds=(8,))}
@@ -50,8 +43,8 @@ GIB = 2**30
 def hooked(hook, connection, job, *, early):
     """A worker that calls `hook(step, shape)` at each step, and whose points take milliseconds."""
     torch.set_num_threads(1)
-    timing.CPU_FLUSH_BYTES = 2**16
-    make_ready, measure, warm_up = worker.make_ready, Bench.measure, Bench.warm_up
+    timer.CPU_FLUSH_BYTES = 2**16
+    make_ready, measure, warm_up = point_worker.make_ready, PointBench.measure, PointBench.warm_up
     shape = None
 
     def hooked_warm_up(bench):
@@ -78,8 +71,8 @@ def hooked(hook, connection, job, *, early):
             if isinstance(message, Ready):
                 hook("ready", shape)
 
-    worker.make_ready, Bench.measure, Bench.warm_up = hooked_make_ready, hooked_measure, hooked_warm_up
-    worker.work(HookedConnection(), job, early=early)
+    point_worker.make_ready, PointBench.measure, PointBench.warm_up = hooked_make_ready, hooked_measure, hooked_warm_up
+    point_worker.work(HookedConnection(), job, early=early)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +80,7 @@ def hook_into(monkeypatch):
     """Lets workers that start from now on call this function; by default none."""
 
     def set_hook(function, *args):
-        monkeypatch.setattr(workers, "work", functools.partial(hooked, functools.partial(function, *args)))
+        monkeypatch.setattr(worker_pool, "work", functools.partial(hooked, functools.partial(function, *args)))
 
     set_hook(no_hook)
     return set_hook
@@ -148,7 +141,7 @@ def warm_slowly(folder, step, shape):
 
 def fail_to_warm(folder, step, shape):
     if step == "warming" and first_time(folder, "failed"):
-        raise worker.BrokenError("CUDA error: initialization error")
+        raise point_worker.BrokenError("CUDA error: initialization error")
 
 
 def first_time(folder, name):
@@ -182,13 +175,13 @@ def steps_in(folder, name):
 
 
 def outcomes_of(tasks, count, job=JOB):
-    with Workers(job, count) as crew:
-        return list(crew.run(Schedule(tasks)))
+    with WorkerPool(job, count) as crew:
+        return list(crew.run(TaskQueue(tasks)))
 
 
 def collect(crew, outcomes):
     """The outcomes of all tasks, up to an error."""
-    for outcome in crew.run(Schedule(TASKS)):
+    for outcome in crew.run(TaskQueue(TASKS)):
         outcomes.append(outcome)
 
 
@@ -213,10 +206,10 @@ def test_every_task_finishes_once(count):
 
 
 def test_nothing_to_do_starts_and_ends_workers():
-    with Workers(JOB, 2) as crew:
+    with WorkerPool(JOB, 2) as crew:
         pids = crew.pids
         assert all(is_alive(pid) for pid in pids)
-        assert list(crew.run(Schedule([]))) == []
+        assert list(crew.run(TaskQueue([]))) == []
     assert len(pids) == 2
     assert not any(is_alive(pid) for pid in pids)
 
@@ -265,9 +258,9 @@ def test_who_waits_longest_has_the_next_turn(hook_into, tmp_path):
 @pytest.mark.parametrize("step", ["compiling", "ready", "measuring"])
 def test_a_killed_worker_is_replaced_and_its_task_comes_back(hook_into, tmp_path, step):
     hook_into(kill_once, tmp_path, step, signal.SIGKILL)
-    schedule = Schedule(TASKS)
+    schedule = TaskQueue(TASKS)
     died, finished = [], []
-    with Workers(JOB, 2) as crew:
+    with WorkerPool(JOB, 2) as crew:
         before = set(crew.pids)
         for outcome in crew.run(schedule):
             if isinstance(outcome, Died):
@@ -297,18 +290,18 @@ def test_points_that_end_their_process_do_not_end_the_sweep(hook_into):
     assert [outcome.task for outcome in outcomes if isinstance(outcome, Finished)] == good
     died = [outcome for outcome in outcomes if isinstance(outcome, Died)]
     assert died == [Died(task, "its process ended with exit code 3") for task in 3 * bad]
-    assert len(2 * bad) > workers.MAX_STILLBORN
+    assert len(2 * bad) > worker_pool.MAX_STILLBORN
 
 
 @pytest.mark.parametrize("step", ["compiling", "measuring"])
 def test_a_step_that_takes_too_long_is_ended(hook_into, monkeypatch, tmp_path, step):
     hook_into(hang_once, tmp_path, step)
-    monkeypatch.setattr(workers, "POLL_S", 0.05)
-    with Workers(JOB, 1) as crew:
+    monkeypatch.setattr(worker_pool, "POLL_S", 0.05)
+    with WorkerPool(JOB, 1) as crew:
         outcomes = []
-        for outcome in crew.run(Schedule(TASKS[:3])):
+        for outcome in crew.run(TaskQueue(TASKS[:3])):
             is_next = outcome.task == TASKS[0]
-            monkeypatch.setattr(workers, "MAX_STEP_S", 0.5 if is_next else 60.0)  # a fresh worker may take longer
+            monkeypatch.setattr(worker_pool, "MAX_STEP_S", 0.5 if is_next else 60.0)  # a fresh worker may take longer
             outcomes.append(outcome)
     assert [outcome.task for outcome in outcomes] == TASKS[:3]
     assert [type(outcome) for outcome in outcomes] == [Finished, Died, Finished]
@@ -316,8 +309,8 @@ def test_a_step_that_takes_too_long_is_ended(hook_into, monkeypatch, tmp_path, s
 
 def test_whose_step_took_too_long_is_not_said_to_lack_memory(hook_into, monkeypatch, tmp_path):
     hook_into(hang_once, tmp_path, "compiling")
-    monkeypatch.setattr(workers, "POLL_S", 0.05)
-    monkeypatch.setattr(workers, "MAX_STEP_S", 0.5)
+    monkeypatch.setattr(worker_pool, "POLL_S", 0.05)
+    monkeypatch.setattr(worker_pool, "MAX_STEP_S", 0.5)
     (died,) = outcomes_of([TASKS[1]], 1)
     assert died.task == TASKS[1]
     assert "out of memory" not in died.detail
@@ -325,12 +318,12 @@ def test_whose_step_took_too_long_is_not_said_to_lack_memory(hook_into, monkeypa
 
 def test_who_waits_for_its_turn_is_not_stuck(hook_into, monkeypatch, tmp_path):
     hook_into(note, tmp_path, {"measuring": 0.5})
-    monkeypatch.setattr(workers, "POLL_S", 0.05)
-    with Workers(JOB, 3) as crew:
+    monkeypatch.setattr(worker_pool, "POLL_S", 0.05)
+    with WorkerPool(JOB, 3) as crew:
         outcomes = []
-        for outcome in crew.run(Schedule(TASKS[:3])):
+        for outcome in crew.run(TaskQueue(TASKS[:3])):
             monkeypatch.setattr(
-                workers, "MAX_STEP_S", 1.0
+                worker_pool, "MAX_STEP_S", 1.0
             )  # less than the start and two turns that the last one waits for
             outcomes.append(outcome)
     assert [type(outcome) for outcome in outcomes] == [Finished] * 3
@@ -338,12 +331,12 @@ def test_who_waits_for_its_turn_is_not_stuck(hook_into, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_workers_that_cannot_start_are_an_error(monkeypatch, count):
-    monkeypatch.setattr(workers, "work", die_at_once)
+    monkeypatch.setattr(worker_pool, "work", die_at_once)
     outcomes = []
-    with Workers(JOB, count) as crew, pytest.raises(WorkersDiedError, match=r"process ended with exit code 3$"):
+    with WorkerPool(JOB, count) as crew, pytest.raises(WorkersDiedError, match=r"process ended with exit code 3$"):
         collect(crew, outcomes)
     assert {type(outcome) for outcome in outcomes} == {Died}
-    assert len(outcomes) == workers.MAX_STILLBORN
+    assert len(outcomes) == worker_pool.MAX_STILLBORN
     assert not any(is_alive(pid) for pid in crew.pids)
 
 
@@ -360,10 +353,10 @@ def test_a_device_lost_in_a_few_workers_is_tried_again(hook_into):
 def test_a_device_lost_in_worker_after_worker_is_an_error(hook_into):
     hook_into(lose_the_device, {task.shape for task in TASKS})
     outcomes = []
-    with Workers(JOB, 1) as crew, pytest.raises(DeviceLostError) as caught:
+    with WorkerPool(JOB, 1) as crew, pytest.raises(DeviceLostError) as caught:
         collect(crew, outcomes)
-    assert [outcome.task for outcome in outcomes] == TASKS[: workers.MAX_LOST - 1]
-    assert caught.value.args[0].shape == TASKS[workers.MAX_LOST - 1].shape
+    assert [outcome.task for outcome in outcomes] == TASKS[: worker_pool.MAX_LOST - 1]
+    assert caught.value.args[0].shape == TASKS[worker_pool.MAX_LOST - 1].shape
 
 
 def test_a_lost_device_says_what_happened(hook_into):
@@ -374,7 +367,7 @@ def test_a_lost_device_says_what_happened(hook_into):
 
 
 def test_a_worker_that_holds_much_memory_makes_room_for_another(monkeypatch):
-    monkeypatch.setattr(workers, "MAX_WORKER_BYTES", 2**20)
+    monkeypatch.setattr(worker_pool, "MAX_WORKER_BYTES", 2**20)
     outcomes = outcomes_of(TASKS[:3], 1)
     assert [type(outcome) for outcome in outcomes] == [Finished] * 3
     assert len({outcome.record.process for outcome in outcomes}) == 3
@@ -395,9 +388,9 @@ def test_a_repeat_is_of_another_process(count):
 
 def test_a_repeat_is_of_another_process_though_the_first_one_died(hook_into, tmp_path):
     hook_into(kill_once, tmp_path, "measuring", signal.SIGKILL)
-    schedule = Schedule([Task(VICTIM), Task(VICTIM, repeat=True)])
+    schedule = TaskQueue([Task(VICTIM), Task(VICTIM, repeat=True)])
     finished = []
-    with Workers(JOB, 1) as crew:
+    with WorkerPool(JOB, 1) as crew:
         for outcome in crew.run(schedule):
             if isinstance(outcome, Died):
                 assert schedule.may_try_after_death(outcome.task)
@@ -407,9 +400,9 @@ def test_a_repeat_is_of_another_process_though_the_first_one_died(hook_into, tmp
     assert len({outcome.record.process for outcome in finished}) == 2
 
 
-@pytest.mark.parametrize("make_crew", [functools.partial(Workers, count=2), InThisProcess])
+@pytest.mark.parametrize("make_crew", [functools.partial(WorkerPool, count=2), InThisProcess])
 def test_what_is_given_back_is_measured_again(make_crew):
-    schedule = Schedule(TASKS[:3])
+    schedule = TaskQueue(TASKS[:3])
     finished = []
     with quick_points(), make_crew(JOB) as crew:
         for outcome in crew.run(schedule):
@@ -422,7 +415,7 @@ def test_what_is_given_back_is_measured_again(make_crew):
 def test_without_workers_the_same_is_measured_here():
     tasks = [*TASKS, Task(VICTIM, repeat=True)]
     with quick_points(), InThisProcess(JOB) as crew:
-        outcomes = list(crew.run(Schedule(tasks)))
+        outcomes = list(crew.run(TaskQueue(tasks)))
         assert crew.pids == [os.getpid()]
     assert [outcome.task for outcome in outcomes] == tasks
     for outcome in outcomes:
@@ -432,10 +425,10 @@ def test_without_workers_the_same_is_measured_here():
 
 
 def test_ctrl_c_does_not_end_workers():
-    with Workers(JOB, 2) as crew:
+    with WorkerPool(JOB, 2) as crew:
         before = set(crew.pids)
         outcomes = []
-        for outcome in crew.run(Schedule(TASKS)):
+        for outcome in crew.run(TaskQueue(TASKS)):
             if not outcomes:
                 os.kill(outcome.record.process, signal.SIGINT)
             outcomes.append(outcome)
@@ -445,21 +438,22 @@ def test_ctrl_c_does_not_end_workers():
 
 def test_no_worker_outlives_the_sweep_whatever_it_does(hook_into, tmp_path):
     hook_into(hang_once, tmp_path, "compiling")
-    with Workers(JOB, 3) as crew:
+    with WorkerPool(JOB, 3) as crew:
         pids = crew.pids
-        next(crew.run(Schedule(TASKS[:2])))  # one now hangs, the others are idle
+        next(crew.run(TaskQueue(TASKS[:2])))  # one now hangs, the others are idle
         assert all(is_alive(pid) for pid in pids)
         leaving_at = time.monotonic()
     assert len(pids) == 3
     assert not any(is_alive(pid) for pid in pids)
-    assert time.monotonic() - leaving_at < workers.GOODBYE_S
+    assert time.monotonic() - leaving_at < worker_pool.GOODBYE_S
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
 def test_a_compiled_point(monkeypatch):
-    monkeypatch.setattr(workers, "work", worker.work)
+    monkeypatch.setattr(worker_pool, "work", point_worker.work)
     protocols = {
-        recipe: replaced(PROTOCOL, compile=True, inductor=INDUCTOR[recipe]) for recipe in ("tensorwise", "rowwise")
+        recipe: replaced(PROTOCOL, compile=True, inductor=RECIPES[recipe].inductor)
+        for recipe in ("tensorwise", "rowwise")
     }
     (outcome,) = outcomes_of([Task(LinearShape(64, 64, 64))], 1, replace(JOB, protocols=protocols))
     record = outcome.record
@@ -482,11 +476,11 @@ def test_the_device_is_idle_between_turns():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
-@pytest.mark.parametrize("crew", [InThisProcess, lambda job: Workers(job, 2)], ids=["here", "workers"])
+@pytest.mark.parametrize("crew", [InThisProcess, lambda job: WorkerPool(job, 2)], ids=["here", "workers"])
 def test_a_device_that_cannot_be_used_is_no_fault_of_the_points(crew):
     """Its reason is said, and no point has failed."""
     job = replace(JOB, device=torch.device("cuda"))
-    schedule, outcomes = Schedule(TASKS), []
+    schedule, outcomes = TaskQueue(TASKS), []
     with crew(job) as measuring, pytest.raises(WorkersDiedError, match=r"CUDA|NVIDIA|cuda"):
         outcomes.extend(measuring.run(schedule))
     assert outcomes == []
@@ -494,13 +488,13 @@ def test_a_device_that_cannot_be_used_is_no_fault_of_the_points(crew):
 
 def break_once(folder, step, shape):
     if step == "measuring" and first_time(folder, "broken"):
-        raise worker.BrokenError("NVMLError: Unknown Error")
+        raise point_worker.BrokenError("NVMLError: Unknown Error")
 
 
 def test_a_device_that_could_not_be_used_once_is_tried_again(hook_into, tmp_path):
     hook_into(break_once, tmp_path)
-    with Workers(JOB, 2) as crew:
-        outcomes = list(crew.run(Schedule(TASKS)))
+    with WorkerPool(JOB, 2) as crew:
+        outcomes = list(crew.run(TaskQueue(TASKS)))
     assert sorted(outcome.task.shape for outcome in outcomes) == sorted(task.shape for task in TASKS)
     assert {type(outcome) for outcome in outcomes} == {Finished}
 
@@ -514,12 +508,12 @@ def test_on_a_gpu_a_worker_that_comes_later_touches_it_only_where_nobody_times(m
     path, log, nothing_more = tmp_path / "quiet", [], queue.SimpleQueue()
     path.touch()
     nothing_more.put(None)
-    monkeypatch.setattr(worker, "listen", lambda connection: nothing_more)
-    monkeypatch.setattr(worker, "load_kernels_in", lambda quiet: log.append("loads there"))
-    monkeypatch.setattr(worker, "signal", SimpleNamespace(signal=lambda *_: None, SIGINT=0, SIG_IGN=0))
-    monkeypatch.setattr(worker, "gc", SimpleNamespace(freeze=lambda: None))
-    monkeypatch.setattr(Bench, "_open", opens)
-    worker.work(None, replace(JOB, device=torch.device("cuda"), quiet=path), early=False)
+    monkeypatch.setattr(point_worker, "listen", lambda connection: nothing_more)
+    monkeypatch.setattr(point_worker, "load_kernels_in", lambda quiet: log.append("loads there"))
+    monkeypatch.setattr(point_worker, "signal", SimpleNamespace(signal=lambda *_: None, SIGINT=0, SIG_IGN=0))
+    monkeypatch.setattr(point_worker, "gc", SimpleNamespace(freeze=lambda: None))
+    monkeypatch.setattr(PointBench, "_open", opens)
+    point_worker.work(None, replace(JOB, device=torch.device("cuda"), quiet=path), early=False)
     assert log == ["loads there", "opens"]
 
 
@@ -528,7 +522,7 @@ def test_on_a_gpu_a_worker_that_comes_later_touches_it_only_where_nobody_times(m
 def test_a_real_point_on_a_gpu_compiled_tuned_captured_and_timed():
     device = torch.device("cuda")
     job = Job(device, make_setup(device).protocols, seed=0, quiet=QUIET)
-    bench = Bench(job)
+    bench = PointBench(job)
     bench.warm_up()
     record = bench.measure(make_ready(Task(LinearShape(2048, 1024, 512)), job.protocols, device))
     assert {name: (arm.status, arm.detail) for name, arm in record.arms.items()} == dict.fromkeys(

@@ -6,7 +6,9 @@ convert_to_float8_training(model, module_filter_fn=auto_filter("rowwise", tokens
 
 from fp8gate.filter.agreement import RanksDisagreeError, RanksMissingError
 from fp8gate.filter.auto_filter import AutoFilter, Recompute, auto_filter
-from fp8gate.filter.decision import Decision
+from fp8gate.filter.contract.plan import Plan, PlanError, read_plan
+from fp8gate.filter.contract.table import Table, TableError, read_table
+from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.findings import (
     AmbiguousPointWarning,
     FilterWarning,
@@ -19,9 +21,7 @@ from fp8gate.filter.findings import (
     UnknownShardWarning,
     UnmatchedPatternWarning,
 )
-from fp8gate.filter.parallel import Parallel, ShardError
-from fp8gate.filter.plan import Plan, PlanError, read_plan
-from fp8gate.filter.table import Table, TableError, read_table
+from fp8gate.filter.model.parallel import Parallel, ShardError
 
 __version__ = "0.1.0"
 

@@ -16,24 +16,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from fp8gate.filter.decision import DEFAULT_MIN_SPEEDUP
-from fp8gate.filter.explain import Explanation, explain, role_shape
-from fp8gate.filter.explain_output import (
-    comparison_json,
-    comparison_text,
-    explanation_json,
-    explanation_text,
-)
-from fp8gate.filter.find_table import ENVIRONMENT, find_table
-from fp8gate.filter.lookup import DEFAULT_LOOKUP, Lookup, LookupName
-from fp8gate.filter.models import BUNDLED, linear_roles, load_model
-from fp8gate.filter.parallel import Parallel, Shards
-from fp8gate.filter.plan import write_plan
-from fp8gate.filter.shapes import LinearShape
-from fp8gate.filter.table import RECIPES, Recipe, read_table, write_table
+from fp8gate.filter.contract.find_table import ENVIRONMENT, find_table
+from fp8gate.filter.contract.plan import write_plan
+from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import read_table, write_table
+from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
+from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, Lookup, LookupName
+from fp8gate.filter.explain.explanation import Explanation, explain
+from fp8gate.filter.explain.explanation_text import explanation_json, explanation_text, recipes_json, recipes_text
+from fp8gate.filter.model.model_config import BUNDLED, linear_roles, load_model, role_shape
+from fp8gate.filter.model.parallel import Parallel, Shards
 
 if TYPE_CHECKING:
-    from fp8gate.calibrate.sweep import SweepResult
+    from fp8gate.calibrate.sweep.run_sweep import SweepResult
 
 EXIT_STOPPED, EXIT_FINDINGS, EXIT_USAGE, EXIT_INTERRUPTED = 1, 1, 2, 130
 MEASURING, DRAWING = ("torch", "torchao", "numpy", "pandas", "pynvml"), ("jinja2", "matplotlib", "numpy", "PIL")
@@ -119,7 +115,7 @@ def calibrate_command(
     if result is None:
         return
     if as_json:
-        from fp8gate.calibrate.summary import sweep_json
+        from fp8gate.calibrate.report.sweep_text import sweep_json
 
         typer.echo(_json(sweep_json(result)))
     else:
@@ -140,7 +136,7 @@ def merge_command(
     the tables does not matter. What differs in recipe, device, software or protocol is refused. Merge what was
     measured, not what was merged before: a table that goes in twice counts twice.
     """
-    from fp8gate.calibrate.merge import merge_tables
+    from fp8gate.calibrate.sweep.merge import merge_tables
 
     if out.resolve() in [path.resolve() for path in tables]:
         _fail(f"--out: expected another file than the tables, which would count again next time; got {out}")
@@ -168,8 +164,8 @@ def diff_command(
     Exit code 1 if points changed by more than two honest sweeps do, if all have shifted, or if numbers were lost; 0 if
     not; 2 if something cannot be read.
     """
-    from fp8gate.calibrate.compare_output import comparison_json, comparison_text
-    from fp8gate.calibrate.diff import compare_paths
+    from fp8gate.calibrate.comparison.diff import compare_paths
+    from fp8gate.calibrate.report.comparison_text import comparison_json, comparison_text
 
     try:
         comparisons = compare_paths(before, after, min_speedup=min_speedup)
@@ -201,7 +197,7 @@ def report_command(
     Exit code 2 if a table cannot be read, if two are of one device and recipe, or if --out cannot be written.
     """
     _require("report", DRAWING)
-    from fp8gate.calibrate.report_page import write_report
+    from fp8gate.calibrate.report.page import write_report
 
     try:
         written = write_report(tables, out)
@@ -229,14 +225,14 @@ def verify_command(
     cannot be measured.
     """
     _require("verify")
-    from fp8gate.calibrate.forkserver import start_early
+    from fp8gate.calibrate.processes.forkserver import start_early
 
     if device != "cpu" and workers != 0:
         start_early()
-    from fp8gate.calibrate.compare_output import verification_json, verification_text
-    from fp8gate.calibrate.device import choose_device
-    from fp8gate.calibrate.measure import DeviceLostError
-    from fp8gate.calibrate.verify import verify
+    from fp8gate.calibrate.comparison.verify import verify
+    from fp8gate.calibrate.device.description import choose_device
+    from fp8gate.calibrate.points.measure_point import DeviceLostError
+    from fp8gate.calibrate.report.comparison_text import verification_json, verification_text
 
     try:
         found = verify(tables, choose_device(device), points=points, min_speedup=min_speedup, workers=workers)
@@ -271,9 +267,9 @@ def breakdown_command(
     code 1 if they do not sum to the paired timing within 5 %.
     """
     _require("breakdown")
-    from fp8gate.calibrate.breakdown import break_down
-    from fp8gate.calibrate.breakdown_output import breakdown_json, breakdown_text, write_png
-    from fp8gate.calibrate.device import choose_device
+    from fp8gate.calibrate.breakdown.take_apart import break_down
+    from fp8gate.calibrate.device.description import choose_device
+    from fp8gate.calibrate.report.breakdown_text import breakdown_json, breakdown_text, write_png
 
     try:
         found = break_down(LinearShape(m, k, n), recipe, choose_device(device))
@@ -334,7 +330,7 @@ def explain_command(
         _fail(str(error))
     title = _title(asked)
     if recipe == "all":
-        typer.echo(_json(comparison_json(asked, explanations)) if as_json else comparison_text(title, explanations))
+        typer.echo(_json(recipes_json(asked, explanations)) if as_json else recipes_text(title, explanations))
     else:
         explanation = explanations[recipe]
         typer.echo(_json(explanation_json(asked, explanation)) if as_json else explanation_text(title, explanation))
@@ -384,15 +380,15 @@ def plan_command(
     same command goes on where it was.
     """
     _require("plan", PLANNING)
-    from fp8gate.calibrate.forkserver import start_early
+    from fp8gate.calibrate.processes.forkserver import start_early
 
     if device != "cpu" and workers != 0:
         start_early()
-    from fp8gate.calibrate.crew import MemberDiedError
-    from fp8gate.calibrate.device import choose_device
-    from fp8gate.calibrate.plan_output import plan_json, plan_text
-    from fp8gate.calibrate.planning import make_protocol, model_subject, plan_path, plan_subject
-    from fp8gate.calibrate.rounds import StoppedError
+    from fp8gate.calibrate.device.description import choose_device
+    from fp8gate.calibrate.planning.block_worker_pool import BlockWorkerDiedError
+    from fp8gate.calibrate.planning.plan_block import make_protocol, model_subject, plan_path, plan_subject
+    from fp8gate.calibrate.planning.visit_rounds import StoppedError
+    from fp8gate.calibrate.report.plan_text import plan_json, plan_text
 
     plans = {}
     try:
@@ -415,7 +411,7 @@ def plan_command(
             )
             write_plan(plans[path], path)
             typer.echo(f"wrote {path}", err=True)
-    except (StoppedError, MemberDiedError) as error:
+    except (StoppedError, BlockWorkerDiedError) as error:
         typer.echo(f"fp8gate: {error.args[0]}; run the same command to go on", err=True)
         raise typer.Exit(EXIT_STOPPED) from error
     except RuntimeError as error:
@@ -444,21 +440,21 @@ def _run_sweep(
     seed: int,
 ) -> SweepResult | None:
     """None on a rank that only takes part: rank 0 has the result."""
-    from fp8gate.calibrate.forkserver import start_early
-    from fp8gate.calibrate.ranks import Place, claim_gpu
+    from fp8gate.calibrate.processes.forkserver import start_early
+    from fp8gate.calibrate.ranks.environment import RankEnvironment, claim_gpu
 
-    place = Place.from_environment()
+    place = RankEnvironment.from_environment()
     if place and kind != "cpu":
         claim_gpu(place)
     if kind != "cpu" and workers != 0:
         start_early()
-    from fp8gate.calibrate.board import RanksError
-    from fp8gate.calibrate.device import choose_device
-    from fp8gate.calibrate.grid import grid_shapes, load_grid
-    from fp8gate.calibrate.measure import DeviceLostError
-    from fp8gate.calibrate.sweep import make_setup, sweep
-    from fp8gate.calibrate.together import join, leading, take_part
-    from fp8gate.calibrate.workers import WorkersDiedError
+    from fp8gate.calibrate.device.description import choose_device
+    from fp8gate.calibrate.points.measure_point import DeviceLostError
+    from fp8gate.calibrate.points.worker_pool import WorkersDiedError
+    from fp8gate.calibrate.ranks.rank_store import RanksError
+    from fp8gate.calibrate.ranks.rank_sweep import join, leading, take_part
+    from fp8gate.calibrate.sweep.grid import grid_shapes, load_grid
+    from fp8gate.calibrate.sweep.run_sweep import make_setup, sweep
 
     device = choose_device(kind)
     setup = make_setup(device)
@@ -492,8 +488,8 @@ def _run_sweep(
 
 
 def _print_result(result: SweepResult) -> None:
-    from fp8gate.calibrate.schedule import MAX_RETRIES
-    from fp8gate.calibrate.summary import summarize
+    from fp8gate.calibrate.points.task_queue import MAX_RETRIES
+    from fp8gate.calibrate.report.sweep_text import summarize
 
     for table in result.tables.values():
         typer.echo(summarize(table) + "\n")

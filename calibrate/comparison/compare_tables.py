@@ -1,0 +1,205 @@
+"""What changed between two tables of one recipe: another release, another GPU, last month. Pure.
+
+In: two tables. Out: a `Comparison`: points that changed by more than chance, decisions that flip, a shift of all, and
+what it means for models.
+
+Two honest sweeps differ too: each point by its bounds, and from one process or board to the next by the spread that the
+tables state. A change is what exceeds both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fp8gate.calibrate.timing.statistics import Interval, ratio_of
+from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import WITH_NUMBERS, Point, Table, TableError
+from fp8gate.filter.decision.decide import decide
+from fp8gate.filter.decision.lookup import Lookup
+from fp8gate.filter.model.model_config import ModelConfig, linear_roles, role_shape
+from fp8gate.filter.model.parallel import Shards
+
+SHIFT = 0.03  # of all speedups together; two H200 of one machine differ by up to 2.2 % (median of a size, LOG.md)
+SPREADS = 3.0
+"""Times the 95th percentile of the repeated points, the mean of both tables', as each is of 20 points only. Of 1221
+speedups of two sweeps the farthest lay at 2.4, beside its bounds (LOG.md, 2026-11-25)."""
+DEFAULT_SPREAD = 0.05  # for tables that state none
+CONFIDENCE = 0.99
+MIN_POINTS = 8  # the fewest that give bounds at that confidence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PointChange:
+    """One shape in both tables. allowed: by how much ln(after / before) may differ from 0 by chance."""
+
+    before: Point
+    after: Point
+    allowed: float
+    flips: bool
+
+    @property
+    def shape(self) -> LinearShape:
+        return self.before.shape
+
+    @property
+    def change(self) -> float:
+        """0.1: the speedup is 10 % higher."""
+        return _speedup(self.after) / _speedup(self.before) - 1
+
+    @property
+    def is_beyond_chance(self) -> bool:
+        return abs(math.log(1 + self.change)) > self.allowed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelChange:
+    """All linears of a model, one microbatch. stale_us: by the new table, deciding as the old one does."""
+
+    name: str
+    before_us: float
+    after_us: float
+    stale_us: float
+    flipped: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Two tables of one recipe. shift: after / before over all points, with its bounds; None for too few points.
+
+    shifts: the same for the points of each number of tokens, where there are enough.
+    """
+
+    recipe: Recipe
+    before: Table
+    after: Table
+    points: tuple[PointChange, ...]
+    only_before: int
+    only_after: int
+    lost: tuple[LinearShape, ...]
+    shift: Interval | None
+    shifts: Mapping[int, Interval]
+    models: tuple[ModelChange, ...]
+
+    @property
+    def changed(self) -> list[PointChange]:
+        """Those beyond chance, the largest change first."""
+        found = [point for point in self.points if point.is_beyond_chance]
+        return sorted(found, key=lambda point: -abs(math.log(1 + point.change)))
+
+    @property
+    def flips(self) -> list[PointChange]:
+        """Decisions that change, whether by chance or not."""
+        return [point for point in self.points if point.flips]
+
+    @property
+    def has_shifted(self) -> bool:
+        return self.shift is not None and _is_beyond(self.shift)
+
+    @property
+    def shifted_tokens(self) -> dict[int, Interval]:
+        """Those numbers of tokens whose points have shifted."""
+        return {m: shift for m, shift in self.shifts.items() if _is_beyond(shift)}
+
+    @property
+    def has_findings(self) -> bool:
+        return bool(self.changed or self.lost or self.has_shifted or self.shifted_tokens)
+
+
+def compare_tables(
+    before: Table,
+    after: Table,
+    *,
+    min_speedup: float,
+    models: Iterable[tuple[str, ModelConfig, Shards]] = (),
+) -> Comparison:
+    """Compare what both measured. Raises TableError for tables of different recipes or without a common point."""
+    if before.recipe != after.recipe:
+        raise TableError(f"recipe: {before.recipe} and {after.recipe}; only tables of one recipe can be compared")
+    one, other = ({point.shape: point for point in table.points} for table in (before, after))
+    common = sorted(one.keys() & other.keys())
+    if not common:
+        raise TableError(f"{before.recipe}: the tables have no point in common")
+    lookups = Lookup(before), Lookup(after)
+    pairs = [(one[shape], other[shape]) for shape in common]
+    spread = (_spread(before) + _spread(after)) / 2
+    points = tuple(_compare(a, b, spread, min_speedup) for a, b in pairs if _has_numbers(a) and _has_numbers(b))
+    return Comparison(
+        recipe=before.recipe,
+        before=before,
+        after=after,
+        points=points,
+        only_before=len(one.keys() - other.keys()),
+        only_after=len(other.keys() - one.keys()),
+        lost=tuple(a.shape for a, b in pairs if _has_numbers(a) and not _has_numbers(b)),
+        shift=_shift(points),
+        shifts=_shifts(points),
+        models=tuple(_compare_model(name, config, shards, lookups, min_speedup) for name, config, shards in models),
+    )
+
+
+def shift_of(log_changes: Sequence[float]) -> Interval | None:
+    """Hodges-Lehmann estimate of what all points have in common, as a factor; None for fewer than 8."""
+    if len(log_changes) < MIN_POINTS:
+        return None
+    return ratio_of(log_changes, confidence=CONFIDENCE)
+
+
+def _shift(points: Iterable[PointChange]) -> Interval | None:
+    return shift_of([math.log(1 + point.change) for point in points])
+
+
+def _shifts(points: Sequence[PointChange]) -> dict[int, Interval]:
+    by_tokens = {m: _shift(p for p in points if p.shape.m == m) for m in sorted({p.shape.m for p in points})}
+    return {m: shift for m, shift in by_tokens.items() if shift}
+
+
+def _is_beyond(shift: Interval) -> bool:
+    return shift.low > 1 + SHIFT or shift.high < 1 / (1 + SHIFT)
+
+
+def _compare(before: Point, after: Point, spread: float, min_speedup: float) -> PointChange:
+    bounds = math.hypot(_half_width(before), _half_width(after))
+    flips = (_speedup(before) >= min_speedup) != (_speedup(after) >= min_speedup)
+    return PointChange(before=before, after=after, allowed=bounds + SPREADS * spread, flips=flips)
+
+
+def _compare_model(
+    name: str, config: ModelConfig, shards: Shards, lookups: tuple[Lookup, Lookup], min_speedup: float
+) -> ModelChange:
+    old, new = lookups
+    before_us = after_us = stale_us = 0.0
+    flipped = []
+    for linear in linear_roles(config):
+        shape = role_shape(linear, shards)
+        then, now = (decide(shape, lookup, min_speedup=min_speedup).convert for lookup in (old, new))
+        was, is_ = old(shape), new(shape)
+        if was is None or is_ is None:
+            raise TableError(f"{old.table.recipe}: a table without any number tells nothing of {name}")
+        before_us += linear.count * (was.fp8_us if then else was.bf16_us)
+        after_us += linear.count * (is_.fp8_us if now else is_.bf16_us)
+        stale_us += linear.count * (is_.fp8_us if then else is_.bf16_us)
+        if then != now:
+            flipped.append(linear.role or linear.fqn)
+    return ModelChange(name=name, before_us=before_us, after_us=after_us, stale_us=stale_us, flipped=tuple(flipped))
+
+
+def _spread(table: Table) -> float:
+    return table.protocol.spread.p95 if table.protocol.spread else DEFAULT_SPREAD
+
+
+def _has_numbers(point: Point) -> bool:
+    return point.status in WITH_NUMBERS
+
+
+def _speedup(point: Point) -> float:
+    assert point.speedup, point
+    return point.speedup
+
+
+def _half_width(point: Point) -> float:
+    assert point.speedup_low, point
+    assert point.speedup_high, point
+    return math.log(point.speedup_high / point.speedup_low) / 2

@@ -1,0 +1,33 @@
+"""Tables as people name them on a command line: a file, or a folder such as thresholds/nvidia-h200.
+
+In: a path. Out: its tables, by file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.table import Table, TableError, read_table
+
+
+def read_tables(path: Path) -> dict[Path, Table]:
+    """The table of a file, or all of a folder. Raises TableError if there is none, or if one cannot be read."""
+    files = [path] if path.is_file() else sorted(path.glob("*.yaml"))
+    if not files:
+        raise TableError(f"{path}: expected a table, or a folder of tables such as thresholds/nvidia-h200; found none")
+    return {file: read_table(file) for file in files}
+
+
+def by_recipe(files: Mapping[Path, Table]) -> dict[Recipe, tuple[Path, Table]]:
+    """One device's tables, recipes in their usual order. Raises TableError for two of one recipe."""
+    found: dict[Recipe, tuple[Path, Table]] = {}
+    for file, table in files.items():
+        if table.recipe in found:
+            raise TableError(
+                f"{file}: $.recipe: expected one table of {table.recipe} on {table.device.name}; "
+                f"{found[table.recipe][0]} is another: fp8gate diff compares two"
+            )
+        found[table.recipe] = file, table
+    return {recipe: found[recipe] for recipe in RECIPES if recipe in found}

@@ -1,0 +1,239 @@
+"""Rounds of visits: bf16 and the sets asked about, each alone on the device, in random order; all of it in a journal.
+
+In: sets of roles, how many visits each. Out: ln(bf16 / set) of every round; what failed has none.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
+from statistics import fmean
+from typing import Annotated, Literal
+
+import msgspec
+
+from fp8gate.calibrate.planning.block_worker import Done, Failure, Visit
+from fp8gate.calibrate.planning.block_worker_pool import BlockWorkerDiedError, BlockWorkerPool
+from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET, RoleSet
+from fp8gate.calibrate.sweep.journal import AnyJournal, Header
+from fp8gate.filter.contract.plan import CandidateStatus, PlanProtocol
+from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.table import Device, Software
+
+MAX_ATTEMPTS = 2  # calls in which a set may fail: memory may have been taken the first time
+MAX_SLOWDOWNS = 3  # in a row: the GPU will not get faster by waiting
+
+
+class StoppedError(RuntimeError):
+    """Not all was measured; what was is in the journal."""
+
+
+class PlanSetup(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of a plan's journal; the fields are those of `Plan`."""
+
+    recipe: Recipe
+    model: str
+    tokens: int
+    sequence: int | None
+    tp: int
+    recompute: Literal["none", "full"]
+    device: Device
+    software: Software
+    protocol: PlanProtocol
+    block: str
+    shapes: dict[str, tuple[int, int, int]]
+
+
+class VisitRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A visit of a set in a round, or why there will be none. error: from bf16's results, when it was loaded."""
+
+    convert: tuple[str, ...]
+    round: Annotated[int, msgspec.Meta(ge=0)]
+    measured_at: datetime
+    status: CandidateStatus = "measured"
+    fwd_us: float | None = None
+    bwd_us: float | None = None
+    error: float | None = None
+    sm_clock_mhz: int | None = None
+    is_limited: bool = False
+    detail: str = ""
+
+
+class PlanJournal(AnyJournal[PlanSetup, VisitRecord]):
+    """The visits of a plan."""
+
+    record_type = VisitRecord
+
+
+class VisitRounds:
+    """Measures for a search. start: of `time.monotonic`; no round begins stop_after_s later."""
+
+    def __init__(
+        self,
+        crew: BlockWorkerPool,
+        journal: PlanJournal,
+        roles: Iterable[str],
+        say: Callable[[str], None],
+        *,
+        start: float,
+        stop_after_s: float | None,
+    ) -> None:
+        self.crew, self.journal, self.say = crew, journal, say
+        self.roles = [*roles, *CONTROL_SET]
+        self.errors: dict[RoleSet, float] = {}
+        self.failed: dict[RoleSet, CandidateStatus] = {}
+        self._loaded: set[RoleSet] = set()
+        self._others: set[str] = set()
+        self._visits: defaultdict[RoleSet, dict[int, tuple[float, float]]] = defaultdict(dict)
+        self._round = 0
+        self._start, self._stop_after_s = start, stop_after_s
+        self._spent_s: defaultdict[str, float] = defaultdict(float)
+        failures = Counter(frozenset(record.convert) for record in journal.records if record.status != "measured")
+        for record in journal.records:
+            one = frozenset(record.convert)
+            if record.status == "measured" or (one != BF16_SET and failures[one] >= MAX_ATTEMPTS):
+                self._note(record)
+
+    def __call__(self, candidates: Sequence[RoleSet], visits: int) -> dict[RoleSet, tuple[float, ...]]:
+        """Raises StoppedError when the time is up or the GPU slows down again and again, MemberDiedError."""
+        while lacking := [one for one in candidates if self._lacks(one, visits)]:
+            new = [one for one in dict.fromkeys([BF16_SET, *lacking]) if one not in self._loaded]
+            if new:
+                self._load(new)
+            self._run_round(list(dict.fromkeys([BF16_SET, *(one for one in lacking if one not in self.failed)])))
+        return {one: self.log_ratios(one) for one in candidates}
+
+    @property
+    def candidates(self) -> list[RoleSet]:
+        known = [one for one in dict.fromkeys([*self._visits, *self.failed]) if one != CONTROL_SET]
+        return [one for one in known if one in self.failed or self.log_ratios(one)]
+
+    def log_ratios(self, one: RoleSet) -> tuple[float, ...]:
+        """ln(bf16 / set) of forward plus backward, of the rounds in which both were visited, in their order."""
+        if one in self.failed:
+            return ()
+        bf16, visits = self._visits[BF16_SET], self._visits[one]
+        return tuple(math.log(sum(bf16[at]) / sum(times)) for at, times in sorted(visits.items()) if at in bf16)
+
+    def times(self, one: RoleSet, leave_out: int) -> tuple[float, float]:
+        """Mean forward and backward, microseconds, of the visits but for the first so many."""
+        visits = [times for at, times in sorted(self._visits[one].items()) if at in self._visits[BF16_SET]][leave_out:]
+        return fmean(fwd for fwd, _ in visits), fmean(bwd for _, bwd in visits)
+
+    def in_order(self, one: RoleSet) -> tuple[str, ...]:
+        return tuple(role for role in self.roles if role in one)
+
+    def summary(self) -> str:
+        """Where the time went."""
+        spent = ", ".join(f"{what} {seconds:.0f}" for what, seconds in self._spent_s.items())
+        return f"{self._elapsed()}: {spent}"
+
+    def _lacks(self, one: RoleSet, visits: int) -> bool:
+        return one not in self.failed and len(self.log_ratios(one)) < visits
+
+    def _load(self, new: Sequence[RoleSet]) -> None:
+        """Compile together, load one by one. Raises StoppedError when the time is up."""
+        begin = time.monotonic()
+        try:
+            for i, (one, answer) in enumerate(self.crew.compile(new), start=1):
+                self._spend("waiting for compilers", begin)
+                self._require_time()
+                begin = time.monotonic()
+                loaded = self.crew.load(one) if isinstance(answer, Done) else answer
+                self._spend("loading and tuning", begin)
+                begin = time.monotonic()
+                if isinstance(loaded, Done):
+                    self._loaded.add(one)
+                    self.errors[one] = loaded.error
+                    self.say(f"{self._elapsed()} ready {i} of {len(new)}: {self._name(one)}")
+                elif isinstance(loaded, Failure):
+                    self._fail(one, loaded)
+                self._require_bf16()
+        except BlockWorkerDiedError as error:
+            self._fail(error.args[1], Failure("failed", error.args[0]))
+            raise
+
+    def _require_bf16(self) -> None:
+        if BF16_SET in self.failed:
+            raise StoppedError("bf16 could not be measured, so nothing can be compared with it; try fewer --workers")
+
+    def _run_round(self, sets: Sequence[RoleSet]) -> None:
+        self._require_time()
+        self._round += 1
+        begin = time.monotonic()
+        self._look_for_others()
+        rng = random.Random(f"{self.journal.setup.protocol.seed} {self._round}")
+        for one in rng.sample(sets, len(sets)):
+            self._visit(one)
+            self._require_bf16()
+        self._spend("visits", begin)
+
+    def _look_for_others(self) -> None:
+        """Name each other process on the device once."""
+        for other in self.crew.others():
+            if other not in self._others:
+                self._others.add(other)
+                self.say(f"warning: another process is on the device and may spoil timings: {other}")
+
+    def _require_time(self) -> None:
+        if self._stop_after_s is not None and time.monotonic() > self._start + self._stop_after_s:
+            raise StoppedError("the time is up")
+
+    def _visit(self, one: RoleSet) -> None:
+        answer = self._undisturbed(one)
+        if isinstance(answer, Failure):
+            self._fail(one, answer)
+            return
+        self._keep(
+            one,
+            fwd_us=round(answer.fwd_us, 3),
+            bwd_us=round(answer.bwd_us, 3),
+            error=self.errors[one],
+            sm_clock_mhz=answer.sm_clock_mhz,
+            is_limited=answer.is_limited,
+        )
+        ms = (answer.fwd_us + answer.bwd_us) / 1e3
+        self.say(f"{self._elapsed()} round {self._round}: {ms:.3f} ms {self._name(one)}")
+
+    def _undisturbed(self, one: RoleSet) -> Visit | Failure:
+        slowdown = None
+        for _ in range(MAX_SLOWDOWNS):
+            answer = self.crew.visit(one)
+            assert not isinstance(answer, Done)
+            if isinstance(answer, Failure) or answer.slowdown is None:
+                return answer
+            slowdown = answer.slowdown
+            self.say(f"{self._elapsed()} {self._name(one)} again: {slowdown} of the GPU")
+        raise StoppedError(f"{slowdown} of the GPU, {MAX_SLOWDOWNS} times in a row")
+
+    def _fail(self, one: RoleSet, trouble: Failure) -> None:
+        self._keep(one, status=trouble.status, detail=trouble.detail)
+        self.say(f"{self._elapsed()} {trouble.status}: {self._name(one)}: {trouble.detail}")
+
+    def _keep(self, one: RoleSet, **fields: object) -> None:
+        now = datetime.now(timezone.utc).replace(microsecond=0)
+        record = VisitRecord(convert=self.in_order(one), round=self._round, measured_at=now, **fields)  # type: ignore[arg-type]
+        self.journal.append(record)
+        self._note(record)
+
+    def _note(self, record: VisitRecord) -> None:
+        one = frozenset(record.convert)
+        self._round = max(self._round, record.round)
+        if record.status != "measured":
+            self.failed[one] = record.status
+        elif record.fwd_us and record.bwd_us:
+            self._visits[one][record.round] = record.fwd_us, record.bwd_us
+            self.errors[one] = record.error or 0.0
+
+    def _spend(self, what: str, begin: float) -> None:
+        self._spent_s[what] += time.monotonic() - begin
+
+    def _name(self, one: RoleSet) -> str:
+        return ", ".join(self.in_order(one)) or "bf16"
+
+    def _elapsed(self) -> str:
+        return f"{time.monotonic() - self._start:.0f} s"

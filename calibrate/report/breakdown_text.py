@@ -1,0 +1,235 @@
+"""A breakdown as text for a terminal, as JSON for programs, and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from fp8gate.calibrate.breakdown.profiler import Kernel, Kind
+from fp8gate.calibrate.breakdown.take_apart import AGREEMENT, ArmBreakdown, Breakdown
+
+NAME_LENGTH = 72  # of a kernel in the table; CUTLASS's templates take hundreds of characters, which the JSON has
+SMALL_RATE = 10.0  # a CPU's: two decimals
+COLORS: dict[Kind, tuple[str, str]] = {
+    "product": ("#1f6fb4", "#7db4dd"),
+    "cast": ("#d9680f", "#f5b27a"),
+}  # forward, backward
+FIGURE_INCHES, DPI = (10.0, 3.4), 150
+LABEL_SHARE = 0.04  # of the longer bar: a narrower part has no room for its time
+
+
+def breakdown_text(breakdown: Breakdown) -> str:
+    """Why float8 wins or loses, kernel by kernel, then what each arm reaches, and whether the parts add up."""
+    ceilings = breakdown.ceilings
+    return "\n\n".join(
+        [
+            f"{_title(breakdown)}: forward and backward, cold cache, each arm alone",
+            sentence(breakdown),
+            _kernels_table(breakdown),
+            _arms_table(breakdown),
+            f"ceilings, the best of a few runs at the highest clock: a product of {ceilings.square}^3 "
+            f"{_rate(ceilings.bf16_tflop_per_s)} TFLOP/s in bf16, {_rate(ceilings.float8_tflop_per_s)} in float8; "
+            f"a copy {_rate(ceilings.copy_gb_per_s)} GB/s\n"
+            "GB/s of casts: at least; the operands read once and each float8 version written once\n"
+            "gaps: the paired timing less the kernels; below 0 they overlap, or ran slower when profiled",
+            "\n".join(_sum_sentence(arm) for arm in breakdown.arms),
+        ]
+    )
+
+
+def sentence(breakdown: Breakdown) -> str:
+    """What float8 saves and costs against bf16, whose sum is the difference of the paired timings."""
+    return f"{_why(breakdown)}: {_outcome(breakdown)}"
+
+
+def breakdown_json(breakdown: Breakdown) -> dict[str, Any]:
+    shape, ceilings = breakdown.shape, breakdown.ceilings
+    return {
+        "m": shape.m,
+        "k": shape.k,
+        "n": shape.n,
+        "recipe": breakdown.recipe,
+        "device": breakdown.device,
+        "sentence": sentence(breakdown),
+        "findings": breakdown.has_findings,
+        "ceilings": {
+            "square": ceilings.square,
+            "bf16_tflop_per_s": ceilings.bf16_tflop_per_s,
+            "float8_tflop_per_s": ceilings.float8_tflop_per_s,
+            "copy_gb_per_s": ceilings.copy_gb_per_s,
+        },
+        "arms": [_arm_json(arm, breakdown) for arm in breakdown.arms],
+    }
+
+
+def write_png(breakdown: Breakdown, path: Path) -> None:
+    """A bar an arm, a part of it each kernel in the order they run; a mark where the paired timing ends."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=FIGURE_INCHES, dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    room_us = LABEL_SHARE * max(arm.kernels_us for arm in breakdown.arms)
+    for row, arm in enumerate(breakdown.arms):
+        left_us = 0.0
+        for i, direction in enumerate(arm.directions.values()):
+            for kernel in direction.kernels:
+                bar = axes.barh(row, kernel.time_us, left=left_us, color=COLORS[kernel.kind][i], edgecolor="white")
+                if kernel.time_us >= room_us:
+                    axes.bar_label(bar, [f"{kernel.time_us:.0f}"], label_type="center", fontsize=8)
+                left_us += kernel.time_us
+        axes.plot([arm.timed_us] * 2, [row - 0.45, row + 0.45], color="black", linewidth=2)
+    axes.set_yticks(range(len(breakdown.arms)), [arm.name for arm in breakdown.arms])
+    axes.invert_yaxis()
+    axes.set_xlabel("us, forward and backward; black: the paired timing, launch gaps included")
+    axes.set_title(f"{_title(breakdown)}: {_outcome(breakdown)}\n{_why(breakdown)}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    legend = [
+        Patch(color=colors[i], label=f"{kind}s, {direction}")
+        for kind, colors in COLORS.items()
+        for i, direction in enumerate(breakdown.bf16.directions)
+    ]
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=8)
+    figure.savefig(path, format="png")
+
+
+def _title(breakdown: Breakdown) -> str:
+    return f"{breakdown.shape} {breakdown.recipe}, {breakdown.device}"
+
+
+def _why(breakdown: Breakdown) -> str:
+    bf16, float8 = breakdown.bf16, breakdown.float8
+    saved_us = {
+        "the products": bf16.kind_us("product") - float8.kind_us("product"),
+        "the casts": bf16.kind_us("cast") - float8.kind_us("cast"),
+        "the gaps between kernels": bf16.gaps_us - float8.gaps_us,
+    }
+    return ", ".join(f"{part} {'save' if us >= 0 else 'cost'} {abs(us):.0f} us" for part, us in saved_us.items())
+
+
+def _outcome(breakdown: Breakdown) -> str:
+    return f"{breakdown.recipe} takes {breakdown.float8.timed_us / breakdown.bf16.timed_us:.2f} times bf16's time"
+
+
+def _kernels_table(breakdown: Breakdown) -> str:
+    rows = [
+        (
+            arm.name,
+            direction,
+            _short(kernel.name),
+            kernel.kind,
+            kernel.calls,
+            f"{kernel.time_us:.1f}",
+            f"{kernel.time_us / arm.timed_us:.1%}",
+        )
+        for arm in breakdown.arms
+        for direction, part in arm.directions.items()
+        for kernel in part.kernels
+    ]
+    headers = ("arm", "direction", "kernel", "kind", "calls", "us", "of timed")
+    align = ("left",) * 4 + ("right",) * 3
+    return tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
+
+
+def _arms_table(breakdown: Breakdown) -> str:
+    rows = []
+    for arm in breakdown.arms:
+        reached = _reached(arm, breakdown)
+        rows.append(
+            (
+                arm.name,
+                f"{arm.kind_us('product'):.1f}",
+                _rate(reached["product_tflop_per_s"]),
+                _or_dash(reached["of_product_ceiling"], ".0%"),
+                f"{arm.kind_us('cast'):.1f}",
+                _rate(reached["cast_gb_per_s_at_least"]),
+                _or_dash(reached["of_copy_ceiling_at_least"], ".0%"),
+                f"{arm.gaps_us:.1f}",
+                f"{arm.timed_us:.1f}",
+                _or_dash(arm.timed_mhz, "d"),
+                _or_dash(arm.profiled_mhz, "d"),
+            )
+        )
+    headers = (
+        "arm",
+        "products us",
+        "TFLOP/s",
+        "of ceiling",
+        "casts us",
+        "GB/s",
+        "of a copy",
+        "gaps us",
+        "timed us",
+        "MHz timed",
+        "profiled",
+    )
+    align = ("left", *("right",) * (len(headers) - 1))
+    return tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
+
+
+def _reached(arm: ArmBreakdown, breakdown: Breakdown) -> dict[str, float | None]:
+    """None where there is no such kernel, or no cast that has to be."""
+    products_us, casts_us = arm.kind_us("product"), arm.kind_us("cast")
+    casts_gb_per_s = arm.least_cast_bytes / casts_us / 1e3 if casts_us and arm.least_cast_bytes else None
+    ceilings = breakdown.ceilings
+    return {
+        "product_tflop_per_s": arm.flop.total / products_us / 1e6 if products_us else None,
+        "of_product_ceiling": ceilings.least_us(arm.flop) / products_us if products_us else None,
+        "cast_gb_per_s_at_least": casts_gb_per_s,
+        "of_copy_ceiling_at_least": casts_gb_per_s / ceilings.copy_gb_per_s if casts_gb_per_s else None,
+    }
+
+
+def _sum_sentence(arm: ArmBreakdown) -> str:
+    verdict = "" if arm.adds_up else f", more than {AGREEMENT:.0%}: the parts do not explain the whole"
+    return (
+        f"{arm.name}: kernels sum to {arm.kernels_us:.1f} us, timed {arm.timed_us:.1f} us, "
+        f"{abs(arm.apart):.1%} apart{verdict}"
+    )
+
+
+def _arm_json(arm: ArmBreakdown, breakdown: Breakdown) -> dict[str, Any]:
+    return {
+        "arm": arm.name,
+        "timed_us": arm.timed_us,
+        "kernels_us": arm.kernels_us,
+        "products_us": arm.kind_us("product"),
+        "casts_us": arm.kind_us("cast"),
+        "gaps_us": arm.gaps_us,
+        "apart": arm.apart,
+        "adds_up": arm.adds_up,
+        "least_cast_bytes": arm.least_cast_bytes,
+        **_reached(arm, breakdown),
+        "rounds": arm.rounds,
+        "profiled_rounds": arm.profiled_rounds,
+        "timed_mhz": arm.timed_mhz,
+        "profiled_mhz": arm.profiled_mhz,
+        "directions": {
+            name: {
+                "flop": direction.flop.total,
+                "timed_us": direction.timed_us,
+                "kernels": [_kernel_json(kernel) for kernel in direction.kernels],
+            }
+            for name, direction in arm.directions.items()
+        },
+    }
+
+
+def _kernel_json(kernel: Kernel) -> dict[str, Any]:
+    return {"name": kernel.name, "kind": kernel.kind, "calls": kernel.calls, "time_us": kernel.time_us}
+
+
+def _short(name: str) -> str:
+    """Its beginning and its end, which tell most."""
+    half = (NAME_LENGTH - 5) // 2
+    return name if len(name) <= NAME_LENGTH else f"{name[:half]} ... {name[-half:]}"
+
+
+def _rate(value: float | None) -> str:
+    return _or_dash(value, ".2f" if value is not None and value < SMALL_RATE else ".0f")
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

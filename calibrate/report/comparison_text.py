@@ -1,0 +1,176 @@
+"""Comparisons of tables as text for a terminal, as Markdown for a pull request, and as JSON for programs. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+from tabulate import tabulate
+
+from fp8gate.calibrate.comparison.compare_tables import SHIFT, Comparison, ModelChange, PointChange
+from fp8gate.calibrate.timing.statistics import Interval
+from fp8gate.filter.contract.table import Table
+
+if TYPE_CHECKING:
+    from fp8gate.calibrate.comparison.verify import Verification
+
+Format = Literal["text", "markdown"]
+MOST_NAMED = 10  # points in a list; the JSON has all
+
+
+def comparison_text(comparisons: Sequence[Comparison], form: Format = "text") -> str:
+    """What changed, the shift of all first, then points, decisions and models."""
+    parts = []
+    for comparison in comparisons:
+        title = f"{comparison.recipe}: {_name(comparison.before)} -> {_name(comparison.after)}"
+        parts.append(f"### {title}" if form == "markdown" else title)
+        parts.append("\n".join(_sentences(comparison)))
+        if comparison.changed:
+            parts.append(_points_table(comparison.changed, form))
+        if comparison.models:
+            parts.append(_models_table(comparison.models, form))
+    return "\n\n".join(parts)
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    shift = comparison.shift
+    return {
+        "recipe": comparison.recipe,
+        "before": _provenance(comparison.before),
+        "after": _provenance(comparison.after),
+        "findings": comparison.has_findings,
+        "points": len(comparison.points),
+        "only_before": comparison.only_before,
+        "only_after": comparison.only_after,
+        "lost": [[shape.m, shape.k, shape.n] for shape in comparison.lost],
+        "shift": None if shift is None else msgspec.to_builtins(shift),
+        "shifts": {str(m): msgspec.to_builtins(one) for m, one in comparison.shifts.items()},
+        "changed": [_point_json(point) for point in comparison.changed],
+        "flips": [_point_json(point) for point in comparison.flips],
+        "models": [
+            {
+                "model": model.name,
+                "before_us": model.before_us,
+                "after_us": model.after_us,
+                "stale_us": model.stale_us,
+                "flipped": list(model.flipped),
+            }
+            for model in comparison.models
+        ],
+    }
+
+
+def verification_text(verification: Verification) -> str:
+    """What the files say, and whether this device still measures what they say."""
+    plans = f" and {len(verification.plans)} plans" if verification.plans else ""
+    checked = f"{len(verification.files)} tables{plans} read and checked"
+    if not verification.comparisons:
+        return f"{checked}; none is of {verification.device}: nothing was measured"
+    verdict = "do NOT hold" if verification.has_findings else "hold"
+    lines = [f"{checked}; those of {verification.device} {verdict}"]
+    lines += [f"{recipe} was measured with {difference}" for recipe, difference in verification.stale.items()]
+    return "\n".join(lines) + "\n\n" + comparison_text(verification.comparisons)
+
+
+def verification_json(verification: Verification) -> dict[str, Any]:
+    return {
+        "device": verification.device,
+        "files": [str(path) for path in verification.files],
+        "measured": bool(verification.comparisons),
+        "holds": not verification.has_findings if verification.comparisons else None,
+        "stale": dict(verification.stale),
+        "comparisons": [comparison_json(comparison) for comparison in verification.comparisons],
+    }
+
+
+def _sentences(comparison: Comparison) -> list[str]:
+    common, flips = len(comparison.points), comparison.flips
+    by_chance = sum(not point.is_beyond_chance for point in flips)
+    lines = [
+        f"{common} points in both, {comparison.only_before} only before, {comparison.only_after} only after",
+        _shift_sentence(comparison),
+        *(f"{m} tokens: {_percent(shift)}, more than {SHIFT:.0%}" for m, shift in comparison.shifted_tokens.items()),
+        f"{len(comparison.changed)} points changed beyond chance",
+        f"{len(flips)} decisions flip, {by_chance} of them within what two honest sweeps differ by",
+    ]
+    if comparison.lost:
+        named = ", ".join(map(str, comparison.lost[:MOST_NAMED]))
+        lines.append(f"{len(comparison.lost)} points lost their numbers: {named}")
+    return lines
+
+
+def _shift_sentence(comparison: Comparison) -> str:
+    shift = comparison.shift
+    if shift is None:
+        return "too few points to tell whether all have shifted"
+    verdict = f"more than {SHIFT:.0%}: all have shifted" if comparison.has_shifted else "as two honest sweeps differ"
+    return f"all together: {_percent(shift)}, {verdict}"
+
+
+def _percent(shift: Interval) -> str:
+    return f"{shift.estimate - 1:+.1%} ({shift.low - 1:+.1%} to {shift.high - 1:+.1%})"
+
+
+def _points_table(changed: Sequence[PointChange], form: Format) -> str:
+    rows = [
+        (
+            point.shape,
+            f"{point.before.speedup:.3f}",
+            f"{point.after.speedup:.3f}",
+            f"{point.change:+.1%}",
+            f"{point.allowed:.1%}",
+            "flips" if point.flips else "",
+        )
+        for point in changed[:MOST_NAMED]
+    ]
+    headers = ("(m, k, n)", "before", "after", "change", "by chance up to", "decision")
+    table = _table(rows, headers, form)
+    more = len(changed) - MOST_NAMED
+    return f"{table}\n\nand {more} more" if more > 0 else table
+
+
+def _models_table(models: Sequence[ModelChange], form: Format) -> str:
+    rows = [
+        (
+            model.name,
+            f"{model.before_us / 1e3:.1f}",
+            f"{model.after_us / 1e3:.1f}",
+            f"{model.after_us / model.before_us - 1:+.1%}",
+            f"{model.stale_us / model.after_us - 1:+.1%}",
+            ", ".join(model.flipped),
+        )
+        for model in models
+    ]
+    headers = ("model", "ms before", "ms after", "change", "with the old decisions", "roles that flip")
+    return _table(rows, headers, form)
+
+
+def _table(rows: Sequence[tuple[object, ...]], headers: Sequence[str], form: Format) -> str:
+    return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github" if form == "markdown" else "simple")
+
+
+def _name(table: Table) -> str:
+    return f"{table.device.name}, torch {table.software.torch}, {table.measured_at:%Y-%m-%d}"
+
+
+def _provenance(table: Table) -> dict[str, str]:
+    return {
+        "device": table.device.name,
+        "torch": table.software.torch,
+        "torchao": table.software.torchao,
+        "measured_at": table.measured_at.isoformat(),
+    }
+
+
+def _point_json(point: PointChange) -> dict[str, Any]:
+    return {
+        "m": point.shape.m,
+        "k": point.shape.k,
+        "n": point.shape.n,
+        "before": point.before.speedup,
+        "after": point.after.speedup,
+        "allowed": round(point.allowed, 5),
+        "beyond_chance": point.is_beyond_chance,
+        "flips": point.flips,
+    }

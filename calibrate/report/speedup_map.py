@@ -1,0 +1,150 @@
+"""What a table says over K x N for one M, ready to be drawn. Pure.
+
+In: a `Table`. Out: a `SpeedupMap` for each M: what the default lookup answers everywhere, what was measured and where
+there is no number, and which sizes torchao's rule converts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fp8gate.calibrate.sweep.grid import too_large
+from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.shapes import FLOAT8_MULTIPLE, LinearShape
+from fp8gate.filter.contract.table import WITH_NUMBERS, Point, Status, Table, TableError
+from fp8gate.filter.decision.lookup import Estimate, Lookup
+from fp8gate.filter.decision.torchao_rule import torchao_converts
+
+MARGIN = 0.5  # octaves beyond the outermost points, so that what stands at them is on the map
+SAMPLES = 8  # per octave: interpolation is bilinear between the points, so lines are exact but for their corners
+CAPPED, UNMEASURED = "cap", "-"
+SHORT: dict[Status, str] = {"out_of_memory": "oom", "unstable": "unst", "failed": "fail"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mark:
+    """What stands at one (k, n): "1.31", "1.00?" if ambiguous, or why there is no speedup: oom, unst, fail, cap, -.
+
+    On the grid's axes, but without a row: cap, as larger than a sweep's time allows, or -, as not asked for.
+    """
+
+    k: int
+    n: int
+    text: str
+    speedup: float | None = None
+
+    @property
+    def short(self) -> str:
+        """Only what needs attention: "?", or why there is no speedup."""
+        if self.speedup is None:
+            return self.text
+        return "?" if self.text.endswith("?") else ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedupMap:
+    """One recipe at one m. k, n: sizes of the samples; the three fields are by [k, n].
+
+    stands_in: not measured around here, so that fewer tokens or the nearest point answer. torchao: what its rule
+    converts, None without a rule. k_ticks, n_ticks: the sizes measured.
+    """
+
+    recipe: Recipe
+    m: int
+    k: npt.NDArray[np.float64]
+    n: npt.NDArray[np.float64]
+    log2_speedup: npt.NDArray[np.float64]
+    stands_in: npt.NDArray[np.bool_]
+    torchao: npt.NDArray[np.bool_] | None
+    marks: tuple[Mark, ...]
+    k_ticks: tuple[int, ...]
+    n_ticks: tuple[int, ...]
+
+
+def map_tokens(table: Table) -> tuple[int, ...]:
+    """The m that have a map: the grid's, or those of all points if the table states no grid."""
+    return table.grid.m or tuple(sorted({point.m for point in table.points}))
+
+
+def speedup_maps(table: Table) -> dict[int, SpeedupMap]:
+    """A map for each of `map_tokens`, all over the same K x N. Raises TableError for a table without any number."""
+    if all(point.status not in WITH_NUMBERS for point in table.points):
+        raise TableError(f"{table.recipe} on {table.device.name}: $.points: expected a measured point, found none")
+    k_ticks = table.grid.k or tuple(sorted({point.k for point in table.points}))
+    n_ticks = table.grid.n or tuple(sorted({point.n for point in table.points}))
+    k, n = samples([*k_ticks, *(p.k for p in table.points)]), samples([*n_ticks, *(p.n for p in table.points)])
+    lookup, torchao = Lookup(table), _torchao(table.recipe, k, n)
+    maps = {}
+    for m in map_tokens(table):
+        estimates = [[_estimate(lookup, m, at_k, at_n) for at_n in n] for at_k in k]
+        maps[m] = SpeedupMap(
+            recipe=table.recipe,
+            m=m,
+            k=k,
+            n=n,
+            log2_speedup=np.array([[math.log2(estimate.speedup) for estimate in row] for row in estimates]),
+            stands_in=np.array([[_stands_in(estimate) for estimate in row] for row in estimates]),
+            torchao=torchao,
+            marks=tuple(_marks(table, m)),
+            k_ticks=k_ticks,
+            n_ticks=n_ticks,
+        )
+    return maps
+
+
+def samples(sizes: Iterable[int]) -> npt.NDArray[np.float64]:
+    """Sizes evenly spaced in log2, from MARGIN below the smallest to MARGIN above the largest."""
+    sizes = set(sizes)
+    low, high = math.log2(min(sizes)) - MARGIN, math.log2(max(sizes)) + MARGIN
+    return np.asarray(2 ** np.linspace(low, high, round((high - low) * SAMPLES) + 1), dtype=np.float64)
+
+
+def without_row(table: Table, m: int) -> dict[tuple[int, int], str]:
+    """The (k, n) of the grid that have no row at this m, if that is one of the grid's: CAPPED or UNMEASURED."""
+    known = {(point.k, point.n) for point in table.points if point.m == m}
+    holes = [(k, n) for k in table.grid.k for n in table.grid.n if m in table.grid.m and (k, n) not in known]
+    return {
+        (k, n): CAPPED if too_large(LinearShape(m, k, n), table.device, on_grid=True) else UNMEASURED for k, n in holes
+    }
+
+
+def _marks(table: Table, m: int) -> Iterable[Mark]:
+    for point in table.points:
+        if point.m == m:
+            yield Mark(k=point.k, n=point.n, text=_text(point), speedup=point.speedup)
+    for (k, n), why in without_row(table, m).items():
+        yield Mark(k=k, n=n, text=why)
+
+
+def _text(point: Point) -> str:
+    if point.speedup is None:
+        return SHORT[point.status]
+    return f"{point.speedup:.2f}{'?' if point.status == 'ambiguous' else ''}"
+
+
+def _estimate(lookup: Lookup, m: int, k: float, n: float) -> Estimate:
+    estimate = lookup(LinearShape(m, round(k), round(n)))
+    assert estimate, "a table with numbers answers everywhere"
+    return estimate
+
+
+def _stands_in(estimate: Estimate) -> bool:
+    return estimate.distance > 0 and (estimate.from_tokens is not None or not estimate.interpolated)
+
+
+def _torchao(recipe: Recipe, k: Iterable[float], n: Iterable[float]) -> npt.NDArray[np.bool_] | None:
+    """The rule's answer for the nearest sizes that float8 can compute."""
+    answers = [
+        [torchao_converts(recipe, in_features=_multiple(at_k), out_features=_multiple(at_n)) for at_n in n]
+        for at_k in k
+    ]
+    return None if answers[0][0] is None else np.array(answers, dtype=np.bool_)
+
+
+def _multiple(size: float) -> int:
+    return max(1, round(size / FLOAT8_MULTIPLE)) * FLOAT8_MULTIPLE

@@ -1,0 +1,46 @@
+"""What a sweep found: for people, speedups by K x N for each M; for programs, where it is and how it went."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pandas as pd
+from tabulate import tabulate
+
+from fp8gate.filter.contract.table import Point, Table
+
+if TYPE_CHECKING:
+    from fp8gate.calibrate.sweep.run_sweep import SweepResult
+
+
+def summarize(table: Table) -> str:
+    """One table of speedups for each m, rows k and columns n; where there is no number, its reason."""
+    frame = pd.DataFrame({"m": p.m, "k": p.k, "n": p.n, "speedup": _cell(p)} for p in table.points)
+    blocks = []
+    for m, rows in frame.groupby("m"):
+        cells = rows.pivot(index="k", columns="n", values="speedup").fillna("")
+        text = tabulate(cells, headers=["k \\ n", *map(str, cells.columns)], disable_numparse=True, stralign="right")
+        blocks.append(f"{table.recipe} speedup, {m} tokens\n{text}")
+    return "\n\n".join(blocks)
+
+
+def sweep_json(result: SweepResult) -> dict[str, Any]:
+    """The tables that were written, by recipe; the report; what is left to do, was left out, or was off, by shape."""
+    return {
+        "tables": {
+            table.recipe: {"path": str(path), "points": Counter(point.status for point in table.points)}
+            for path, table in result.tables.items()
+        },
+        "report": msgspec.to_builtins(result.report),
+        "remaining": result.remaining,
+        "capped": {str(shape): why for shape, why in sorted(result.capped.items())},
+        "off": {str(shape): error for shape, error in sorted(result.off.items())},
+    }
+
+
+def _cell(point: Point) -> str:
+    if point.speedup is None:
+        return point.status
+    return f"{point.speedup:.2f}{'?' if point.status == 'ambiguous' else ''}"

@@ -1,0 +1,118 @@
+"""Which shapes are measured: a named grid, a grid file, a model's own shapes; and which are too large to be.
+
+In: a grid's name or file, a device. Out: shapes in the order they are measured, and those capped with the reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.plain_yaml import load_plain_yaml
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Device, Grid, Size
+
+MAX_POINT_FLOP = 6 * 2**41
+"""Forward plus backward of one bf16 run: about 20 ms on an H200, where a point takes 1 s. What is
+larger than this is compute-bound, and its nearest neighbour below decides the same way."""
+MAX_CPU_POINT_FLOP = 6 * 2**29
+"""The same for a CPU: about 30 ms in bf16 on 2 cores, and five times that in float8."""
+MAX_MEMORY_SHARE = 0.9
+
+
+def _powers(low: int, high: int) -> tuple[int, ...]:
+    return tuple(2**e for e in range(low.bit_length() - 1, high.bit_length()))
+
+
+GRIDS: dict[tuple[str, str], Grid] = {
+    ("cuda", "default"): Grid(m=(*_powers(1024, 16384), 65536), k=(128, *_powers(512, 32768)), n=_powers(128, 32768)),
+    ("cuda", "quick"): Grid(m=(2048, 8192, 32768), k=(1024, 4096, 16384), n=(256, 1024, 4096, 16384)),
+    ("cpu", "default"): Grid(m=(128, 512), k=(256, 512, 1024), n=(256, 512, 1024)),
+    ("cpu", "quick"): Grid(m=(64, 128), k=(128, 256), n=(128, 256)),
+}
+
+
+class GridError(InputError):
+    """A grid that cannot be measured; the message names the file and the field."""
+
+
+class GridFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A user's grid: axes, all combinations of which are measured, and single [m, k, n] shapes beside them."""
+
+    m: tuple[Size, ...] = ()
+    k: tuple[Size, ...] = ()
+    n: tuple[Size, ...] = ()
+    shapes: tuple[tuple[Size, Size, Size], ...] = ()
+
+
+def load_grid(name: str, kind: Literal["cuda", "cpu"]) -> tuple[Grid, list[LinearShape]]:
+    """The axes and the single shapes of a named grid ("quick", "default") or of a YAML file.
+
+    Raises GridError for a file that cannot be read, breaks the format, or names a shape float8 cannot compute.
+    """
+    if (kind, name) in GRIDS:
+        return GRIDS[kind, name], []
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GridError(f"grid: expected quick, default or a readable YAML file; got {name!r} ({error})") from error
+    try:
+        file = msgspec.convert(load_plain_yaml(text, source=name, error=GridError), GridFile)
+    except msgspec.ValidationError as error:
+        raise GridError(f"{name}: {error}") from error
+    grid = Grid(m=_axis(file.m), k=_axis(file.k), n=_axis(file.n))
+    shapes = [LinearShape(*sizes) for sizes in file.shapes]
+    for shape in [*grid_shapes(grid), *shapes]:
+        if problem := shape.indivisible():
+            raise GridError(f"{name}: {shape}: expected multiples of 16, as float8 products need; {problem}")
+    if not shapes and not grid_shapes(grid):
+        raise GridError(f"{name}: expected m, k and n with a size each, or shapes; found no shape")
+    return grid, shapes
+
+
+def grid_shapes(grid: Grid) -> list[LinearShape]:
+    """All combinations of the axes."""
+    return [LinearShape(m, k, n) for m, k, n in itertools.product(grid.m, grid.k, grid.n)]
+
+
+def union(*grids: Grid) -> Grid:
+    """Every size of every axis. Not all combinations need have been measured."""
+    m, k, n = (_axis(itertools.chain(*axes)) for axes in zip(*((g.m, g.k, g.n) for g in grids), strict=True))
+    return Grid(m=m, k=k, n=n)
+
+
+def measuring_order(shapes: Iterable[LinearShape], seed: int) -> list[LinearShape]:
+    """Each shape once, shuffled: the time left is honest from the start, and slow drift does not follow an axis."""
+    ordered = sorted(set(shapes))
+    random.Random(seed).shuffle(ordered)
+    return ordered
+
+
+def too_large(shape: LinearShape, device: Device, *, on_grid: bool, taken_gib: float = 0.0) -> str | None:
+    """Why a shape is left out on this device, or None. Time only limits a grid, whose corners nobody asked for.
+
+    taken_gib: of the device's memory, by whoever else measures.
+    """
+    budget = MAX_POINT_FLOP if device.kind == "cuda" else MAX_CPU_POINT_FLOP
+    if on_grid and shape.flop > budget:
+        return f"{shape.flop:.2g} FLOP, more than {budget:.2g} a point"
+    needed_gib = point_memory_bytes(shape) / 2**30
+    if needed_gib > device.memory_gib * MAX_MEMORY_SHARE - taken_gib:
+        return f"needs about {needed_gib:.0f} GiB of {device.memory_gib - taken_gib:.1f}"
+    return None
+
+
+def point_memory_bytes(shape: LinearShape) -> int:
+    """Operands, then for each of 4 arms its bf16 results and float8 copies of every operand in both layouts."""
+    elements = shape.m * shape.k + shape.k * shape.n + shape.m * shape.n
+    return elements * (2 + 4 * (2 + 2))
+
+
+def _axis(sizes: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(set(sizes)))

@@ -1,0 +1,45 @@
+"""Is a table's software that of this machine?"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fp8gate.filter.contract.table import Software
+
+PACKAGES = ("torch", "torchao", "triton")
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+
+
+def stale(software: Software) -> str | None:
+    """What differs from what is here ("torch 2.11.0, here 2.13.0"), or None.
+
+    Builds ("+cu130") are not compared; what is not installed here, or cannot be asked, is no difference.
+    """
+    differences = []
+    for package in (*PACKAGES, "driver"):
+        measured, here = getattr(software, package), _driver() if package == "driver" else _installed(package)
+        if measured and here and _release(measured) != _release(here):
+            differences.append(f"{package} {_release(measured)}, here {_release(here)}")
+    return "; ".join(differences) or None
+
+
+def _installed(package: str) -> str | None:
+    from importlib import metadata  # takes longer to import than all of fp8gate
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """NVIDIA's, as its kernel module states it on Linux."""
+    if not DRIVER_VERSION.is_file():
+        return None
+    found = re.search(r"Kernel Module.*?(\d+\.\d+(?:\.\d+)?)", DRIVER_VERSION.read_text())
+    return found[1] if found else None
+
+
+def _release(version: str) -> str:
+    return version.split("+")[0]

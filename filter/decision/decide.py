@@ -1,0 +1,115 @@
+"""The decision for one layer: in which order it is taken, and the reason that is kept with it. Pure."""
+
+from __future__ import annotations
+
+import msgspec
+
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Point, Status
+from fp8gate.filter.decision.lookup import Estimate, Lookup
+
+DEFAULT_MIN_SPEEDUP = 1.05
+"""Near 1.0 it is better not to convert: such a layer gains little of a block, but changes what others cost. By six
+plans of an H200 (LOG.md, 2026-11-25) the table's set loses 1.0 % of a block on average at 1.05, 3.1 % at 1.02:
+llama3-8b's wk and wv, 1.03x alone (tensorwise), cost 6 % of the block when both are converted with wq."""
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether one linear is converted to float8, and why.
+
+    speedup and bounds: float8 against bf16 for `shape` (local m, k, n); None where no number was needed or there.
+    point, distance, outside, gap: see `Estimate`. planned: by a plan, whose number is its block's.
+    """
+
+    convert: bool
+    reason: str
+    shape: LinearShape | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    point: Point | None = None
+    distance: float | None = None
+    outside: bool = False
+    gap: Status | None = None
+    planned: bool = False
+
+    @property
+    def m(self) -> int | None:
+        return self.shape.m if self.shape else None
+
+    @property
+    def k(self) -> int | None:
+        return self.shape.k if self.shape else None
+
+    @property
+    def n(self) -> int | None:
+        return self.shape.n if self.shape else None
+
+
+def decide(shape: LinearShape, lookup: Lookup, *, min_speedup: float, recomputed: bool = False) -> Decision:
+    """Choose float8 only where it was measured to win by `min_speedup`; recomputed: its forward runs twice."""
+    indivisible = shape.indivisible()
+    if indivisible:
+        return Decision(convert=False, shape=shape, reason=f"{indivisible}: not a multiple of 16")
+    estimate = lookup(shape)
+    if estimate is None:
+        return Decision(convert=False, shape=shape, reason="the table holds no measured point")
+    return _judge(shape, estimate.recomputed() if recomputed else estimate, min_speedup)
+
+
+def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decision:
+    wins = estimate.speedup >= min_speedup
+    broken = estimate.gap == "failed"
+    digits = _digits(estimate, min_speedup)
+    below = "" if wins else f", below {min_speedup:.{digits}f}x"
+    verdict = f"{estimate.speedup:.{digits}f}x{below}"
+    if broken:
+        verdict = "float8 failed at the nearest point"  # a wrong result is no speedup, however fast a neighbour is
+    return Decision(
+        convert=wins and not broken,
+        reason=f"{verdict} ({_provenance(estimate, min_speedup)})",
+        shape=shape,
+        speedup=estimate.speedup,
+        speedup_low=estimate.speedup_low,
+        speedup_high=estimate.speedup_high,
+        point=estimate.point,
+        distance=estimate.distance,
+        outside=estimate.outside,
+        gap=estimate.gap,
+    )
+
+
+def _digits(estimate: Estimate, min_speedup: float) -> int:
+    """2, or 4 where two of a reason's numbers would read "1.02x, below 1.02x" or "bounds 1.02 to 1.02"."""
+    low, speedup, high = (round(x, 2) for x in (estimate.speedup_low, estimate.speedup, estimate.speedup_high))
+    is_below = estimate.speedup < min_speedup
+    reads_alike = (is_below and speedup >= round(min_speedup, 2)) or (_straddles(estimate, min_speedup) and low == high)
+    return 4 if reads_alike else 2
+
+
+def _straddles(estimate: Estimate, min_speedup: float) -> bool:
+    return estimate.speedup_low < min_speedup <= estimate.speedup_high
+
+
+def _provenance(estimate: Estimate, min_speedup: float) -> str:
+    """Where the number is from: "measured", "nearest (8192, 4096, 1024)", "interpolated, outside the grid"."""
+    if estimate.distance == 0:
+        parts = ["measured"]
+    elif estimate.interpolated:
+        parts = ["interpolated"]
+    else:
+        parts = [f"nearest {estimate.point.shape}"]
+    if estimate.from_tokens:
+        parts.append(f"from {estimate.from_tokens} tokens")
+    if estimate.outside:
+        parts.append("outside the measured range")
+    if estimate.point.status == "ambiguous":
+        parts.append("ambiguous")
+    if _straddles(estimate, min_speedup):
+        digits = _digits(estimate, min_speedup)
+        parts.append(f"bounds {estimate.speedup_low:.{digits}f} to {estimate.speedup_high:.{digits}f} within one run")
+    if estimate.forwards > 1:
+        parts.append("recomputed")
+    if estimate.gap:
+        parts.append(f"a nearer point is {estimate.gap}")
+    return ", ".join(parts)

@@ -1,0 +1,283 @@
+"""What a table says about any shape: the nearest measured point, or what lies between the measured points.
+
+In: a `Table` and a `LinearShape`. Out: an `Estimate`. Pure: no files, no torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from operator import mul
+from typing import Literal, NamedTuple, get_args
+
+import msgspec
+
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Point, Status, Table
+
+LookupName = Literal["nearest", "interpolate"]
+LOOKUPS: tuple[LookupName, ...] = get_args(LookupName)
+DEFAULT_LOOKUP: LookupName = "interpolate"
+"""Of 110 shapes off the grid, interpolation lost less than half of what the nearest point lost with every recipe: the
+mean loss was 0.00, 0.00 and 0.07 % against 0.12, 0.28 and 0.25 % (measured on one NVIDIA H200, LOG.md)."""
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """Forward + backward of one shape, from the table. Times in microseconds; forwards: how often the forward runs.
+
+    point: the nearest measured point. distance: how far it is, in octaves (Euclidean, log2 per axis; 0 = exact,
+    1 = one dimension twice as large). outside: the shape was not measured and lies outside the measured part of the
+    grid (without a grid, outside all points). gap: the status of a still nearer point that has no numbers, or None.
+    from_tokens: the fewer tokens whose speedup stands in, because the shape's own were not measured around its size, or
+    None.
+    """
+
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    bf16_fwd_us: float
+    bf16_bwd_us: float
+    fp8_fwd_us: float
+    fp8_bwd_us: float
+    point: Point
+    distance: float
+    outside: bool
+    gap: Status | None
+    interpolated: bool
+    from_tokens: int | None = None
+    forwards: int = 1
+
+    @property
+    def bf16_us(self) -> float:
+        return self.forwards * self.bf16_fwd_us + self.bf16_bwd_us
+
+    @property
+    def fp8_us(self) -> float:
+        """bf16 time over the paired speedup: consistent with the decision, unlike a quotient of medians."""
+        return self.bf16_us / self.speedup
+
+    def recomputed(self) -> Estimate:
+        """The same under activation checkpointing, which runs the forward twice in both precisions.
+
+        The paired speedup and its bounds change as the quotient of the summed times does.
+        """
+        once, twice = (
+            (n * self.bf16_fwd_us + self.bf16_bwd_us) / (n * self.fp8_fwd_us + self.fp8_bwd_us) for n in (1, 2)
+        )
+        change = twice / once
+        return msgspec.structs.replace(
+            self,
+            speedup=self.speedup * change,
+            speedup_low=self.speedup_low * change,
+            speedup_high=self.speedup_high * change,
+            forwards=2,
+        )
+
+
+class Lookup:
+    """An index over one table. Building it is linear in the points; `__call__` is what a decision costs."""
+
+    def __init__(self, table: Table, kind: LookupName = DEFAULT_LOOKUP) -> None:
+        if kind not in LOOKUPS:
+            raise ValueError(f"lookup: expected one of {', '.join(LOOKUPS)}; got {kind!r}")
+        self.table = table
+        self._estimate: Callable[[LinearShape], Estimate] = self._nearest if kind == "nearest" else self._interpolate
+        self._points: dict[Sizes, Point] = {(p.m, p.k, p.n): p for p in table.points}
+        self._logs = {at: tuple(map(math.log, _numbers(p))) for at, p in self._points.items() if p.speedup is not None}
+        self._grid = tuple(map(_Axis, (table.grid.m, table.grid.k, table.grid.n)))
+        self._everywhere = tuple(_Axis(sizes) for sizes in zip(*self._points, strict=True))
+        on_grid = [
+            at for at in self._logs if all(size in axis.sizes for size, axis in zip(at, self._grid, strict=True))
+        ]
+        self._range = [(min(sizes), max(sizes)) for sizes in zip(*(on_grid or self._logs), strict=True)]
+
+    def __call__(self, shape: LinearShape) -> Estimate | None:
+        """The estimate for `shape`, or None if the table holds no number at all."""
+        return self._estimate(shape) if self._logs else None
+
+    def _nearest(self, shape: LinearShape) -> Estimate:
+        """The nearest point's speedup as it was measured; its times scaled with the work."""
+        nearest = self._find_nearest(shape)
+        return self._make(shape, nearest, _numbers(nearest.point), nearest.point.shape, interpolated=False)
+
+    def _interpolate(self, shape: LinearShape) -> Estimate:
+        """ln of every number, linear in log2 of each axis between the 8 grid points around the shape.
+
+        Outside the grid the shape is moved to its border (times still scale with the work). Where one of the 8 was
+        not measured, as the largest are not, fewer tokens stand in: the next m below at which all were, unless the
+        nearest point is nearer. Without any, and where the shape itself was measured, this is the nearest point.
+        """
+        nearest = self._find_nearest(shape)
+        if nearest.distance > 0:
+            on_m, on_k, on_n = self._grid
+            (m, around_m), (k, around_k), (n, around_n) = on_m.place(shape.m), on_k.place(shape.k), on_n.place(shape.n)
+            if numbers := self._blend(around_m, around_k, around_n):
+                return self._make(shape, nearest, numbers, LinearShape(m, k, n), interpolated=True)
+            for at_m in reversed(on_m.sizes[: bisect_left(on_m.sizes, m)]):
+                if math.log2(m / at_m) > nearest.distance + NO_FURTHER:
+                    break
+                if numbers := self._blend([(at_m, 1.0)], around_k, around_n):
+                    return self._make(shape, nearest, numbers, LinearShape(at_m, k, n), interpolated=True)
+            if not self._in_table(around_m, around_k, around_n):
+                nearest = nearest._replace(outside=True)
+        return self._make(shape, nearest, _numbers(nearest.point), nearest.point.shape, interpolated=False)
+
+    def _blend(self, *around: Sequence[tuple[int, float]]) -> list[float] | None:
+        """The `_numbers` between these sizes of each axis, or None if they were not measured at every corner."""
+        weights, corners = [], []
+        for (m, weight_m), (k, weight_k), (n, weight_n) in itertools.product(*around):
+            logs = self._logs.get((m, k, n))
+            if logs is None:
+                return None
+            weights.append(weight_m * weight_k * weight_n)
+            corners.append(logs)
+        return [math.exp(sum(map(mul, weights, column))) for column in zip(*corners, strict=True)]
+
+    def _in_table(self, *around: Sequence[tuple[int, float]]) -> bool:
+        """Whether every corner has its row, with or without numbers; also where there are no corners."""
+        sizes = ([size for size, _ in sides] for sides in around)
+        return all(corner in self._points for corner in itertools.product(*sizes))
+
+    def _make(
+        self,
+        shape: LinearShape,
+        nearest: _Nearest,
+        numbers: Sequence[float],
+        measured_at: LinearShape,
+        *,
+        interpolated: bool,
+    ) -> Estimate:
+        """An estimate for `shape` from the `_numbers` known at `measured_at`."""
+        speedup, low, high, bf16_fwd_us, bf16_bwd_us, fp8_fwd_us, fp8_bwd_us = numbers
+        work = shape.flop / measured_at.flop
+        is_fewer = measured_at.m < shape.m and interpolated and measured_at.m < self._grid[0].place(shape.m)[0]
+        from_tokens = measured_at.m if is_fewer else None
+        is_inside = nearest.distance == 0 or not (is_fewer or nearest.outside or self._outside(shape))
+        return Estimate(
+            speedup=speedup,
+            speedup_low=low,
+            speedup_high=high,
+            bf16_fwd_us=bf16_fwd_us * work,
+            bf16_bwd_us=bf16_bwd_us * work,
+            fp8_fwd_us=fp8_fwd_us * work,
+            fp8_bwd_us=fp8_bwd_us * work,
+            point=nearest.point,
+            distance=nearest.distance,
+            outside=not is_inside,
+            gap=nearest.gap,
+            interpolated=interpolated,
+            from_tokens=from_tokens,
+        )
+
+    def _find_nearest(self, shape: LinearShape) -> _Nearest:
+        """The nearest point with numbers, and the status of a nearer one without.
+
+        Ties go to the lower speedup: converting a layer that loses costs more than leaving one that wins.
+        """
+        at = (shape.m, shape.k, shape.n)
+        if at in self._logs:
+            return _Nearest(self._points[at], 0.0, None)
+        on_m, on_k, on_n = self._everywhere
+        m, m_away = on_m.nearest(shape.m)
+        k, k_away = on_k.nearest(shape.k)
+        n, n_away = on_n.nearest(shape.n)
+        if (m, k, n) in self._logs:  # nearest on every axis: nothing can be nearer
+            return _Nearest(self._points[m, k, n], math.sqrt(m_away + k_away + n_away), None)
+        return self._search(at)
+
+    def _search(self, at: Sizes) -> _Nearest:
+        """The same for any points: goes outwards on every axis, no further than the nearest point found so far.
+
+        Distances are rounded, so that equal ones stay equal whatever the order of their sums.
+        """
+        by_m, by_k, by_n = (axis.by_distance(size) for axis, size in zip(self._everywhere, at, strict=True))
+        best = (math.inf, math.inf, at)
+        gaps: list[tuple[float, Sizes]] = []
+        for m_away, m in by_m:
+            if round(m_away, DIGITS) > best[0]:
+                break
+            for k_away, k in by_k:
+                if round(m_away + k_away, DIGITS) > best[0]:
+                    break
+                for n_away, n in by_n:
+                    away = round(m_away + k_away + n_away, DIGITS)
+                    if away > best[0]:
+                        break
+                    point = self._points.get((m, k, n))
+                    if point is None:
+                        continue
+                    if point.speedup is None:
+                        gaps.append((away, (m, k, n)))
+                    else:
+                        best = min(best, (away, point.speedup, (m, k, n)))
+        gap = min((gap for gap in gaps if gap[0] < best[0]), default=None)
+        return _Nearest(self._points[best[2]], math.sqrt(best[0]), self._points[gap[1]].status if gap else None)
+
+    def _outside(self, shape: LinearShape) -> bool:
+        sizes = (shape.m, shape.k, shape.n)
+        return any(not low <= size <= high for size, (low, high) in zip(sizes, self._range, strict=True))
+
+
+Sizes = tuple[int, int, int]
+NO_FURTHER = 1e-9  # octaves
+DIGITS = 9  # of squared distances in octaves
+
+
+class _Nearest(NamedTuple):
+    """See `Estimate`."""
+
+    point: Point
+    distance: float
+    gap: Status | None
+    outside: bool = False
+
+
+class _Axis:
+    """The sizes along one dimension, ascending, and the distances between them in octaves."""
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        self.sizes = sorted(set(sizes))
+        self._log2 = [(math.log2(size), size) for size in self.sizes]
+        self.place = cache(self._place)  # a model's layers share their tokens and most of their sizes
+        self.nearest = cache(self._nearest)
+
+    def _place(self, size: int) -> tuple[int, list[tuple[int, float]]]:
+        """The size, moved to the border if it is outside of the axis, and the sizes on both sides of that."""
+        inside = min(max(size, self.sizes[0]), self.sizes[-1]) if self.sizes else size
+        return inside, self._around(inside)
+
+    def _around(self, size: int) -> list[tuple[int, float]]:
+        """The sizes on both sides with their weights in log2; one if it is on the axis, none outside of it."""
+        i = bisect_right(self._log2, (math.log2(size), size))
+        if i and self.sizes[i - 1] == size:
+            return [(size, 1.0)]
+        if not 0 < i < len(self.sizes):
+            return []
+        (low_log2, low), (high_log2, high) = self._log2[i - 1 : i + 1]
+        share = (math.log2(size) - low_log2) / (high_log2 - low_log2)
+        return [(low, 1.0 - share), (high, share)]
+
+    def _nearest(self, size: int) -> tuple[int, float]:
+        """The nearest size with its squared distance; 0 if two are equally near."""
+        at = math.log2(size)
+        i = bisect_right(self._log2, (at, size))
+        sides = [((log2 - at) ** 2, other) for log2, other in self._log2[max(i - 1, 0) : i + 1]]
+        if len(sides) == 2 and round(sides[0][0] - sides[1][0], DIGITS) == 0:
+            return 0, 0.0
+        away, other = min(sides)
+        return other, away
+
+    def by_distance(self, size: int) -> list[tuple[float, int]]:
+        """Every size with its squared distance, nearest first."""
+        at = math.log2(size)
+        return sorted(((log2 - at) ** 2, other) for log2, other in self._log2)
+
+
+def _numbers(point: Point) -> list[float]:
+    """Speedup, its bounds, then the four times, of a point that has them."""
+    numbers = [x for x in point.numbers if x is not None]
+    assert len(numbers) == 7, point
+    return [*numbers[4:], *numbers[:4]]

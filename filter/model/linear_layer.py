@@ -1,0 +1,120 @@
+"""Is this a linear layer, and how large: for modules and for configs of modules, without importing torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from fp8gate.filter.contract.names import without_indices
+
+_NOT_PRODUCTS = ("embedding_dim", "nf", "normalized_shape")
+"""Attributes of layers with a 2-D weight that are no float8 candidates: nn.Embedding looks its rows up, norms scale,
+and the Conv1D of transformers stores its weight transposed and is no nn.Linear, so torchao cannot convert it."""
+
+_TENSOR_PARALLEL = ("tp", "tensor", "tensor_parallel")
+"""Names of a mesh dimension that divides layers."""
+_STORAGE = ("dp", "fsdp", "dp_shard", "dp_replicate", "dp_shard_cp", "dp_cp", "shard", "replicate", "data")
+"""Names of a mesh dimension that divides what is stored: FSDP gathers it before use."""
+
+
+class LinearSize(NamedTuple):
+    """A layer's sizes. is_local: a rank's part already, which no plan divides again. unknown: why that is not known."""
+
+    in_features: int
+    out_features: int
+    is_local: bool = False
+    unknown: str = ""
+
+
+def linear_size(layer: object) -> LinearSize | str:
+    """The sizes of a layer or layer config, or for anything else the reason it is no candidate.
+
+    Accepted: any object with integer `in_features` and `out_features` (nn.Linear, torchtitan's Linear.Config), or
+    with a 2-D `weight` of shape (out_features, in_features). Of a weight that tensor parallelism has divided (a
+    DTensor), the local part counts. torchao's Float8Linear is already converted.
+    """
+    if _is_float8(type(layer)):
+        return "already float8"
+    weight = getattr(layer, "weight", None)
+    if hasattr(weight, "placements") and (local := _local_size(layer, weight)):
+        return local
+    in_features, out_features = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    if isinstance(in_features, int) and isinstance(out_features, int):
+        return LinearSize(in_features, out_features) if in_features and out_features else "of no size yet"
+    shape: Any = getattr(weight, "shape", ())
+    if len(shape) == 2 and not any(hasattr(layer, attribute) for attribute in _NOT_PRODUCTS):
+        return LinearSize(int(shape[1]), int(shape[0]))
+    return "not a linear layer"
+
+
+def _local_size(layer: object, weight: Any) -> LinearSize | None:
+    """What the tensor parallel dimensions of the weight's mesh leave of it, or None if they do not divide it."""
+    mesh = weight.device_mesh
+    sizes = list(weight.shape)
+    for i, placement in enumerate(weight.placements):
+        if not hasattr(placement, "dim") or mesh.size(i) == 1:
+            continue
+        divides = _divides_layer(layer, mesh, i)
+        if divides is None:
+            name = repr(mesh.mesh_dim_names[i]) if mesh.mesh_dim_names else f"{i}, without a name,"
+            unknown = f"mesh dimension {name} divides the weight: expected tp, or a name of data parallelism such as dp"
+            return LinearSize(int(weight.shape[1]), int(weight.shape[0]), unknown=unknown)
+        if divides:
+            sizes[placement.dim] = -(-sizes[placement.dim] // mesh.size(i))  # the first ranks' part if it is uneven
+    if sizes == list(weight.shape):
+        return None
+    return LinearSize(int(sizes[1]), int(sizes[0]), is_local=True)
+
+
+def _divides_layer(layer: object, mesh: Any, i: int) -> bool | None:
+    """Whether dimension `i` of the mesh divides what is multiplied (True) or only what is stored; None: not known.
+
+    Where the name says neither, the marks do that torch, transformers and FSDP leave; FSDP puts its dimensions first.
+    """
+    name = mesh.mesh_dim_names[i] if mesh.mesh_dim_names else ""
+    if name in _TENSOR_PARALLEL:
+        return True
+    if i == mesh.ndim - 1 and any(getattr(layer, mark, False) for mark in ("_distribute_module_applied", "_is_hooked")):
+        return True
+    is_storage = name in _STORAGE or getattr(layer, "_is_fsdp_managed_module", False)
+    return False if is_storage else None
+
+
+_FLOAT8: dict[type, bool] = {}
+
+
+def _is_float8(cls: type) -> bool:
+    """torchao's Float8Linear, subclasses of it, and their nested Config classes as torchtitan has them."""
+    if cls not in _FLOAT8:
+        _FLOAT8[cls] = any("Float8Linear" in ancestor.__qualname__.split(".") for ancestor in cls.__mro__)
+    return _FLOAT8[cls]
+
+
+def linears_of(module: Any, fqn: str = "") -> Iterator[tuple[str, Any]]:
+    """Every nn.Linear of a model in torchao's order: of two names in one module it replaces the first alone."""
+    for name, child in module.named_children():
+        yield from linears_of(child, f"{fqn}.{name}" if fqn else name)
+    if _is_torch_linear(type(module)):
+        yield fqn, module
+
+
+def grouped_weights(model: Any) -> tuple[str, ...]:
+    """Modules that hold several matrices in one parameter, such as grouped experts; layer indices as *."""
+    grouped = (
+        fqn
+        for fqn, module in model.named_modules()
+        if any(p.ndim == 3 for p in module.parameters(recurse=False)) and not hasattr(module, "kernel_size")
+    )
+    return tuple(dict.fromkeys(map(without_indices, grouped)))
+
+
+def names_without_linears(model: Any) -> Iterator[str]:
+    """Modules that hold no nn.Linear, and all parameters: what a parallel plan may name beside linears."""
+    for name, module in model.named_modules():
+        if not any(_is_torch_linear(type(inner)) for inner in module.modules()):
+            yield name
+    yield from (name for name, _ in model.named_parameters())
+
+
+def _is_torch_linear(cls: type) -> bool:
+    return any((c.__module__, c.__name__) == ("torch.nn.modules.linear", "Linear") for c in cls.__mro__)

@@ -1,6 +1,6 @@
-"""Do all ranks convert the same layers? Over torch.distributed's store: any backend, bounded in time.
+"""Check that all ranks convert the same layers, over torch.distributed's store: with any backend, in bounded time.
 
-In: what one rank decided, a process group. Out: nothing, or an error on every rank that names the differences.
+In: what one rank decided, and a process group. Out: nothing, or an error on every rank that names the differences.
 """
 
 from __future__ import annotations
@@ -10,26 +10,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from fp8gate.filter.contract.errors import InputError
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-MAX_NAMED = 5  # layers in an error; a model has hundreds
+MAX_NAMED = 5  # layers that an error names; a model has hundreds
 
 
 class RanksDisagreeError(RuntimeError):
-    """Ranks would convert different layers, or by different tables; raised on all of them."""
+    """The ranks would convert different layers, or decided by different tables. It is raised on all of them."""
 
 
 class RanksMissingError(RuntimeError):
-    """Ranks did not say in time what they decided."""
+    """Some ranks did not say in time what they decided."""
 
 
 def require_agreement(decided: Mapping[str, Any], file: str, group: ProcessGroup | None, timeout_s: float) -> None:
-    """Compare what this rank decided with every other rank of the group (None: all), which must call this too.
+    """Compare what this rank decided with what all other ranks of the group decided. All of them must call this.
 
-    decided: plain data, by topic; topics and the layers in `decided["layers"]` are named where ranks differ. file: its
-    source; each node may have its own copy, so that alone is no difference.
-    Raises RanksDisagreeError, RanksMissingError after `timeout_s` seconds, or ValueError without torch.distributed.
+    decided: plain data by topic. If ranks differ, the error names the topics and the layers in `decided["layers"]`.
+    file: where the table came from. Each node may have its own copy, so another file alone is no difference.
+    group: None means all ranks.
+    Raises RanksDisagreeError, or RanksMissingError after `timeout_s` seconds. Raises InputError if torch.distributed is
+    not initialized, or for a group without this rank.
     """
     import hashlib
     import json
@@ -37,25 +41,25 @@ def require_agreement(decided: Mapping[str, Any], file: str, group: ProcessGroup
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        raise ValueError("agree: expected torch.distributed to be initialized; call it after init_process_group")
-    if group is not None and not isinstance(group, dist.ProcessGroup):  # what new_group gives to other ranks
-        raise ValueError("agree: expected a group that this rank belongs to")
+        raise InputError("agree: expected torch.distributed to be initialized; call it after init_process_group")
+    if group is not None and not isinstance(group, dist.ProcessGroup):  # new_group gives other ranks a placeholder
+        raise InputError("agree: expected a group that this rank belongs to")
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-    board = _Board(ranks, dist.get_rank(), timeout_s)
+    exchange = RankExchange(ranks, dist.get_rank(), timeout_s)
     digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
-    digests = board.exchange("digest", digest, ranks)
-    speakers = {digest: rank for rank, digest in reversed(digests.items())}  # the first of those that agree
+    digests = exchange.read_all("digest", digest, ranks)
+    speakers = {digest: rank for rank, digest in reversed(digests.items())}  # the lowest rank of those that agree
     if len(speakers) == 1:
-        board.leave(ranks)  # for a rank that came late, the others may have given up
+        exchange.wait_for_readers(ranks)  # a late rank may find that the others have given up
         return
-    contents = board.exchange("content", json.dumps({**decided, "file": file}), sorted(speakers.values()))
-    with contextlib.suppress(RanksMissingError):  # that they differ is the better error
-        board.leave(ranks)
+    contents = exchange.read_all("content", json.dumps({**decided, "file": file}), sorted(speakers.values()))
+    with contextlib.suppress(RanksMissingError):  # the disagreement is the more useful error
+        exchange.wait_for_readers(ranks)
     raise RanksDisagreeError(_describe(digests, {rank: json.loads(text) for rank, text in contents.items()}))
 
 
-class _Board:
-    """Where every rank of a group can leave texts for the others."""
+class RankExchange:
+    """Texts that the ranks of a group leave for each other in torch.distributed's store."""
 
     def __init__(self, ranks: Sequence[int], rank: int, timeout_s: float) -> None:
         from hashlib import sha256
@@ -66,13 +70,16 @@ class _Board:
         self._rank, self._timeout_s = rank, timeout_s
         group = sha256(str(sorted(ranks)).encode()).hexdigest()[:16]
         try:
-            call = self._store.add(f"fp8gate/{group}/calls/{rank}", 1)  # ranks call in the same order
+            call = self._store.add(f"fp8gate/{group}/calls/{rank}", 1)  # ranks make their calls in the same order
         except RuntimeError as error:
             raise _no_store(error) from error
         self._prefix = f"fp8gate/{group}/{call}"
 
-    def exchange(self, topic: str, text: str, speakers: Sequence[int]) -> dict[int, str]:
-        """Leave a text if this rank is one of the speakers, and read those of all speakers."""
+    def read_all(self, topic: str, text: str, speakers: Sequence[int]) -> dict[int, str]:
+        """The texts of all speakers: rank -> text. If this rank is a speaker, `text` is left for the others first.
+
+        Raises RanksMissingError if a speaker leaves no text in time.
+        """
         keys = [f"{self._prefix}/{topic}/{rank}" for rank in speakers]
         try:
             if self._rank in speakers:
@@ -82,10 +89,10 @@ class _Board:
         except RuntimeError as error:
             raise self._missing(speakers, keys, error) from error
 
-    def leave(self, ranks: Sequence[int]) -> None:
-        """Wait until all have read: the store may be in this process, which an error may end.
+    def wait_for_readers(self, ranks: Sequence[int]) -> None:
+        """Wait until all ranks have read everything: the store may be in this process, which an error may end.
 
-        Raises RanksMissingError if some did not. A store that is gone was left by a rank that had read.
+        Raises RanksMissingError if some have not. If the store is gone, the rank that kept it had seen all others read.
         """
         keys = [f"{self._prefix}/read/{rank}" for rank in ranks]
         try:
@@ -93,7 +100,7 @@ class _Board:
             self._store.wait(keys, timedelta(seconds=self._timeout_s))
         except RuntimeError as error:
             try:
-                late = self._without(ranks, keys)
+                late = self._without_text(ranks, keys)
             except RuntimeError:
                 return
             if late:
@@ -104,12 +111,12 @@ class _Board:
 
     def _missing(self, speakers: Sequence[int], keys: Sequence[str], error: RuntimeError) -> RanksMissingError:
         try:
-            missing = self._without(speakers, keys)
+            missing = self._without_text(speakers, keys)
         except RuntimeError:
             return _no_store(error)
         return RanksMissingError(f"rank {_list(missing)} did not answer within {self._timeout_s:g} s")
 
-    def _without(self, ranks: Sequence[int], keys: Sequence[str]) -> list[int]:
+    def _without_text(self, ranks: Sequence[int], keys: Sequence[str]) -> list[int]:
         return [rank for rank, key in zip(ranks, keys, strict=True) if not self._store.check([key])]
 
 
@@ -118,7 +125,7 @@ def _no_store(error: RuntimeError) -> RanksMissingError:
 
 
 def _describe(digests: Mapping[int, str], contents: Mapping[int, Mapping[str, Any]]) -> str:
-    """Who differs from whom, and in what: each group of ranks that agree against the first."""
+    """Which ranks differ and in what. Ranks that agree form a group; each group is compared with the first."""
     members = {rank: [r for r, d in digests.items() if d == digests[rank]] for rank in contents}
     first, *others = sorted(contents)
     lines = ["the ranks do not agree on what to convert:"]
@@ -128,14 +135,14 @@ def _describe(digests: Mapping[int, str], contents: Mapping[int, Mapping[str, An
     return "\n".join(lines)
 
 
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
-    for topic in one:
-        if topic != "layers" and one[topic] != other[topic]:
-            yield f"{topic}: {one[topic]} against {other[topic]}"
-    layers, others = one["layers"], other["layers"]
-    differ = [fqn for fqn in sorted({*layers, *others}) if layers.get(fqn) != others.get(fqn)]
+def _differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[str]:
+    for topic in left:
+        if topic != "layers" and left[topic] != right[topic]:
+            yield f"{topic}: {left[topic]} against {right[topic]}"
+    left_layers, right_layers = left["layers"], right["layers"]
+    differ = [fqn for fqn in sorted({*left_layers, *right_layers}) if left_layers.get(fqn) != right_layers.get(fqn)]
     for fqn in differ[:MAX_NAMED]:
-        yield f"{fqn}: {layers.get(fqn, 'not asked')} against {others.get(fqn, 'not asked')}"
+        yield f"{fqn}: {left_layers.get(fqn, 'not asked')} against {right_layers.get(fqn, 'not asked')}"
     if len(differ) > MAX_NAMED:
         yield f"and {len(differ) - MAX_NAMED} more layers"
 

@@ -1,4 +1,4 @@
-"""What a user should know before trusting a filter's answers: a warning category each, any of which can be an error."""
+"""What a user should know before trusting a filter's answers. Each kind has a warning category and a policy."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 class FilterWarning(UserWarning):
-    """Every warning of the filter; raised as what it is where it is an error."""
+    """The base of all warnings of the filter. Where the policy is "error", the warning itself is raised."""
 
 
 class StaleTableWarning(FilterWarning):
-    """The table was measured with another torch, torchao, triton or driver than is here."""
+    """The table was measured with another torch, torchao, triton or driver than this machine has."""
 
 
 class OutsideGridWarning(FilterWarning):
-    """A layer's shape lies outside what was measured: the answer is that of the border."""
+    """A layer's shape is outside of what was measured: the answer is that of the border."""
 
 
 class AmbiguousPointWarning(FilterWarning):
-    """The point nearest to a layer's shape could not be told from 1.0."""
+    """The speedup of the point nearest to a layer's shape could not be told from 1.0."""
 
 
 class MissingPointWarning(FilterWarning):
-    """The point nearest to a layer's shape has no number: it failed, did not fit into memory, or was unstable."""
+    """The point nearest to a layer's shape has no numbers: it failed, did not fit into memory, or was unstable."""
 
 
 class UnknownShardWarning(FilterWarning):
-    """Neither the parallel plan nor a linear's weight says what a rank holds of it."""
+    """Neither the parallel plan nor the weight says which part of a linear a rank holds."""
 
 
 class PlanMismatchWarning(FilterWarning):
-    """A plan does not know a linear of a block, or blocks convert another set than the one that it measured."""
+    """The plan does not know a linear of a block, or some blocks convert another set than the plan's."""
 
 
 class UnmatchedPatternWarning(FilterWarning):
@@ -49,14 +49,14 @@ class NothingConvertedWarning(FilterWarning):
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing to know."""
+    """One thing that the user should know."""
 
     category: type[FilterWarning]
     message: str
 
 
 class Findings:
-    """What was found, each once, and dealt with as the category's policy says."""
+    """Findings, each once. `settle` warns of them or raises them, as the policy of their category says."""
 
     def __init__(self, policies: Mapping[type[FilterWarning], Policy]) -> None:
         self._policies = policies
@@ -68,21 +68,21 @@ class Findings:
         return iter(self._known)
 
     def add(self, finding: Finding) -> None:
-        """Note a finding, to be dealt with by `settle`. An error is raised as often as it is found."""
+        """Keep a finding for the next `settle`. An error is kept, and so raised, each time that it is added."""
         policy = self._policies[finding.category]
         is_new = finding not in self._pending and (policy == "error" or finding not in self._known)
         if policy != "ignore" and is_new:
             self._pending.append(finding)
 
-    def forget(self, *, but: type[FilterWarning]) -> None:
-        """Start anew with another model: only findings of this category are still known. None is warned of twice."""
-        self._known = {finding: None for finding in self._known if finding.category is but}
+    def forget(self, *, keep: type[FilterWarning]) -> None:
+        """Prepare for another model: forget all findings but those of one category. No warning is given twice."""
+        self._known = {finding: None for finding in self._known if finding.category is keep}
         self._pending.clear()
 
     def settle(self, stacklevel: int = 3) -> None:
-        """Warn of what was added since the last time, then raise all errors as one, of the first one's category.
+        """Warn of what was added since the last call, then raise all errors as one, with the first one's category.
 
-        Where Python makes the first warning an error, the others await the next call.
+        If Python turns a warning into an error, the rest waits for the next call.
         """
         if not self._pending:
             return

@@ -1,7 +1,8 @@
-"""A plan in use: what it decides of a model's linears. Its unit is the set that was measured, block by block. Pure.
+"""Turn a plan into decisions for the linears of a model's blocks. Pure.
 
-In: a plan, linears by name. Out: decisions, and findings where a model is not what was measured: what conversions are
-worth together is not the sum of their parts.
+In: a plan, and the linears of a model by name. Out: decisions, and findings if the model is not the one that was
+measured. A plan was measured as a set of roles in one block, so it decides block by block: the speedup of a set is not
+the sum of what its linears gain.
 """
 
 from __future__ import annotations
@@ -17,139 +18,161 @@ from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.findings import Finding, PlanMismatchWarning
 
 Decisions = Mapping[str, Decision]
-Recomputes = Callable[[str], bool]
+BlockLinears = Mapping[str, Roles]
+"""The linears of one block: fqn -> its roles, empty for a linear that the plan does not know."""
 
 
-class _Ruling(NamedTuple):
-    """The roles that a block converts, None: the table decides; and what the block's number does not say."""
+class _BlockDecision(NamedTuple):
+    """What the plan decides for one block.
+
+    convert: the roles to convert, or None if the table decides. remark: what the measured speedup does not cover.
+    """
 
     convert: Roles | None
     remark: str = ""
 
 
 class PlanDecisions:
-    """A plan, what to call it in messages, and what it comes to in the blocks of a model once `rule` has seen them."""
+    """Turns a plan into decisions for the linears of a model's blocks.
 
-    def __init__(self, plan: Plan, source: str) -> None:
+    Until `decide_blocks` has seen a model, `decide` takes every block for one in which all of the plan's set can be
+    converted. source: what messages call the plan. recomputes: whether the forward of a linear runs twice, by its name
+    without wrappers.
+    """
+
+    def __init__(self, plan: Plan, source: str, recomputes: Callable[[str], bool]) -> None:
         self.plan, self.source = plan, source
-        self._rulings: dict[str, _Ruling] = {}
-        self._unchecked = _Ruling(plan.convert, "as a whole, not checked")
+        self._recomputes = recomputes
+        self._by_block: dict[str, _BlockDecision] = {}
+        self._unchecked = _BlockDecision(plan.convert, "as a whole, not checked")
 
     def forget(self) -> None:
-        """Start anew with another model."""
-        self._rulings.clear()
+        """Prepare for another model: none of its blocks is decided."""
+        self._by_block.clear()
 
-    def decide(self, fqn: str, shape: LinearShape, recomputed: bool) -> Decision | Finding | None:
-        """The plan's answer; a finding for what could be taken for its linear and is not; None: the table decides."""
+    def decide(self, fqn: str, shape: LinearShape) -> Decision | Finding | None:
+        """The plan's decision for one linear. None if the table decides.
+
+        If the linear could be mistaken for one of the plan's, a finding says why it is another, and the table decides.
+        """
         place = self.plan.place(fqn)
         if place is None or not place.roles:
             return self._unknown(fqn, in_block=place is not None)
-        if mismatch := self._mismatch(fqn, place.roles, shape, recomputed):
+        if mismatch := self._mismatch(fqn, place.roles, shape):
             return mismatch
-        convert, remark = self._rulings.get(place.block, self._unchecked)
+        convert, remark = self._by_block.get(place.block, self._unchecked)
         if convert is None:
             return None
-        says = f", {remark}" if remark else ""
+        suffix = f", {remark}" if remark else ""
         if place.roles[0] in convert:
-            reason = f"the plan: block {self._speedup(convert):.3f}x{says}"
+            reason = f"the plan: block {self._speedup(convert):.3f}x{suffix}"
             return Decision(convert=True, shape=shape, reason=reason, planned=True)
-        reason = "the plan: bf16" + (says if place.roles[0] in self.plan.convert else "")
+        reason = "the plan: bf16" + (suffix if place.roles[0] in self.plan.convert else "")
         return Decision(convert=False, shape=shape, reason=reason, planned=True)
 
-    def rule(self, decisions: Decisions, recomputes: Recomputes) -> None:
-        """Settle what each block converts, from all of a model's answers, each given as if its block were whole."""
-        for block, linears in self._blocks(decisions).items():
-            self._rulings[block] = self._ruling(linears, decisions, recomputes)
+    def decide_blocks(self, decisions: Decisions) -> None:
+        """Settle what each block of a model converts.
 
-    def findings(self, decisions: Decisions, recomputes: Recomputes) -> Iterator[Finding]:
-        """Where blocks convert another set than the plan's, or none is of it; not where one is left out altogether."""
+        decisions: of all linears of the model, made before any block was settled.
+        """
+        for block, linears in self._blocks(decisions).items():
+            self._by_block[block] = self._decide_block(linears, decisions)
+
+    def findings(self, decisions: Decisions) -> Iterator[Finding]:
+        """The blocks that convert another set than the plan's, and a model that has none of the plan's roles.
+
+        A block that `filter_fqns` leaves out as a whole is no finding.
+        """
         blocks = self._blocks(decisions)
         if not any(roles for linears in blocks.values() for roles in linears.values()):
             yield self._finding(f"$.shapes: no linear has any of its roles, such as {next(iter(self.plan.shapes))}")
-        sets: Counter[tuple[Roles, bool]] = Counter()
+        found: Counter[tuple[tuple[str, ...], bool]] = Counter()
         for linears in blocks.values():
             if any(decisions[fqn].planned or decisions[fqn].point for fqn in linears):
-                sets[self._converted(linears, decisions), self._is_other(linears, decisions, recomputes)] += 1
-        for (found, is_other), count in sets.items():
-            if is_other or found != self.plan.convert:
-                known = "in blocks that were not measured" if is_other else self._measured(found)
-                which = f"{count} of {len(blocks)} blocks convert {_names(found)}, {known}"
-                yield self._finding(f"$.convert: {which}; expected {_names(self.plan.convert)}")
+                found[self._converted_names(linears, decisions), self._differs(linears, decisions)] += 1
+        for (names, differs), count in found.items():
+            if differs or names != self.plan.convert:
+                known = "in blocks that were not measured" if differs else self._measured(names)
+                message = f"{count} of {len(blocks)} blocks convert {_listed(names)}, {known}"
+                yield self._finding(f"$.convert: {message}; expected {_listed(self.plan.convert)}")
 
-    def _ruling(self, linears: Mapping[str, Roles], decisions: Decisions, recomputes: Recomputes) -> _Ruling:
-        if self._is_other(linears, decisions, recomputes):
-            return _Ruling(None)
-        there = {role for roles in linears.values() for role in roles}
+    def _decide_block(self, linears: BlockLinears, decisions: Decisions) -> _BlockDecision:
+        if self._differs(linears, decisions):
+            return _BlockDecision(None)
+        present = {role for roles in linears.values() for role in roles}
         barred = {role for fqn, roles in linears.items() if not decisions[fqn].planned for role in roles}
-        left = tuple(role for role in self.plan.convert if role in there - barred)
-        beside = "" if all(linears.values()) else "measured without the linears beside its own"
+        left = tuple(role for role in self.plan.convert if role in present - barred)
+        neighbours = "" if all(linears.values()) else "measured without the linears beside its own"
         if left == self.plan.convert:
-            return _Ruling(left, beside)
+            return _BlockDecision(left, neighbours)
         measured = self.plan.candidate(left)
         if measured is None or measured.speedup_low is None:
-            return _Ruling(None)
-        if exceeds_control(measured.speedup_low, self.plan.control):  # as is asked of the plan's own set
-            return _Ruling(left, ", ".join(filter(None, ("what is left of its set", beside))))
-        return _Ruling((), f"what is left of its set, {_names(left)}, {self._measured(left)}")
+            return _BlockDecision(None)
+        if exceeds_control(measured.speedup_low, self.plan.control):  # the plan's own set had to do so too
+            return _BlockDecision(left, ", ".join(filter(None, ("what is left of its set", neighbours))))
+        return _BlockDecision((), f"what is left of its set, {_listed(left)}, {self._measured(left)}")
 
-    def _mismatch(self, fqn: str, roles: Roles, shape: LinearShape, recomputed: bool) -> Finding | None:
-        """Why this is another layer than the plan's."""
-        recompute = "full" if recomputed else "none"
-        fields = [(f"shapes.{role}", shape, self.plan.shape(role)) for role in roles]
-        for field, here, there in (*fields, ("recompute", recompute, self.plan.recompute)):
-            if here != there:
-                which = f"expected {here}, as {without_indices(fqn)} is here; found {there}"
-                return self._finding(f"$.{field}: {which}; the table decides")
-        apart = [role for role in roles if role in self.plan.convert]
-        if apart and len(apart) < len(roles):
-            which = f"expected all or none of {_names(roles)}, as {without_indices(fqn)} is both; found {_names(apart)}"
-            return self._finding(f"$.convert: {which}; the table decides")
+    def _mismatch(self, fqn: str, roles: Roles, shape: LinearShape) -> Finding | None:
+        """Why this linear is not the one that the plan measured under its roles."""
+        recompute = "full" if self._recomputes(plain_name(fqn)) else "none"
+        shapes = [(f"shapes.{role}", shape, self.plan.shape(role)) for role in roles]
+        for field, actual, measured in (*shapes, ("recompute", recompute, self.plan.recompute)):
+            if actual != measured:
+                message = f"expected {actual}, as {without_indices(fqn)} is here; found {measured}"
+                return self._finding(f"$.{field}: {message}; the table decides")
+        converted = [role for role in roles if role in self.plan.convert]
+        if converted and len(converted) < len(roles):
+            expected = f"expected all or none of {_listed(roles)}, as {without_indices(fqn)} is both"
+            return self._finding(f"$.convert: {expected}; found {_listed(converted)}; the table decides")
         return None
 
     def _unknown(self, fqn: str, *, in_block: bool) -> Finding | None:
-        """A linear within a block, or one named like a role elsewhere, may be taken for the plan's; a head may not."""
-        alike = self.plan.alike(fqn)
-        if not in_block and alike is None:
+        """Why a linear without a role is not the plan's, if it could be mistaken for one of the plan's.
+
+        That is so for a linear in a block, and for one elsewhere whose name ends with a role. It is not for a head.
+        """
+        role = self.plan.alike(fqn)
+        if not in_block and role is None:
             return None
-        why = "is none of its roles" if in_block else f"is not named (model.)layers.<i>.{alike}"
+        why = "is none of its roles" if in_block else f"is not named (model.)layers.<i>.{role}"
         return self._finding(f"$.shapes: {without_indices(fqn)} {why}; the table decides")
 
-    def _is_other(self, linears: Mapping[str, Roles], decisions: Decisions, recomputes: Recomputes) -> bool:
-        """Whether one of a block's linears is another than the plan's: then no set of the block was measured."""
+    def _differs(self, linears: BlockLinears, decisions: Decisions) -> bool:
+        """Whether one of a block's linears is not the one that the plan measured: then no set of it was measured."""
         for fqn, roles in linears.items():
             shape = decisions[fqn].shape
-            if roles and shape and self._mismatch(fqn, roles, shape, recomputes(plain_name(fqn))):
+            if roles and shape and self._mismatch(fqn, roles, shape):
                 return True
         return False
 
     def _blocks(self, decisions: Decisions) -> dict[str, dict[str, Roles]]:
-        """Block -> its linears, each with its roles: none of those that the plan does not know."""
+        """block -> its linears."""
         blocks: defaultdict[str, dict[str, Roles]] = defaultdict(dict)
         for fqn in decisions:
             if place := self.plan.place(fqn):
                 blocks[place.block][fqn] = place.roles
         return blocks
 
-    def _converted(self, linears: Mapping[str, Roles], decisions: Decisions) -> Roles:
-        """What a block converts: roles in the plan's order, then names that are none."""
+    def _converted_names(self, linears: BlockLinears, decisions: Decisions) -> tuple[str, ...]:
+        """What a block converts: roles in the plan's order, then the names of linears that the plan does not know."""
         roles = {role for fqn, roles in linears.items() if decisions[fqn].convert for role in roles}
-        others = {without_indices(fqn): None for fqn in linears if decisions[fqn].convert and not linears[fqn]}
-        return (*(role for role in self.plan.shapes if role in roles), *others)
+        unknown = {without_indices(fqn): None for fqn in linears if decisions[fqn].convert and not linears[fqn]}
+        return (*(role for role in self.plan.shapes if role in roles), *unknown)
 
     def _speedup(self, roles: Roles) -> float:
         candidate = self.plan.candidate(roles)
-        assert candidate is not None, "a ruling names a set of the plan's"
-        assert candidate.speedup is not None, "that was measured"
+        assert candidate is not None, "a block converts only a set that is one of the plan's candidates"
+        assert candidate.speedup is not None, "and that was measured"
         return candidate.speedup
 
-    def _measured(self, roles: Roles) -> str:
-        candidate = self.plan.candidate(roles)
-        number = candidate.speedup if candidate else None
-        return "which was not measured" if number is None else f"measured at {number:.3f}x"
+    def _measured(self, names: tuple[str, ...]) -> str:
+        candidate = self.plan.candidate(names)
+        speedup = candidate.speedup if candidate else None
+        return "which was not measured" if speedup is None else f"measured at {speedup:.3f}x"
 
     def _finding(self, message: str) -> Finding:
         return Finding(PlanMismatchWarning, f"{self.source}: {message}")
 
 
-def _names(roles: Roles | list[str]) -> str:
-    return ", ".join(roles) or "nothing"
+def _listed(names: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(names) or "nothing"

@@ -18,6 +18,7 @@ from torchao.float8.float8_linear import Float8Linear
 
 from fp8gate import AutoFilter, OutsideGridWarning, Parallel, StaleTableWarning, auto_filter
 from fp8gate.filter.contract import software_check as stale_module
+from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.contract.table import Point, Software
@@ -48,7 +49,7 @@ def wants_float8(table_path):
 
 @dataclass
 class LinearConfig:
-    """As torchtitan describes a linear that is not built yet."""
+    """A linear that is not built yet, as torchtitan describes it."""
 
     in_features: int
     out_features: int
@@ -56,7 +57,7 @@ class LinearConfig:
 
 
 class Linear(nn.Module):
-    """A linear of one's own, with a config nested in it."""
+    """A user's own linear, with a config nested in it."""
 
     @dataclass
     class Config:
@@ -65,7 +66,7 @@ class Linear(nn.Module):
 
 
 class NotFloat8Linear(nn.Linear):
-    """Only its name is like torchao's."""
+    """It has a name like torchao's class and nothing else in common with it."""
 
 
 def as_module(k, n):
@@ -96,12 +97,12 @@ def test_only_the_winner_is_converted(wants_float8, layer):
 
 
 def float8_linear():
-    """What torchao makes of a linear."""
+    """A linear that torchao has converted."""
     return convert_to_float8_training(nn.Sequential(nn.Linear(*WINNER)))[0]
 
 
 def float8_config():
-    """A config nested in a Float8Linear, as torchtitan has it."""
+    """A config nested in a Float8Linear, as torchtitan nests it."""
 
     class Float8Linear(Linear):
         @dataclass
@@ -245,7 +246,7 @@ def test_lookup_by_interpolation(tmp_path):
 # --- recomputation ---------------------------------------------------------------------------------------------
 
 SLOW_FORWARD = Point(32, *WINNER, 100.0, 200.0, 150.0, 90.0, 1.25, 1.2, 1.3, "measured")
-"""Once: 300 us against 240 us, 1.25x. With the forward twice: 400 us against 390 us."""
+"""With one forward 300 us against 240 us, 1.25x. With two forwards 400 us against 390 us."""
 
 
 @pytest.fixture
@@ -348,7 +349,7 @@ def test_repr_says_which_table_is_used(wants_float8, table_path):
     ],
 )
 def test_argument_out_of_range_is_named(table_path, arguments, complaint):
-    with pytest.raises(ValueError, match=f"^{complaint}"):
+    with pytest.raises(InputError, match=f"^{complaint}"):
         auto_filter(**{"recipe": "rowwise", "tokens": 32, "tables": table_path, **arguments})
 
 

@@ -8,22 +8,24 @@ import signal
 import subprocess
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import typer.main
 from builders import make_point, make_table
-from samples import journal_points, point_record, python, quick_points
+from samples import journal_points, python, quick_points
 from typer.testing import CliRunner
 
-from fp8gate import cli
-from fp8gate.calibrate.device.watch import DeviceLock
-from fp8gate.calibrate.points.measure_point import DeviceLostError
-from fp8gate.calibrate.points.worker_pool import WorkersDiedError
+from fp8gate.calibrate.device.lock import DeviceLock
+from fp8gate.calibrate.points.setup import make_setup
 from fp8gate.calibrate.processes import forkserver
 from fp8gate.calibrate.sweep import run_sweep as sweep_module
-from fp8gate.calibrate.sweep.run_sweep import SweepResult, make_setup
+from fp8gate.calibrate.sweep.run_sweep import SweepResult
 from fp8gate.calibrate.sweep.sweep_report import SweepReport
+from fp8gate.cli import app, options
+from fp8gate.cli.calibrate import model_shapes
+from fp8gate.filter.contract.errors import UnfinishedError
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, read_table
@@ -39,9 +41,9 @@ TINY_CONFIG = {
     "num_key_value_heads": 2,
     "vocab_size": 100,
 }
-GO_ON = "stopped; what was measured is in the journal: run the same command to go on"
-TOLERANT = 10.0  # of the controls: on a shared CPU one may be off
-START = f"from fp8gate.calibrate import sweep; sweep.CPU_CONTROL_ERROR = {TOLERANT}; from fp8gate.cli import app; app()"
+MAX_WAIT_S = 300.0  # for anything: it takes that long only if it fails, or on a machine under heavy load
+MAX_RUNS = 3  # until bf16 agrees with itself, on a machine that others use too
+GO_ON = "fp8gate: stopped; what was measured is in the journal: run the same command to go on"
 REPORT = SweepReport(
     measured=5,
     resumed=4,
@@ -64,22 +66,16 @@ REPORT = SweepReport(
 
 @pytest.fixture(autouse=True)
 def locks(tmp_path_factory, monkeypatch):
-    """Where sweeps lock the device: those of other tests on this machine do not find it busy."""
+    """The folder where sweeps lock the device, so that a sweep of another test does not find it busy."""
     folder = tmp_path_factory.mktemp("locks")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
 
 
 @pytest.fixture
-def _quick_points(monkeypatch):
-    monkeypatch.setattr(sweep_module, "CPU_CONTROL_ERROR", TOLERANT)
+def _quick_points():
     with quick_points():
         yield
-
-
-@pytest.fixture
-def _fewest_rounds(_quick_points, monkeypatch):
-    monkeypatch.setattr(sweep_module, "ROUNDS", (8,))
 
 
 @pytest.fixture
@@ -100,14 +96,14 @@ def calibrate(grid_file, out):
 
     def run(*args: str):
         defaults = ["--device", "cpu", "--grid", str(grid_file), "--out", str(out)]
-        return CliRunner().invoke(cli.app, ["calibrate", *defaults, *args])
+        return CliRunner().invoke(app, ["calibrate", *defaults, *args])
 
     return run
 
 
 @pytest.fixture
 def swept(monkeypatch):
-    """What the command asks of `sweep`, which then measures nothing."""
+    """The arguments that the command gives to `sweep`, which measures nothing here."""
     asked = {}
 
     def sweep(grid, shapes, **options):
@@ -128,16 +124,32 @@ def start(grid_file, out, locks):
 
     def run() -> subprocess.Popen[str]:
         args = ["--device", "cpu", "--grid", str(grid_file), "--out", str(out)]
-        return python("-c", START, "calibrate", *args, OMP_NUM_THREADS="1", TMPDIR=str(locks))
+        return python("-m", "fp8gate", "calibrate", *args, OMP_NUM_THREADS="1", TMPDIR=str(locks))
 
     return run
 
 
-def wait_for_points(process, out, count) -> None:
-    """Until the journal has so many points, or the process has ended without them."""
-    while len(journal_points(out)) < count:
+def wait_until(process, condition) -> None:
+    """Wait for the condition, which a process brings about; fail if the process ends before."""
+    give_up_at = time.monotonic() + MAX_WAIT_S
+    while not condition():
         assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < give_up_at
         time.sleep(0.01)
+
+
+def wait_for_points(process, out, count) -> None:
+    wait_until(process, lambda: len(journal_points(out)) >= count)
+
+
+def finish(calibrate, out):
+    """Run the command to its end, again if bf16 differed from itself. Returns the result and the points it resumed."""
+    for _ in range(MAX_RUNS):
+        resumed = len(journal_points(out))
+        result = calibrate()
+        if "bf16 against itself was" not in result.stdout:
+            return result, resumed
+    raise AssertionError(result.stdout)
 
 
 def complete_lines(out) -> bytes:
@@ -146,15 +158,14 @@ def complete_lines(out) -> bytes:
     return content[: content.rindex(b"\n") + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_quick_points")
 def test_killed_again_and_again_it_measures_every_point_once(calibrate, start, out):
     before = 0
-    for new_points in (0, 1, 1):  # right after the start, then after one more point each
+    for new_points in (0, 1, 1):  # when the journal has been created, then after one more point each
         process = start()
-        if new_points:
-            wait_for_points(process, out, before + new_points)
-        else:
-            time.sleep(0.3)
+        wait_until(process, lambda: list(out.rglob("journal-*.jsonl")))
+        wait_for_points(process, out, before + new_points)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
@@ -163,9 +174,9 @@ def test_killed_again_and_again_it_measures_every_point_once(calibrate, start, o
     kept = complete_lines(out)
     assert 2 <= before < len(SIX_SHAPES)
 
-    finished = calibrate()
+    finished, resumed = finish(calibrate, out)
     assert finished.exit_code == 0
-    assert f"{len(SIX_SHAPES) + 1 - before} points measured, {before} taken from the journal" in finished.stdout
+    assert f"{len(SIX_SHAPES) + 1 - resumed} points measured, {resumed} taken from the journal" in finished.stdout
     measured = journal_points(out)
     assert sorted(measured[:6]) == SIX_SHAPES
     assert len(measured) == len(SIX_SHAPES) + 1  # one of them again, for the spread
@@ -178,12 +189,13 @@ def test_killed_again_and_again_it_measures_every_point_once(calibrate, start, o
 
 @pytest.fixture
 def _heeding_ctrl_c():
-    """A job started in the background has Ctrl-C ignored, and so would have what it starts."""
+    """A job that a shell starts in the background ignores Ctrl-C, and so would every process that it starts."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_heeding_ctrl_c")
 def test_ctrl_c_says_how_to_go_on(start, out):
     process = start()
@@ -197,29 +209,34 @@ def test_ctrl_c_says_how_to_go_on(start, out):
     assert list(out.rglob("*.yaml")) == []
 
 
-@pytest.mark.usefixtures("_fewest_rounds")
-def test_stopped_by_the_clock_it_says_so_and_goes_on(calibrate, out):
+@pytest.mark.usefixtures("_quick_points")
+def test_stopped_by_the_clock_it_says_so_and_goes_on(calibrate, grid_file, out):
+    grid_file.write_text("shapes: [[32, 32, 32]]\n")
     stopped = calibrate("--stop-after", "0")
     assert stopped.exit_code == 1
-    assert "7 points remain: run the same command to go on; no table was written" in stopped.stdout
+    assert "2 points remain: run the same command to go on; no table was written" in stopped.stdout
     assert list(out.rglob("*.yaml")) == []
-    finished = calibrate("--recipes", "rowwise")
+    finished, _ = finish(lambda: calibrate("--recipes", "rowwise"), out)
     assert finished.exit_code == 0
-    assert "7 points measured, 0 taken from the journal, 0 retried" in finished.stdout
+    assert "2 points measured, 0 taken from the journal" in finished.stdout
     (table,) = out.rglob("*.yaml")
     assert f"wrote {table}: " in finished.stdout
 
 
-@pytest.mark.usefixtures("_fewest_rounds")
-def test_the_summary_has_speedups_by_k_and_n(calibrate, out):
+def test_the_summary_has_speedups_by_k_and_n(calibrate, monkeypatch):
+    points = [make_point(32, k, n, k / n, spread=1.2) for k in (32, 48, 64) for n in (32, 64)]
+    table = make_table(*points, make_point(32, 128, 64, 1.02, status="ambiguous"), recipe="tensorwise")
+    sweep_comes_to(monkeypatch, tables={Path("tensorwise.yaml"): table})
     lines = calibrate("--recipes", "tensorwise").stdout.splitlines()
-    (table,) = (read_table(path) for path in out.rglob("*.yaml"))
     assert lines[0] == "tensorwise speedup, 32 tokens"
     assert lines[1].split() == ["k", "\\", "n", "32", "64"]
-    cells = [line.split() for line in lines[3:6]]
-    assert [row[0] for row in cells] == ["32", "48", "64"]
-    shown = [cell.rstrip("?") for row in cells for cell in row[1:]]
-    assert shown == [f"{point.speedup:.2f}" for point in table.points]
+    assert [line.split() for line in lines[3:7]] == [
+        ["32", "1.00", "0.50"],
+        ["48", "1.50", "0.75"],
+        ["64", "2.00", "1.00"],
+        ["128", "1.02?"],
+    ]
+    assert "wrote tensorwise.yaml: 1 ambiguous, 6 measured" in lines
 
 
 def test_a_program_is_told_what_was_written_and_how_it_went(calibrate, monkeypatch, tmp_path):
@@ -324,7 +341,7 @@ def test_a_gpu_that_is_not_there_is_an_error(calibrate, swept, monkeypatch):
 
 @pytest.mark.parametrize("missing", [["torch"], ["pynvml"], ["torch", "torchao", "numpy", "pandas", "pynvml"]])
 def test_without_the_extra_it_says_what_to_install(calibrate, swept, monkeypatch, missing):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in missing else object())
+    monkeypatch.setattr(options, "find_spec", lambda name: None if name in missing else object())
     result = calibrate()
     assert result.exit_code == 2
     assert result.stderr == f"fp8gate: calibrate needs {', '.join(missing)}: pip install 'fp8gate[calibrate]'\n"
@@ -339,24 +356,11 @@ def test_a_folder_that_cannot_be_written_is_an_error(calibrate, tmp_path):
     assert result.exception.__class__ is SystemExit
 
 
-def test_a_lost_gpu_says_where_and_how_to_go_on(calibrate, monkeypatch):
-    def lose_the_device(*_, **__):
-        raise DeviceLostError(point_record((64, 32, 16))) from RuntimeError("CUDA error: unspecified launch failure")
+def test_what_keeps_it_from_measuring_is_one_clear_line(calibrate, monkeypatch):
+    def nothing_can_be_measured(*_, **__):
+        raise UnfinishedError("4 workers in a row died before their first point: its process ended with exit code 1")
 
-    monkeypatch.setattr(sweep_module, "sweep", lose_the_device)
-    result = calibrate()
-    assert result.exit_code == 1
-    assert result.stderr.splitlines() == [
-        "fp8gate: the GPU failed at (64, 32, 16): CUDA error: unspecified launch failure",
-        "what was measured is in the journal: run the same command to go on",
-    ]
-
-
-def test_workers_that_cannot_start_are_one_clear_line(calibrate, monkeypatch):
-    def no_worker_starts(*_, **__):
-        raise WorkersDiedError("4 workers in a row died before their first point: its process ended with exit code 1")
-
-    monkeypatch.setattr(sweep_module, "sweep", no_worker_starts)
+    monkeypatch.setattr(sweep_module, "sweep", nothing_can_be_measured)
     result = calibrate("--workers", "2")
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
@@ -419,28 +423,28 @@ def test_the_options_reach_the_sweep(calibrate, swept, out):
 
 def test_the_defaults_are_all_recipes_going_on_without_a_limit(calibrate, swept):
     assert calibrate().exit_code == 0
-    assert (swept["recipes"], swept["fresh"], swept["stop_after_s"]) == (RECIPES, False, None)
+    assert (swept["recipes"], swept["fresh"], swept["stop_after_s"]) == (tuple(RECIPES), False, None)
     assert (swept["workers"], swept["seed"]) == (None, 0)
 
 
 def test_the_device_is_the_cpu_where_there_is_no_gpu(swept, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert CliRunner().invoke(cli.app, ["calibrate", "--grid", "quick"]).exit_code == 0
+    assert CliRunner().invoke(app, ["calibrate", "--grid", "quick"]).exit_code == 0
     assert swept["device"] == torch.device("cpu")
     assert swept["grid"] == Grid(m=(64, 128), k=(128, 256), n=(128, 256))
     assert str(swept["out"]) == "thresholds"
 
 
-@pytest.mark.parametrize(("args", "starts"), [([], 1), (["--device", "cpu"], 0), (["--workers", "0"], 0)])
-def test_only_where_there_may_be_workers_are_they_prepared_for(swept, monkeypatch, args, starts):
+@pytest.mark.parametrize(("args", "kinds"), [([], [None]), (["--device", "cpu"], ["cpu"]), (["--workers", "0"], [])])
+def test_the_server_of_workers_starts_early_unless_there_are_none(swept, monkeypatch, args, kinds):
     started = []
-    monkeypatch.setattr(forkserver, "start_early", lambda: started.append("the server"))
-    assert CliRunner().invoke(cli.app, ["calibrate", "--grid", "quick", *args]).exit_code == 0
-    assert len(started) == starts
+    monkeypatch.setattr(forkserver, "start_early", started.append)
+    assert CliRunner().invoke(app, ["calibrate", "--grid", "quick", *args]).exit_code == 0
+    assert started == kinds
 
 
 def test_a_models_local_shapes():
-    assert cli._model_shapes("llama3-8b", 8192, 8) == [
+    assert model_shapes("llama3-8b", 8192, 8) == [
         LinearShape(8192, 4096, 512),  # wq
         LinearShape(8192, 4096, 128),  # wk
         LinearShape(8192, 4096, 128),  # wv
@@ -455,13 +459,13 @@ def test_a_models_local_shapes():
 def test_a_models_shapes_are_measured_beside_the_grids(calibrate, swept):
     assert calibrate("--model", "llama3-8b", "--tokens", "8192", "--tp", "8").exit_code == 0
     grid_shapes = [LinearShape(*shape) for shape in SIX_SHAPES]
-    assert swept["shapes"] == [*grid_shapes, *cli._model_shapes("llama3-8b", 8192, 8)]
+    assert swept["shapes"] == [*grid_shapes, *model_shapes("llama3-8b", 8192, 8)]
 
 
 def test_a_config_file_is_a_model_and_what_float8_cannot_compute_is_left_out(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(TINY_CONFIG))
-    shapes = cli._model_shapes(str(config), 32, 1)
+    shapes = model_shapes(str(config), 32, 1)
     assert set(shapes) == {LinearShape(32, *sizes) for sizes in ((64, 64), (64, 32), (64, 128), (128, 64))}
     assert LinearShape(32, 64, 100) not in shapes  # the output layer
 
@@ -484,7 +488,7 @@ def test_a_degree_is_taken_where_there_is_something_to_divide(calibrate, swept, 
 
 @pytest.mark.parametrize("model", BUNDLED)
 def test_every_bundled_model_has_shapes(model):
-    shapes = cli._model_shapes(model, 4096, 1)
+    shapes = model_shapes(model, 4096, 1)
     assert len(shapes) in (5, 8)  # mixtral's experts are no linears
     assert {shape.m for shape in shapes} == {4096}
 
@@ -508,13 +512,13 @@ def test_every_bundled_model_has_shapes(model):
 )
 def test_the_options_are_those_documented(command, params):
     """Users' scripts depend on them: a change here belongs in the CHANGELOG."""
-    commands = typer.main.get_command(cli.app).commands
+    commands = typer.main.get_command(app).commands
     assert sorted(commands) == ["breakdown", "calibrate", "diff", "explain", "merge", "plan", "report", "verify"]
     assert [param.name for param in commands[command].params] == params.split()
 
 
 def test_option_spellings():
-    commands = typer.main.get_command(cli.app).commands
+    commands = typer.main.get_command(app).commands
     spelled = {
         name: sorted(flag for param in command.params for flag in (*param.opts, *param.secondary_opts) if "--" in flag)
         for name, command in commands.items()

@@ -162,7 +162,7 @@ def test_decision_names_the_local_sizes():
 
 
 def timed(bf16_us: tuple[float, float], fp8_us: tuple[float, float], *, off: float = 1.0) -> Point:
-    """A point of these times (forward, backward); off: its paired speedup over the quotient of the times."""
+    """A point of these times (forward, backward). off: its speedup over the quotient of the times."""
     speedup = off * sum(bf16_us) / sum(fp8_us)
     return Point(32, 64, 128, *bf16_us, *fp8_us, speedup, speedup / 1.25, speedup * 1.25, "measured")
 
@@ -187,8 +187,8 @@ def test_recomputed_forward_counts_twice_in_both_precisions(bf16_us, fp8_us, onc
     assert recomputed.point == plain.point == point
 
 
-def test_paired_speedup_is_changed_as_the_quotient_of_the_times_is():
-    """The paired speedup is better than the quotient of two medians, and the times only say how it changes."""
+def test_recomputation_changes_the_speedup_by_the_factor_of_the_times():
+    """The times say by which factor the speedup changes. Its value is the point's own."""
     decision = decided((32, 64, 128), timed((100.0, 200.0), (150.0, 50.0), off=1.1), recomputed=True)
     assert decision.speedup == pytest.approx(1.1 * 400 / 350)
 

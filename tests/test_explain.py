@@ -137,7 +137,7 @@ def test_indivisible_layer_stays_bf16_in_every_choice():
 
 
 def test_unmeasured_layer_takes_its_time_from_the_work():
-    """3072 is nearest to the 2048 columns measured: 1.5 times the work, the same speedup."""
+    """Of the measured columns 2048 are nearest to 3072: 1.5 times their work, with the same speedup."""
     output = explained(config=msgspec.structs.replace(CONFIG, vocab_size=3072)).layers[-1]
     assert (output.bf16_us, output.fp8_us) == (pytest.approx(180.0), pytest.approx(120.0))
 
@@ -185,7 +185,7 @@ def test_part_that_float8_cannot_compute_stays_bf16_in_every_choice():
 
 
 def test_torchaos_rule_is_asked_about_the_whole_layer():
-    """As torchao does, which is what costs it the speedup: the output has 2048 columns, a rank 256 of them."""
+    """torchao looks at the whole layer, and so loses the speedup: the output has 2048 columns, a rank 256 of them."""
     output = explained(tp=8).layers[-1]
     assert (output.shape.n, output.torchao) == (256, True)
     assert not explained(config=msgspec.structs.replace(CONFIG, vocab_size=1024)).layers[-1].torchao
@@ -209,7 +209,7 @@ RECOMPUTED_BF16_US = 2 * (40 + 24 + 24 + 40 + 80 + 80 + 80) + 120
 
 
 def test_recomputed_forwards_are_counted_in_both_precisions():
-    """All forwards are a third of the whole in both precisions: the speedups stay as they are. The head's runs once."""
+    """A forward takes a third of the time in both precisions, so the speedups do not change. The head's runs once."""
     once, twice = explained(), explained(recomputed=True)
     assert twice.predicted.bf16_us == pytest.approx(RECOMPUTED_BF16_US)
     assert twice.predicted.fp8gate_us == pytest.approx((FILTER_US - 80) * 4 / 3 + 80)

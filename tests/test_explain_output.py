@@ -38,7 +38,7 @@ def _no_environment(monkeypatch):
 
 @pytest.fixture
 def explain(tmp_path):
-    """Runs the command on the tiny model; takes recipe -> points and options, gives what it prints."""
+    """A function that runs the command on the tiny model. It takes recipe -> points, and options."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIG))
 
@@ -216,7 +216,7 @@ def test_json_of_all_has_every_recipe_as_it_is_alone(explained_json):
 
 
 def test_only_ratios_are_compared(explained_json):
-    """bf16 was measured beside each recipe, on another day: its times are not the same."""
+    """bf16 was measured again with each recipe, on another day, so its times differ."""
     slow_day = [make_point(p.m, p.k, p.n, p.speedup, bf16_us=(200.0, 400.0)) for p in points(2.0)]
     shown = explained_json({**ROWWISE_WINS, "rowwise": slow_day}, "--recipe", "all", "--tp", "2")
     assert shown["fastest"] == "rowwise"
@@ -265,7 +265,7 @@ def test_all_recipes_need_a_table_each(explain):
 
 
 def test_70b_under_tensor_parallelism_on_an_h200():
-    """What this project comes from: wk and wv are 8192 -> 128 on a rank, which torchao's rule cannot see."""
+    """The case that this project began with: torchao's rule cannot see that a rank's wk and wv are 8192 -> 128."""
     options = ["--tp", "8", "--tokens", "8192", "--recipe", "rowwise", "--device", "NVIDIA H200", "--json"]
     result = CliRunner().invoke(app, ["explain", "llama3-70b", *options])
     assert result.exit_code == 0

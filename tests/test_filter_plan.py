@@ -1,4 +1,4 @@
-"""The filter with a plan: the plan decides what it knows, the table the rest; a plan of something else is refused."""
+"""The filter with a plan. The plan decides the linears that it knows, and the table decides the others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _no_driver(tmp_path, monkeypatch):
 
 @pytest.fixture
 def with_plan(tmp_path):
-    """Makes the filter with a plan of these fields."""
+    """A function that makes a filter with a plan of these fields."""
 
     def make(*, file=False, plan=None, recipe="rowwise", tokens=32, **options):
         plan = make_plan(**(plan or {}))
@@ -162,7 +162,7 @@ OF_TWO = {"convert": TWO, "candidates": TOGETHER}
 
 
 def checked(wants_float8, layers):
-    """What `check` finds of the plan."""
+    """The messages of `check` that are about the plan."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = wants_float8.check([(fqn, layer(*sizes)) for fqn, sizes in layers.items()])
@@ -174,7 +174,7 @@ EXPECTED = "expected self_attn.q_proj, mlp.gate_proj"
 
 
 def decided(wants_float8):
-    """Role -> (whether it is converted, why), where all blocks agree."""
+    """Name within the block -> (whether it is converted, why). All blocks must agree."""
     found = {(fqn.split(".", 3)[-1], d.convert, d.reason) for fqn, d in wants_float8.decisions.items()}
     assert len({name for name, *_ in found}) == len(found)
     return {name: (convert, reason) for name, convert, reason in found}
@@ -192,7 +192,7 @@ def test_half_a_plan_that_loses_is_not_converted(with_plan):
     assert message == f"of tiny: $.convert: 3 of 3 blocks convert nothing, measured at 1.000x; {EXPECTED}"
     reason = "the plan: bf16, what is left of its set, mlp.gate_proj, measured at 0.997x"
     assert decided(wants_float8)["mlp.gate_proj"] == (False, reason)
-    assert not any(answers(wants_float8, BLOCKS).values())  # the conversion gets what was checked
+    assert not any(answers(wants_float8, BLOCKS).values())  # the conversion gets the answers that were checked
 
 
 def test_half_a_plan_that_wins_has_its_own_number(with_plan):
@@ -268,7 +268,7 @@ TITAN = {"layers.0.attention.qkv_linear.wq": Q, "layers.0.attention.qkv_linear.w
 
 
 def of_attention(*convert):
-    """A plan of an attention's three roles that converts these."""
+    """The fields of a plan with the three roles of an attention that converts these."""
     shapes = {"self_attn.q_proj": (32, 64, 64), **dict.fromkeys(KV, (32, 64, 32))}
     best = Candidate(convert, 7, 90.0, 180.0, 1.2, 1.1, 1.3, 1.05, 0.04, "measured")
     none = {"indivisible": (), "table": None, "torchao": None}
@@ -301,7 +301,7 @@ def test_a_block_with_another_layer_is_the_tables_as_a_whole(with_plan):
 
 
 def test_no_number_of_the_plans_is_used_in_a_block_with_another_layer(with_plan):
-    """Beside another q_proj, that gate_proj alone was measured to lose says nothing."""
+    """gate_proj was measured to lose when it is converted alone, but not beside another q_proj."""
     wants_float8 = with_plan(plan=OF_TWO)
     checked(wants_float8, {"layers.0.attention.wq": (64, 128), "layers.0.feed_forward.w1": GATE})
     decision = wants_float8.decisions["layers.0.feed_forward.w1"]
@@ -343,7 +343,7 @@ def test_an_error_that_check_raises_says_each_thing_once(with_plan):
 
 
 def test_no_conversion_ends_halfway(with_plan):
-    """A second kind of layer is the table's to decide: nothing is raised after others were converted."""
+    """The table decides a layer of another shape. No error is raised after other layers were converted."""
     wider = {**BLOCKS, "model.layers.3.mlp.gate_proj": (64, 64)}
     with pytest.warns(PlanMismatchWarning):
         assert list(answers(with_plan(plan=OF_TWO), wider).values()) == [True] * 6 + [False]

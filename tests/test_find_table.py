@@ -1,4 +1,4 @@
-"""Where tables are looked for, in which order, and for which device."""
+"""The places where tables are searched, their order, and the device that a table is for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from builders import DEVICE, make_point, make_table, write_file, write_folder
 from fp8gate import auto_filter
 from fp8gate.filter.contract import find_table as module
 from fp8gate.filter.contract.devices import cpu_name, device_slug
+from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.find_table import ENVIRONMENT, find_table, measured_devices, packaged_thresholds
 from fp8gate.filter.contract.table import TableError
 
@@ -23,7 +24,7 @@ def table_of(device: str = "NVIDIA H200", recipe: str = "rowwise", speedup: floa
 
 @pytest.fixture(autouse=True)
 def packaged(tmp_path, monkeypatch):
-    """No FP8GATE_THRESHOLDS, and packaged tables that only this test knows: 3.0x."""
+    """FP8GATE_THRESHOLDS is not set, and the packaged table says 3.0x."""
     folder = write_folder(tmp_path / "packaged", table_of(speedup=3.0))
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     monkeypatch.setattr(module, "packaged_thresholds", lambda: folder)
@@ -100,7 +101,7 @@ def test_slug_has_only_letters_digits_and_dashes(name, slug):
 
 @pytest.mark.parametrize("name", ["", " ", "../.."])
 def test_name_without_letters_is_refused(name):
-    with pytest.raises(ValueError, match="device: expected a name such as 'NVIDIA H200', got"):
+    with pytest.raises(InputError, match="device: expected a name such as 'NVIDIA H200', got"):
         device_slug(name)
 
 
@@ -158,7 +159,7 @@ def test_file_of_another_recipe_is_refused(tmp_path):
 
 
 def test_misplaced_file_is_refused(tmp_path):
-    """In the folder of one device lies the table of another: renaming a folder makes no measurement."""
+    """The folder of one device has the table of another: renaming a folder does not measure a device."""
     path = write_file(table_of("NVIDIA H200"), tmp_path / "t" / "nvidia-h100" / "rowwise.yaml")
     with pytest.raises(TableError) as error:
         find_table("rowwise", device="NVIDIA H100", tables=tmp_path / "t")

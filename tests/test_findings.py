@@ -1,4 +1,4 @@
-"""What is said of answers that are less than certain: when there is cause, only then, and as the policies ask."""
+"""Warnings and errors about answers that are less than certain: only with cause, and as the policies ask."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from fp8gate import (
     auto_filter,
 )
 from fp8gate.filter.contract import software_check as stale_module
+from fp8gate.filter.contract.errors import InputError
 
 TOKENS = 32
 WINNER, LOSER, AMBIGUOUS, MISSING, OUTSIDE = (64, 128), (128, 64), (64, 64), (128, 128), (64, 256)
@@ -57,7 +58,7 @@ class LinearConfig:
 
 @pytest.fixture(autouse=True)
 def driver_file(tmp_path, monkeypatch):
-    """Where NVIDIA's driver would state its version; it does not."""
+    """The file in which NVIDIA's driver would state its version. It does not exist."""
     path = tmp_path / "version"
     monkeypatch.setattr(stale_module, "DRIVER_VERSION", path)
     return path
@@ -78,7 +79,7 @@ def pairs(*sizes):
 
 
 def warned_of(ask):
-    """What `ask()` warns of, and what it returns."""
+    """The warnings that `ask()` gives, and its result."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         answer = ask()
@@ -87,7 +88,7 @@ def warned_of(ask):
 
 # --- every category --------------------------------------------------------------------------------------------
 
-# category, its policy, settings and layers that give cause, what is said, settings and layers that do not
+# category, its policy, settings and layers that give cause, the message, settings and layers that give none
 CASES = {
     "stale": (
         StaleTableWarning,
@@ -215,7 +216,7 @@ def test_error_of_one_leaves_the_others_warnings(make_filter, category, policy, 
 @pytest.mark.parametrize("name", sorted({case[1] for case in CASES.values()}))
 @pytest.mark.parametrize("policy", ["raise", "", True])
 def test_bad_policy_is_named(make_filter, name, policy):
-    with pytest.raises(ValueError, match=f"^{name}: expected one of ignore, warn, error; got {policy!r}$"):
+    with pytest.raises(InputError, match=f"^{name}: expected one of ignore, warn, error; got {policy!r}$"):
         make_filter(**{name: policy})
 
 
@@ -294,7 +295,7 @@ def test_each_finding_is_warned_of_once_and_told_again(make_filter):
     ids=["a question", "check"],
 )
 def test_error_is_raised_as_often_as_it_is_asked_for(make_filter, ask):
-    """Who runs a notebook's cell again must not get past it."""
+    """Running a notebook's cell a second time must not get past the error."""
     asked = make_filter(on_outside="error")
     for _ in range(2):
         with pytest.raises(OutsideGridWarning, match=r"^w1, \(32, 64, 256\)"):
@@ -344,7 +345,7 @@ def test_warning_points_to_the_caller(make_filter, speak):
 
 
 class Experts(nn.Module):
-    """Grouped, as models have them: one parameter for all."""
+    """Grouped experts, as models have them: one parameter for all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -442,7 +443,7 @@ class Tied(nn.Module):
 
 
 class Twice(nn.Module):
-    """One linear in two blocks."""
+    """A model with the same linear in two blocks."""
 
     def __init__(self, size=WINNER) -> None:
         super().__init__()
@@ -458,7 +459,7 @@ class TwiceInOnePlace(nn.Module):
 
 
 class Lora(nn.Module):
-    """As peft wraps a linear: no nn.Linear, but of its sizes."""
+    """The wrapper that peft puts around a linear. It is no nn.Linear, but has the same sizes."""
 
     def __init__(self, size=WINNER, rank=8) -> None:
         super().__init__()
@@ -524,7 +525,7 @@ def test_linear_in_two_blocks_may_be_converted_in_one(make_filter):
 
 
 def test_second_name_in_one_place_is_left_as_it_is(make_filter):
-    """torchao replaces the first name alone."""
+    """torchao replaces only the first name."""
     asked, model = make_filter(), TwiceInOnePlace()
     assert converted(asked, model) == {"w1"}
     assert list(asked.decisions) == ["w1"]
@@ -574,7 +575,7 @@ def test_grouped_weights_are_said_to_be_left_alone(make_filter):
     asked.check(nn.ModuleDict({"layers": nn.ModuleList([Layer(), Layer()]), "experts2": Experts()}))
     assert asked.left_alone == ("layers.*.moe.experts", "experts2")
     assert asked.summary().endswith("; no linears, left in bf16: layers.*.moe.experts, experts2")
-    asked.check(pairs(WINNER))  # which say nothing of it
+    asked.check(pairs(WINNER))  # pairs do not show grouped weights
     assert asked.left_alone == ()
     assert "left in bf16" not in asked.summary()
 
@@ -606,7 +607,7 @@ def test_where_python_makes_warnings_errors_none_is_lost(make_filter):
         for _ in range(2):
             with pytest.raises(AmbiguousPointWarning):
                 asked.check(layers)
-        with pytest.raises(MissingPointWarning):  # the first had kept it from being told
+        with pytest.raises(MissingPointWarning):  # it was found before, but not yet said
             asked(LinearConfig(*WINNER), "w0")
     warned, findings = warned_of(lambda: asked.check(layers))
     assert {category for category, _ in warned} == {AmbiguousPointWarning, MissingPointWarning, OutsideGridWarning}

@@ -16,17 +16,18 @@ HEAVY = {"torch", "torchao", "triton", "pandas", "numpy", "typer", "rich", "tabu
 
 
 def loaded_after(code: str) -> set[str]:
-    """The top-level packages a fresh Python has loaded after running `code`."""
-    source = str(Path(fp8gate.__file__).parents[1])
+    """The top-level packages that a fresh Python has loaded after running `code`."""
     report = "import sys; print(' '.join({name.split('.')[0] for name in sys.modules}))"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\n{report}"],
-        env={**os.environ, "PYTHONPATH": source},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return set(done.stdout.splitlines()[-1].split())
+    return set(run_fresh(f"{code}\n{report}").split())
+
+
+def run_fresh(code: str) -> str:
+    """The last line that a fresh Python prints when it runs `code`."""
+    source = str(Path(fp8gate.__file__).parents[1])
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": source}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()[-1]
 
 
 @pytest.fixture
@@ -59,3 +60,20 @@ def test_only_the_report_loads_tabulate(table_path):
 
 def test_asking_for_the_local_device_loads_torch():
     assert "torch" in loaded_after("from fp8gate.filter.contract.devices import local_device_name; local_device_name()")
+
+
+COUNT_BUNDLED_FILES = """
+import sys
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and "bundled" in str(args[0]) and opened.append(args[0]))
+import fp8gate
+from fp8gate.filter.model.model_config import BUNDLED
+assert "qwen3-8b" in list(BUNDLED)
+{code}
+print(len(opened))
+"""
+
+
+@pytest.mark.parametrize(("code", "files"), [("", 0), ("BUNDLED['qwen3-8b']", 1)])
+def test_a_bundled_config_is_read_when_it_is_asked_for(code, files):
+    assert run_fresh(COUNT_BUNDLED_FILES.format(code=code)) == str(files)

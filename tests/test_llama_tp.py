@@ -1,4 +1,4 @@
-"""Llama 3 70B under tensor parallelism, as transformers builds and divides it: on the meta device, two layers of it."""
+"""Two layers of Llama 3 70B on the meta device under tensor parallelism, as transformers builds and divides them."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def llama():
 
 @pytest.fixture(scope="module")
 def mesh():
-    """Eight ranks, as far as torch knows."""
+    """A mesh of eight ranks over a fake process group."""
     dist.init_process_group("fake", rank=0, world_size=TP, store=FakeStore())
     yield init_device_mesh("cpu", (TP,), mesh_dim_names=("tp",))
     dist.destroy_process_group()
 
 
 def as_torch_plan(tp_plan):
-    """What torch has for these strings; the embedding, which is no linear, apart."""
+    """torch's styles for these strings, without the embedding, which is no linear."""
     styles = {"colwise": ColwiseParallel, "colwise_gather_output": ColwiseParallel, "rowwise": RowwiseParallel}
     return {name: styles[style]() for name, style in tp_plan.items() if name != "model.embed_tokens"}
 
@@ -64,19 +64,19 @@ def checked(model, **parallel):
 
 
 def explained(tp):
-    """linear's name, layer indices as *, -> the decision that `fp8gate explain` shows."""
+    """name with layer indices as * -> the decision that `fp8gate explain` shows."""
     table, _ = find_table("rowwise", device="NVIDIA H200")
     shards = Shards(Parallel(tp=tp, plan="transformers"), TOKENS)
     layers = explain(CONFIG, table, Lookup(table), shards=shards, recomputed=False, min_speedup=1.05).layers
     return {layer.linear.fqn: layer.decision for layer in layers}
 
 
-def by_role(decisions):
-    """The same of a model, whose layers must not differ."""
-    roles = {}
+def by_name(decisions):
+    """name with layer indices as * -> decision. All layers of a model must agree."""
+    names = {}
     for fqn, decision in decisions.items():
-        assert roles.setdefault(re.sub(r"\d+", "*", fqn), decision) == decision
-    return roles
+        assert names.setdefault(re.sub(r"\d+", "*", fqn), decision) == decision
+    return names
 
 
 @pytest.mark.parametrize("plan", [dict, as_torch_plan], ids=["the model's plan", "as torch's styles"])
@@ -84,18 +84,18 @@ def test_attention_of_a_rank_is_refused(llama, plan):
     asked = checked(llama, tp=TP, plan=plan(llama.tp_plan))
     assert {fqn for fqn, decision in asked.decisions.items() if not decision.convert} >= ATTENTION
     assert {(d.k, d.n) for fqn, d in asked.decisions.items() if fqn.endswith(("k_proj", "v_proj"))} == {(8192, 128)}
-    assert by_role(asked.decisions) == explained(TP)
+    assert by_name(asked.decisions) == explained(TP)
     convert_to_float8_training(llama, module_filter_fn=asked)
     float8 = {fqn for fqn, module in llama.named_modules() if isinstance(module, Float8Linear)}
     assert float8 == {fqn for fqn, decision in asked.decisions.items() if decision.convert}
 
 
 def test_whole_layers_would_be_converted(llama):
-    """What a filter that sees no shards answers."""
+    """The answers of a filter that does not know of shards."""
     asked = checked(llama)
     converted = {fqn for fqn, decision in asked.decisions.items() if decision.convert}
     assert converted >= {fqn for fqn in ATTENTION if fqn.endswith(("q_proj", "o_proj"))}
-    assert by_role(asked.decisions) == explained(1)
+    assert by_name(asked.decisions) == explained(1)
 
 
 def test_ready_plan_is_the_models_own(llama):
@@ -115,12 +115,12 @@ def test_model_that_transformers_divided_needs_no_plan(llama, mesh):
 
     plan, *_ = llama._resolve_parallel_plans(DistributedConfig(tp_size=TP))
     apply_tensor_parallelism(llama, mesh, plan)
-    assert by_role(checked(llama).decisions) == explained(TP)
+    assert by_name(checked(llama).decisions) == explained(TP)
 
 
 def test_model_that_torch_divided_needs_no_plan(llama, mesh):
     parallelize_module(llama, mesh, as_torch_plan(llama.tp_plan))
-    assert by_role(checked(llama).decisions) == explained(TP)
+    assert by_name(checked(llama).decisions) == explained(TP)
 
 
 def test_every_pattern_of_the_models_plan_matches(llama):

@@ -1,4 +1,4 @@
-"""What a table says about shapes that were and were not measured."""
+"""Estimates for shapes that were measured and for shapes that were not."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from builders import make_point, make_table
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, Point
 from fp8gate.filter.decision.lookup import Estimate, Lookup
@@ -46,7 +47,7 @@ def test_measured_shape_gives_its_own_numbers(kind):
 
 
 def test_total_float8_time_follows_from_the_paired_speedup():
-    """Not from its own medians, which were not taken in pairs."""
+    """The total is not the sum of the float8 medians."""
     point = msgspec.structs.replace(make_point(16, 16, 16, 2.0, bf16_us=(10.0, 30.0)), fp8_bwd_us=99.0)
     estimate = look_up((16, 16, 16), point)
     assert (estimate.bf16_us, estimate.fp8_us, estimate.fp8_bwd_us) == (40.0, 20.0, 99.0)
@@ -157,7 +158,7 @@ def test_table_without_numbers_says_nothing(kind):
 
 
 def test_unknown_lookup_is_refused():
-    with pytest.raises(ValueError, match="lookup: expected one of nearest, interpolate; got 'linear'"):
+    with pytest.raises(InputError, match="lookup: expected one of nearest, interpolate; got 'linear'"):
         Lookup(make_table(make_point(16, 16, 16)), "linear")
 
 
@@ -179,7 +180,7 @@ def test_interpolation_is_of_logarithms_between_octaves():
 
 
 def test_interpolation_weighs_all_eight_corners():
-    """A quarter of the way along each axis: weights 27/64 near, 9/64, 3/64 and 1/64 far."""
+    """A quarter of the way along each axis the weights are 27/64, 9/64, 3/64 and 1/64, from near to far."""
     corners = list(itertools.product((16, 256), repeat=3))
     for corner in corners:
         points = [make_point(*sizes, math.e if sizes == corner else 1.0) for sizes in corners]

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 
-from fp8gate.filter.model.model_config import BUNDLED, ModelConfig, ModelError, linear_roles, load_model, not_linear
+from fp8gate.filter.model.model_config import (
+    BUNDLED,
+    ModelConfig,
+    ModelError,
+    config_facts,
+    linear_roles,
+    load_model,
+    not_linear,
+)
 
 LLAMA = {
     "model_type": "llama",
@@ -107,9 +116,36 @@ def test_bundled_model_has_the_linears_of_its_config(model):
     ],
 )
 def test_linears_and_embedding_and_norms_are_the_whole_model(model, parameters, vocabulary, norms):
-    """Against the parameter counts that the model cards publish."""
+    """The sum is compared with the parameter counts that the model cards publish."""
     weights = sum(count * k * n for count, k, n in sizes(load_model(model)).values())
     assert weights == parameters - vocabulary - norms
+
+
+@pytest.mark.parametrize("model", BUNDLED)
+def test_bundled_facts_are_exactly_the_fields_of_the_config(model):
+    """A plan's hash of a block is computed from them, in this order."""
+    fields = msgspec.structs.asdict(BUNDLED[model])
+    assert list(config_facts(model).items()) == [(name, fact) for name, fact in fields.items() if fact is not None]
+
+
+def test_facts_of_a_bundled_model_are_those_published():
+    assert config_facts("qwen3-8b") == {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "vocab_size": 151936,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+    }
+
+
+def test_unknown_name_is_no_bundled_model():
+    assert "llama3-9b" not in BUNDLED
+    with pytest.raises(KeyError):
+        BUNDLED["llama3-9b"]
 
 
 def test_roles_carry_hugging_face_names():
@@ -145,6 +181,11 @@ def test_config_is_read_and_other_fields_are_ignored(write_config):
         "w2": (3, 160, 64),
         "output": (1, 64, 256),
     }
+
+
+def test_facts_are_everything_that_the_config_says(write_config):
+    facts = {**LLAMA, "rope_theta": 500000.0, "architectures": ["LlamaForCausalLM"]}
+    assert config_facts(write_config(**facts)) == facts
 
 
 @pytest.mark.parametrize(
@@ -200,12 +241,14 @@ def test_unknown_model_type_is_named(write_config, model_type):
 def test_file_that_is_no_json_object_is_named(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_text(content)
-    with pytest.raises(ModelError, match=r"config\.json: "):
-        load_model(str(path))
+    for read in (load_model, config_facts):
+        with pytest.raises(ModelError, match=r"config\.json: "):
+            read(str(path))
 
 
 @pytest.mark.parametrize("model", ["llama3-9b", "LLAMA3-8B", "."])
 def test_unknown_name_lists_the_bundled_models(model):
-    with pytest.raises(ModelError) as error:
-        load_model(model)
-    assert f"expected a config.json or one of {', '.join(BUNDLED)}; got {model!r}" in str(error.value)
+    for read in (load_model, config_facts):
+        with pytest.raises(ModelError) as error:
+            read(model)
+        assert f"expected a config.json or one of {', '.join(BUNDLED)}; got {model!r}" in str(error.value)

@@ -27,9 +27,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected_files() -> set[str]:
     """Everything tracked in the four source folders, under its installed name."""
-    files = {f"fp8gate/{name}" for name in ("__init__.py", "__main__.py", "cli.py", "py.typed")}
-    patterns = (("calibrate", "*.py"), ("calibrate", "*.jinja"), ("filter", "*.py"), ("thresholds", "*.yaml"))
-    for folder, pattern in patterns:
+    files = {f"fp8gate/{name}" for name in ("__init__.py", "__main__.py", "py.typed")}
+    files |= {f"fp8gate/cli/{path.name}" for path in (ROOT / "src" / "fp8gate" / "cli").glob("*.py")}
+    code = (("calibrate", "*.py"), ("filter", "*.py"))
+    data = (("calibrate", "*.jinja"), ("filter", "*.json"), ("thresholds", "*.yaml"))
+    for folder, pattern in (*code, *data):
         files |= {f"fp8gate/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob(pattern)}
     return files
 

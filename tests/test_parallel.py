@@ -1,4 +1,4 @@
-"""The shape a rank multiplies: against what torch makes of real modules on one of eight ranks."""
+"""The shape that a rank multiplies, compared with the shards that torch cuts real modules into."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from torchao.float8 import convert_to_float8_training
 from torchao.float8.float8_tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel
 
 from fp8gate import FilterWarning, Parallel, ShardError, UnknownShardWarning, UnmatchedPatternWarning, auto_filter
+from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.model.linear_layer import LinearSize, linear_size
 from fp8gate.filter.model.parallel import READY_PLANS, Shards, divided
@@ -71,7 +72,7 @@ def linears(model):
 
 @pytest.fixture(scope="module", autouse=True)
 def _ranks():
-    """Eight, as far as torch knows: shards are cut as they would be, and nothing is sent."""
+    """A fake process group of eight ranks. torch cuts shards as for real ranks, and sends nothing."""
     dist.init_process_group("fake", rank=0, world_size=TP, store=FakeStore())
     yield
     dist.destroy_process_group()
@@ -127,7 +128,7 @@ def parallelized(model, mesh, plan):
 
 
 def local_sizes(model):
-    """fqn -> what torch left of each linear (in_features, out_features)."""
+    """fqn -> the (in_features, out_features) that torch left on this rank."""
     weights = {fqn: module.weight for fqn, module in linears(model).items()}
     local = {fqn: w.to_local() if isinstance(w, DTensor) else w for fqn, w in weights.items()}
     return {fqn: (w.shape[1], w.shape[0]) for fqn, w in local.items()}
@@ -207,7 +208,7 @@ def test_wrappers_do_not_count_as_parts_and_other_names_do(fqn, expected):
 
 
 def test_plan_may_name_the_wrappers_too():
-    """torch knows no wrappers: who wraps first must write them into the plan."""
+    """torch does not skip wrappers. A user who wraps modules first must write the wrappers into the plan."""
     plan = {"layers.*._checkpoint_wrapped_module.w1": "colwise"}
     assert shape_of("layers.0._checkpoint_wrapped_module.w1", plan) == COLWISE
     assert shape_of("layers.0._checkpoint_wrapped_module.w2", plan) == WHOLE
@@ -223,7 +224,7 @@ def test_model_that_is_one_linear(fqn, plan):
 
 
 class OwnColwise(ColwiseParallel):
-    """A style of one's own."""
+    """A user's own style."""
 
 
 EXPECTED_STYLE = (
@@ -279,7 +280,7 @@ def test_style_says_what_is_divided(style, expected):
 )
 def test_unknown_style_is_named_with_its_pattern(style, complaint):
     plan = {"layers.*": {"attention": {"wq": "colwise", "wk.proj": style}}}
-    with pytest.raises(ValueError) as error:  # noqa: PT011
+    with pytest.raises(InputError) as error:
         Parallel(tp=2, plan=plan)
     assert str(error.value).startswith(f"parallel.plan['layers.*.attention.wk.proj']: {complaint}")
 
@@ -287,7 +288,7 @@ def test_unknown_style_is_named_with_its_pattern(style, complaint):
 @pytest.mark.parametrize("plan", [ColwiseParallel(), None, ["w1"], 8])
 def test_plan_that_is_no_mapping_is_an_error(plan):
     with pytest.raises(
-        ValueError, match=r"^parallel\.plan: expected a mapping or one of torchtitan, transformers; got"
+        InputError, match=r"^parallel\.plan: expected a mapping or one of torchtitan, transformers; got"
     ):
         Parallel(tp=2, plan=plan)
 
@@ -298,20 +299,20 @@ def test_plan_that_is_no_mapping_is_an_error(plan):
 @pytest.mark.parametrize("name", ["tp", "cp"])
 @pytest.mark.parametrize("degree", [0, -1, 2.0, "2", True, None])
 def test_degree_out_of_range_is_named(name, degree):
-    with pytest.raises(ValueError, match=rf"^parallel\.{name}: expected a degree of at least 1; got {degree!r}$"):
+    with pytest.raises(InputError, match=rf"^parallel\.{name}: expected a degree of at least 1; got {degree!r}$"):
         Parallel(**{name: degree, "plan": {"w1": "colwise"}})
 
 
 @pytest.mark.parametrize("plan", [{}, {"layers": {}}])
 def test_tensor_parallelism_without_a_plan_is_an_error(plan):
-    with pytest.raises(ValueError, match=r"^parallel\.plan: expected the plan that tp = 2 follows; got an empty one$"):
+    with pytest.raises(InputError, match=r"^parallel\.plan: expected the plan that tp = 2 follows; got an empty one$"):
         Parallel(tp=2, plan=plan)
     assert shape_of("w1", plan, tp=1) == WHOLE
 
 
 def test_unknown_ready_plan_is_an_error():
     complaint = r"^parallel\.plan: expected a mapping or one of torchtitan, transformers; got 'megatron'$"
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(InputError, match=complaint):
         Parallel(tp=2, plan="megatron")
 
 
@@ -327,7 +328,7 @@ def test_sequence_and_context_parallelism_both_divide_the_tokens():
 
 @pytest.mark.parametrize("cp", [3, 128])
 def test_context_parallelism_that_does_not_divide_the_tokens_is_an_error(cp):
-    with pytest.raises(ValueError, match=rf"^parallel\.cp: expected a divisor of tokens = 64; got {cp}$"):
+    with pytest.raises(InputError, match=rf"^parallel\.cp: expected a divisor of tokens = 64; got {cp}$"):
         Shards(Parallel(cp=cp), TOKENS)
 
 
@@ -433,13 +434,13 @@ def test_local_part_that_float8_cannot_compute_is_refused(wants_float8, tp, size
 
 
 def test_context_parallelism_is_refused_before_any_question(wants_float8):
-    with pytest.raises(ValueError, match=r"^parallel\.cp: expected a divisor of tokens = 64; got 5$"):
+    with pytest.raises(InputError, match=r"^parallel\.cp: expected a divisor of tokens = 64; got 5$"):
         wants_float8(parallel=Parallel(cp=5))
 
 
 @pytest.mark.parametrize("parallel", [8, {"tp": 8}, None])
 def test_parallel_that_is_none_is_named(wants_float8, parallel):
-    with pytest.raises(ValueError, match=r"^parallel: expected a fp8gate\.Parallel; got"):
+    with pytest.raises(InputError, match=r"^parallel: expected a fp8gate\.Parallel; got"):
         wants_float8(parallel=parallel)
 
 
@@ -549,7 +550,7 @@ def test_fully_sharded_parts_of_a_parallelized_weight_are_its_local_part(wants_f
 
 
 def test_packed_weight_is_local_already(mesh):
-    """As transformers cuts gate and up projections that are one linear: a part of each half."""
+    """transformers cuts a linear that is both the gate and the up projection into parts of each half."""
     layer = nn.Linear(64, 1024, device="meta")
     packed = distribute_tensor(layer.weight, mesh, [_StridedShard(0, split_factor=2)], src_data_rank=None)
     layer.weight = nn.Parameter(packed)

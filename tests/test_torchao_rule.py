@@ -1,4 +1,4 @@
-"""The restated rule of torchao against the real one."""
+"""fp8gate's copy of torchao's rule, compared with the real one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchao.float8.float8_linear_utils import _auto_filter_for_recipe
 from fp8gate.filter.decision.torchao_rule import torchao_converts
 
 SIZES = [16, 100, 512, 1000, 1008, 1024, 1032, 1040, 2032, 2048, 2064, 4080, 4096, 4112, 4100, 8192, 16384]
-"""Around each of the rule's limits, and some that 16 does not divide."""
+"""Sizes around each of the rule's limits, and some that 16 does not divide."""
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])

@@ -1,32 +1,35 @@
-"""Device names: how one is turned into a folder name, and which device is here."""
+"""Device names: the folder name of a device, and the name of the device in this machine."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from fp8gate.filter.contract.errors import InputError
+
 
 def device_slug(name: str) -> str:
     """The folder name of a device: "NVIDIA H200" -> "nvidia-h200".
 
-    Two names are the same device exactly when their slugs are equal. Raises ValueError for a name without
-    letters or digits.
+    Two names mean the same device exactly when their slugs are equal. Raises InputError for a name without letters or
+    digits.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if not slug:
-        raise ValueError(f"device: expected a name such as 'NVIDIA H200', got {name!r}")
+        raise InputError(f"device: expected a name such as 'NVIDIA H200', got {name!r}")
     return slug
 
 
 def local_device_name() -> str:
-    """The accelerator torch sees here, or else the CPU. Imports torch, so call it only when asked to.
+    """The name of the GPU that torch sees, or of the CPU if there is none.
 
-    Raises ValueError if torch is not installed: then the device has to be named.
+    It imports torch, so call it only if no name was given. Raises InputError if torch is not installed: then the user
+    has to name the device.
     """
     try:
         import torch
     except ModuleNotFoundError as error:
-        raise ValueError("device: expected a name, such as 'NVIDIA H200', as torch is not here to ask") from error
+        raise InputError("device: expected a name, such as 'NVIDIA H200', as torch is not here to ask") from error
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
@@ -34,7 +37,7 @@ def local_device_name() -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model, as Linux reports it; elsewhere as Python's `platform` does."""
+    """The processor's model as Linux reports it. On other systems Python's `platform` is asked."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(errors="replace").splitlines():

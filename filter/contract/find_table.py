@@ -1,4 +1,8 @@
-"""Find the table for a recipe and device: in `tables=`, else in FP8GATE_THRESHOLDS, else among the packaged ones."""
+"""Find the table for a recipe and device.
+
+The first of these that is given is searched: the argument `tables`, the environment variable FP8GATE_THRESHOLDS, the
+tables that come with fp8gate.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,18 @@ def find_table(
 ) -> tuple[Table, Path]:
     """The table and the file it came from.
 
-    tables: a table file, or a folder of `<device slug>/<recipe>.yaml`. device: a name as the driver reports it;
-    None takes the device of the file if `tables` is one, and else asks torch for the local one.
-    Raises TableError if there is no such table, naming the devices there are, or if it is not valid, or if it is
-    one for another recipe or device.
+    tables: a table file, or a folder of `<device slug>/<recipe>.yaml`. device: a name as the driver reports it. None
+    means the device of the file if `tables` is a file, and otherwise the one that torch sees here.
+    Raises TableError if there is no such table (the message names the devices that have one), if it is not valid, or
+    if it is for another recipe or device. Raises InputError if no device is named and torch is not installed.
     """
-    place = Path(tables or os.environ.get(ENVIRONMENT) or packaged_thresholds())
-    if not place.is_dir():
-        return _checked(read_table(place), place, recipe, device), place
+    location = Path(tables or os.environ.get(ENVIRONMENT) or packaged_thresholds())
+    if not location.is_dir():
+        return _checked(read_table(location), location, recipe, device), location
     device = device or local_device_name()
-    path = place / device_slug(device) / f"{recipe}.yaml"
+    path = location / device_slug(device) / f"{recipe}.yaml"
     if not path.is_file():
-        raise TableError(_no_table(place, recipe, device))
+        raise TableError(_no_table(location, recipe, device))
     return _checked(read_table(path), path, recipe, device), path
 
 
@@ -39,9 +43,9 @@ def packaged_thresholds() -> Path:
     return Path(str(resources.files("fp8gate") / "thresholds"))
 
 
-def measured_devices(place: Path, recipe: Recipe) -> list[str]:
-    """Names of the devices that have a table for this recipe in a folder, as their files state them."""
-    return [read_table(path).device.name for path in sorted(place.glob(f"*/{recipe}.yaml"))]
+def measured_devices(folder: Path, recipe: Recipe) -> list[str]:
+    """The devices that have a table for this recipe in a folder, named as their tables name them."""
+    return [read_table(path).device.name for path in sorted(folder.glob(f"*/{recipe}.yaml"))]
 
 
 def _checked(table: Table, path: Path, recipe: Recipe, device: str | None) -> Table:
@@ -52,9 +56,9 @@ def _checked(table: Table, path: Path, recipe: Recipe, device: str | None) -> Ta
     return table
 
 
-def _no_table(place: Path, recipe: Recipe, device: str) -> str:
-    known = ", ".join(measured_devices(place, recipe)) or "none"
+def _no_table(folder: Path, recipe: Recipe, device: str) -> str:
+    known = ", ".join(measured_devices(folder, recipe)) or "none"
     return (
-        f"{place}: no {recipe} table for {device!r} ({device_slug(device)}/{recipe}.yaml); devices there: {known}. "
+        f"{folder}: no {recipe} table for {device!r} ({device_slug(device)}/{recipe}.yaml); devices there: {known}. "
         f"To measure this device, run on it: fp8gate calibrate --recipes {recipe} --out DIR; then pass tables=DIR"
     )

@@ -1,6 +1,7 @@
-"""Names of linears: without wrappers, without indices, within a block, in either of the usual spellings. Pure.
+"""The forms of a linear's name: without wrappers, without indices, within its block, as Hugging Face spells it. Pure.
 
-`fqn` is the fully qualified name of a module in its model, as `named_modules` gives it.
+`fqn` is the fully qualified name of a module in its model, as `named_modules` gives it. A role is the name of a linear
+within its block, without indices: "self_attn.q_proj".
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 import re
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""torch.compile, activation checkpointing and FSDP put these parts into module names."""
 _OUTER_WRAPPER = "module"
-"""torch.compile, activation checkpointing and FSDP put these into module names. DistributedDataParallel puts the last
-one in front."""
+"""DistributedDataParallel puts this part in front of every name."""
 
 _HUGGING_FACE = {
     "attention": "self_attn",
@@ -23,20 +24,21 @@ _HUGGING_FACE = {
     "w2": "down_proj",
     "w3": "up_proj",
 }
-"""torchtitan's names of the parts of a Llama-style block, and Hugging Face's."""
-_NO_PART = "qkv_linear"  # torchtitan puts it between the attention and its projections
+"""The parts of a Llama-style block: torchtitan's name -> Hugging Face's."""
+_TORCHTITAN_ONLY = "qkv_linear"
+"""torchtitan puts this part between the attention and its projections. Hugging Face has no such part."""
 
 
 def plain_name(fqn: str) -> str:
-    """A layer's name as the model's author wrote it, without what wrappers put into it."""
+    """A layer's name as the model's author wrote it, without the parts that wrappers put into it."""
     if "._" not in fqn and not fqn.startswith(("_", _OUTER_WRAPPER)):
-        return fqn  # the usual case, without a split: a microsecond less
+        return fqn  # most names have no wrapper: not splitting them saves a microsecond
     names = fqn.split(".")
     return ".".join(without_wrappers(names[1:] if names[0] == _OUTER_WRAPPER else names))
 
 
 def without_wrappers(names: list[str]) -> list[str]:
-    """The parts of a name that no wrapper has put there."""
+    """The parts of a name that are the model's own."""
     return [name for name in names if name not in _WRAPPERS]
 
 
@@ -45,18 +47,23 @@ def without_indices(fqn: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", fqn)
 
 
-def block_role(fqn: str) -> str:
-    """A role: the name within a block, without the indices of layers and experts that stand inside it."""
-    *parts, last = fqn.split(".")
-    return ".".join([*(part for part in parts if not part.isdigit()), last])
+def block_role(name_in_block: str) -> str:
+    """The role of a linear: its name within its block, without the indices of layers and experts inside the block."""
+    return ".".join(_parts_without_indices(name_in_block))
 
 
-def hugging_face_role(fqn: str) -> str:
-    """A linear's role, spelled as Hugging Face names the parts of a Llama."""
-    parts = block_role(fqn).split(".")
-    return ".".join(_HUGGING_FACE.get(part, part) for part in parts if part != _NO_PART)
+def hugging_face_name(name: str) -> str:
+    """A name without indices, in which the parts of a Llama-style block are spelled as Hugging Face spells them."""
+    parts = _parts_without_indices(name)
+    return ".".join(_HUGGING_FACE.get(part, part) for part in parts if part != _TORCHTITAN_ONLY)
+
+
+def _parts_without_indices(name: str) -> list[str]:
+    """The last part stays even if it is a number: it is the linear's own."""
+    *parts, last = name.split(".")
+    return [*(part for part in parts if not part.isdigit()), last]
 
 
 def is_head(fqn: str) -> bool:
-    """Whether this names the last linear, which stands outside of the blocks: lm_head, or output at the top."""
+    """Whether this is the last linear, which is in no block: `lm_head`, or `output` at the top level."""
     return fqn == "output" or fqn.rpartition(".")[2] == "lm_head"

@@ -1,4 +1,4 @@
-"""The one reader and writer of YAML: plain data, for tables, plans and grids.
+"""The one reader and writer of YAML, for tables, plans and grids. It reads plain data only.
 
 In: a file or a text. Out: plain data, or an error of the caller's type that names the file and the line.
 """
@@ -28,16 +28,16 @@ def read_text(path: str | os.PathLike[str], error: type[ValueError]) -> str:
 
 
 def load_plain_yaml(text: str, *, source: str, error: type[ValueError]) -> Any:
-    """Parse YAML that holds plain data only: no tags beyond it, no key twice.
+    """Parse YAML. It must be plain data, without other tags and without a key that a mapping has twice.
 
     Raises `error`, with the source and the line, for anything else.
     """
     was_enabled = gc.isenabled()
-    gc.disable()  # nothing made here is garbage, and a collection would visit every object of the process, torch's too
+    gc.disable()  # parsing makes no garbage, and a collection would visit every object of the process, torch's too
     try:
         return yaml.load(text, Loader=_PlainLoader)
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as cause:
-        # PyYAML's constructors raise the last five for an explicit tag on a value that it does not fit.
+        # PyYAML's constructors raise the last five if an explicit tag does not fit its value.
         raise error(f"{source}: not plain YAML data: {' '.join(str(cause).split())}") from cause
     finally:
         if was_enabled:
@@ -45,7 +45,7 @@ def load_plain_yaml(text: str, *, source: str, error: type[ValueError]) -> Any:
 
 
 def require_schema(data: Any, *, source: str, error: type[ValueError]) -> None:
-    """Raise `error` for a file of another schema, before any of its fields is looked at."""
+    """Raise `error` if the file has another schema. Call this before the fields are checked: they would all differ."""
     if isinstance(data, dict) and data.get("schema") != SCHEMA:
         found = data.get("schema", "nothing")
         raise error(f"{source}: $.schema: expected {SCHEMA}, the version this fp8gate reads; found {found}")
@@ -60,8 +60,8 @@ def convert(data: Any, kind: type[msgspec.Struct], *, source: str, error: type[V
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the file: whatever happens meanwhile, it holds the old text or the new one."""
-    import tempfile  # code that only reads need not wait for this import
+    """Replace the file. At every moment it holds either the old text or the new one."""
+    import tempfile  # imported here, as code that only reads should not wait for it
 
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -79,7 +79,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def yaml_line(key: str, value: Any) -> str:
-    """`key: value` on one line, whatever its length."""
+    """`key: value` on one line, however long it is."""
     if key == "measured_at":  # already ISO 8601; PyYAML would quote the string
         return f"{key}: {value}\n"
     text: str = yaml.safe_dump({key: value}, default_flow_style=True, sort_keys=False, width=math.inf)
@@ -92,7 +92,7 @@ def round_to_measured(value: float) -> float:
 
 
 def format_number(value: float | None) -> str:
-    """A YAML float, rounded; YAML 1.1 reads an exponent without a dot before it as text."""
+    """A rounded YAML float. It always has a dot, as YAML 1.1 reads a number such as 1e5 as text."""
     if value is None:
         return "null"
     text = repr(round_to_measured(value))
@@ -100,7 +100,7 @@ def format_number(value: float | None) -> str:
 
 
 def _fsync_folder(folder: Path) -> None:
-    """Make the rename itself durable."""
+    """Bring the rename to disk, not only the file's content."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -112,7 +112,7 @@ _FastLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is 1
 
 
 class _PlainLoader(_FastLoader):  # type: ignore[misc, valid-type]
-    """Constructs plain data, and refuses a key that is there twice, whose first value would be lost."""
+    """Constructs plain data. It refuses a key that is there twice, as PyYAML would drop the first value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

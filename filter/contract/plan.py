@@ -17,7 +17,7 @@ import msgspec
 
 from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.names import hugging_face_role, plain_name
+from fp8gate.filter.contract.names import hugging_face_name, plain_name
 from fp8gate.filter.contract.plain_yaml import (
     convert,
     format_number,
@@ -36,8 +36,8 @@ CandidateStatus = Literal["measured", "out_of_memory", "failed"]
 
 PLANS = "plans"  # the folder beside a device's tables
 
-_TWO_IN_ONE = {"wkv": ("wk", "wv")}  # torchtitan builds both of one config; its fused wqkv is one product: no role
-_BLOCK = re.compile(r"((?:model\.|language_model\.)*layers\.\d+)\.")  # nothing else before: vision towers have layers
+_TWO_IN_ONE = {"wkv": ("wk", "wv")}  # torchtitan builds both from one config; its fused wqkv is a single product
+_BLOCK = re.compile(r"((?:model\.|language_model\.)*layers\.\d+)\.")  # no other prefix: vision towers have layers too
 
 
 class PlanError(InputError):
@@ -45,7 +45,11 @@ class PlanError(InputError):
 
 
 class PlaceInBlock(NamedTuple):
-    """A linear's block, such as "model.layers.3", "" for a model that is the block, and its roles: none if unknown."""
+    """Where a linear is in a model: in which block, and what the plan calls it there.
+
+    block: such as "model.layers.3", or "" if the model itself is the block. roles: empty if the plan does not know the
+    linear, and two for a linear that a plan knows as two, such as torchtitan's wkv.
+    """
 
     block: str
     roles: Roles
@@ -54,13 +58,14 @@ class PlaceInBlock(NamedTuple):
 class PlanProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the numbers were taken.
 
-    Each candidate ran alone on the device: after pause_s of idling, settle_s uncounted, then run_s. That is a visit.
-    Visits came in rounds: bf16 and those asked about, in random order. screening: visits of every candidate, but for
-    an exhaustive plan's that the first one ruled out; final: further ones of the few best and of what the table and
-    torchao's rule say, of which alone their numbers are, with bounds at `confidence`. noise: what a change had to gain,
-    as a share, to be followed; the bounds of candidates that were only screened are no more than that (of one visit,
-    1.4 times as wide).
-    inductor: the settings that candidates were compiled with; bf16 was compiled with the defaults.
+    In one visit a candidate ran alone on the device: after pause_s of idling it ran for settle_s, which do not count,
+    and then for run_s. Visits came in rounds of bf16 and the candidates in question, in random order.
+    screening: visits of every candidate, except those that an exhaustive plan ruled out after the first. final: further
+    visits of the few best candidates and of the sets that the table and torchao's rule name. Their numbers come from
+    these visits alone, with bounds at `confidence`. noise: the search followed a change only if it gained more than
+    this share. It is also the half width of the bounds of candidates that were only screened (1.4 times it after a
+    single visit).
+    inductor: the settings that candidates were compiled with. bf16 was compiled with the defaults.
     """
 
     timer: Literal["cuda_graphs", "wall_clock"]
@@ -79,7 +84,7 @@ class PlanProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class TableUsed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The table whose answer the search started from, and what it said: the roles it converts."""
+    """The table whose answer the search started from. convert: the roles that it converts."""
 
     measured_at: Annotated[datetime, msgspec.Meta(tz=True)]
     torch: str
@@ -88,11 +93,11 @@ class TableUsed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Candidate(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One set of roles measured in the block. Times in microseconds, means over its visits.
+    """One set of roles measured in the block. Times are in microseconds, means over its visits.
 
-    speedup: bf16 time / its time of forward plus backward, from the ratios of each visit, with bounds. predicted: what
-    the table says of it: the block's bf16 time over that time less what its linears save alone. error: the largest
-    relative difference of the output and the gradients from bf16's.
+    speedup: bf16 time / the set's time of forward plus backward, from the ratios of each visit, with bounds.
+    predicted: the speedup by the table: the block's bf16 time over that time less what the set's linears save alone.
+    error: the largest relative difference between the set's output or gradients and those of bf16.
     """
 
     convert: Roles
@@ -115,13 +120,13 @@ COLUMNS = Candidate.__struct_fields__
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"schema_": "schema"}):
-    """What was measured of one block, and the set of roles that is to be converted.
+    """The measurements of one block, and the set of roles to convert. Field order is the order in the file.
 
     block: a hash of its code, settings and inputs. shapes: (m, k, n) of each role as one rank holds it. indivisible:
-    roles that float8 cannot compute. left_alone: what of the block holds several matrices in one parameter, such as
-    experts. table: None where there was none. torchao: what its rule converts, None for a recipe without one.
-    control: what bf16 gained over itself, compiled and loaded again, None if that failed; a choice gains more.
-    exhaustive: every set was measured. Field order is the order in the file.
+    roles that float8 cannot compute. left_alone: modules of the block that hold several matrices in one parameter, such
+    as experts. table: None if there was no table. torchao: the roles that torchao's rule converts, None for a recipe
+    without a rule. control: the speedup of bf16 over itself, compiled and loaded a second time; None if that failed. A
+    set is chosen only if it gains more. exhaustive: every set was measured.
     """
 
     schema_: Literal[1] = 1
@@ -148,7 +153,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     candidates: tuple[Candidate, ...]
 
     def place(self, fqn: str) -> PlaceInBlock | None:
-        """Where the linear of this name stands in a whole model, Hugging Face's or torchtitan's; None: in no block."""
+        """Where a linear is in a whole model of Hugging Face or torchtitan. None if it is in no block."""
         name = plain_name(fqn)
         if roles := self._roles(name):
             return PlaceInBlock("", roles)
@@ -156,17 +161,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return PlaceInBlock(found[1], self._roles(name[found.end() :])) if found else None
 
     def alike(self, fqn: str) -> str | None:
-        """The role that this name ends like, for names in no block."""
-        name = hugging_face_role(plain_name(fqn))
-        return next((role for role in self.shapes if name.endswith(f".{hugging_face_role(role)}")), None)
+        """The role that a name ends with, for linears in no block. None if it ends with none."""
+        name = hugging_face_name(plain_name(fqn))
+        return next((role for role in self.shapes if name.endswith(f".{hugging_face_name(role)}")), None)
 
-    def _roles(self, name: str) -> Roles:
-        """The roles that a name within a block has; none if one of them is not there."""
-        known = {hugging_face_role(role): role for role in self.shapes}
-        before, _, last = name.rpartition(".")
-        names = [hugging_face_role(name)]
+    def _roles(self, name_in_block: str) -> Roles:
+        """The roles of a linear by its name within a block. Empty if the plan lacks one of them."""
+        known = {hugging_face_name(role): role for role in self.shapes}
+        parent, _, last = name_in_block.rpartition(".")
+        names = [hugging_face_name(name_in_block)]
         if names[0] not in known and last in _TWO_IN_ONE:
-            names = [hugging_face_role(f"{before}.{part}") for part in _TWO_IN_ONE[last]]
+            names = [hugging_face_name(f"{parent}.{part}") for part in _TWO_IN_ONE[last]]
         return tuple(known[name] for name in names) if all(name in known for name in names) else ()
 
     def shape(self, role: str) -> LinearShape:
@@ -183,7 +188,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 def exceeds_control(speedup_low: float, control: float | None) -> bool:
-    """Whether a set wins by more than bf16 differs from itself. control: see `Plan`; without it nothing wins."""
+    """Whether a set gains more than bf16 differs from itself. control: see `Plan`; if it is None, no set does."""
     return control is not None and speedup_low > max(1.0, control, 1 / control)
 
 
@@ -205,7 +210,7 @@ def parse_plan(text: str, *, source: str) -> Plan:
 
 
 def load_plan(plan: Plan | str | os.PathLike[str]) -> tuple[Plan, str]:
-    """A plan, or a file's, and what to call it in messages."""
+    """The plan, read if it is a path, and the name that messages give it."""
     if not isinstance(plan, Plan):
         return read_plan(plan), str(plan)
     source = f"of {plan.model}"
@@ -214,23 +219,23 @@ def load_plan(plan: Plan | str | os.PathLike[str]) -> tuple[Plan, str]:
 
 
 def require_same_training(plan: Plan, source: str, *, recipe: Recipe, device: str, tokens: int) -> None:
-    """Raises PlanError for a plan of other training. tokens: as context parallelism leaves them to a rank."""
-    for field, here, there in (("recipe", recipe, plan.recipe), ("tokens", tokens, plan.tokens)):
-        if here != there:
-            raise PlanError(f"{source}: $.{field}: expected {here}, found {there}")
+    """Raises PlanError if the plan was measured for other training. tokens: of one rank, after context parallelism."""
+    for field, expected, found in (("recipe", recipe, plan.recipe), ("tokens", tokens, plan.tokens)):
+        if expected != found:
+            raise PlanError(f"{source}: $.{field}: expected {expected}, found {found}")
     if device_slug(plan.device.name) != device_slug(device):
         raise PlanError(f"{source}: $.device.name: expected {device}, found {plan.device.name}")
 
 
 def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
-    """Write atomically. Raises PlanError rather than write what could not be read again."""
+    """Write atomically. Raises PlanError, and writes nothing, if the file could not be read again."""
     text = format_plan(plan)
     parse_plan(text, source=str(path))
     write_atomically(Path(path), text)
 
 
 def format_plan(plan: Plan) -> str:
-    """The file's text: fixed key order, one shape and one candidate a line, numbers rounded."""
+    """The file's text: keys in a fixed order, one shape or candidate a line, rounded numbers."""
     header = msgspec.to_builtins(plan)
     del header["candidates"]
     lines = [f"{key}:\n{_shapes(plan)}" if key == "shapes" else yaml_line(key, value) for key, value in header.items()]
@@ -248,7 +253,7 @@ def _format_candidate(candidate: Candidate) -> str:
 
 
 def _check(plan: Plan, source: str) -> None:
-    """What types alone cannot say: column names, known roles, duplicates, consistent numbers, a choice that wins."""
+    """Check what types cannot: column names, known roles, duplicates, consistent numbers, and that the choice wins."""
     if plan.columns != COLUMNS:
         raise PlanError(f"{source}: $.columns: expected {list(COLUMNS)}, found {list(plan.columns)}")
     if not plan.shapes:
@@ -290,5 +295,5 @@ def _check_candidate(plan: Plan, candidate: Candidate, where: str) -> None:
         if not has_numbers and number is not None:
             raise PlanError(f"{where}.{column}: expected null for status {candidate.status}, found {number}")
     low, speedup, high = candidate.speedup_low, candidate.speedup, candidate.speedup_high
-    if has_numbers and not (low or 0) <= (speedup or 0) <= (high or 0):  # none is None here: checked above
+    if has_numbers and not (low or 0) <= (speedup or 0) <= (high or 0):  # the loop above left no None
         raise PlanError(f"{where}.speedup: expected low <= speedup <= high, found {low}, {speedup}, {high}")

@@ -1,4 +1,4 @@
-"""The float8 recipes, and all that is particular to each. A new recipe is one more entry here.
+"""The float8 recipes, and everything that differs between them. A new recipe is one more entry here.
 
 The tables, the command line, the report and the tests iterate over `RECIPES`.
 """
@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
-"""torchao's names of its float8 training recipes (`Float8LinearRecipeName`)."""
+"""The names that torchao gives its float8 training recipes (`Float8LinearRecipeName`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeFacts:
-    """What fp8gate knows of one recipe.
+    """What fp8gate knows about one recipe.
 
-    accuracy_rank: 1 is the most accurate. torchao's documentation ranks its recipes so: finer scales are more accurate,
-    a weight gradient in bf16 more so.
+    accuracy_rank: 1 is the most accurate. The order is that of torchao's documentation: finer scales are more accurate,
+    and a weight gradient in bf16 is more accurate still.
     inductor: the settings that production compiles this recipe with.
-    torchao_skips: given (in_features, out_features), whether torchao's fixed rule leaves the linear in bf16; None if
-    torchao has no rule for the recipe. Source of the numbers: `_auto_filter_for_recipe` of torchao 0.18.0. A test
-    compares them with that function.
+    torchao_skips: takes (in_features, out_features) and says whether torchao's fixed rule leaves such a linear in bf16.
+    None if torchao has no rule for the recipe. The numbers are those of `_auto_filter_for_recipe` of torchao 0.18.0; a
+    test compares them with that function.
     """
 
     accuracy_rank: int

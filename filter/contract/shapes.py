@@ -9,9 +9,9 @@ FLOAT8_MULTIPLE = 16
 
 
 class LinearShape(msgspec.Struct, frozen=True, order=True):
-    """One linear layer as one rank computes it: (m, k) @ (k, n) forward, two products of that size backward.
+    """One linear layer as one rank computes it: (m, k) @ (k, n) forward, and two products of that size backward.
 
-    m: tokens, the rows of the input per microbatch. k: in_features. n: out_features. Ordered by (m, k, n).
+    m: tokens, the rows of the input per microbatch. k: in_features. n: out_features. Shapes sort by (m, k, n).
     """
 
     m: int
@@ -23,11 +23,11 @@ class LinearShape(msgspec.Struct, frozen=True, order=True):
 
     @property
     def flop(self) -> int:
-        """Floating-point operations of forward plus backward: three products of 2 m k n each."""
+        """Floating-point operations of forward plus backward: three products of 2 m k n operations each."""
         return 6 * self.m * self.k * self.n
 
     def indivisible(self) -> str | None:
-        """The dimensions float8 products reject, for people ("n = 100"), or None if all are accepted."""
+        """The dimensions that float8 products reject, as people read them ("n = 100"); None if there are none."""
         sizes = (("m", self.m), ("k", self.k), ("n", self.n))
         bad = [f"{name} = {size}" for name, size in sizes if size % FLOAT8_MULTIPLE]
         return ", ".join(bad) or None

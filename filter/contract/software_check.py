@@ -1,4 +1,4 @@
-"""Is a table's software that of this machine?"""
+"""Compare the software that a table was measured with to the software of this machine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 
 
 def stale(software: Software) -> str | None:
-    """What differs from what is here ("torch 2.11.0, here 2.13.0"), or None.
+    """The releases that differ ("torch 2.11.0, here 2.13.0"), or None if there are none.
 
-    Builds ("+cu130") are not compared; what is not installed here, or cannot be asked, is no difference.
+    Builds ("+cu130") are not compared. A package that is not installed here, or a driver whose version cannot be read,
+    counts as equal.
     """
     differences = []
     for package in (*PACKAGES, "driver"):
-        measured, here = getattr(software, package), _driver() if package == "driver" else _installed(package)
-        if measured and here and _release(measured) != _release(here):
-            differences.append(f"{package} {_release(measured)}, here {_release(here)}")
+        measured, installed = getattr(software, package), _driver() if package == "driver" else _installed(package)
+        if measured and installed and _release(measured) != _release(installed):
+            differences.append(f"{package} {_release(measured)}, here {_release(installed)}")
     return "; ".join(differences) or None
 
 
@@ -34,7 +35,7 @@ def _installed(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """NVIDIA's, as its kernel module states it on Linux."""
+    """The version of NVIDIA's driver, as its kernel module states it on Linux."""
     if not DRIVER_VERSION.is_file():
         return None
     found = re.search(r"Kernel Module.*?(\d+\.\d+(?:\.\d+)?)", DRIVER_VERSION.read_text())

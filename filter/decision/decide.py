@@ -1,4 +1,4 @@
-"""The decision for one layer: in which order it is taken, and the reason that is kept with it. Pure."""
+"""The decision for one layer, and the reason that is kept with it. Pure."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from fp8gate.filter.contract.table import Point, Status
 from fp8gate.filter.decision.lookup import Estimate, Lookup
 
 DEFAULT_MIN_SPEEDUP = 1.05
-"""Near 1.0 it is better not to convert: such a layer gains little of a block, but changes what others cost. By six
-plans of an H200 (LOG.md, 2026-11-25) the table's set loses 1.0 % of a block on average at 1.05, 3.1 % at 1.02:
-llama3-8b's wk and wv, 1.03x alone (tensorwise), cost 6 % of the block when both are converted with wq."""
+"""A layer that wins by little is better left alone: it saves little of its block's time, but changes what the layers
+around it cost. In six plans of an H200 (LOG.md, 2026-11-25) the table's set loses 1.0 % of a block on average at 1.05
+and 3.1 % at 1.02. For example, llama3-8b's wk and wv gain 1.03x each on their own (tensorwise), and cost 6 % of the
+block when both are converted together with wq."""
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """Whether one linear is converted to float8, and why.
 
-    speedup and bounds: float8 against bf16 for `shape` (local m, k, n); None where no number was needed or there.
-    point, distance, outside, gap: see `Estimate`. planned: by a plan, whose number is its block's.
+    speedup and its bounds: float8 against bf16 for `shape`, which is (m, k, n) as one rank holds the linear. They are
+    None if no number was needed, or if the table has none. point, distance, outside, gap: see `Estimate`. planned: a
+    plan decided. Its reason then gives the speedup of the whole block.
     """
 
     convert: bool
@@ -47,7 +49,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def decide(shape: LinearShape, lookup: Lookup, *, min_speedup: float, recomputed: bool = False) -> Decision:
-    """Choose float8 only where it was measured to win by `min_speedup`; recomputed: its forward runs twice."""
+    """Choose float8 only if it was measured to win by `min_speedup`. recomputed: the layer's forward runs twice."""
     indivisible = shape.indivisible()
     if indivisible:
         return Decision(convert=False, shape=shape, reason=f"{indivisible}: not a multiple of 16")
@@ -59,14 +61,14 @@ def decide(shape: LinearShape, lookup: Lookup, *, min_speedup: float, recomputed
 
 def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decision:
     wins = estimate.speedup >= min_speedup
-    broken = estimate.gap == "failed"
+    has_failed = estimate.gap == "failed"
     digits = _digits(estimate, min_speedup)
     below = "" if wins else f", below {min_speedup:.{digits}f}x"
     verdict = f"{estimate.speedup:.{digits}f}x{below}"
-    if broken:
-        verdict = "float8 failed at the nearest point"  # a wrong result is no speedup, however fast a neighbour is
+    if has_failed:
+        verdict = "float8 failed at the nearest point"  # a fast neighbour does not make a wrong result right
     return Decision(
-        convert=wins and not broken,
+        convert=wins and not has_failed,
         reason=f"{verdict} ({_provenance(estimate, min_speedup)})",
         shape=shape,
         speedup=estimate.speedup,
@@ -80,11 +82,11 @@ def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decisi
 
 
 def _digits(estimate: Estimate, min_speedup: float) -> int:
-    """2, or 4 where two of a reason's numbers would read "1.02x, below 1.02x" or "bounds 1.02 to 1.02"."""
+    """Digits after the point: 4 if 2 would print "1.02x, below 1.02x" or "bounds 1.02 to 1.02", else 2."""
     low, speedup, high = (round(x, 2) for x in (estimate.speedup_low, estimate.speedup, estimate.speedup_high))
     is_below = estimate.speedup < min_speedup
-    reads_alike = (is_below and speedup >= round(min_speedup, 2)) or (_straddles(estimate, min_speedup) and low == high)
-    return 4 if reads_alike else 2
+    looks_equal = (is_below and speedup >= round(min_speedup, 2)) or (_straddles(estimate, min_speedup) and low == high)
+    return 4 if looks_equal else 2
 
 
 def _straddles(estimate: Estimate, min_speedup: float) -> bool:
@@ -92,7 +94,7 @@ def _straddles(estimate: Estimate, min_speedup: float) -> bool:
 
 
 def _provenance(estimate: Estimate, min_speedup: float) -> str:
-    """Where the number is from: "measured", "nearest (8192, 4096, 1024)", "interpolated, outside the grid"."""
+    """How the number was found: "measured", "nearest (8192, 4096, 1024)", "interpolated, outside the grid"."""
     if estimate.distance == 0:
         parts = ["measured"]
     elif estimate.interpolated:

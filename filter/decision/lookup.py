@@ -1,4 +1,4 @@
-"""What a table says about any shape: the nearest measured point, or what lies between the measured points.
+"""Estimate any shape from a table: by the nearest measured point, or by interpolation between measured points.
 
 In: a `Table` and a `LinearShape`. Out: an `Estimate`. Pure: no files, no torch.
 """
@@ -15,24 +15,29 @@ from typing import Literal, NamedTuple, get_args
 
 import msgspec
 
+from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Point, Status, Table
 
 LookupName = Literal["nearest", "interpolate"]
 LOOKUPS: tuple[LookupName, ...] = get_args(LookupName)
 DEFAULT_LOOKUP: LookupName = "interpolate"
-"""Of 110 shapes off the grid, interpolation lost less than half of what the nearest point lost with every recipe: the
+"""With every recipe, interpolation lost less than half of what the nearest point lost. Over 110 shapes off the grid the
 mean loss was 0.00, 0.00 and 0.07 % against 0.12, 0.28 and 0.25 % (measured on one NVIDIA H200, LOG.md)."""
+
+Sizes = tuple[int, int, int]
+TIE_OCTAVES = 1e-9  # distances that differ by less are equal
+DISTANCE_DIGITS = 9  # to which squared distances in octaves are rounded, so that equal ones compare as equal
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """Forward + backward of one shape, from the table. Times in microseconds; forwards: how often the forward runs.
+    """Forward + backward of one shape, from the table. Times are in microseconds.
 
     point: the nearest measured point. distance: how far it is, in octaves (Euclidean, log2 per axis; 0 = exact,
-    1 = one dimension twice as large). outside: the shape was not measured and lies outside the measured part of the
-    grid (without a grid, outside all points). gap: the status of a still nearer point that has no numbers, or None.
-    from_tokens: the fewer tokens whose speedup stands in, because the shape's own were not measured around its size, or
-    None.
+    1 = one dimension twice as large). outside: the shape was not measured and is outside the measured part of the grid
+    (without a grid, outside of all points). gap: the status of an even nearer point that has no numbers, or None.
+    from_tokens: a smaller number of tokens whose speedup is used, because the shape's own tokens were not measured
+    around its k and n; or None. forwards: how often the forward runs.
     """
 
     speedup: float
@@ -56,13 +61,13 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def fp8_us(self) -> float:
-        """bf16 time over the paired speedup: consistent with the decision, unlike a quotient of medians."""
+        """The bf16 time over the speedup, and so consistent with the decision, unlike the sum of the float8 medians."""
         return self.bf16_us / self.speedup
 
     def recomputed(self) -> Estimate:
-        """The same under activation checkpointing, which runs the forward twice in both precisions.
+        """The estimate under activation checkpointing, which runs the forward twice in both precisions.
 
-        The paired speedup and its bounds change as the quotient of the summed times does.
+        The speedup and its bounds change by the same factor as the quotient of the summed times.
         """
         once, twice = (
             (n * self.bf16_fwd_us + self.bf16_bwd_us) / (n * self.fp8_fwd_us + self.fp8_bwd_us) for n in (1, 2)
@@ -78,11 +83,14 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lookup:
-    """An index over one table. Building it is linear in the points; `__call__` is what a decision costs."""
+    """An index over one table. Building it takes time linear in the points. A decision costs one `__call__`.
+
+    Raises InputError for an unknown kind of lookup.
+    """
 
     def __init__(self, table: Table, kind: LookupName = DEFAULT_LOOKUP) -> None:
         if kind not in LOOKUPS:
-            raise ValueError(f"lookup: expected one of {', '.join(LOOKUPS)}; got {kind!r}")
+            raise InputError(f"lookup: expected one of {', '.join(LOOKUPS)}; got {kind!r}")
         self.table = table
         self._estimate: Callable[[LinearShape], Estimate] = self._nearest if kind == "nearest" else self._interpolate
         self._points: dict[Sizes, Point] = {(p.m, p.k, p.n): p for p in table.points}
@@ -99,25 +107,28 @@ class Lookup:
         return self._estimate(shape) if self._logs else None
 
     def _nearest(self, shape: LinearShape) -> Estimate:
-        """The nearest point's speedup as it was measured; its times scaled with the work."""
+        """The nearest point's speedup as it was measured, and its times scaled with the work."""
         nearest = self._find_nearest(shape)
         return self._make(shape, nearest, _numbers(nearest.point), nearest.point.shape, interpolated=False)
 
     def _interpolate(self, shape: LinearShape) -> Estimate:
-        """ln of every number, linear in log2 of each axis between the 8 grid points around the shape.
+        """The numbers between the 8 grid points around the shape: ln of each is linear in log2 of each axis.
 
-        Outside the grid the shape is moved to its border (times still scale with the work). Where one of the 8 was
-        not measured, as the largest are not, fewer tokens stand in: the next m below at which all were, unless the
-        nearest point is nearer. Without any, and where the shape itself was measured, this is the nearest point.
+        A shape outside the grid is moved to its border (times still scale with the work). The largest shapes of a grid
+        are not measured. If one of the 8 points is such a shape, the next smaller m at which all were measured is used,
+        unless the nearest point is nearer. The nearest point is also used if there is no such m, or if the shape itself
+        was measured.
         """
         nearest = self._find_nearest(shape)
         if nearest.distance > 0:
             on_m, on_k, on_n = self._grid
-            (m, around_m), (k, around_k), (n, around_n) = on_m.place(shape.m), on_k.place(shape.k), on_n.place(shape.n)
+            m, around_m = on_m.bracket(shape.m)
+            k, around_k = on_k.bracket(shape.k)
+            n, around_n = on_n.bracket(shape.n)
             if numbers := self._blend(around_m, around_k, around_n):
                 return self._make(shape, nearest, numbers, LinearShape(m, k, n), interpolated=True)
             for at_m in reversed(on_m.sizes[: bisect_left(on_m.sizes, m)]):
-                if math.log2(m / at_m) > nearest.distance + NO_FURTHER:
+                if math.log2(m / at_m) > nearest.distance + TIE_OCTAVES:
                     break
                 if numbers := self._blend([(at_m, 1.0)], around_k, around_n):
                     return self._make(shape, nearest, numbers, LinearShape(at_m, k, n), interpolated=True)
@@ -126,7 +137,7 @@ class Lookup:
         return self._make(shape, nearest, _numbers(nearest.point), nearest.point.shape, interpolated=False)
 
     def _blend(self, *around: Sequence[tuple[int, float]]) -> list[float] | None:
-        """The `_numbers` between these sizes of each axis, or None if they were not measured at every corner."""
+        """The `_numbers` between these sizes of each axis, or None if one of the corners was not measured."""
         weights, corners = [], []
         for (m, weight_m), (k, weight_k), (n, weight_n) in itertools.product(*around):
             logs = self._logs.get((m, k, n))
@@ -137,7 +148,7 @@ class Lookup:
         return [math.exp(sum(map(mul, weights, column))) for column in zip(*corners, strict=True)]
 
     def _in_table(self, *around: Sequence[tuple[int, float]]) -> bool:
-        """Whether every corner has its row, with or without numbers; also where there are no corners."""
+        """Whether every corner has a row in the table, with or without numbers. True if there are no corners."""
         sizes = ([size for size, _ in sides] for sides in around)
         return all(corner in self._points for corner in itertools.product(*sizes))
 
@@ -153,7 +164,7 @@ class Lookup:
         """An estimate for `shape` from the `_numbers` known at `measured_at`."""
         speedup, low, high, bf16_fwd_us, bf16_bwd_us, fp8_fwd_us, fp8_bwd_us = numbers
         work = shape.flop / measured_at.flop
-        is_fewer = measured_at.m < shape.m and interpolated and measured_at.m < self._grid[0].place(shape.m)[0]
+        is_fewer = measured_at.m < shape.m and interpolated and measured_at.m < self._grid[0].bracket(shape.m)[0]
         from_tokens = measured_at.m if is_fewer else None
         is_inside = nearest.distance == 0 or not (is_fewer or nearest.outside or self._outside(shape))
         return Estimate(
@@ -173,9 +184,10 @@ class Lookup:
         )
 
     def _find_nearest(self, shape: LinearShape) -> _Nearest:
-        """The nearest point with numbers, and the status of a nearer one without.
+        """The nearest point with numbers, and the status of a nearer point without numbers.
 
-        Ties go to the lower speedup: converting a layer that loses costs more than leaving one that wins.
+        Of equally near points, the one with the lower speedup counts: converting a layer that loses costs more than
+        leaving one that wins.
         """
         at = (shape.m, shape.k, shape.n)
         if at in self._logs:
@@ -184,26 +196,26 @@ class Lookup:
         m, m_away = on_m.nearest(shape.m)
         k, k_away = on_k.nearest(shape.k)
         n, n_away = on_n.nearest(shape.n)
-        if (m, k, n) in self._logs:  # nearest on every axis: nothing can be nearer
+        if (m, k, n) in self._logs:  # nearest on every axis, so no point is nearer
             return _Nearest(self._points[m, k, n], math.sqrt(m_away + k_away + n_away), None)
         return self._search(at)
 
     def _search(self, at: Sizes) -> _Nearest:
-        """The same for any points: goes outwards on every axis, no further than the nearest point found so far.
+        """The same by a search over all points: outwards on every axis, up to the nearest point found so far.
 
-        Distances are rounded, so that equal ones stay equal whatever the order of their sums.
+        Distances are rounded, so that equal ones compare as equal whatever the order in which they were summed.
         """
         by_m, by_k, by_n = (axis.by_distance(size) for axis, size in zip(self._everywhere, at, strict=True))
         best = (math.inf, math.inf, at)
         gaps: list[tuple[float, Sizes]] = []
         for m_away, m in by_m:
-            if round(m_away, DIGITS) > best[0]:
+            if round(m_away, DISTANCE_DIGITS) > best[0]:
                 break
             for k_away, k in by_k:
-                if round(m_away + k_away, DIGITS) > best[0]:
+                if round(m_away + k_away, DISTANCE_DIGITS) > best[0]:
                     break
                 for n_away, n in by_n:
-                    away = round(m_away + k_away + n_away, DIGITS)
+                    away = round(m_away + k_away + n_away, DISTANCE_DIGITS)
                     if away > best[0]:
                         break
                     point = self._points.get((m, k, n))
@@ -221,13 +233,8 @@ class Lookup:
         return any(not low <= size <= high for size, (low, high) in zip(sizes, self._range, strict=True))
 
 
-Sizes = tuple[int, int, int]
-NO_FURTHER = 1e-9  # octaves
-DIGITS = 9  # of squared distances in octaves
-
-
 class _Nearest(NamedTuple):
-    """See `Estimate`."""
+    """The nearest measured point. See `Estimate` for the fields."""
 
     point: Point
     distance: float
@@ -241,16 +248,16 @@ class _Axis:
     def __init__(self, sizes: Iterable[int]) -> None:
         self.sizes = sorted(set(sizes))
         self._log2 = [(math.log2(size), size) for size in self.sizes]
-        self.place = cache(self._place)  # a model's layers share their tokens and most of their sizes
+        self.bracket = cache(self._bracket)  # a model's layers share their tokens and most of their sizes
         self.nearest = cache(self._nearest)
 
-    def _place(self, size: int) -> tuple[int, list[tuple[int, float]]]:
-        """The size, moved to the border if it is outside of the axis, and the sizes on both sides of that."""
+    def _bracket(self, size: int) -> tuple[int, list[tuple[int, float]]]:
+        """The size, moved to the border if it is outside of the axis, and the axis' sizes on both sides of it."""
         inside = min(max(size, self.sizes[0]), self.sizes[-1]) if self.sizes else size
         return inside, self._around(inside)
 
     def _around(self, size: int) -> list[tuple[int, float]]:
-        """The sizes on both sides with their weights in log2; one if it is on the axis, none outside of it."""
+        """The sizes on both sides with their weights in log2. A single one if the size is on the axis; none outside."""
         i = bisect_right(self._log2, (math.log2(size), size))
         if i and self.sizes[i - 1] == size:
             return [(size, 1.0)]
@@ -261,11 +268,11 @@ class _Axis:
         return [(low, 1.0 - share), (high, share)]
 
     def _nearest(self, size: int) -> tuple[int, float]:
-        """The nearest size with its squared distance; 0 if two are equally near."""
+        """The nearest size with its squared distance. The size is 0 if two are equally near."""
         at = math.log2(size)
         i = bisect_right(self._log2, (at, size))
         sides = [((log2 - at) ** 2, other) for log2, other in self._log2[max(i - 1, 0) : i + 1]]
-        if len(sides) == 2 and round(sides[0][0] - sides[1][0], DIGITS) == 0:
+        if len(sides) == 2 and round(sides[0][0] - sides[1][0], DISTANCE_DIGITS) == 0:
             return 0, 0.0
         away, other = min(sides)
         return other, away
@@ -277,7 +284,7 @@ class _Axis:
 
 
 def _numbers(point: Point) -> list[float]:
-    """Speedup, its bounds, then the four times, of a point that has them."""
+    """The speedup, its bounds and the four times of a point that has numbers."""
     numbers = [x for x in point.numbers if x is not None]
     assert len(numbers) == 7, point
     return [*numbers[4:], *numbers[:4]]

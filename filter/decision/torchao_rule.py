@@ -1,4 +1,4 @@
-"""What torchao's fixed rule would convert, told without torchao being installed."""
+"""Torchao's fixed rule, for machines on which torchao is not installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fp8gate.filter.contract.shapes import FLOAT8_MULTIPLE
 
 
 def torchao_converts(recipe: Recipe, *, in_features: int, out_features: int) -> bool | None:
-    """Whether torchao's rule converts a linear of this size. None for a recipe that it has no rule for."""
+    """Whether torchao's rule converts a linear of this size. None if torchao has no rule for the recipe."""
     skips = RECIPES[recipe].torchao_skips
     if skips is None:
         return None

@@ -1,4 +1,7 @@
-"""What the filter would do to a model, and what that is worth: no GPU, no weights, only a config and a table."""
+"""Explain what the filter would do to a model, and what that is worth. It needs a config and a table, but no GPU.
+
+In: a `ModelConfig`, a `Table`, and how the model is divided. Out: an `Explanation`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from fp8gate.filter.model.parallel import Shards
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerExplanation:
-    """One role: its local shape, its decision, and what torchao's rule would do (None: no rule for the recipe)."""
+    """One kind of linear: the shape that a rank holds, its decision, and its times.
+
+    torchao: whether torchao's rule would convert it, None if torchao has no rule for the recipe.
+    """
 
     linear: LinearRole
     shape: LinearShape
@@ -27,7 +33,7 @@ class LayerExplanation:
     fp8_us: float
 
     def row(self) -> dict[str, Any]:
-        """The JSON row: names, local shape, answer and reason."""
+        """The row of the JSON output: names, local shape, answer and reason."""
         decision = self.decision
         return {
             "role": self.linear.role,
@@ -47,9 +53,10 @@ class LayerExplanation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predicted:
-    """Forward + backward of all linears of a rank, one microbatch, microseconds; None for no torchao rule.
+    """Predicted times of all linears of a rank: forward + backward of one microbatch, in microseconds.
 
-    Sums of table times: single layers do not tell what fusion in a compiled model adds or takes away.
+    They are sums of the table's times. What fusion in a compiled model adds or takes away is not in them.
+    torchao_rule_us: None if torchao has no rule for the recipe.
     """
 
     bf16_us: float
@@ -58,7 +65,7 @@ class Predicted:
     fp8gate_us: float
 
     def speedups(self) -> dict[str, float | None]:
-        """bf16 time over each choice's time: sums first, then the quotient."""
+        """The quotient of the bf16 sum and the sum of each choice."""
         torchao = self.torchao_rule_us
         return {
             "all_float8": self.bf16_us / self.all_float8_us,
@@ -69,7 +76,7 @@ class Predicted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
-    """A model under one table."""
+    """The decisions and the predicted times of a model under one table. note: what they leave out, or None."""
 
     table: Table
     layers: list[LayerExplanation]
@@ -80,9 +87,9 @@ class Explanation:
 def explain(
     config: ModelConfig, table: Table, lookup: Lookup, *, shards: Shards, recomputed: bool, min_speedup: float
 ) -> Explanation:
-    """Decide every linear role of a model as one rank holds it, and sum the times of each choice.
+    """Decide every kind of linear of a model as one rank holds it, and sum the times of each choice.
 
-    recomputed: every forward but the head's runs twice. Raises TableError if the table holds no number at all, and
+    recomputed: every forward except the head's runs twice. Raises TableError if the table holds no number at all, and
     ShardError if a layer cannot be divided.
     """
     layers = [_explain_layer(linear, table, lookup, shards, recomputed, min_speedup) for linear in linear_roles(config)]
@@ -111,7 +118,7 @@ def _explain_layer(
         decision=decide(shape, lookup, min_speedup=min_speedup, recomputed=recomputed),
         torchao=torchao_converts(table.recipe, in_features=linear.in_features, out_features=linear.out_features),
         bf16_us=estimate.bf16_us,
-        # what float8 cannot compute stays bf16 in every choice
+        # every choice leaves a layer in bf16 that float8 cannot compute
         fp8_us=estimate.bf16_us if shape.indivisible() else estimate.fp8_us,
     )
 

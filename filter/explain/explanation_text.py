@@ -1,4 +1,4 @@
-"""An explanation, or one for each recipe, as text for people and as JSON for programs. Pure.
+"""Explanations as text for people and as JSON for programs: of one recipe, or of all recipes side by side. Pure.
 
 In: `Explanation`s of one model. Out: a text, or plain data.
 """
@@ -15,7 +15,7 @@ from fp8gate.filter.explain.explanation import Explanation
 
 
 def explanation_json(title: Mapping[str, Any], explanation: Explanation) -> dict[str, Any]:
-    """title: what was asked (model, tokens, degrees), taken over as it is."""
+    """One explanation as plain data. title: what was asked (model, tokens, degrees); it comes first, unchanged."""
     predicted = explanation.predicted
     return {
         **title,
@@ -34,7 +34,7 @@ def explanation_json(title: Mapping[str, Any], explanation: Explanation) -> dict
 
 
 def explanation_text(title: str, explanation: Explanation) -> str:
-    """Every role with its decision, then what each choice is worth."""
+    """A table of every kind of linear with its decision, then a table of what each choice is worth."""
     table, software = explanation.table, explanation.table.software
     rows = [
         (
@@ -61,7 +61,7 @@ def explanation_text(title: str, explanation: Explanation) -> str:
 
 
 def recipes_json(title: Mapping[str, Any], explanations: Mapping[Recipe, Explanation]) -> dict[str, Any]:
-    """Every recipe's explanation, the fastest, and how much longer the linears take with each other one."""
+    """Every recipe's explanation, the fastest recipe, and how much longer the linears take with each recipe."""
     return {
         **title,
         "recipes": {recipe: explanation_json({}, explanation) for recipe, explanation in explanations.items()},
@@ -71,7 +71,7 @@ def recipes_json(title: Mapping[str, Any], explanations: Mapping[Recipe, Explana
 
 
 def recipes_text(title: str, explanations: Mapping[Recipe, Explanation]) -> str:
-    """The recipes side by side, the most accurate first, under this filter."""
+    """The recipes side by side, the most accurate first, each with the layers that the filter converts."""
     ranked = [recipe for recipe in MOST_ACCURATE_FIRST if recipe in explanations]
     rows = []
     for recipe in ranked:
@@ -97,18 +97,18 @@ def recipes_text(title: str, explanations: Mapping[Recipe, Explanation]) -> str:
 
 
 def fastest(explanations: Mapping[Recipe, Explanation]) -> Recipe:
-    """Of equally fast recipes the most accurate."""
+    """The fastest recipe. Of equally fast ones it is the most accurate."""
     ranked = [recipe for recipe in MOST_ACCURATE_FIRST if recipe in explanations]
     return max(ranked, key=lambda recipe: _speedup(explanations[recipe]))
 
 
 def slower(explanations: Mapping[Recipe, Explanation], recipe: Recipe) -> float:
-    """How much longer the linears take than with the fastest recipe, as a share."""
+    """How much longer the linears take than with the fastest recipe, as a share of that time."""
     return _speedup(explanations[fastest(explanations)]) / _speedup(explanations[recipe]) - 1
 
 
 def _speedup(explanation: Explanation) -> float:
-    """Of this filter over bf16: bf16 was measured beside each recipe, so only ratios compare."""
+    """The filter's speedup over bf16. Each recipe has its own bf16 times, so only ratios can be compared."""
     return explanation.predicted.bf16_us / explanation.predicted.fp8gate_us
 
 

@@ -1,4 +1,4 @@
-"""Is this a linear layer, and how large: for modules and for configs of modules, without importing torch."""
+"""Find the linear layers of a model and their sizes, in modules and in configs of modules, without importing torch."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from typing import Any, NamedTuple
 from fp8gate.filter.contract.names import without_indices
 
 _NOT_PRODUCTS = ("embedding_dim", "nf", "normalized_shape")
-"""Attributes of layers with a 2-D weight that are no float8 candidates: nn.Embedding looks its rows up, norms scale,
-and the Conv1D of transformers stores its weight transposed and is no nn.Linear, so torchao cannot convert it."""
+"""Attributes of layers that have a 2-D weight and yet are no candidates for float8. nn.Embedding looks rows up, norms
+scale, and the Conv1D of transformers stores its weight transposed and is no nn.Linear, so torchao cannot convert it."""
 
 _TENSOR_PARALLEL = ("tp", "tensor", "tensor_parallel")
-"""Names of a mesh dimension that divides layers."""
+"""Names of mesh dimensions that divide layers."""
 _STORAGE = ("dp", "fsdp", "dp_shard", "dp_replicate", "dp_shard_cp", "dp_cp", "shard", "replicate", "data")
-"""Names of a mesh dimension that divides what is stored: FSDP gathers it before use."""
+"""Names of mesh dimensions that divide only what is stored: FSDP gathers the whole weight before it is used."""
 
 
 class LinearSize(NamedTuple):
-    """A layer's sizes. is_local: a rank's part already, which no plan divides again. unknown: why that is not known."""
+    """The sizes of a linear layer.
+
+    is_local: they are those of one rank's part, which no parallel plan divides again. unknown: why it is not known
+    whether they are; empty if it is known.
+    """
 
     in_features: int
     out_features: int
@@ -27,11 +31,11 @@ class LinearSize(NamedTuple):
 
 
 def linear_size(layer: object) -> LinearSize | str:
-    """The sizes of a layer or layer config, or for anything else the reason it is no candidate.
+    """The sizes of a layer or layer config. For anything else, the reason why it is no candidate.
 
-    Accepted: any object with integer `in_features` and `out_features` (nn.Linear, torchtitan's Linear.Config), or
-    with a 2-D `weight` of shape (out_features, in_features). Of a weight that tensor parallelism has divided (a
-    DTensor), the local part counts. torchao's Float8Linear is already converted.
+    A candidate is any object with integer `in_features` and `out_features` (nn.Linear, torchtitan's Linear.Config), or
+    with a 2-D `weight` of shape (out_features, in_features). If tensor parallelism has divided the weight (a DTensor),
+    the sizes are those of the local part. torchao's Float8Linear is already converted, and so no candidate.
     """
     if _is_float8(type(layer)):
         return "already float8"
@@ -48,7 +52,7 @@ def linear_size(layer: object) -> LinearSize | str:
 
 
 def _local_size(layer: object, weight: Any) -> LinearSize | None:
-    """What the tensor parallel dimensions of the weight's mesh leave of it, or None if they do not divide it."""
+    """The part that the tensor parallel dimensions of the mesh leave of a weight, or None if they do not divide it."""
     mesh = weight.device_mesh
     sizes = list(weight.shape)
     for i, placement in enumerate(weight.placements):
@@ -60,16 +64,17 @@ def _local_size(layer: object, weight: Any) -> LinearSize | None:
             unknown = f"mesh dimension {name} divides the weight: expected tp, or a name of data parallelism such as dp"
             return LinearSize(int(weight.shape[1]), int(weight.shape[0]), unknown=unknown)
         if divides:
-            sizes[placement.dim] = -(-sizes[placement.dim] // mesh.size(i))  # the first ranks' part if it is uneven
+            sizes[placement.dim] = -(-sizes[placement.dim] // mesh.size(i))  # rounded up: the first ranks' part
     if sizes == list(weight.shape):
         return None
     return LinearSize(int(sizes[1]), int(sizes[0]), is_local=True)
 
 
 def _divides_layer(layer: object, mesh: Any, i: int) -> bool | None:
-    """Whether dimension `i` of the mesh divides what is multiplied (True) or only what is stored; None: not known.
+    """Whether dimension `i` of the mesh divides what is multiplied (True) or only what is stored (False).
 
-    Where the name says neither, the marks do that torch, transformers and FSDP leave; FSDP puts its dimensions first.
+    The name of the dimension tells, or else a mark that torch, transformers or FSDP leaves on the layer; FSDP puts its
+    dimensions first. None if neither tells.
     """
     name = mesh.mesh_dim_names[i] if mesh.mesh_dim_names else ""
     if name in _TENSOR_PARALLEL:
@@ -84,14 +89,17 @@ _FLOAT8: dict[type, bool] = {}
 
 
 def _is_float8(cls: type) -> bool:
-    """torchao's Float8Linear, subclasses of it, and their nested Config classes as torchtitan has them."""
+    """Whether this is torchao's Float8Linear, a subclass, or the Config class that torchtitan nests in one."""
     if cls not in _FLOAT8:
         _FLOAT8[cls] = any("Float8Linear" in ancestor.__qualname__.split(".") for ancestor in cls.__mro__)
     return _FLOAT8[cls]
 
 
 def linears_of(module: Any, fqn: str = "") -> Iterator[tuple[str, Any]]:
-    """Every nn.Linear of a model in torchao's order: of two names in one module it replaces the first alone."""
+    """Every nn.Linear of a model with its name, in the order in which torchao converts them.
+
+    A linear that has two names in one module comes once, under the first: torchao replaces only that one.
+    """
     for name, child in module.named_children():
         yield from linears_of(child, f"{fqn}.{name}" if fqn else name)
     if _is_torch_linear(type(module)):
@@ -99,7 +107,7 @@ def linears_of(module: Any, fqn: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def grouped_weights(model: Any) -> tuple[str, ...]:
-    """Modules that hold several matrices in one parameter, such as grouped experts; layer indices as *."""
+    """Names of modules that hold several matrices in one parameter, such as grouped experts. Layer indices are *."""
     grouped = (
         fqn
         for fqn, module in model.named_modules()
@@ -109,7 +117,7 @@ def grouped_weights(model: Any) -> tuple[str, ...]:
 
 
 def names_without_linears(model: Any) -> Iterator[str]:
-    """Modules that hold no nn.Linear, and all parameters: what a parallel plan may name beside linears."""
+    """Names that a parallel plan may contain beside linears: modules without an nn.Linear, and all parameters."""
     for name, module in model.named_modules():
         if not any(_is_torch_linear(type(inner)) for inner in module.modules()):
             yield name

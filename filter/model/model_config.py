@@ -1,12 +1,15 @@
-"""Models as lists of linear roles: from a Hugging Face config.json, or from a bundled name.
+"""Models as lists of linear roles.
 
-In: a config. Out: one `LinearRole` per kind of `nn.Linear` in the model, with its count and sizes.
+In: a Hugging Face config.json, or the name of a bundled one. Out: one `LinearRole` per kind of `nn.Linear` in the
+model, with its count and sizes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,7 +24,7 @@ class ModelError(InputError):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of a Hugging Face config.json that fix a decoder's linear layers; others are ignored."""
+    """The fields of a Hugging Face config.json that fix a decoder's linear layers. Other fields are ignored."""
 
     model_type: str
     hidden_size: Size
@@ -49,7 +52,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearRole:
-    """All linears of one kind. role: Llama's short name. fqn: Hugging Face's, layer indices as *. Sizes unsharded."""
+    """All linears of one kind in a model.
+
+    role: Llama's short name for them, such as "wq". fqn: Hugging Face's name, with layer indices as *. count: how many
+    there are. in_features, out_features: of the whole linear, before it is divided among ranks.
+    """
 
     role: str
     fqn: str
@@ -59,91 +66,77 @@ class LinearRole:
 
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types with bias or norm differences only: the same linears."""
+"""Model types that have the same linears: they differ in biases and norms only."""
 MIXTURE = ("mixtral",)
-"""Model types whose experts are grouped products in transformers: no nn.Linear, so nothing to convert."""
+"""Model types whose experts are grouped products in transformers: they are no nn.Linear, so nothing converts them."""
 
-BUNDLED: dict[str, ModelConfig] = {
-    "llama3-8b": ModelConfig(
-        model_type="llama",
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=8192,
-    ),
-    "llama3-70b": ModelConfig(
-        model_type="llama",
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=8192,
-    ),
-    "llama3-405b": ModelConfig(
-        model_type="llama",
-        hidden_size=16384,
-        intermediate_size=53248,
-        num_hidden_layers=126,
-        num_attention_heads=128,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-    ),
-    "qwen3-8b": ModelConfig(
-        model_type="qwen3",
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-    ),
-    "mixtral-8x7b": ModelConfig(
-        model_type="mixtral",
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        num_local_experts=8,
-        vocab_size=32000,
-        max_position_embeddings=32768,
-    ),
-}
-"""The facts of the models' published config.json files."""
+Decoded = TypeVar("Decoded")
+
+
+class BundledModels(Mapping[str, ModelConfig]):
+    """The models that come with fp8gate: name -> config, read from filter/model/bundled/<name>.json when asked for.
+
+    Each file holds the facts of the model's published config.json that `ModelConfig` has fields for.
+    """
+
+    names = ("llama3-8b", "llama3-70b", "llama3-405b", "qwen3-8b", "mixtral-8x7b")
+
+    def __getitem__(self, name: str) -> ModelConfig:
+        if name not in self.names:
+            raise KeyError(name)
+        return load_model(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+BUNDLED = BundledModels()
 
 
 def load_model(model: str) -> ModelConfig:
-    """A bundled model by name, or a config.json by path.
+    """The config of a bundled model, by name, or of a config.json, by path.
 
     Raises ModelError if it is neither, or if the config lacks a field or is of a type whose linears are not known.
     """
-    if model in BUNDLED:
-        return BUNDLED[model]
-    try:
-        content = Path(model).read_bytes()
-    except OSError as error:
-        names = ", ".join(BUNDLED)
-        raise ModelError(f"model: expected a config.json or one of {names}; got {model!r} ({error})") from error
-    try:
-        config = msgspec.json.decode(content, type=ModelConfig)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{model}: {error}") from error
+    config = _decode(model, ModelConfig)
     if config.model_type not in (*DENSE, *MIXTURE):
         known = ", ".join((*DENSE, *MIXTURE))
         raise ModelError(f"{model}: $.model_type: expected one of {known}; found {config.model_type!r}")
     return config
 
 
+def config_facts(model: str) -> dict[str, Any]:
+    """Everything that the config.json of `load_model` says, as plain data.
+
+    Raises ModelError if the model is neither bundled nor a file, or if the file holds no JSON object.
+    """
+    return _decode(model, dict[str, Any])
+
+
+def _decode(model: str, wanted: type[Decoded]) -> Decoded:
+    try:
+        return msgspec.json.decode(_config_json(model), type=wanted)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{model}: {error}") from error
+
+
+def _config_json(model: str) -> bytes:
+    if model in BundledModels.names:
+        from importlib import resources  # takes longer to import than all of fp8gate
+
+        return (resources.files("fp8gate.filter.model") / "bundled" / f"{model}.json").read_bytes()
+    try:
+        return Path(model).read_bytes()
+    except OSError as error:
+        names = ", ".join(BUNDLED)
+        raise ModelError(f"model: expected a config.json or one of {names}; got {model!r} ({error})") from error
+
+
 def linear_roles(config: ModelConfig) -> list[LinearRole]:
-    """Every kind of `nn.Linear` in the model, in forward order; `lm_head` too where its weight is tied."""
+    """Every kind of `nn.Linear` in the model, in forward order. `lm_head` is one, even if its weight is tied."""
     hidden, layer = config.hidden_size, "model.layers.*"
     roles: list[tuple[str, str, int, int]] = [
         ("wq", f"{layer}.self_attn.q_proj", hidden, config.query_size),
@@ -171,7 +164,7 @@ def linear_roles(config: ModelConfig) -> list[LinearRole]:
 
 
 def role_shape(linear: LinearRole, shards: Shards) -> LinearShape:
-    """What a rank holds of a role. Raises ShardError, naming the role, if it cannot be divided."""
+    """The shape of a role's linears on one rank. Raises ShardError, which names the linear, if it cannot be divided."""
     try:
         return shards.local_shape(linear.fqn, linear.in_features, linear.out_features)
     except ShardError as error:
@@ -179,7 +172,7 @@ def role_shape(linear: LinearRole, shards: Shards) -> LinearShape:
 
 
 def not_linear(config: ModelConfig) -> str | None:
-    """What of the model's products is no `nn.Linear`, for people, or None."""
+    """A sentence about the model's products that are no `nn.Linear`, or None if there are none."""
     if config.num_local_experts is None:
         return None
     return (

@@ -1,6 +1,6 @@
-"""The shape a rank multiplies: what tensor, sequence and context parallelism make of a linear. Pure; needs no torch.
+"""The shape that one rank multiplies under tensor, sequence and context parallelism. Pure; needs no torch.
 
-In: degrees and the plan that `parallelize_module` is given. Out: local (m, k, n) by layer name.
+In: degrees, and the plan that `parallelize_module` is given. Out: local (m, k, n) by layer name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fp8gate.filter.contract.names import plain_name, without_wrappers
 from fp8gate.filter.contract.shapes import LinearShape
 
 Style = Literal["colwise", "rowwise", "sequence", "replicated"]
-"""What a rank holds of a linear: out_features / tp, in_features / tp, all of it over tokens / tp, or all of it."""
+"""Which dimension of a linear is divided by tp: out_features, in_features, the tokens, or none."""
 
 PlanName = Literal["torchtitan", "transformers"]
 READY_PLANS: dict[PlanName, dict[str, Style]] = {
@@ -43,7 +43,8 @@ READY_PLANS: dict[PlanName, dict[str, Style]] = {
         "lm_head": "colwise",
     },
 }
-"""Llama-style names. torchtitan's are those of its modules and of its config tree, where wk and wv share `wkv`."""
+"""Plans for Llama-style names. torchtitan's has the names of its modules and those of its config tree, where wk and wv
+share `wkv`."""
 
 _CLASSES: dict[str, Style] = {
     "ColwiseParallel": "colwise",
@@ -52,7 +53,8 @@ _CLASSES: dict[str, Style] = {
     "PackedRowwiseParallel": "rowwise",
     "SequenceParallel": "sequence",
 }
-"""torch's styles, transformers' of the same names, and their subclasses, such as torchao's Float8ColwiseParallel."""
+"""torch's classes, and those of transformers, which have the same names. Subclasses count too, such as torchao's
+Float8ColwiseParallel."""
 _REPLICATED = (
     *(
         "PrepareModuleInput",
@@ -65,9 +67,9 @@ _REPLICATED = (
     *("MoeExpertsParallel", "MoeIdentityParallel", "MoeIdentityExpertParallel", "MoeTensorParalellExperts"),
     *("EmbeddingParallel", "LocalParamsParallel"),
 )
-"""Styles of torch, torchao, torchtitan and transformers that divide no linear's weight."""
+"""Classes of torch, torchao, torchtitan and transformers that divide no linear's weight."""
 _PLAIN = "TensorParallelLayer"
-"""transformers' base class, which is its "replicate" itself; what a subclass divides only its own name says."""
+"""transformers' base class, which itself is the style "replicate". It says nothing about what its subclasses divide."""
 
 _STRINGS: dict[str, Style] = {
     **dict.fromkeys(("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise", "local_colwise"), "colwise"),
@@ -78,7 +80,7 @@ _STRINGS: dict[str, Style] = {
     **dict.fromkeys(("moe_tp_experts", "moe_identity_expert", "ep_dispatch_experts", "ep_router"), "replicated"),
     **dict.fromkeys(("grouped_gemm", "gather"), "replicated"),
 }
-"""Our own names, and the strings of a transformers tp_plan: those of embeddings and experts divide no linear."""
+"""fp8gate's own names, and the strings of a transformers tp_plan. Those for embeddings and experts divide no linear."""
 
 
 class ShardError(InputError):
@@ -86,17 +88,17 @@ class ShardError(InputError):
 
 
 class Parallel(msgspec.Struct, frozen=True, kw_only=True):
-    """How a model is divided among ranks, other than by data parallelism, which leaves shapes as they are.
+    """How a model is divided among ranks. Data parallelism is left out, as it does not change shapes.
 
-    tp: tensor parallel degree. plan: which layers it divides, and how: the mapping given to `parallelize_module`
-    (fully qualified name pattern -> ColwiseParallel(), RowwiseParallel(), SequenceParallel(), a subclass of these, or a
-    mapping again, for a submodule), a transformers `tp_plan` of strings, or the name of a ready one, "torchtitan" or
-    "transformers". A linear in no pattern is taken as whole, with an UnknownShardWarning; the style "replicated" says
-    that it is. cp: context parallel degree, which divides the tokens.
+    tp: tensor parallel degree. plan: which layers it divides, and how. It is the mapping given to `parallelize_module`
+    (fully qualified name pattern -> ColwiseParallel(), RowwiseParallel(), SequenceParallel(), a subclass of these, or
+    for a submodule another such mapping), a transformers `tp_plan` of strings, or the name of a ready plan,
+    "torchtitan" or "transformers". A linear that no pattern matches is taken as whole, with an UnknownShardWarning; the
+    style "replicated" states that it is whole. cp: context parallel degree, which divides the tokens.
 
     Sequence parallelism changes nothing for the linears of such a plan: they gather their input first, or scatter their
-    output, and multiply all tokens. Give a linear that stays within the divided sequence the style "sequence".
-    Raises ValueError for a degree below 1, a tp without a plan, or a style that is not known.
+    output, and multiply all tokens. Give a linear that works on the divided sequence the style "sequence".
+    Raises InputError for a degree below 1, a tp without a plan, or an unknown style.
     """
 
     tp: int = 1
@@ -107,21 +109,21 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("tp", "cp"):
             degree = getattr(self, name)
             if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
-                raise ValueError(f"parallel.{name}: expected a degree of at least 1; got {degree!r}")
+                raise InputError(f"parallel.{name}: expected a degree of at least 1; got {degree!r}")
         if self.tp > 1 and not self.patterns():
-            raise ValueError(f"parallel.plan: expected the plan that tp = {self.tp} follows; got an empty one")
+            raise InputError(f"parallel.plan: expected the plan that tp = {self.tp} follows; got an empty one")
 
     def patterns(self) -> list[Pattern]:
-        """The plan, flat. Of several patterns that match a layer, the last that divides it counts."""
+        """The plan as a flat list. If several patterns match a layer, the last one that divides it counts."""
         if isinstance(self.plan, Mapping):
             return list(_flatten(self.plan, ()))
         if not isinstance(self.plan, str) or self.plan not in READY_PLANS:
-            raise ValueError(f"parallel.plan: expected a mapping or one of {', '.join(READY_PLANS)}; got {self.plan!r}")
+            raise InputError(f"parallel.plan: expected a mapping or one of {', '.join(READY_PLANS)}; got {self.plan!r}")
         return list(_flatten(READY_PLANS[self.plan], ()))
 
 
 class Pattern(msgspec.Struct, frozen=True):
-    """One entry of a plan: the name's parts, each of which may hold wildcards."""
+    """One entry of a plan. parts: of the name, each of which may contain wildcards."""
 
     parts: tuple[str, ...]
     style: Style
@@ -131,11 +133,11 @@ class Pattern(msgspec.Struct, frozen=True):
 
     @property
     def is_of_no_linear(self) -> bool:
-        """Norms follow the sequence; that a layer is an embedding only its name tells."""
+        """Whether it names a norm, which has the style "sequence", or an embedding, which only its name tells."""
         return self.style == "sequence" or "embed" in self.parts[-1]
 
     def matches(self, names: Sequence[str]) -> bool:
-        """Part by part, as `parallelize_module` does."""
+        """Whether a name matches part by part, as `parallelize_module` matches it."""
         if len(names) != len(self.parts):
             return False
         for name, part in zip(names, self.parts, strict=True):
@@ -145,19 +147,19 @@ class Pattern(msgspec.Struct, frozen=True):
 
 
 class Shards:
-    """The local shapes under one `Parallel` at `tokens` rows; remembers which patterns matched.
+    """The local shapes under one `Parallel`. It remembers which patterns matched a name.
 
     tokens: batch x sequence of one microbatch, before context parallelism divides it.
-    Raises ValueError if the context parallel degree does not divide the tokens.
+    Raises InputError if the context parallel degree does not divide the tokens.
     """
 
     def __init__(self, parallel: Parallel, tokens: int) -> None:
         if tokens % parallel.cp:
-            raise ValueError(f"parallel.cp: expected a divisor of tokens = {tokens}; got {parallel.cp}")
+            raise InputError(f"parallel.cp: expected a divisor of tokens = {tokens}; got {parallel.cp}")
         self._tp = parallel.tp
         self._tokens = tokens // parallel.cp
         self._patterns = parallel.patterns()
-        self._by_last: dict[str, list[Pattern]] = {}  # the last part of a name leaves few patterns to try
+        self._by_last: dict[str, list[Pattern]] = {}  # few patterns have the same last part as a name
         for pattern in self._patterns:
             self._by_last.setdefault(pattern.parts[-1], []).append(pattern)
         self._has_wild_last = any(sign in last for last in self._by_last for sign in "*?[")
@@ -165,21 +167,22 @@ class Shards:
         self._is_ready_made = isinstance(parallel.plan, str)
 
     def local_shape(self, fqn: str, in_features: int, out_features: int) -> LinearShape:
-        """What a rank multiplies of the linear known as `fqn`. Raises ShardError if the degree does not divide it."""
+        """The part of the linear `fqn` that one rank multiplies. Raises ShardError if the degree does not divide it."""
         return self.part(self.style(fqn), in_features, out_features)
 
     def part(self, style: Style | None, in_features: int, out_features: int) -> LinearShape:
-        """The shape under this style, whole under None. Raises ShardError if the degree does not divide it."""
+        """A rank's part under this style; all of it under None. Raises ShardError if the degree does not divide it."""
         return divided(style or "replicated", self._tp, LinearShape(self._tokens, in_features, out_features))
 
     def forget(self) -> None:
-        """Start anew with another model: no pattern has matched."""
+        """Prepare for another model: no pattern has matched."""
         self._matched.clear()
 
     def unmatched(self, *, of_linears: bool) -> tuple[str, ...]:
-        """Patterns that should divide a layer and matched none. A ready plan knows several names for each layer.
+        """The patterns that should divide a layer, but matched none.
 
-        of_linears: only linears were asked about, so norms and embeddings are not missed.
+        A ready plan has several names for each layer, so it is reported only if none of its patterns matched.
+        of_linears: the caller asked about linears only, so patterns of norms and embeddings are left out.
         """
         dividing = [p for p in self._patterns if p.style != "replicated" and not (of_linears and p.is_of_no_linear)]
         if self._is_ready_made:
@@ -187,9 +190,9 @@ class Shards:
         return tuple(str(p) for p in dividing if p not in self._matched)
 
     def style(self, fqn: str) -> Style | None:
-        """What the plan says of this name, None if nothing; remembers the patterns that match.
+        """The plan's style for this name, None if it has none. Remembers the patterns that match.
 
-        Without tensor parallelism, whatever the plan says not is "replicated".
+        Without tensor parallelism a name that the plan does not have is "replicated".
         """
         if not self._patterns:
             return "replicated"
@@ -204,7 +207,7 @@ class Shards:
 
 
 def divided(style: Style, tp: int, shape: LinearShape) -> LinearShape:
-    """A rank's part of a linear. Raises ShardError if `tp` does not divide the dimension that `style` divides."""
+    """One rank's part of a linear. Raises ShardError if `tp` does not divide the dimension that `style` divides."""
     if style == "replicated" or tp == 1:
         return shape
     axis = {"colwise": "n", "rowwise": "k", "sequence": "m"}[style]
@@ -216,7 +219,7 @@ def divided(style: Style, tp: int, shape: LinearShape) -> LinearShape:
 
 def _flatten(plan: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[Pattern]:
     for name, style in plan.items():
-        parts = (*prefix, *without_wrappers(name.split("."))) if name else prefix  # "" is the module itself
+        parts = (*prefix, *without_wrappers(name.split("."))) if name else prefix  # "" means the module itself
         if isinstance(style, Mapping):
             yield from _flatten(style, parts)
         else:
@@ -227,7 +230,7 @@ def _style_of(style: Any, pattern: str) -> Style:
     if isinstance(style, str):
         if style in _STRINGS:
             return _STRINGS[style]
-        raise ValueError(
+        raise InputError(
             f"parallel.plan[{pattern!r}]: expected a style such as {', '.join(get_args(Style))}; got {style!r}"
         )
     ancestors = [cls.__name__ for cls in type(style).__mro__]
@@ -236,7 +239,7 @@ def _style_of(style: Any, pattern: str) -> Style:
         return known[0]
     if ancestors[0] == _PLAIN or any(name in _REPLICATED for name in ancestors):
         return "replicated"
-    raise ValueError(
+    raise InputError(
         f"parallel.plan[{pattern!r}]: expected ColwiseParallel, RowwiseParallel, SequenceParallel, a subclass, or one "
         f"of the strings {', '.join(get_args(Style))}; got {style!r}"
     )

@@ -1,0 +1,116 @@
+"""Decide single linears: by the plan where it has an answer, else by the table.
+
+In: a linear's name and sizes. Out: a `Decision`, and findings where it is less than certain.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from fp8gate.filter.contract.names import plain_name, without_indices
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Table
+from fp8gate.filter.decision.decide import Decision, decide
+from fp8gate.filter.decision.lookup import Lookup
+from fp8gate.filter.findings import (
+    AmbiguousPointWarning,
+    Finding,
+    Findings,
+    MissingPointWarning,
+    OutsideGridWarning,
+    UnknownShardWarning,
+)
+from fp8gate.filter.model.linear_layer import LinearSize
+from fp8gate.filter.model.parallel import ShardError, Shards
+from fp8gate.filter.plan_decisions import PlanDecisions
+from fp8gate.filter.settings import FilterSettings
+
+
+class LinearDecisions:
+    """Decides linears one at a time, and adds to `findings` what makes a decision less than certain.
+
+    A linear that comes again gets the same decision without a lookup. unknown_shards: names, with layer indices as *,
+    of linears that are taken as whole because nothing says what a rank holds.
+    """
+
+    def __init__(self, table: Table, settings: FilterSettings, findings: Findings, plan: PlanDecisions | None) -> None:
+        self.shards = Shards(settings.parallel, settings.tokens)
+        self.unknown_shards: dict[str, None] = {}
+        self._settings = settings
+        self._findings = findings
+        self._plan = plan
+        self._lookup = Lookup(table, settings.lookup)
+        self._by_shape: dict[tuple[LinearShape, bool], Decision] = {}
+        self._by_linear: dict[tuple[str, LinearSize], Decision] = {}
+
+    def decide(self, fqn: str, size: LinearSize) -> Decision:
+        """The decision for the linear known as `fqn` in its model."""
+        return self._by_linear.get((fqn, size)) or self._decide(fqn, size)
+
+    def forget(self) -> None:
+        """Prepare for another model."""
+        self.unknown_shards = {}
+        self.shards.forget()
+        self.forget_answers()
+
+    def forget_answers(self) -> None:
+        """Decide every linear again when it comes, and add its findings again."""
+        self._by_shape.clear()
+        self._by_linear.clear()
+
+    def forget_linears(self) -> None:
+        """Decide every linear again when it comes. Findings about a shape are not added again."""
+        self._by_linear.clear()
+
+    def _decide(self, fqn: str, size: LinearSize) -> Decision:
+        plain = plain_name(fqn)
+        try:
+            shape = self._local_shape(plain, size)
+        except ShardError as error:
+            return Decision(convert=False, reason=str(error))
+        for pattern in self._settings.filter_fqns:
+            if pattern in plain:
+                return Decision(convert=False, shape=shape, reason=f"filter_fqns has {pattern!r}")
+        decision = self._by_plan(plain, shape) or self._by_table(fqn, shape, self._settings.recomputes(plain))
+        self._by_linear[fqn, size] = decision
+        return decision
+
+    def _local_shape(self, plain: str, size: LinearSize) -> LinearShape:
+        style = self.shards.style(plain)
+        unknown = size.unknown or ("no pattern of the parallel plan names it" if style is None else "")
+        if size.is_local:
+            style = "replicated"
+        elif unknown:
+            name = without_indices(plain)
+            self.unknown_shards[name] = None
+            self._findings.add(Finding(UnknownShardWarning, f"{name}: {unknown}; taken as whole on every rank"))
+        return self.shards.part(style, size.in_features, size.out_features)
+
+    def _by_plan(self, plain: str, shape: LinearShape) -> Decision | None:
+        answer = self._plan.decide(plain, shape) if self._plan else None
+        if isinstance(answer, Finding):
+            self._findings.add(answer)
+            return None
+        return answer
+
+    def _by_table(self, fqn: str, shape: LinearShape, recomputed: bool) -> Decision:
+        decision = self._by_shape.get((shape, recomputed))
+        if decision is None:
+            decision = decide(shape, self._lookup, min_speedup=self._settings.min_speedup, recomputed=recomputed)
+            if self._plan:
+                decision = msgspec.structs.replace(decision, reason=f"not in the plan: {decision.reason}")
+            self._add_doubts(fqn, decision)
+            self._by_shape[shape, recomputed] = decision
+        return decision
+
+    def _add_doubts(self, fqn: str, decision: Decision) -> None:
+        is_ambiguous = decision.point is not None and decision.point.status == "ambiguous"
+        if not (decision.outside or is_ambiguous or decision.gap):
+            return
+        message = f"{fqn}, {decision.shape}: {decision.reason}"
+        if decision.outside:
+            self._findings.add(Finding(OutsideGridWarning, message))
+        if is_ambiguous:
+            self._findings.add(Finding(AmbiguousPointWarning, message))
+        if decision.gap:
+            self._findings.add(Finding(MissingPointWarning, message))

@@ -1,0 +1,64 @@
+"""The settings of a filter: everything that decides beside the table and the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.names import is_head
+from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
+from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
+from fp8gate.filter.findings import POLICIES, FilterWarning, Policy
+from fp8gate.filter.model.parallel import Parallel
+
+NOT_PARALLEL = Parallel()
+
+Recompute = Literal["none", "full"] | Callable[[str], bool]
+"""The forwards that run twice because of activation checkpointing. "none": no forward. "full": all except that of the
+head (`lm_head`, or `output` at the top level), which is outside of the checkpointed blocks. A predicate: the forwards
+of the layers for whose name it is true."""
+
+
+class FilterSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The arguments of `auto_filter` that change decisions. Raises InputError for a value that is out of range."""
+
+    tokens: int
+    filter_fqns: tuple[str, ...] = ()
+    min_speedup: float = DEFAULT_MIN_SPEEDUP
+    lookup: LookupName = DEFAULT_LOOKUP
+    parallel: Parallel = NOT_PARALLEL
+    recompute: Recompute = "none"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
+            raise InputError(f"tokens: expected rows per microbatch, an integer of at least 1; got {self.tokens!r}")
+        if not self.min_speedup > 0:
+            raise InputError(
+                f"min_speedup: expected a ratio above 0, such as {DEFAULT_MIN_SPEEDUP}; got {self.min_speedup!r}"
+            )
+        if not isinstance(self.parallel, Parallel):
+            raise InputError(f"parallel: expected a fp8gate.Parallel; got {self.parallel!r}")
+        if self.recompute not in ("none", "full") and not callable(self.recompute):
+            raise InputError(f"recompute: expected none, full or a predicate of names; got {self.recompute!r}")
+
+    def recomputes(self, fqn: str) -> bool:
+        """Whether the forward of the linear of this name, without wrappers, runs twice."""
+        if callable(self.recompute):
+            return self.recompute(fqn)
+        return self.recompute == "full" and not is_head(fqn)
+
+
+def policies(
+    default: Policy, asked: dict[str, tuple[type[FilterWarning], Policy | None]]
+) -> dict[type[FilterWarning], Policy]:
+    """The policy of every category. asked: argument's name -> (its category, the policy asked for or None).
+
+    Raises InputError, naming the argument, for an unknown policy.
+    """
+    for name, (_, policy) in asked.items():
+        if policy is not None and policy not in POLICIES:
+            raise InputError(f"{name}: expected one of {', '.join(POLICIES)}; got {policy!r}")
+    return {category: policy or default for category, policy in asked.values()}

@@ -1,0 +1,97 @@
+"""The commands as one program. This is the one place where an error becomes a line on standard error and an exit code.
+
+Try it: fp8gate --help
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from fp8gate.cli.breakdown import breakdown_command
+from fp8gate.cli.calibrate import calibrate_command
+from fp8gate.cli.diff import diff_command
+from fp8gate.cli.explain import explain_command
+from fp8gate.cli.merge import merge_command
+from fp8gate.cli.plan import plan_command
+from fp8gate.cli.report import report_command
+from fp8gate.cli.verify import verify_command
+from fp8gate.filter.contract.errors import EXIT_FOUND, EXIT_INTERRUPTED, EXIT_USAGE, InputError, UnfinishedError
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "calibrate": calibrate_command,
+    "merge": merge_command,
+    "diff": diff_command,
+    "report": report_command,
+    "verify": verify_command,
+    "breakdown": breakdown_command,
+    "explain": explain_command,
+    "plan": plan_command,
+}
+"""In the order in which --help lists them."""
+WITH_JOURNAL = ("calibrate", "plan")
+"""The commands that keep what they have measured when they are stopped."""
+
+
+class Commands(TyperGroup):
+    """All commands. An error that a user can do something about ends them with one line; a bug shows its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, Exception) as error:
+            ending = _ending(error, has_journal=ctx.invoked_subcommand in WITH_JOURNAL)
+            if ending is None:
+                raise
+            message, exit_code = ending
+            typer.echo(f"fp8gate: {message}", err=True)
+            raise typer.Exit(exit_code) from error
+
+
+def _ending(error: BaseException, *, has_journal: bool) -> tuple[str, int] | None:
+    """The message and the exit code; None for a bug, for typer's own exceptions, and for a pipe that was closed."""
+    match error:
+        case InputError() | UnfinishedError():
+            return str(error), error.exit_code
+        case KeyboardInterrupt():
+            kept = "; what was measured is in the journal: run the same command to go on" if has_journal else ""
+            return f"stopped{kept}", EXIT_INTERRUPTED
+        case BrokenPipeError():  # the reader of the output has ended, as `head` does: typer exits without a message
+            return None
+        case OSError() | ValueError():
+            return str(error), EXIT_USAGE
+        case RuntimeError() if _comes_from_the_device(error):
+            go_on = "; run the same command to go on" if has_journal else ""
+            return f"the device failed: {error}{go_on}", EXIT_FOUND
+    return None
+
+
+def _comes_from_the_device(error: RuntimeError) -> bool:
+    """Whether torch reports that the device's memory is full or that the device does not answer.
+
+    The libraries under torch, such as cuBLAS, report it by a plain RuntimeError whose text begins with "CUDA error".
+    This process has imported torch if torch has raised the error: asking for help does not import it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or str(error).startswith("CUDA error")
+
+
+app = typer.Typer(
+    cls=Commands,
+    help=(
+        "Measure where float8 linears train faster than bf16 on this GPU, and convert only those.\n\n"
+        "Exit codes: 0 fine; 1 findings, or stopped before the end; 2 usage or bad input; 130 Ctrl-C."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)

@@ -1,0 +1,170 @@
+"""`fp8gate calibrate`: measure this device and write its tables.
+
+Try it: fp8gate calibrate --grid quick --out /tmp/tables
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fp8gate.cli.options import (
+    BUNDLED_MODELS,
+    DeviceOption,
+    JsonOption,
+    ResumeOption,
+    WorkersOption,
+    print_json,
+    require,
+    start_workers_early,
+)
+from fp8gate.filter.contract.errors import EXIT_FOUND, InputError
+from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import DeviceKindName
+from fp8gate.filter.model.model_config import linear_roles, load_model, role_shape
+from fp8gate.filter.model.parallel import Parallel, Shards
+
+if TYPE_CHECKING:
+    from fp8gate.calibrate.sweep.run_sweep import SweepResult
+
+
+def calibrate_command(
+    grid: Annotated[
+        str, typer.Option(help="quick, default, or a YAML file with m, k, n lists and shapes.")
+    ] = "default",
+    recipes: Annotated[str, typer.Option(help="Recipes to measure, separated by commas.")] = ",".join(RECIPES),
+    device: DeviceOption = None,
+    out: Annotated[Path, typer.Option(help="Folder for <device>/<recipe>.yaml and the journal.")] = Path("thresholds"),
+    resume: ResumeOption = True,
+    model: Annotated[
+        str | None, typer.Option(help=f"Add this model's shapes: a config.json or {BUNDLED_MODELS}.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per microbatch, for --model.")] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallel degree, for --model: its local shapes.")] = 1,
+    stop_after: Annotated[
+        float | None,
+        typer.Option(min=0, help="Minutes; then stop, to go on when run again (for job time limits)."),
+    ] = None,
+    workers: WorkersOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of points, of which are repeated, and of the data.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure this device and write its tables.
+
+    Every point is kept in a journal beside the tables as soon as it is measured: after Ctrl-C, a kill or
+    --stop-after, the same command goes on where it was. Tables are written when all points are measured. Exit code 1
+    if points remain, or if no table was written because bf16 differed from itself.
+    """
+    require("calibrate")
+    chosen, extra = _parse_recipes(recipes), _extra_shapes(model, tokens, tp)
+    result = _run_sweep(grid, chosen, device, out, not resume, extra, stop_after, workers, seed)
+    if result is None:
+        return
+    if as_json:
+        from fp8gate.calibrate.report.sweep_text import sweep_json
+
+        print_json(sweep_json(result))
+    else:
+        _print_result(result)
+    if result.remaining or result.off:
+        raise typer.Exit(EXIT_FOUND)
+
+
+def _run_sweep(
+    grid_name: str,
+    recipes: tuple[Recipe, ...],
+    kind: DeviceKindName | None,
+    out: Path,
+    fresh: bool,
+    extra: list[LinearShape],
+    stop_after_min: float | None,
+    workers: int | None,
+    seed: int,
+) -> SweepResult | None:
+    """Measure, alone or together with other ranks. Only rank 0 has the result: the others return None."""
+    from fp8gate.calibrate.device.registry import asked_kinds, choose_device
+    from fp8gate.calibrate.ranks.environment import RankEnvironment
+
+    environment = RankEnvironment.from_environment()
+    if environment:  # before torch starts
+        for asked in asked_kinds(kind):
+            asked.claim(environment.local_rank, environment.local_world)
+    start_workers_early(kind, workers)
+    from fp8gate.calibrate.points.setup import make_setup
+    from fp8gate.calibrate.ranks.rank_sweep import MeasuringByRanks, join, leading, take_part
+    from fp8gate.calibrate.sweep.grid import grid_shapes, load_grid
+    from fp8gate.calibrate.sweep.run_sweep import sweep
+
+    device = choose_device(kind)
+    setup = make_setup(device)
+    ranks = join(environment) if environment else None
+    if ranks and ranks.environment.rank > 0:
+        take_part(ranks, device, setup, workers)
+        return None
+    with leading(ranks) if ranks else nullcontext():
+        grid, shapes = load_grid(grid_name, setup.device.kind)
+        return sweep(
+            grid,
+            [*grid_shapes(grid), *shapes, *extra],
+            recipes=recipes,
+            device=device,
+            setup=setup,
+            out=out,
+            fresh=fresh,
+            stop_after_s=None if stop_after_min is None else stop_after_min * 60,
+            workers=workers,
+            seed=seed,
+            measuring=MeasuringByRanks(ranks) if ranks else None,
+        )
+
+
+def _print_result(result: SweepResult) -> None:
+    from fp8gate.calibrate.points.task_queue import MAX_RETRIES
+    from fp8gate.calibrate.report.sweep_text import summarize
+
+    for table in result.tables.values():
+        typer.echo(summarize(table) + "\n")
+    for path, table in result.tables.items():
+        statuses = Counter(point.status for point in table.points)
+        typer.echo(f"wrote {path}: {', '.join(f'{count} {status}' for status, count in sorted(statuses.items()))}")
+    typer.echo(result.report.text())
+    if result.remaining:
+        typer.echo(f"{result.remaining} points remain: run the same command to go on; no table was written")
+    for shape, error in result.off.items():
+        typer.echo(f"{shape}: bf16 against itself was {error:.1%} off, {MAX_RETRIES + 1} times: no table was written")
+
+
+def _parse_recipes(names: str) -> tuple[Recipe, ...]:
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in RECIPES:
+            raise InputError(f"--recipes: expected some of {', '.join(RECIPES)}; got {name!r}")
+    return tuple(recipe for recipe in RECIPES if recipe in chosen)
+
+
+def _extra_shapes(model: str | None, tokens: int | None, tp: int) -> list[LinearShape]:
+    """The shapes of --model at --tokens and --tp; none without a model."""
+    if model is None and tokens is None:
+        if tp > 1:
+            raise InputError("--tp: expected a --model whose shapes it divides; a grid's shapes are a rank's already")
+        return []
+    if model is None or tokens is None:
+        raise InputError("--model and --tokens go together: a linear's shape depends on both")
+    return model_shapes(model, tokens, tp)
+
+
+def model_shapes(model: str, tokens: int, tp: int) -> list[LinearShape]:
+    """The shapes of one rank's linears. Those that float8 cannot compute are left out and named on standard error."""
+    shapes, shards = [], Shards(Parallel(tp=tp, plan="transformers"), tokens)
+    for linear in linear_roles(load_model(model)):
+        shape = role_shape(linear, shards)
+        if problem := shape.indivisible():
+            typer.echo(f"{linear.fqn} {shape} is not measured: {problem} is no multiple of 16", err=True)
+        else:
+            shapes.append(shape)
+    return shapes

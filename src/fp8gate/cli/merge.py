@@ -1,0 +1,38 @@
+"""`fp8gate merge`: make one table of several.
+
+Try it: fp8gate merge monday/rowwise.yaml tuesday/rowwise.yaml --out rowwise.yaml
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fp8gate.cli.options import JsonOption, print_json
+from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.table import read_table, write_table
+
+
+def merge_command(
+    tables: Annotated[list[Path], typer.Argument(help="Tables of one recipe, device, software and protocol.")],
+    out: Annotated[Path, typer.Option(help="File to write; not one of the tables.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make one table of several: sweeps of several days, or of a job array.
+
+    Points that several tables have are combined by their bounds, which widen where the tables disagree. The order of
+    the tables does not matter. What differs in recipe, device, software or protocol is refused. Merge what was
+    measured, not what was merged before: a table that goes in twice counts twice.
+    """
+    from fp8gate.calibrate.sweep.merge import merge_tables
+
+    if out.resolve() in [path.resolve() for path in tables]:
+        raise InputError(f"--out: expected another file than the tables, which would count again next time; got {out}")
+    merged = merge_tables({str(path): read_table(path) for path in tables})
+    write_table(merged, out)
+    if as_json:
+        print_json({"table": str(out), "points": len(merged.points), "tables": len(tables)})
+    else:
+        typer.echo(f"wrote {out}: {len(merged.points)} points of {len(tables)} tables")

@@ -1,0 +1,95 @@
+"""`fp8gate plan`: measure sets of linears inside a model's compiled decoder layer, and write the plan.
+
+Try it: fp8gate plan llama3-8b --recipe rowwise --tokens 8192
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fp8gate.cli.options import (
+    MEASURING_PACKAGES,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    RecipeOrAll,
+    Recompute,
+    ResumeOption,
+    TablesOption,
+    TokensOption,
+    WorkersOption,
+    print_json,
+    recipes_of,
+    require,
+    start_workers_early,
+)
+from fp8gate.filter.contract.plan import write_plan
+
+PLANNING_PACKAGES = (*MEASURING_PACKAGES, "transformers")
+
+
+def plan_command(
+    model: ModelArgument,
+    recipe: Annotated[RecipeOrAll, typer.Option(help="The float8 recipe, or all, one after the other.")],
+    tokens: TokensOption,
+    sequence: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one sequence; by default as many as the model takes.")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallel degree: the block is what one rank holds.")] = 1,
+    recompute: Annotated[Recompute, typer.Option(help="full: the block is under activation checkpointing.")] = "none",
+    emulate_precision_casts: Annotated[
+        bool | None,
+        typer.Option(help="Inductor's setting for float8 sets; by default as torchtitan sets it: for rowwise only."),
+    ] = None,
+    exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Measure every set of roles.")] = False,
+    device: DeviceOption = None,
+    tables: TablesOption = None,
+    out: Annotated[Path, typer.Option(help="Folder for <device>/plans/ and its journals.")] = Path("thresholds"),
+    resume: ResumeOption = True,
+    stop_after: Annotated[
+        float | None, typer.Option(min=0, help="Minutes for each recipe; then stop, to go on when run again.")
+    ] = None,
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure which linears to convert inside a model's compiled decoder layer, and write the plan.
+
+    Casts fuse with their neighbours, so that sets of linears are not worth the sum of their parts: a plan measures
+    sets, starting from the table's answer. Every visit is kept in a journal: after Ctrl-C, a kill or --stop-after, the
+    same command goes on where it was.
+    """
+    require("plan", PLANNING_PACKAGES)
+    start_workers_early(device, workers)
+    from fp8gate.calibrate.device.registry import choose_device
+    from fp8gate.calibrate.planning.plan_block import plan_subject
+    from fp8gate.calibrate.planning.plan_protocol import make_protocol
+    from fp8gate.calibrate.planning.subject import model_subject, plan_path
+    from fp8gate.calibrate.report.plan_text import plan_json, plan_text
+
+    subject = model_subject(model, tokens=tokens, sequence=sequence, tp=tp, recomputed=recompute == "full")
+    torch_device = choose_device(device)
+    plans = {}
+    for name in recipes_of(recipe):
+        path = plan_path(out, subject, name, torch_device, emulate_precision_casts)
+        plans[path] = plan_subject(
+            subject,
+            recipe=name,
+            device=torch_device,
+            protocol=make_protocol(torch_device, name, emulate_precision_casts),
+            tables=tables,
+            exhaustive=exhaustive,
+            workers=workers,
+            out=path.parent,
+            fresh=not resume,
+            stop_after_s=None if stop_after is None else stop_after * 60,
+            say=lambda message: typer.echo(message, err=True),
+        )
+        write_plan(plans[path], path)
+        typer.echo(f"wrote {path}", err=True)
+    if as_json:
+        print_json({"plans": [plan_json(plan) for plan in plans.values()]})
+    else:
+        typer.echo("\n\n".join(map(plan_text, plans.values())))

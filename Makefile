@@ -2,8 +2,9 @@
 # make verify      measure a sample of the committed tables again: do they still hold here?
 # make docs        write docs/cli.md from every command's --help
 # make figures     draw the README's pictures again, after thresholds/nvidia-h200 has changed
-# make test        run the tests
-# make check       ruff, mypy --strict and the tests
+# make test        run the tests, but for the slow ones
+# make test-slow   run the slow tests: torchrun, kills, compilers, examples
+# make check       ruff, mypy --strict and make test
 #
 # Each creates .venv when missing and installs once. VENV= (empty) uses the current Python and its torch instead.
 # ARGS="..." is passed on: make calibrate ARGS="--grid quick"; make test ARGS="-k lookup".
@@ -21,7 +22,7 @@ endif
 
 FIGURES := docs/figures/nvidia-h200-overview-light.png docs/figures/nvidia-h200-overview-dark.png
 
-.PHONY: calibrate verify docs figures test check lint
+.PHONY: calibrate verify docs figures test test-slow check lint
 .DEFAULT_GOAL := check
 
 calibrate: $(INSTALLED)
@@ -39,7 +40,10 @@ figures: $(INSTALLED)
 	cp $(FIGURES:docs/figures/%=report/%) docs/figures
 
 test: $(INSTALLED)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(PY) -m pytest -m slow $(ARGS)
 
 check: lint test
 

@@ -1,8 +1,8 @@
-"""A second opinion: `triton.testing.do_bench` on the very graphs that the sweep times, at 20 shapes of all sizes.
+"""A second opinion: `triton.testing.do_bench` on the graphs that the sweep times, at 20 shapes of all sizes.
 
-do_bench times forward and backward one after the other, each for 0.1 s, and flushes L2 by writing zeros; the sweep runs
-each arm, forward and backward in turn, until the clock has settled, and flushes by reading. Where they differ by more
-than 3 %, LOG.md says why.
+do_bench times forward first and then backward, each for 0.1 s, and flushes L2 by writing zeros. The sweep runs each
+arm, forward and backward in turn, until the clock has settled, and flushes by reading. LOG.md explains the differences
+of more than 3 %.
 
 Run it: python benchmarks/against_do_bench.py
 """
@@ -15,14 +15,14 @@ from rich.progress import track
 from tabulate import tabulate
 
 from fp8gate.calibrate.arms.linear import Operands
-from fp8gate.calibrate.device.description import describe_device
-from fp8gate.calibrate.device.timer import CapturedArm, CudaTimer
+from fp8gate.calibrate.device.cuda.timer import CapturedArm, CudaTimer
+from fp8gate.calibrate.device.registry import KINDS, describe_device, kind_of
 from fp8gate.calibrate.device.timing_lock import TimingLock, timing_lock_file
-from fp8gate.calibrate.device.watch import make_watch
-from fp8gate.calibrate.points.measure_point import make_ready, measure_point
+from fp8gate.calibrate.points.measure_point import measure_point
+from fp8gate.calibrate.points.ready_point import make_ready
+from fp8gate.calibrate.points.setup import make_setup
 from fp8gate.calibrate.points.task_queue import Task
-from fp8gate.calibrate.sweep.grid import GRIDS, grid_shapes, too_large
-from fp8gate.calibrate.sweep.run_sweep import make_setup
+from fp8gate.calibrate.sweep.grid import grid_shapes, too_large
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Device
 
@@ -36,25 +36,29 @@ def main() -> None:
     try:
         for shape in track(spread_shapes(describe_device(device)), console=Console(stderr=True)):
             rows += compare(shape, timer, device)
-    finally:  # what was measured is shown, also on Ctrl-C
+    finally:  # after Ctrl-C too, show what has been measured
         headers = ("(m, k, n)", "bf16 us", "recipe", "do_bench", "sweep", "difference")
         print(tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github"))
 
 
 def spread_shapes(device: Device) -> list[LinearShape]:
-    """Shapes of the default grid, evenly spread over its range of work."""
-    shapes = [shape for shape in grid_shapes(GRIDS["cuda", "default"]) if not too_large(shape, device, on_grid=True)]
+    """Shapes of the default grid, spread evenly over its range of work."""
+    shapes = [
+        shape
+        for shape in grid_shapes(KINDS["cuda"].defaults.grids["default"])
+        if not too_large(shape, device, on_grid=True)
+    ]
     shapes.sort(key=lambda shape: (shape.flop, shape))
     step = (len(shapes) - 1) / (POINTS - 1)
     return [shapes[round(i * step)] for i in range(POINTS)]
 
 
 def compare(shape: LinearShape, timer: CudaTimer, device: torch.device) -> list[tuple[object, ...]]:
-    """Both opinions on every recipe at one shape."""
+    """A row for each recipe at one shape, with both opinions."""
     protocols = make_setup(device).protocols
     point = make_ready(Task(shape), protocols, device)
-    with timing_lock_file() as quiet:
-        record = measure_point(point, timer, make_watch(device), TimingLock(quiet), device, seed=0)
+    with timing_lock_file() as lock:
+        record = measure_point(point, timer, kind_of(device).make_watch(device), TimingLock(lock), device, seed=0)
     operands = Operands.random(shape, device)
     arms = {name: timer.prepare(linear.over(operands)) for name, linear in point.linears.items()}
     do_bench_us = {name: bench_us(arm) for name, arm in arms.items()}
@@ -71,7 +75,7 @@ def compare(shape: LinearShape, timer: CudaTimer, device: torch.device) -> list[
 
 
 def bench_us(arm: CapturedArm) -> float:
-    """Forward plus backward, each timed by itself, as the sweep does."""
+    """Forward plus backward, each timed by itself."""
     from triton.testing import do_bench
 
     halves_ms = [do_bench(graph.replay, return_mode="median") for graph in (arm.forward, arm.backward)]

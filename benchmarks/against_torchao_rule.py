@@ -1,11 +1,12 @@
 """Which rule decides better: torchao's fixed one, or the measured tables?
 
-The judge is a set of shapes of real models that neither was fitted to, measured apart from the tables
+Both are judged by shapes of real models that neither was fitted to. These shapes were measured apart from the tables
 (benchmarks/data/<device>/<recipe>.yaml, made with benchmarks/data/offgrid.yaml). torchao's rule is torchao's own
-`_auto_filter_for_recipe`, called on real `nn.Linear` layers; the tables are asked through `auto_filter`.
+function `_auto_filter_for_recipe`, called on real `nn.Linear` layers. The tables are asked through `auto_filter`.
 
-right: share of shapes decided as the measurement says, of those more than 2 % away from 1.0.
-loss: time of the choice over time of the better of bf16 and float8, minus 1, over all shapes.
+right: the share of shapes that are decided as the measurement says, among those whose speedup is more than 2 % away
+from 1.0.
+loss: the time of the choice over the time of the better of bf16 and float8, minus 1, over all shapes.
 
 Run it: python benchmarks/against_torchao_rule.py [--device "NVIDIA H200"]
 """
@@ -56,12 +57,12 @@ def compare(device: str, tables: str | None = None) -> str:
 
 
 def measured_speedups(path: Path) -> dict[LinearShape, float]:
-    """What was measured at each off-grid shape."""
+    """The speedup that was measured at each shape off the grid."""
     return {p.shape: p.speedup for p in read_table(path).points if p.status in WITH_NUMBERS and p.speedup}
 
 
 def choices(recipe: Recipe, device: str, tables: str | None) -> list[tuple[str, Choice]]:
-    """Everything that can decide for a recipe; torchao has no rule for rowwise_with_gw_hp."""
+    """Everything that can decide for a recipe. torchao's rule is left out where torchao has none."""
     rules: list[tuple[str, Choice]] = [
         ("never float8", lambda shape: False),
         ("always float8", lambda shape: True),
@@ -93,7 +94,7 @@ def table_choice(recipe: Recipe, device: str, tables: str | None, lookup: Lookup
 
 
 def score(choose: Choice, truth: dict[LinearShape, float]) -> tuple[str, str, str, str]:
-    """Share of right decisions, mean loss, worst loss and where."""
+    """The share of right decisions, the mean loss, the worst loss, and the shape that has it."""
     chosen = {shape: choose(shape) for shape in truth}
     clear = [shape for shape, speedup in truth.items() if abs(speedup - 1) > NEUTRAL]
     right = sum(chosen[shape] == (truth[shape] > 1) for shape in clear) / len(clear)
@@ -104,7 +105,7 @@ def score(choose: Choice, truth: dict[LinearShape, float]) -> tuple[str, str, st
 
 
 def loss(converted: bool, speedup: float) -> float:
-    """Time of the choice over the better one's, minus 1; bf16 takes 1, float8 1 / speedup."""
+    """The time of the choice over that of the better one, minus 1. bf16 takes 1, float8 takes 1 / speedup."""
     time = 1 / speedup if converted else 1.0
     return time / min(1.0, 1 / speedup) - 1
 

@@ -1,8 +1,9 @@
-"""This sweep beside torchao's own benchmark script: the same shapes, the same GPU, one after the other.
+"""This sweep beside torchao's own benchmark script: the same shapes on the same GPU, one tool after the other.
 
-torchao's `benchmarks/float8/float8_roofline.py` is taken from your checkout (a tag that fits the torchao installed; it
-needs `fire` and `tqdm`). It sums GPU time of kernels over 5 profiled iterations, bf16 compiled, caches warm. Both tools
-run several times, each time in a fresh process; the first compiles, later ones find its compile cache.
+torchao's script is `benchmarks/float8/float8_roofline.py`, taken from your checkout. Check out the tag that fits the
+installed torchao, and install `fire` and `tqdm`, which the script needs. It sums the GPU time of kernels over 5
+profiled iterations, with bf16 compiled and with warm caches. Both tools run several times, each time in a fresh
+process. The first run of a tool compiles, and later runs find its compile cache.
 
 Run it: python benchmarks/against_torchao_sweep.py --checkout ~/ao --out DIR
 """
@@ -26,7 +27,8 @@ import pandas as pd
 import torch
 from tabulate import tabulate
 
-from fp8gate.calibrate.sweep.run_sweep import make_setup, sweep
+from fp8gate.calibrate.points.setup import make_setup
+from fp8gate.calibrate.sweep.run_sweep import sweep
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid
@@ -41,12 +43,12 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, required=True, help="a checkout of pytorch/ao")
     parser.add_argument("--out", type=Path, required=True, help="folder for what the runs leave")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
-    parser.add_argument("--one", choices=TOOLS, help=argparse.SUPPRESS)  # a run, in its own process
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--tool", choices=TOOLS, help=argparse.SUPPRESS)  # run this tool once, in this process
     arguments = parser.parse_args()
-    if arguments.one:
-        run = run_torchao if arguments.one == TOOLS[0] else run_fp8gate
-        report(run(arguments.recipes, arguments.checkout, arguments.out), arguments.out)
+    if arguments.tool:
+        measure = run_torchao if arguments.tool == TOOLS[0] else run_fp8gate
+        report(measure(arguments.recipes, arguments.checkout, arguments.out), arguments.out)
         return
     runs = {tool: [start(tool, arguments, run) for run in range(arguments.runs)] for tool in TOOLS}
     print(compare_costs(runs, len(arguments.recipes)), "\n")
@@ -54,12 +56,12 @@ def main() -> None:
 
 
 def run_torchao(recipes: list[Recipe], checkout: Path, out: Path) -> Speedups:
-    """Call the script's `run` for these shapes, on a GPU that it may not know."""
+    """Call the script's own `run` for SHAPES, on a GPU that the script may not know."""
     from torchao.testing.training import roofline_utils
 
     sys.path.insert(0, str(checkout / "benchmarks" / "float8"))
     script: Any = importlib.import_module("float8_roofline")
-    specs = roofline_utils.gpu_name_to_specs  # only for its modelled columns, which are not used here
+    specs = roofline_utils.gpu_name_to_specs  # the script models some columns from it, which are not used here
     specs.setdefault(torch.cuda.get_device_name(0), specs["NVIDIA H100"])
     script.get_name_to_shapes_iter = lambda *_: [(str(shape), (shape.m, shape.k, shape.n)) for shape in SHAPES]
     speedups: Speedups = {}
@@ -80,16 +82,20 @@ def run_fp8gate(recipes: list[Recipe], checkout: Path, out: Path) -> Speedups:
 
 
 def report(speedups: Speedups, out: Path) -> None:
+    """Leave the speedups in the folder, for the process that started this one."""
     rows = [(shape.m, shape.k, shape.n, recipe, speedup) for (shape, recipe), speedup in speedups.items()]
     (out / "speedups.json").write_text(json.dumps(rows))
 
 
 def start(tool: str, arguments: argparse.Namespace, run: int) -> tuple[float, Speedups]:
-    """One run in a fresh process: its seconds and its speedups. All runs of a tool share a compile cache."""
+    """Run a tool once in a fresh process. Returns its seconds and its speedups.
+
+    All runs of a tool share a compile cache.
+    """
     out = arguments.out / f"{TOOLS.index(tool)}-{run}"
     out.mkdir(parents=True, exist_ok=True)
     cache = str(arguments.out / f"cache-{TOOLS.index(tool)}")
-    command = [sys.executable, __file__, "--checkout", arguments.checkout, "--out", out, "--one", tool]
+    command = [sys.executable, __file__, "--checkout", arguments.checkout, "--out", out, "--tool", tool]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
     begin = time.monotonic()
     with open(out / "output.txt", "w") as output:
@@ -102,7 +108,7 @@ def start(tool: str, arguments: argparse.Namespace, run: int) -> tuple[float, Sp
 
 
 def compare_costs(runs: dict[str, list[tuple[float, Speedups]]], recipes: int) -> str:
-    """Seconds a point and recipe, and how far each speedup is from the run before."""
+    """The seconds for each point and recipe, and how far each speedup is from that of the run before, as Markdown."""
     rows = []
     for tool, results in runs.items():
         seconds = [total / len(SHAPES) / recipes for total, _ in results]
@@ -118,6 +124,7 @@ def compare_costs(runs: dict[str, list[tuple[float, Speedups]]], recipes: int) -
 
 
 def compare_speedups(runs: dict[str, list[tuple[float, Speedups]]]) -> str:
+    """The median speedups of both tools side by side, as Markdown."""
     found: dict[tuple[LinearShape, Recipe], dict[str, float]] = defaultdict(dict)
     for tool, results in runs.items():
         for key in results[0][1]:

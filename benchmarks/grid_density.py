@@ -1,9 +1,10 @@
 """How dense must the grid be, and which lookup reads it better?
 
-The committed tables are thinned, and each thinned table decides the shapes off the grid (those of
-benchmarks/against_torchao_rule.py, which says what right and loss are) by its nearest point and by interpolation.
+The committed tables are thinned. Each thinned table decides the shapes off the grid, once by its nearest point and once
+by interpolation. The shapes are those of benchmarks/against_torchao_rule.py, which says what right and loss mean.
 
-off by: how far the speedup that the lookup predicts is from the measured one, for all but 5 % of the shapes.
+off by: how far the speedup that the lookup predicts is at most from the measured one, leaving out the worst 5 % of the
+shapes.
 aligned: the same for the shapes whose tokens are a multiple of 128.
 
 Run it: python benchmarks/grid_density.py [--device "NVIDIA H200"]
@@ -38,7 +39,7 @@ def main() -> None:
 
 
 def compare(device: str) -> str:
-    """Every thinned grid under every lookup for every recipe, as a Markdown table."""
+    """A row for every recipe, thinned grid and lookup, as a Markdown table."""
     rows = []
     for recipe in RECIPES:
         truth = measured_speedups(DATA / device_slug(device) / f"{recipe}.yaml")
@@ -60,7 +61,7 @@ def _judge(table: Table, kind: LookupName, truth: dict[LinearShape, float]) -> t
 
 
 def _thin(table: Table, axes: str) -> Table:
-    """The table with every other size of these axes, the smallest kept."""
+    """The table with every other size of these axes, beginning with the smallest."""
     sizes = {axis: getattr(table.grid, axis)[:: 2 if axis in axes else 1] for axis in ("m", "k", "n")}
     points = tuple(p for p in table.points if p.m in sizes["m"] and p.k in sizes["k"] and p.n in sizes["n"])
     return msgspec.structs.replace(table, grid=Grid(**sizes), points=points)

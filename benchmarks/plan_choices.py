@@ -1,10 +1,10 @@
 """What each choice of float8 layers gains inside a model's block, and how well a table alone chooses there.
 
-The judge are the packaged plans, which measured every choice in the compiled block: the table's set at each min_speedup
-is looked up among a plan's candidates.
+The packaged plans have measured the choices in the compiled block. The set that the table chooses at a min_speedup is
+looked up among the candidates of the plan.
 
-gain: block time in bf16 over that of the choice, forward and backward. loss: by how much the choice's block is slower
-than the plan's.
+gain: the block's time in bf16 over its time with the choice, forward and backward, minus 1.
+loss: by how much the block is slower with the choice than with the plan's.
 
 Run it: python benchmarks/plan_choices.py [--device "NVIDIA H200"]
 """
@@ -23,7 +23,7 @@ from fp8gate.filter.contract.plan import PLANS, Plan, Roles, read_plan
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, decide
 from fp8gate.filter.decision.lookup import Lookup
 
-THRESHOLDS = (1.0, 1.02, 1.03, 1.05, 1.1, 1.2)
+MIN_SPEEDUPS = (1.0, 1.02, 1.03, 1.05, 1.1, 1.2)
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def packaged_plans(device: str) -> Iterator[Plan]:
 
 
 def gains(plans: list[Plan]) -> str:
-    """Each choice's gain in each plan's block, as a Markdown table."""
+    """The gain of each choice in the block of each plan, as a Markdown table."""
     rows = []
     for plan in plans:
         everything = tuple(role for role in plan.shapes if role not in plan.indivisible)
@@ -47,21 +47,20 @@ def gains(plans: list[Plan]) -> str:
         cells = ["" if roles is None else gain(plan, roles) for roles in sets]
         names = ", ".join(role.rpartition(".")[2] for role in plan.convert)
         tp = f" TP {plan.tp}" if plan.tp > 1 else ""
-        rows.append(
-            (plan.model + tp, plan.recipe, bf16_ms(plan), *cells, names, sum(one.visits > 0 for one in plan.candidates))
-        )
+        measured = sum(candidate.visits > 0 for candidate in plan.candidates)
+        rows.append((plan.model + tp, plan.recipe, bf16_ms(plan), *cells, names, measured))
     headers = ("block", "recipe", "bf16 ms", "all float8", "torchao's rule", "table", "plan", "the plan's", "measured")
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
 
 
 def losses(plans: list[Plan]) -> str:
-    """What the table's choice loses against the plan at each min_speedup, as a Markdown table."""
+    """How much the table's choice loses against each plan at each min_speedup, as a Markdown table."""
     rows = []
-    for threshold in THRESHOLDS:
-        lost = [loss(plan, table_choice(plan, threshold)) for plan in plans]
-        cells = ["not measured" if one is None else f"{one:.1%}" for one in lost]
-        known = [one for one in lost if one is not None]
-        rows.append((f"{threshold:.2f}", *cells, f"{fmean(known):.1%}", f"{max(known):.1%}"))
+    for min_speedup in MIN_SPEEDUPS:
+        found = [loss(plan, table_choice(plan, min_speedup)) for plan in plans]
+        cells = ["not measured" if lost is None else f"{lost:.1%}" for lost in found]
+        known = [lost for lost in found if lost is not None]
+        rows.append((f"{min_speedup:.2f}", *cells, f"{fmean(known):.1%}", f"{max(known):.1%}"))
     headers = ("min_speedup", *(f"{plan.model}, {plan.recipe}" for plan in plans), "mean", "worst")
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
 
@@ -77,6 +76,7 @@ def table_choice(plan: Plan, min_speedup: float) -> Roles:
 
 
 def loss(plan: Plan, roles: Roles) -> float | None:
+    """None if the plan has not measured this set."""
     candidate = plan.candidate(roles)
     if candidate is None or candidate.speedup is None or plan.chosen.speedup is None:
         return None
@@ -84,7 +84,7 @@ def loss(plan: Plan, roles: Roles) -> float | None:
 
 
 def gain(plan: Plan, roles: Roles) -> str:
-    """With the number of visits, of which few say less."""
+    """The gain, with the number of visits behind it: the fewer there are, the less it is worth."""
     candidate = plan.candidate(roles)
     if candidate is None or candidate.speedup is None:
         return "not measured"

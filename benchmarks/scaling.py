@@ -1,10 +1,10 @@
 """How long would a sweep take on 1, 8, 64 or 512 GPUs? A simulation from what each point of a real sweep cost.
 
-Every rank starts for a while, then has some processes that compile a point each and one device that measures, one at a
-time, what they have compiled; points are dealt out as in `calibrate/dealing.py`, the largest first, and a share is
-measured by every rank. The first point of each process compiles for long, as nothing is in its caches. Loading a point
-takes the longer the more of its pairs of dimensions its machine has not tuned kernels for yet, which ranks of a machine
-share. All costs are those of one sweep's journal (benchmarks/data/*.csv).
+Each rank takes a while to start. Then it has some processes, each of which compiles one point at a time, and one device,
+which measures the compiled points one at a time. As in `calibrate/ranks/rank_sweep.py`, points are dealt out largest
+first, and every rank measures the repeats. The first point of each process takes long to compile, because its caches are
+empty. Loading a point takes longer for every pair of its dimensions that its machine has not tuned kernels for; the
+ranks of a machine share what has been tuned. All costs come from the journal of one sweep (benchmarks/data/*.csv).
 
 Run it: python benchmarks/scaling.py [--ranks 1 8 64 512]    (docs/scaling.md says what it means)
 A journal's costs: python benchmarks/scaling.py --journal JOURNAL > benchmarks/data/nvidia-h200-costs.csv
@@ -29,13 +29,18 @@ from fp8gate.filter.contract.shapes import LinearShape
 
 COSTS = Path(__file__).parent / "data" / "nvidia-h200-costs.csv"
 COLUMNS = ("m", "k", "n", "repeat", "compiling_s", "loading_s", "settling_s", "timing_s")
-STARTING_S = 4.0  # of 22 s until the first turn, what is not compiling the first point: imports, workers, the device
-WORKERS, PER_MACHINE = 14, 8  # compiling processes a rank, ranks a machine
+STARTING_S = 4.0
+"""For imports, workers and the device. A sweep takes 22 s until it measures its first point; compiling that point takes
+the rest."""
+WORKERS, PER_MACHINE = 14, 8  # compiling processes on each rank, ranks on each machine
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds of one point: compiling on a core, then loading (with tuning) and measuring on the device."""
+    """The seconds that one point takes: compiling on a core, then loading (with tuning) and measuring on the device.
+
+    repeat: whether every rank measures it.
+    """
 
     shape: LinearShape
     repeat: bool
@@ -46,15 +51,15 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Loading takes base_s, and pair_s more for each pair of dimensions that is new to a machine."""
+    """Loading a point takes base_s, and pair_s more for each pair of dimensions that is new to the machine."""
 
     base_s: float
     pair_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
-    """A simulated sweep: its length, the devices' idle share of it, and the seconds of what every rank measures."""
+class SimulatedSweep:
+    """How long the sweep takes, which share of it the devices idle, and how long each rank measures the repeats."""
 
     total_s: float
     idle: float
@@ -77,13 +82,13 @@ def report(costs: list[Cost], ranks: list[int]) -> str:
     """The simulated sweeps as a Markdown table."""
     loading = fit_loading(costs)
     sweeps = {count: simulate(costs, loading, count) for count in ranks}
-    one = simulate(costs, loading, 1).total_s
+    alone_s = simulate(costs, loading, 1).total_s
     rows = [
         (
             count,
             f"{sweep.total_s:.0f} s",
-            f"{one / sweep.total_s:.1f}",
-            f"{one / sweep.total_s / count:.0%}",
+            f"{alone_s / sweep.total_s:.1f}",
+            f"{alone_s / sweep.total_s / count:.0%}",
             f"{sweep.idle:.0%}",
             f"{sweep.repeats_s:.0f} s",
         )
@@ -93,21 +98,21 @@ def report(costs: list[Cost], ranks: list[int]) -> str:
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
 
 
-def simulate(costs: list[Cost], loading: Loading, ranks: int) -> Sweep:
-    """Every rank's workers take the next point as they get free; every device measures in the order of readiness."""
+def simulate(costs: list[Cost], loading: Loading, ranks: int) -> SimulatedSweep:
+    """Workers take the next point as soon as they are free. Each device measures points in the order they are ready."""
     costs, cold_s = without_cold_starts(costs)
     points = sorted((cost for cost in costs if not cost.repeat), key=lambda cost: -cost.shape.flop)
-    compiling_s = {cost.shape: cost.compiling_s for cost in points}  # a repeat's own was found in the cache
+    compiling_s = {cost.shape: cost.compiling_s for cost in points}  # a repeat found its own in the cache
     repeats = [replace(c, compiling_s=compiling_s.get(c.shape, c.compiling_s)) for c in costs if c.repeat]
-    own = [list(repeats) for _ in range(ranks)]
+    repeats_left = [list(repeats) for _ in range(ranks)]
     known: list[set[tuple[str, int, int]]] = [set() for _ in range(-(-ranks // PER_MACHINE))]
     free_at, busy_s = [STARTING_S] * ranks, [0.0] * ranks
-    compiled: list[tuple[float, int, int, Cost]] = []  # when, in which order, by which rank, what
+    compiled: list[tuple[float, int, int, Cost]] = []  # when it is ready, its order, its rank, the point
     order = 0
 
     def compile_next(rank: int, now: float, extra_s: float = 0.0) -> None:
         nonlocal order
-        cost = own[rank].pop() if own[rank] else points.pop(0) if points else None
+        cost = repeats_left[rank].pop() if repeats_left[rank] else points.pop(0) if points else None
         if cost:
             order += 1
             heapq.heappush(compiled, (now + cost.compiling_s + extra_s, order, rank, cost))
@@ -126,11 +131,11 @@ def simulate(costs: list[Cost], loading: Loading, ranks: int) -> Sweep:
         compile_next(rank, free_at[rank])
     total_s = max(free_at)
     every_rank_s = sum(loading.base_s + cost.measuring_s for cost in repeats)
-    return Sweep(total_s, 1 - sum(busy_s) / (total_s * ranks), every_rank_s)
+    return SimulatedSweep(total_s, 1 - sum(busy_s) / (total_s * ranks), every_rank_s)
 
 
 def without_cold_starts(costs: list[Cost]) -> tuple[list[Cost], float]:
-    """The first point of each process as if it were a later one, and how much longer it took to compile."""
+    """The costs as if no point were the first of its process, and how much longer a first point takes to compile."""
     first, later = costs[:WORKERS], [cost.compiling_s for cost in costs[WORKERS:] if not cost.repeat]
     if not later:
         return costs, 0.0
@@ -140,7 +145,7 @@ def without_cold_starts(costs: list[Cost]) -> tuple[list[Cost], float]:
 
 
 def fit_loading(costs: list[Cost]) -> Loading:
-    """Least squares of the seconds over the number of new pairs, in the order of the journal."""
+    """Fit the seconds to the number of new pairs by least squares, in the order of the journal."""
     known: set[tuple[str, int, int]] = set()
     counts = []
     for cost in costs:
@@ -151,7 +156,7 @@ def fit_loading(costs: list[Cost]) -> Loading:
 
 
 def pairs(shape: LinearShape) -> set[tuple[str, int, int]]:
-    """The operands' sizes, on which cast kernels depend."""
+    """The sizes of the three operands, each a pair of dimensions: cast kernels depend on them."""
     return {("mk", shape.m, shape.k), ("kn", shape.k, shape.n), ("mn", shape.m, shape.n)}
 
 

@@ -1,21 +1,22 @@
 """Train a Llama end to end on one device: what each choice of float8 layers gains, and whether its loss follows bf16's.
 
-The model is transformers' own with Llama 3 8B's widths, embedding and head included, and as many layers as asked for;
-bf16 parameters, fused AdamW. On a GPU each decoder layer is compiled by itself, so that all share one graph, and the
-head with the loss, as torchtitan does; bf16 with Inductor's defaults, float8 with the recipe's production settings. The
-head stays in bf16 for every choice (`filter_fqns`, as torchtitan has it), unless --convert-head leaves it to each.
-Choices that convert the same linears are one model.
+The model is transformers' own, with the widths of Llama 3 8B, with embedding and head, and with as many layers as asked
+for. Its parameters are bf16, and fused AdamW trains them. On a GPU each decoder layer is compiled by itself, so that all
+layers share one graph, and the head is compiled with the loss, as torchtitan does. bf16 has Inductor's defaults, float8
+the recipe's production settings. The head stays in bf16 for every choice (`filter_fqns`, as in torchtitan), unless
+--convert-head lets each choice decide. Choices that convert the same linears are trained as one model.
 
-All models are on the device at once and take turns: a visit is a pause, steps that do not count until the GPU's clock
-is that model's own, then whole seconds. Visits come in rounds, in random order; gains are paired by round. Every step
-trains: all models see the same tokens in the same order. Half of the tokens follow from the one before, the others
-are drawn by Zipf's law, so that there is something to learn: of uniformly random ones every loss stays at ln(vocab).
+All models are on the device at once and take turns. A visit is a pause, then steps that do not count, until the GPU's
+clock is what this model makes it, then whole seconds. Each round visits all models in random order, and gains are paired
+by round. Every step trains, and all models see the same tokens in the same order. Half of the tokens follow from the
+token before, and the others are drawn by Zipf's law, so that there is something to learn: with uniformly random tokens
+every loss would stay at ln(vocab).
 
-What noise is: bf16 is trained from three different weights. A float8 loss (mean of the last quarter of the steps)
-should lie where that of a further training in bf16 would, with 95 % probability: a change that nobody minds. (The same
-weights are no better judge: in bf16 too, sums in another order soon lead elsewhere.) The same runs tell what bf16
-gains over itself, so what a gain must exceed. Some hundred steps show whether the losses part, not what training
-converges to.
+For the noise, bf16 is trained from three different weights. A float8 loss (the mean over the last quarter of the steps)
+should lie where the loss of one more training in bf16 would lie with 95 % probability; nobody minds such a change. The
+same weights would be no better judge: in bf16 too, sums in another order soon lead elsewhere. The three runs also show
+what bf16 gains over itself, which is what a gain has to exceed. Some hundred steps show whether the losses part. They do
+not show what training converges to.
 
 Run it: python benchmarks/train_llama.py --recipe rowwise --out DIR
 """
@@ -37,11 +38,12 @@ from torch import Tensor, nn
 from train_llama_output import ROUNDS, Header, Run, Visit, report
 
 from fp8gate import auto_filter
-from fp8gate.calibrate.arms.block import bundled_facts, sequence_of
+from fp8gate.calibrate.arms.decoder_layer import sequence_of
 from fp8gate.calibrate.arms.linear import convert
-from fp8gate.calibrate.device.description import choose_device, describe_device, describe_software
-from fp8gate.calibrate.device.watch import DeviceLock, Watch, make_watch
-from fp8gate.calibrate.planning.plan_block import VISIT_PAUSE_S
+from fp8gate.calibrate.device.cuda.kind import VISIT_PAUSE_S
+from fp8gate.calibrate.device.lock import DeviceLock
+from fp8gate.calibrate.device.registry import choose_device, describe_device, describe_software, kind_of
+from fp8gate.calibrate.device.watch import Watch
 from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.find_table import packaged_thresholds
 from fp8gate.filter.contract.plan import PLANS
@@ -59,10 +61,11 @@ TINY = {
     "num_key_value_heads": 2,
     "vocab_size": 256,
 }
-SETTLE_STEPS = 3  # 0.2 s, which a GPU at its power limit needs (planning.py), at these widths with 4 layers
-OTHER_WEIGHTS = (1, 2)  # seeds; all choices start from seed 0's
-ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}  # Llama's
-WARM_UP = 0.1  # of the steps, in which the learning rate rises
+SETTLE_STEPS = 3
+"""At these widths and with 4 layers they take 0.2 s, which a GPU at its power limit needs (calibrate/device/cuda/kind.py)."""
+OTHER_WEIGHTS = (1, 2)  # seeds for bf16 alone: all choices start from the weights of seed 0
+ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}  # as Llama was trained
+WARM_UP = 0.1  # the share of the steps in which the learning rate rises
 
 
 def main() -> None:
@@ -111,7 +114,7 @@ def parse() -> argparse.Namespace:
 
 
 def choices(model: ModelConfig, arguments: argparse.Namespace, device: torch.device) -> dict[str, tuple[str, ...]]:
-    """The linears that each choice converts, by name; says which choice there is not."""
+    """The names of the linears that each choice converts. Prints which choices are left out, and why."""
     recipe, tokens = arguments.recipe, arguments.tokens
     left_out = () if arguments.convert_head else (HEAD,)
     whole = build(model, torch.device("meta"))
@@ -145,7 +148,7 @@ def packaged_plan(recipe: Recipe, tokens: int, device: torch.device) -> Path | N
 
 
 def runs_of(found: Mapping[str, tuple[str, ...]]) -> tuple[Run, ...]:
-    """bf16 and what is like it first, and bf16 from other weights last."""
+    """A run for each set of linears, beginning with bf16, then the runs of bf16 from other weights."""
     names: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name, float8 in found.items():
         names[float8].append(name)
@@ -155,7 +158,7 @@ def runs_of(found: Mapping[str, tuple[str, ...]]) -> tuple[Run, ...]:
 
 
 class Training:
-    """One model, its optimizer and what its steps need, on the device as long as others are compared with it."""
+    """One model with its optimizer. It stays on the device as long as other models are compared with it."""
 
     def __init__(self, run: Run, header: Header, model: ModelConfig, device: torch.device) -> None:
         torch.manual_seed(run.weights)
@@ -170,18 +173,18 @@ class Training:
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / warm_up, total_iters=warm_up)
 
     def compile(self, inductor: dict[str, Any]) -> None:
-        """Once forward and backward have run: a graph break, or too many graphs, is an error."""
+        """Compile the layers and the head. A graph break, or too many graphs, is an error when they first run."""
         for layer in self.model.model.layers:
             layer.compile(fullgraph=True, dynamic=False, options=inductor)
         self.head_loss = torch.compile(head_loss, fullgraph=True, dynamic=False, options=inductor)
 
     def loss(self, ids: Tensor) -> Tensor:
-        """ids: (batch, sequence + 1)."""
+        """ids has the shape (batch, sequence + 1)."""
         hidden = self.model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
         return self.head_loss(self.model.lm_head, hidden, ids[:, 1:])
 
     def start(self, ids: Tensor) -> None:
-        """Compile and tune, and leave the weights as they are."""
+        """Run once, which compiles and tunes, without changing the weights."""
         self.loss(ids).backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad()
 
@@ -194,15 +197,16 @@ class Training:
         return loss.detach()
 
     def resident_bytes(self) -> int:
-        """Between two steps."""
-        states = [one for state in self.optimizer.state.values() for one in state.values()]
-        return sum(one.nbytes for one in (*self.model.parameters(), *self.model.buffers(), *states))
+        """What the model and its optimizer keep on the device between two steps."""
+        states = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers(), *states))
 
 
 def build(model: ModelConfig, device: torch.device) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**bundled_facts(model))
+    facts = {name: fact for name, fact in msgspec.structs.asdict(model).items() if fact is not None}
+    config = AutoConfig.for_model(**facts)
     make: Any = AutoModelForCausalLM.from_config
     with device:
         return make(config, dtype=torch.bfloat16, attn_implementation="sdpa")
@@ -213,7 +217,7 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def random_tokens(steps: int, batch: int, sequence: int, vocab: int) -> Tensor:
-    """(steps, batch, sequence + 1); always the same."""
+    """Tokens of the shape (steps, batch, sequence + 1), the same at every call."""
     rng = torch.Generator().manual_seed(0)
     ids = zipf((steps, batch, sequence + 1), vocab, rng)
     successors, follows = zipf((vocab,), vocab, rng), torch.rand(ids.shape, generator=rng) < 0.5
@@ -223,12 +227,12 @@ def random_tokens(steps: int, batch: int, sequence: int, vocab: int) -> Tensor:
 
 
 def zipf(shape: tuple[int, ...], vocab: int, rng: torch.Generator) -> Tensor:
-    """Token i about as often as 1 / (i + 1)."""
+    """Tokens by Zipf's law: token i is drawn about as often as 1 / (i + 1)."""
     return ((vocab + 1) ** torch.rand(shape, generator=rng, dtype=torch.float64)).long() - 1
 
 
 def train(header: Header, model: ModelConfig, device: torch.device) -> Iterator[Visit]:
-    """Every visit, as it is done."""
+    """Train all runs. Yields each visit as soon as it is done."""
     start = time.monotonic()
     sequence = sequence_of(model, header.tokens, None)
     ids = random_tokens(header.steps, header.tokens // sequence, sequence, model.vocab_size).to(device)
@@ -237,7 +241,7 @@ def train(header: Header, model: ModelConfig, device: torch.device) -> Iterator[
         trainings[run.name] = Training(run, header, model, device)
         trainings[run.name].start(ids[0])
         say(f"{time.monotonic() - start:.0f} s: {run.name} is ready, {len(run.float8)} linears in float8")
-    watch, rng = make_watch(device), random.Random(0)
+    watch, rng = kind_of(device).make_watch(device), random.Random(0)
     for i, part in enumerate(ids.chunk(ROUNDS)):
         for run in rng.sample(header.runs, len(header.runs)):
             visit = make_visit(trainings[run.name], part, watch, device, run=run.name, round=i)
@@ -247,16 +251,16 @@ def train(header: Header, model: ModelConfig, device: torch.device) -> Iterator[
 
 
 def make_visit(training: Training, ids: Tensor, watch: Watch, device: torch.device, **fields: Any) -> Visit:
-    """Train for these steps. The watch is asked while they run: the host is ahead of a GPU."""
+    """Train for these steps. The watch is asked while a GPU still runs them, because the host is ahead of it."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         time.sleep(VISIT_PAUSE_S)
         others_bytes = torch.cuda.memory_allocated(device) - training.resident_bytes()
         torch.cuda.reset_peak_memory_stats(device)
-    losses = [training.step(one) for one in ids[:SETTLE_STEPS]]
+    losses = [training.step(batch) for batch in ids[:SETTLE_STEPS]]
     synchronize(device)
     begin = time.perf_counter()
-    losses += [training.step(one) for one in ids[SETTLE_STEPS:]]
+    losses += [training.step(batch) for batch in ids[SETTLE_STEPS:]]
     slowdown, sm_clock_mhz = watch.slowdown(), watch.sm_clock_mhz()
     synchronize(device)
     return Visit(

@@ -1,4 +1,6 @@
-"""What benchmarks/train_llama.py writes as it goes, and what it comes to: tables for people, as Markdown.
+"""The lines that benchmarks/train_llama.py writes, and the tables made from them, as Markdown.
+
+In: one file of lines for each recipe. Out: the gains, the losses, and whether a float8 loss is beyond the noise.
 
 Run it: python benchmarks/train_llama_output.py benchmarks/data/train-llama/*.jsonl
 """
@@ -19,16 +21,16 @@ from fp8gate.calibrate.timing.statistics import paired_speedup
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.table import Device, Software
 
-ROUNDS, CONFIDENCE = 16, 0.99  # 8 would do, if the bounds may be the least and the most of all rounds
-PARTS = 8  # of the steps, of each the mean loss is shown
-LAST = 0.25  # of the steps: their mean loss is compared
+ROUNDS, CONFIDENCE = 16, 0.99  # 8 rounds would be enough, but their bounds would be the least and the largest ratio
+PARTS = 8  # the mean loss is shown for each of so many parts of the steps
+LAST = 0.25  # the share of the steps, at the end, whose mean loss is compared
 RULE = "torchao's rule"
 HEADERS = ("choice", "float8 linears", "tokens/s", "over bf16", f"over {RULE}", "peak GiB", "loss")
-STUDENT_T = 4.303  # 95 %, two-sided, of three trainings in bf16
+STUDENT_T = 4.303  # 95 %, two-sided, for three trainings in bf16
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """A model to train. name: of the choices that convert these linears. weights: the seed they come from."""
+    """One training run. name: the choices that convert these linears. weights: the seed of the initial weights."""
 
     name: str
     float8: tuple[str, ...]
@@ -36,7 +38,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """The first line of a run of the benchmark. runs: the first is bf16, which the others are compared with."""
+    """The first line that the benchmark writes. runs: the first of them is bf16, and the others are compared with it."""
 
     model: str
     recipe: Recipe
@@ -49,7 +51,10 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Visit(msgspec.Struct, frozen=True, kw_only=True):
-    """Another line. step_s: mean of the steps that count. losses: of all. peak_gib: as if no other model were there."""
+    """Every other line. step_s: the mean over the steps that count. losses: those of all steps.
+
+    peak_gib: the peak memory, less what the other models keep on the device.
+    """
 
     run: str
     round: int
@@ -60,18 +65,19 @@ class Visit(msgspec.Struct, frozen=True, kw_only=True):
     slowdown: str | None
 
 
-Visits = Mapping[str, Sequence[Visit]]  # by run, in the order of rounds
+Visits = Mapping[str, Sequence[Visit]]
+"""The visits of each run by its name, in the order of the rounds."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="each of one run of train_llama.py")
+    parser.add_argument("files", type=Path, nargs="+", help="each written by one train_llama.py")
     files = parser.parse_args().files
-    print(*(report(*read_run(file)) for file in files), headline(files), sep="\n\n")
+    print(*(report(*read_last_benchmark(file)) for file in files), headline(files), sep="\n\n")
 
 
-def read_run(file: Path) -> tuple[Header, Visits]:
-    """The last run in a file. Raises msgspec.DecodeError for a file that is not of train_llama.py."""
+def read_last_benchmark(file: Path) -> tuple[Header, Visits]:
+    """What train_llama.py wrote last into a file. Raises msgspec.DecodeError for any other file."""
     lines = file.read_bytes().splitlines()
     start = max(i for i, line in enumerate(lines) if b'"runs":' in line)
     visits: dict[str, list[Visit]] = defaultdict(list)
@@ -82,15 +88,15 @@ def read_run(file: Path) -> tuple[Header, Visits]:
 
 
 def headline(files: Iterable[Path]) -> str:
-    """The choices of several runs in one table, without bf16 from other weights."""
+    """The choices of several files in one table. The runs of bf16 from other weights are left out."""
     rows = []
-    for header, visits in map(read_run, files):
+    for header, visits in map(read_last_benchmark, files):
         rows += [(header.recipe, *_row(header, run, visits)) for run in header.runs if not run.weights]
     return tabulate(rows, headers=("recipe", *HEADERS), disable_numparse=True, tablefmt="github")
 
 
 def report(header: Header, visits: Visits) -> str:
-    """The gains with 99 % bounds, how far apart the losses are, and the losses on the way."""
+    """The gains with 99 % bounds, how far apart the last losses are, and how the losses went."""
     losses = {run.name: last_loss(header, visits[run.name]) for run in header.runs}
     return "\n\n".join([title(header), gains(header, visits), verdict(header, losses), curves(header, visits)])
 
@@ -113,7 +119,7 @@ def gains(header: Header, visits: Visits) -> str:
 
 
 def verdict(header: Header, losses: Mapping[str, float]) -> str:
-    """Whether a float8 loss is one that another training in bf16 might have had (95 % prediction interval)."""
+    """Say whether another training in bf16 might have had the float8 losses (95 % prediction interval)."""
     bf16 = [losses[run.name] for run in header.runs if not run.float8]
     mean, reach = fmean(bf16), STUDENT_T * stdev(bf16) * math.sqrt(1 + 1 / len(bf16))
     beyond = [run.name for run in header.runs if run.float8 and abs(losses[run.name] - mean) > reach]
@@ -128,7 +134,8 @@ def curves(header: Header, visits: Visits) -> str:
     headers = ("loss, steps", *(f"{start + 1} to {start + steps}" for start in starts))
     losses = {run.name: _losses(visits[run.name]) for run in header.runs}
     rows = [
-        (name, *(f"{fmean(of_all[start : start + steps]):.4f}" for start in starts)) for name, of_all in losses.items()
+        (name, *(f"{fmean(by_step[start : start + steps]):.4f}" for start in starts))
+        for name, by_step in losses.items()
     ]
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
 
@@ -140,14 +147,14 @@ def _row(header: Header, run: Run, visits: Visits) -> tuple[str, ...]:
         str(len(run.float8)),
         f"{header.tokens / fmean(_step_s(visits[run.name])):.0f}",
         _gain(header.runs[0], run, visits),
-        _gain(next((one for one in header.runs if RULE in one.name), None), run, visits),
+        _gain(next((other for other in header.runs if RULE in other.name), None), run, visits),
         f"{max(peaks):.1f}" if peaks else "",
         f"{last_loss(header, visits[run.name]):.4f}",
     )
 
 
 def _gain(over: Run | None, run: Run, visits: Visits) -> str:
-    """Of tokens per second, with bounds."""
+    """The gain in tokens per second over another run, with bounds. Empty for the run itself or without another."""
     if over in (None, run):
         return ""
     gain = paired_speedup(_step_s(visits[over.name]), _step_s(visits[run.name]), confidence=CONFIDENCE)

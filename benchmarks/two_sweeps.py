@@ -1,8 +1,8 @@
 """How far do two sweeps of the same device agree?
 
-Compares the tables of two folders, recipe by recipe, at the shapes that both measured: the differences of the
-logarithms of the speedups (0.01 is 1 %) by the time that bf16 takes, how often one sweep's speedup lies within the
-other's bounds, and the decisions that flip.
+The tables of two folders are compared, recipe by recipe, at the shapes that both sweeps measured. The output says how
+far the logarithms of the speedups differ (0.01 is 1 %), by the time that bf16 takes, how often a speedup of one sweep
+lies within the bounds of the other, and which decisions flip.
 
 Run it: python benchmarks/two_sweeps.py [FIRST SECOND]
 """
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def compare(first: Path, second: Path) -> str:
-    """Both sweeps' agreement by recipe and by bf16 time, then the flips, as Markdown."""
+    """How far the sweeps agree, by recipe and by bf16 time, then the decisions that flip, as Markdown."""
     by_recipe = {recipe: _pairs(first / f"{recipe}.yaml", second / f"{recipe}.yaml") for recipe in RECIPES}
     everything = [pair for pairs in by_recipe.values() for pair in pairs]
     rows = [_row(recipe, pairs) for recipe, pairs in by_recipe.items()]
@@ -45,24 +45,24 @@ def compare(first: Path, second: Path) -> str:
     rows.append(_row("all", everything))
     headers = ("", "speedups", "median", "90 %", "95 %", "worst", "within 0.5 %", "within 1 %", "in the other's bounds")
     flips = [
-        f"- {recipe} {one.shape}: {one.speedup} and {other.speedup}"
+        f"- {recipe} {a.shape}: {a.speedup} and {b.speedup}"
         for recipe, pairs in by_recipe.items()
-        for one, other in pairs
-        if _converts(one) != _converts(other)
+        for a, b in pairs
+        if _converts(a) != _converts(b)
     ]
     table = tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
     return "\n".join([table, "", f"{len(flips)} decisions at {DEFAULT_MIN_SPEEDUP} flip:", *flips])
 
 
 def _pairs(first: Path, second: Path) -> list[Pair]:
-    """The points of both files that have numbers."""
-    one, other = ({p.shape: p for p in read_table(path).points if p.status in WITH_NUMBERS} for path in (first, second))
-    return [(one[shape], other[shape]) for shape in sorted(one.keys() & other.keys())]
+    """The points that have numbers in both files."""
+    a, b = ({p.shape: p for p in read_table(path).points if p.status in WITH_NUMBERS} for path in (first, second))
+    return [(a[shape], b[shape]) for shape in sorted(a.keys() & b.keys())]
 
 
 def _row(name: str, pairs: list[Pair]) -> tuple[str, ...]:
-    apart = np.array([abs(np.log(_speedup(other) / _speedup(one))) for one, other in pairs])
-    inside = np.mean([(o.speedup_low or 0) <= _speedup(p) <= (o.speedup_high or 0) for p, o in pairs])
+    apart = np.array([abs(np.log(_speedup(b) / _speedup(a))) for a, b in pairs])
+    inside = np.mean([(b.speedup_low or 0) <= _speedup(a) <= (b.speedup_high or 0) for a, b in pairs])
     shares = [np.mean(apart <= limit) for limit in (0.005, 0.01)]
     return (
         name,

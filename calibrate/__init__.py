@@ -1,1 +1,17 @@
-"""The sweep harness: measures bf16 against float8 on the device at hand and writes the tables."""
+"""The measuring side: it times bf16 against float8 on the device at hand, and writes the tables and the plans.
+
+A folder imports only from those above it. A point goes from its shape to its row of a table like this:
+
+    device/      what is measured on: the kinds of device, each with its timer, watch and defaults; locks; how many
+                 workers fit. `cuda/` and `cpu.py` are the two kinds there are
+    timing/      one arm alone on the device: settle, then count; statistics of the samples
+    arms/        what is timed: a linear, a block, a model's decoder layer; compiled ahead; results checked
+    processes/   children that compile, wait for their turn and may die: one mechanism, every wait bounded
+    points/      one shape: its protocol, its compiled linears, its timing, its record; the pool of workers
+    sweep/       many points: grid, tasks, journal, session, spread, tables, merged tables, progress
+    ranks/       the same over torchrun: environment, store, dealing points out, collecting them
+    planning/    sets of roles inside a block: subject, protocol, search, visits, workers, the plan
+    breakdown/   where the time of one linear goes, kernel by kernel: profiler, roofline
+    comparison/  two tables of one recipe: what changed; and whether a table still holds here
+    report/      for people: the page, maps, figures, and the text and JSON that commands print
+"""

@@ -1,10 +1,10 @@
 """Compile a module, forward and backward, before there is anything to run it on.
 
-In: a module and inputs on the meta device, Inductor settings. Out: what later runs over real tensors without compiling
-again; for a linear, a shape and a recipe are enough.
-Tracing uses fake tensors, so compiling launches no kernel and allocates no device memory: many processes can compile
-while one times, but for the moments in which Inductor loads what it has compiled (quiet.py). It tunes launch
-configurations at a kernel's first launch, which is left to whoever runs it.
+In: a module and inputs on the meta device, Inductor settings. Out: a function that later runs over real tensors without
+compiling again. For a linear, a shape and a recipe are enough.
+Tracing uses fake tensors, so compiling launches no kernel and allocates no device memory. Many processes can compile
+while one times, except in the moments in which Inductor loads what it has compiled (device/timing_lock.py). Inductor
+tunes launch configurations at a kernel's first launch, in the process that runs it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from fp8gate.filter.contract.shapes import LinearShape
 CACHE_TAG = "fp8gate 1"
 """Keeps this package's compile cache apart from training's, whose kernels Inductor's own timing has tuned."""
 
-
 MAX_ALIVE = 1024
-"""How many compiled functions of one module's code may be alive: each is for another set of its linears in float8, and
-there are 128 sets of a Llama block's seven roles. Dynamo takes more than 8 for a fault."""
+"""How many compiled functions of one module's code may be alive. Each is for another set of its linears in float8, and
+a Llama block's seven roles have 128 sets. Dynamo takes more than 8 for a fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +67,9 @@ def compiled_ahead(
 ) -> Callable[..., Any]:
     """The module as a function that does not compile any more, once its parameters and buffers are real.
 
-    inputs: its keyword arguments; they and the module are on the meta device, and stand for tensors of `device`. Guards
-    are left out, as the code only ever runs on what has the same shapes. Raises what the compiler raises, also at a
-    graph break: what follows one could not be compiled ahead.
+    inputs: its keyword arguments. They and the module are on the meta device, and stand for tensors of `device`. Guards
+    are left out, as the code only ever runs on tensors of these shapes. Raises what the compiler raises, also at a
+    graph break: the code after one could not be compiled ahead.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -165,5 +164,5 @@ def _reduce_memory_format(
 
 
 copyreg.pickle(torch.memory_format, _reduce_memory_format)
-"""Inductor's cache key pickles the graph's memory formats, and by default that names whichever module imported torch
-first: the key then differs between processes, and what one compiled the other does not find."""
+"""Inductor's cache key pickles the graph's memory formats. By default that names the module that imported torch first:
+the key would differ between processes, and one would not find what another has compiled."""

@@ -1,6 +1,6 @@
-"""The two sides of the comparison: a bf16 linear, and torchao's float8 training linears over the same weight.
+"""A linear in bf16, and torchao's float8 training linears over the same weight.
 
-In: a shape, a device. Out: operands with the data of every arm, and arms that can run forward and backward.
+In: a shape, a device. Out: the operands that all arms share, and arms that run forward and backward.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ DATA = f"x, grad ~ N(0, 1); w ~ N(0, {WEIGHT_STD})"
 
 
 def inductor_settings(recipe: Recipe, emulate_precision_casts: bool | None = None) -> dict[str, bool]:
-    """Those of production (None), or with this one as asked; False is Inductor's default."""
+    """Inductor's settings for a recipe: production's, with emulate_precision_casts as asked unless it is None.
+
+    A setting that is off is left out, as that is Inductor's default.
+    """
     settings = {**RECIPES[recipe].inductor}
     if emulate_precision_casts is not None:
         settings["emulate_precision_casts"] = emulate_precision_casts
@@ -48,7 +51,7 @@ class Operands:
         return cls(x, nn.Parameter(weight), grad_output)
 
     def free(self) -> None:
-        """Give the memory back now, whoever still refers to the tensors: compiled code does, in cycles."""
+        """Give the memory back now, although compiled code still refers to the tensors, in reference cycles."""
         for tensor in (self.x, self.weight, self.grad_output):
             tensor.untyped_storage().resize_(0)
 
@@ -66,7 +69,7 @@ class LinearArm:
         return self.linear(self.operands.x)
 
     def backward(self, output: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of x and weight; not `.backward()`, which would add accumulation kernels."""
+        """The gradients of x and weight. `.backward()` would add accumulation kernels."""
         return torch.autograd.grad(output, (self.operands.x, self.operands.weight), self.operands.grad_output)
 
 
@@ -80,7 +83,7 @@ def build_linear(recipe: Recipe | None, weight: nn.Parameter) -> nn.Module:
 
 
 def convert(module: nn.Module, recipe: Recipe, wanted: Callable[[nn.Module, str], bool] | None = None) -> nn.Module:
-    """The module with its linears, or those `wanted`, converted by torchao; those inside it in place."""
+    """The module with its linears converted by torchao, or only those that are `wanted`; linears inside it in place."""
     config = Float8LinearConfig.from_recipe_name(recipe)
     converted: nn.Module = convert_to_float8_training(module, module_filter_fn=wanted, config=config)
     return converted

@@ -1,7 +1,7 @@
-"""Is what was timed right? Output and both gradients of an arm against float32 products of the same operands.
+"""Check what was timed: output and both gradients of a linear against float32 products of the same operands.
 
 A broken kernel must not count as a fast one. At least 256 rows (all, if there are fewer) and one of every 128 are
-compared, over all columns, and every element must be finite.
+compared over all columns, and every element must be finite.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from fp8gate.calibrate.device.timer import Results
 MAX_RELATIVE_ERROR = 0.2
 """Float8 (e4m3) rounding gives about 0.04 and e5m2 about 0.08 on this data; a wrong kernel gives about 1."""
 
-MAX_STRIDE = 128  # a tile of current kernels is at most this high: no tile goes unseen
-MIN_ROWS = 256  # of a smaller result, more rows of each tile are compared, up to all of them
+MAX_STRIDE = 128  # tiles of current kernels are at most this high, so every tile is looked at
+MIN_ROWS = 256  # of a smaller result, more rows of each tile are compared
 
 
 class References:
-    """What a point's arms should compute, in float32, at rows that stand for all."""
+    """What the arms of a point should compute, in float32, at some rows that stand for all."""
 
     def __init__(self, operands: Operands) -> None:
         x, weight, grad_output = operands.x.detach(), operands.weight.detach(), operands.grad_output

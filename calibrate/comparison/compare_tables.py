@@ -1,10 +1,10 @@
 """What changed between two tables of one recipe: another release, another GPU, last month. Pure.
 
-In: two tables. Out: a `Comparison`: points that changed by more than chance, decisions that flip, a shift of all, and
-what it means for models.
+In: two tables. Out: a `Comparison`: the points that changed by more than chance, the decisions that flip, how far all
+points have shifted together, and what this means for models.
 
-Two honest sweeps differ too: each point by its bounds, and from one process or board to the next by the spread that the
-tables state. A change is what exceeds both.
+Two honest sweeps differ too. Each point varies within its bounds, and from one process or board to the next it varies
+by the spread that the tables state. Only a change that exceeds both together counts.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from fp8gate.filter.decision.lookup import Lookup
 from fp8gate.filter.model.model_config import ModelConfig, linear_roles, role_shape
 from fp8gate.filter.model.parallel import Shards
 
-SHIFT = 0.03  # of all speedups together; two H200 of one machine differ by up to 2.2 % (median of a size, LOG.md)
+SHIFT = 0.03
+"""How far all speedups together may shift by chance. Two H200 of one machine differ by up to 2.2 % (the median over the
+points of a size, LOG.md)."""
 SPREADS = 3.0
-"""Times the 95th percentile of the repeated points, the mean of both tables', as each is of 20 points only. Of 1221
-speedups of two sweeps the farthest lay at 2.4, beside its bounds (LOG.md, 2026-11-25)."""
+"""How many times the spread a point may change by chance, beside its bounds. The spread is the 95th percentile of the
+repeated points; the mean of both tables is taken, because each repeats 20 points only. Of the 1221 speedups of two
+sweeps, the one that differed most lay at 2.4 spreads, beside its bounds (LOG.md, 2026-11-25)."""
 DEFAULT_SPREAD = 0.05  # for tables that state none
 CONFIDENCE = 0.99
 MIN_POINTS = 8  # the fewest that give bounds at that confidence
@@ -33,7 +36,7 @@ MIN_POINTS = 8  # the fewest that give bounds at that confidence
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PointChange:
-    """One shape in both tables. allowed: by how much ln(after / before) may differ from 0 by chance."""
+    """One shape that both tables measured. allowed: how far ln(after / before) may be from 0 by chance."""
 
     before: Point
     after: Point
@@ -46,7 +49,7 @@ class PointChange:
 
     @property
     def change(self) -> float:
-        """0.1: the speedup is 10 % higher."""
+        """0.1 means that the speedup is 10 % higher."""
         return _speedup(self.after) / _speedup(self.before) - 1
 
     @property
@@ -56,7 +59,10 @@ class PointChange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelChange:
-    """All linears of a model, one microbatch. stale_us: by the new table, deciding as the old one does."""
+    """The time of all linears of a model for one microbatch, each table deciding for itself.
+
+    stale_us: the time by the new table if the old one decides. flipped: the roles that the tables decide differently.
+    """
 
     name: str
     before_us: float
@@ -67,9 +73,11 @@ class ModelChange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Two tables of one recipe. shift: after / before over all points, with its bounds; None for too few points.
+    """Two tables of one recipe. points: the shapes that have numbers in both.
 
-    shifts: the same for the points of each number of tokens, where there are enough.
+    only_before, only_after: how many shapes just one table has. lost: the shapes whose numbers are missing in the new
+    table. shift: after / before over all points, with its bounds; None if there are too few points.
+    shifts: the same for the points of each number of tokens that has enough of them.
     """
 
     recipe: Recipe
@@ -85,13 +93,13 @@ class Comparison:
 
     @property
     def changed(self) -> list[PointChange]:
-        """Those beyond chance, the largest change first."""
+        """The points that changed beyond chance, the largest change first."""
         found = [point for point in self.points if point.is_beyond_chance]
         return sorted(found, key=lambda point: -abs(math.log(1 + point.change)))
 
     @property
     def flips(self) -> list[PointChange]:
-        """Decisions that change, whether by chance or not."""
+        """The points whose decision changes, whether by chance or not."""
         return [point for point in self.points if point.flips]
 
     @property
@@ -100,7 +108,7 @@ class Comparison:
 
     @property
     def shifted_tokens(self) -> dict[int, Interval]:
-        """Those numbers of tokens whose points have shifted."""
+        """The numbers of tokens whose points have shifted together."""
         return {m: shift for m, shift in self.shifts.items() if _is_beyond(shift)}
 
     @property
@@ -115,15 +123,19 @@ def compare_tables(
     min_speedup: float,
     models: Iterable[tuple[str, ModelConfig, Shards]] = (),
 ) -> Comparison:
-    """Compare what both measured. Raises TableError for tables of different recipes or without a common point."""
+    """Compare the points that both measured.
+
+    models: for each of them a name, a config and how it is divided. Raises TableError for tables of different recipes
+    or without a common point.
+    """
     if before.recipe != after.recipe:
         raise TableError(f"recipe: {before.recipe} and {after.recipe}; only tables of one recipe can be compared")
-    one, other = ({point.shape: point for point in table.points} for table in (before, after))
-    common = sorted(one.keys() & other.keys())
+    old, new = ({point.shape: point for point in table.points} for table in (before, after))
+    common = sorted(old.keys() & new.keys())
     if not common:
         raise TableError(f"{before.recipe}: the tables have no point in common")
     lookups = Lookup(before), Lookup(after)
-    pairs = [(one[shape], other[shape]) for shape in common]
+    pairs = [(old[shape], new[shape]) for shape in common]
     spread = (_spread(before) + _spread(after)) / 2
     points = tuple(_compare(a, b, spread, min_speedup) for a, b in pairs if _has_numbers(a) and _has_numbers(b))
     return Comparison(
@@ -131,8 +143,8 @@ def compare_tables(
         before=before,
         after=after,
         points=points,
-        only_before=len(one.keys() - other.keys()),
-        only_after=len(other.keys() - one.keys()),
+        only_before=len(old.keys() - new.keys()),
+        only_after=len(new.keys() - old.keys()),
         lost=tuple(a.shape for a, b in pairs if _has_numbers(a) and not _has_numbers(b)),
         shift=_shift(points),
         shifts=_shifts(points),
@@ -141,7 +153,7 @@ def compare_tables(
 
 
 def shift_of(log_changes: Sequence[float]) -> Interval | None:
-    """Hodges-Lehmann estimate of what all points have in common, as a factor; None for fewer than 8."""
+    """The factor that all points have in common, by Hodges and Lehmann's estimate. None for fewer than MIN_POINTS."""
     if len(log_changes) < MIN_POINTS:
         return None
     return ratio_of(log_changes, confidence=CONFIDENCE)
@@ -175,12 +187,12 @@ def _compare_model(
     for linear in linear_roles(config):
         shape = role_shape(linear, shards)
         then, now = (decide(shape, lookup, min_speedup=min_speedup).convert for lookup in (old, new))
-        was, is_ = old(shape), new(shape)
-        if was is None or is_ is None:
+        old_times, new_times = old(shape), new(shape)
+        if old_times is None or new_times is None:
             raise TableError(f"{old.table.recipe}: a table without any number tells nothing of {name}")
-        before_us += linear.count * (was.fp8_us if then else was.bf16_us)
-        after_us += linear.count * (is_.fp8_us if now else is_.bf16_us)
-        stale_us += linear.count * (is_.fp8_us if then else is_.bf16_us)
+        before_us += linear.count * (old_times.fp8_us if then else old_times.bf16_us)
+        after_us += linear.count * (new_times.fp8_us if now else new_times.bf16_us)
+        stale_us += linear.count * (new_times.fp8_us if then else new_times.bf16_us)
         if then != now:
             flipped.append(linear.role or linear.fqn)
     return ModelChange(name=name, before_us=before_us, after_us=after_us, stale_us=stale_us, flipped=tuple(flipped))

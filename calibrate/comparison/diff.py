@@ -1,4 +1,4 @@
-"""Read what is to be compared: two tables, or two folders of them.
+"""Read the tables that are to be compared: two files, or two folders of them.
 
 In: two paths. Out: a `Comparison` for each recipe that both have, with what it means for the bundled models.
 Try it: fp8gate diff benchmarks/data/nvidia-h200-second-sweep thresholds/nvidia-h200
@@ -16,17 +16,18 @@ from fp8gate.filter.contract.table import TableError
 
 
 def compare_paths(before: Path, after: Path, *, min_speedup: float) -> list[Comparison]:
-    """Compare files of one recipe, or folders recipe by recipe.
+    """Compare two files of one recipe, or two folders recipe by recipe.
 
-    Raises TableError if a table cannot be read, if a folder has two of a recipe, or without a recipe in common.
+    Raises TableError if a table cannot be read, if a folder has two tables of one recipe, or if the two sides have no
+    recipe in common.
     """
-    one, other = (
+    old, new = (
         {recipe: table for recipe, (_, table) in by_recipe(read_tables(path)).items()} for path in (before, after)
     )
-    common = [recipe for recipe in RECIPES if recipe in one and recipe in other]
+    common = [recipe for recipe in RECIPES if recipe in old and recipe in new]
     if not common:
         raise TableError(
-            f"{before} and {after}: expected tables of the same recipe; found {', '.join(one)} and {', '.join(other)}"
+            f"{before} and {after}: expected tables of the same recipe; found {', '.join(old)} and {', '.join(new)}"
         )
     models = usual_models()
-    return [compare_tables(one[recipe], other[recipe], min_speedup=min_speedup, models=models) for recipe in common]
+    return [compare_tables(old[recipe], new[recipe], min_speedup=min_speedup, models=models) for recipe in common]

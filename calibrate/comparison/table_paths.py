@@ -13,7 +13,7 @@ from fp8gate.filter.contract.table import Table, TableError, read_table
 
 
 def read_tables(path: Path) -> dict[Path, Table]:
-    """The table of a file, or all of a folder. Raises TableError if there is none, or if one cannot be read."""
+    """The table of a file, or all tables of a folder. Raises TableError if there is none, or if one cannot be read."""
     files = [path] if path.is_file() else sorted(path.glob("*.yaml"))
     if not files:
         raise TableError(f"{path}: expected a table, or a folder of tables such as thresholds/nvidia-h200; found none")
@@ -21,7 +21,7 @@ def read_tables(path: Path) -> dict[Path, Table]:
 
 
 def by_recipe(files: Mapping[Path, Table]) -> dict[Recipe, tuple[Path, Table]]:
-    """One device's tables, recipes in their usual order. Raises TableError for two of one recipe."""
+    """The tables of one device, in the order of the recipes. Raises TableError for two tables of one recipe."""
     found: dict[Recipe, tuple[Path, Table]] = {}
     for file, table in files.items():
         if table.recipe in found:

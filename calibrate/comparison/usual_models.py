@@ -9,7 +9,7 @@ from fp8gate.filter.model.parallel import Parallel, Shards
 
 MODEL_TOKENS = 8192
 MODEL_TP = {"llama3-8b": 1, "qwen3-8b": 1, "mixtral-8x7b": 1, "llama3-70b": 8, "llama3-405b": 8}
-"""Each model as it is usually trained; a test holds that none is missing."""
+"""The tensor parallel degree that each bundled model is usually trained with. A test checks that none is missing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,12 +23,12 @@ class PlacedLayer:
 
 
 def usual_models() -> list[tuple[str, ModelConfig, Shards]]:
-    """The bundled models as a rank holds them, named with what is not the default."""
+    """The bundled models as a rank holds them. The name states the degree if it is not 1."""
     return [(_name(model, tp), BUNDLED[model], _shards(tp)) for model, tp in MODEL_TP.items()]
 
 
 def placed_models() -> dict[str, list[PlacedLayer]]:
-    """The layers of each usual model; of those usually divided, also as a whole."""
+    """The layers of each bundled model. A model that is usually divided is there as a whole too."""
     degrees = [(model, tp) for model, usual in MODEL_TP.items() for tp in sorted({1, usual})]
     return {_name(model, tp): _placed(BUNDLED[model], tp) for model, tp in degrees}
 

@@ -1,7 +1,7 @@
-"""Does a committed table still hold here? Measure a sample of it again and compare.
+"""Does a committed table still hold here? Measure a sample of its points again and compare.
 
-In: a folder of tables, a device. Out: a `Verification`: what the files say, and a `Comparison` for each recipe if the
-tables are of this device.
+In: a folder of tables, a device. Out: a `Verification`: which files were read, and a `Comparison` for each recipe that
+has a table of this device.
 Try it: fp8gate verify
 """
 
@@ -16,22 +16,26 @@ import torch
 
 from fp8gate.calibrate.comparison.compare_tables import Comparison, compare_tables
 from fp8gate.calibrate.comparison.table_paths import by_recipe
-from fp8gate.calibrate.sweep.run_sweep import make_setup, sweep
+from fp8gate.calibrate.points.setup import Setup, make_setup
+from fp8gate.calibrate.sweep.run_sweep import sweep
+from fp8gate.filter.contract.errors import UnfinishedError
 from fp8gate.filter.contract.plan import PLANS, read_plan
-from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.contract.table import WITH_NUMBERS, Grid, Table, TableError, read_table
 
 
-class UnverifiedError(RuntimeError):
-    """The device could not be measured; the tables may hold or not."""
+class UnverifiedError(UnfinishedError):
+    """The device could not be measured, so nobody knows whether the tables hold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """files: every table found, and plans: every plan, all of them read without an error. stale: how a table's software
-    differs from that here."""
+    """files, plans: every table and every plan that was found; all of them could be read.
+
+    comparisons: empty if no table is of this device. stale: how the software of a table differs from the software here.
+    """
 
     device: str
     files: tuple[Path, ...]
@@ -45,45 +49,58 @@ class Verification:
 
 
 def verify(folder: Path, device: torch.device, *, points: int, min_speedup: float, workers: int | None) -> Verification:
-    """Read every table and plan under `folder`; measure `points` of this device's tables again, if there are any.
+    """Read every table and plan under `folder`. If tables are of this device, measure `points` of them again.
 
-    Raises TableError for a file that is no table, or if there is none, PlanError for one among the plans that is no
-    plan, UnverifiedError if bf16 is not equal to itself here, and what `sweep` raises.
+    Raises TableError for a file that is no table, or if there is no file, PlanError for a file among the plans that is
+    no plan, UnverifiedError if bf16 timed against itself is off here, and what `sweep` raises.
     """
-    paths = sorted(folder.rglob("*.yaml"))
-    plans = tuple(path for path in paths if path.parent.name == PLANS)
-    files = tuple(path for path in paths if path not in plans)
-    if not files:
-        raise TableError(f"{folder}: expected tables such as nvidia-h200/rowwise.yaml; found none")
-    tables = {path: read_table(path) for path in files}
-    for path in plans:
-        read_plan(path)
+    tables, plans = _read_all(folder)
     setup = make_setup(device)
     of_device = {path: table for path, table in tables.items() if table.device.name == setup.device.name}
     here = {recipe: table for recipe, (_, table) in by_recipe(of_device).items()}
-    if not here:
-        return Verification(device=setup.device.name, files=files, plans=plans, comparisons=(), stale={})
-    recipes = [recipe for recipe in RECIPES if recipe in here]
+    again = _measure_again(here, points, device, setup, workers) if here else {}
+    return Verification(
+        device=setup.device.name,
+        files=tuple(tables),
+        plans=plans,
+        comparisons=tuple(compare_tables(here[r], again[r], min_speedup=min_speedup) for r in here),
+        stale={recipe: found for recipe, table in here.items() if (found := stale(table.software))},
+    )
+
+
+def _read_all(folder: Path) -> tuple[dict[Path, Table], tuple[Path, ...]]:
+    """The tables by file, and the files of the plans, which are read as well."""
+    paths = sorted(folder.rglob("*.yaml"))
+    plans = tuple(path for path in paths if path.parent.name == PLANS)
+    tables = {path: read_table(path) for path in paths if path not in plans}
+    if not tables:
+        raise TableError(f"{folder}: expected tables such as nvidia-h200/rowwise.yaml; found none")
+    for path in plans:
+        read_plan(path)
+    return tables, plans
+
+
+def _measure_again(
+    tables: Mapping[Recipe, Table], points: int, device: torch.device, setup: Setup, workers: int | None
+) -> dict[Recipe, Table]:
+    """New tables of the same recipes, with a sample of the points."""
     with tempfile.TemporaryDirectory() as out:
         result = sweep(
             Grid(),
-            sample(here, points),
-            recipes=recipes,
+            sample(tables, points),
+            recipes=list(tables),
             device=device,
             setup=setup,
             out=Path(out),
             workers=workers,
         )
-        again = {table.recipe: table for table in result.tables.values()}
-    if not again:
+    if not result.tables:
         raise UnverifiedError(f"{setup.device.name}: bf16 against itself was off, so nothing can be verified now")
-    comparisons = tuple(compare_tables(here[recipe], again[recipe], min_speedup=min_speedup) for recipe in recipes)
-    differences = {recipe: found for recipe in recipes if (found := stale(here[recipe].software))}
-    return Verification(device=setup.device.name, files=files, plans=plans, comparisons=comparisons, stale=differences)
+    return {table.recipe: table for table in result.tables.values()}
 
 
 def sample(tables: Mapping[Recipe, Table], count: int) -> list[LinearShape]:
-    """Shapes that all tables have numbers for, spread evenly over the time that bf16 takes."""
+    """Shapes for which all tables have numbers, spread evenly over the time that bf16 takes."""
     times_us: dict[LinearShape, float] = {}
     for table in tables.values():
         for point in table.points:

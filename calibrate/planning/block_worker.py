@@ -1,68 +1,60 @@
 """One process's part of a plan: it compiles sets of roles in float8 beside other processes, and visits them in turn.
 
 In: a `PlanJob`, then requests, one at a time. Out: an answer to each; failures of a set are answers. Compiling touches
-no device but to load what it has compiled; while a set is visited, no other process may use it.
+the device only to load what it has compiled. While a set is visited, no other process may use the device.
 
-A visit has the device for itself: it idles, then the set runs alone until the clock is its own, and then for a whole
-second. At its power limit a GPU sets its clock by what runs, and holds to the limit over a second, not over less: sets
-that take turns in milliseconds share a clock that none has in training, which errs by up to 18 % (LOG.md, 2026-11-24).
-So bf16 and the sets are not interleaved run by run but visit by visit, in random order, and compared within a round.
+A visit has the device for itself: the device idles, then the set runs alone until the clock is its own, and then for a
+whole second. At its power limit a GPU sets its clock by what runs, and keeps to the limit over a second, not over less:
+sets that take turns in milliseconds share a clock that none has in training, which errs by up to 18 % (LOG.md,
+2026-11-24). So bf16 and the sets are interleaved not run by run but visit by visit, in random order, and compared
+within a round.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import pickle
 import random
-import signal
 import time
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from statistics import fmean
 from typing import Any, Literal
 
 import torch
 
-from fp8gate.calibrate.arms.block import Block, Blueprint, ReadyBlock
+from fp8gate.calibrate.arms.block import Block
+from fp8gate.calibrate.arms.blueprint import Blueprint, ReadyBlock
+from fp8gate.calibrate.arms.failure import Failure
+from fp8gate.calibrate.device.registry import kind_of
 from fp8gate.calibrate.device.timer import Timer
 from fp8gate.calibrate.device.watch import Watch
 from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET, RoleSet
-from fp8gate.calibrate.points.measure_point import failure
-from fp8gate.calibrate.points.point_worker import listen, open_device
+from fp8gate.calibrate.processes.channel import Channel
 from fp8gate.calibrate.timing.steady_run import run_steadily
 from fp8gate.filter.contract.plan import PlanProtocol
 from fp8gate.filter.contract.recipes import Recipe
 
 MAX_ERROR = 0.45
 """Of float8 against bf16. Decoder layers gave up to 0.18 (tensorwise, 8192 wide), more the wider they are, and up to
-0.38 where a router then sends some tokens to other experts (mixtral-8x7b); one whose attention's or MLP's last product
-is lost gives at least 0.5."""
-BATCH_S = 0.1  # of rounds that are watched together: asking the driver takes a millisecond, in which a GPU would idle
+0.38 where a router then sends some tokens to other experts (mixtral-8x7b). A layer that loses the last product of its
+attention or MLP gives at least 0.5."""
+BATCH_S = 0.1  # rounds between two questions to the driver: each takes a millisecond, in which a GPU would idle
 LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanJob:
-    """What all processes of a plan have in common."""
+    """What all processes of a plan have in common. flush_bytes: see `DeviceKind.make_timer`."""
 
     blueprint: Blueprint
     recipe: Recipe
     protocol: PlanProtocol
     device: torch.device
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why there is no number of a set."""
-
-    status: Literal["out_of_memory", "failed"]
-    detail: str
+    flush_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The set is compiled, or loaded; error: then the largest relative difference from bf16's results."""
+    """The set is compiled, or loaded. error: once loaded, the largest relative difference from bf16's results."""
 
     error: float = 0.0
 
@@ -98,19 +90,20 @@ class BlockBench:
         try:
             return getattr(self, what)(roles)  # type: ignore[no-any-return]
         except Exception as error:
-            trouble = Failure(*failure(error))
-        if what != "compile" and self.job.device.type == "cuda":
-            torch.cuda.synchronize(self.job.device)
-            torch.cuda.empty_cache()
-        return trouble
+            failure = Failure.of(error)
+        if what != "compile":
+            kind = kind_of(self.job.device)
+            kind.synchronize(self.job.device)
+            kind.release_memory(self.job.device)
+        return failure
 
     def open(self, _: RoleSet) -> Done:
-        """Start the device's libraries and make the block there, which takes seconds; nobody may measure yet."""
+        """Start the device's libraries and make the block there. It takes seconds, in which nobody may measure."""
         self._on_device()
         return Done()
 
     def compile(self, roles: RoleSet) -> Done:
-        """bf16 as it is trained without float8, with Inductor's defaults."""
+        """bf16 is compiled as it is trained without float8, with Inductor's defaults."""
         job = self.job
         converted = BF16_SET if roles == CONTROL_SET else roles
         inductor = (job.protocol.inductor if converted else {}) if job.protocol.compile else None
@@ -123,7 +116,7 @@ class BlockBench:
         prepared = timer.prepare(block.arm(self._ready.pop(roles)))
         error, name = block.error(lambda: timer.results(prepared))
         timer.forget_results(prepared)
-        gc.collect()  # not in a visit
+        gc.collect()  # here, so that it does not happen during a visit
         if not error <= MAX_ERROR:
             return Failure("failed", f"wrong result: {name} is {error:.2g} from bf16's")
         self._prepared[roles] = prepared
@@ -155,23 +148,16 @@ class BlockBench:
 
     def _on_device(self) -> tuple[Timer[Any], Watch, Block]:
         if not self._tools:
+            device, kind = self.job.device, kind_of(self.job.device)
             torch.manual_seed(self.job.protocol.seed)
-            block = Block(self.job.blueprint, self.job.device)
-            self._tools = (*open_device(self.job.device, is_pooled=True), block)
+            block = Block(self.job.blueprint, device)
+            timer = kind.make_timer(device, shares_memory=True, flush_bytes=self.job.flush_bytes)
+            self._tools = timer, kind.make_watch(device), block
         return self._tools
 
 
-def serve(connection: Connection, job: bytes) -> None:
-    """Answer until the pipe closes: that ends the process, however the plan ended. job: a pickled `PlanJob`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the plan's to handle
-    inbox = listen(connection)
-    try:
-        visitor = BlockBench(pickle.loads(job))
-    except Exception as error:
-        inbox.get()
-        connection.send(Failure("failed", f"not to be had in another process: {type(error).__name__}: {error}"))
-        return
-    gc.freeze()
-    with contextlib.suppress(BrokenPipeError):
-        while True:
-            connection.send(visitor.answer(inbox.get()))
+def serve_block(channel: Channel, job: PlanJob) -> None:
+    """Answer requests until dismissed."""
+    bench = BlockBench(job)
+    while True:
+        channel.send(bench.answer(channel.receive()))

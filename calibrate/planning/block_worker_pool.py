@@ -5,147 +5,141 @@ In: a `PlanJob`, sets of roles. Out: answers. Without processes, this one does t
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
-import pickle
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Any
 
-from fp8gate.calibrate.arms.block import BlockError
-from fp8gate.calibrate.device.watch import foreign, make_watch
-from fp8gate.calibrate.planning.block_worker import Answer, BlockBench, Failure, PlanJob, Request, serve
+from fp8gate.calibrate.arms.failure import Failure
+from fp8gate.calibrate.device.registry import kind_of
+from fp8gate.calibrate.device.watch import other_processes
+from fp8gate.calibrate.planning.block_worker import Answer, BlockBench, PlanJob, Request, serve_block
 from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET, RoleSet
-from fp8gate.calibrate.processes.forkserver import start_server
-
-if TYPE_CHECKING:
-    from multiprocessing.context import ForkServerContext, ForkServerProcess
-
-GOODBYE_S = 5.0  # for a process to end by itself
+from fp8gate.calibrate.processes.child import Child, ChildDiedError, Serve, end_all, wait_for
+from fp8gate.calibrate.processes.limits import Limits
+from fp8gate.calibrate.processes.messages import Broken
+from fp8gate.filter.contract.errors import UnfinishedError
 
 
-class BlockWorkerDiedError(RuntimeError):
-    """A process died over a set of roles, its second argument: of a crash, or for want of memory."""
+class StoppedError(UnfinishedError):
+    """Not all was measured, and what was is in the journal."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; run the same command to go on")
+
+
+class BlockWorkerDiedError(StoppedError):
+    """A process died over a set of roles."""
+
+    def __init__(self, reason: str, roles: RoleSet) -> None:
+        super().__init__(f"{reason}; try fewer --workers" if "memory" in reason else reason)
+        self.reason, self.roles = reason, roles
 
 
 class BlockWorkerPool:
-    """Whoever has compiled a set loads and visits it. A context that ends the processes.
+    """The process that has compiled a set also loads and visits it. A context that ends the processes.
 
-    count: of processes; 0 for this one alone.
+    count: of processes; 0 for this one alone. until: of `time.monotonic`, when every wait ends with a StoppedError.
+    serve: what the processes run. limits: of each of their steps.
     """
 
-    def __init__(self, job: PlanJob, count: int) -> None:
-        self._job, self._count = job, count
-        self._alone = BlockBench(job)
-        self._watch = make_watch(job.device)
-        self._members: list[_Member] = []
-        self._homes: dict[RoleSet, _Member] = {}
+    def __init__(
+        self,
+        job: PlanJob,
+        count: int,
+        *,
+        until: float = math.inf,
+        serve: Serve = serve_block,
+        limits: Limits | None = None,
+    ) -> None:
+        self._job, self._count, self._until = job, count, until
+        self._serve, self._limits = serve, limits or Limits()
+        self._bench = BlockBench(job)
+        self._watch = kind_of(job.device).make_watch(job.device)
+        self._children: list[Child] = []
+        self._compiled_by: dict[RoleSet, Child] = {}
 
     def __enter__(self) -> BlockWorkerPool:
-        if self._count:
-            context = start_server()
-            self._members = [_Member.started(context, self._job) for _ in range(self._count)]
+        try:
+            while len(self._children) < self._count:
+                self._children.append(Child(self._serve, self._job, self._limits, starts_busy=False))
             self._open()
+        except BaseException:
+            end_all(self._children)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for member in self._members:
-            member.connection.close()
-        for member in self._members:
-            member.process.join(0 if error else GOODBYE_S)
-            member.process.kill()
-            member.process.join()
+        end_all(self._children)
 
     def compile(self, sets: Sequence[RoleSet]) -> Iterator[tuple[RoleSet, Answer]]:
-        """Each as soon as it is compiled. Raises MemberDiedError."""
-        if not self._members:
-            yield from ((roles, self._alone.answer(("compile", roles))) for roles in sets)
+        """The answer about each set as soon as it is compiled. Raises BlockWorkerDiedError, StoppedError."""
+        if not self._children:
+            yield from ((roles, self._bench.answer(("compile", roles))) for roles in sets)
             return
         left = deque(sets)
-        idle = sorted(self._members, key=list(self._homes.values()).count)
-        if CONTROL_SET in sets:  # a process shares tuned kernels: what bf16 differs from must come from another
-            idle.sort(key=lambda member: member is self._homes.get(BF16_SET))
-        busy: dict[Connection, tuple[_Member, RoleSet]] = {}
+        idle = sorted(self._children, key=list(self._compiled_by.values()).count)
+        if CONTROL_SET in sets:  # a process shares tuned kernels: what bf16 is compared with must come from another
+            idle.sort(key=lambda child: child is self._compiled_by.get(BF16_SET))
+        busy: dict[Child, RoleSet] = {}
         while left or busy:
             while left and idle:
-                member, roles = idle.pop(0), left.popleft()
-                self._homes[roles] = member
-                member.send(("compile", roles))
-                busy[member.connection] = member, roles
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
-                member, roles = busy.pop(connection)
-                idle.append(member)
-                yield roles, member.hear(roles)
+                child, roles = idle.pop(0), left.popleft()
+                self._compiled_by[roles] = child
+                child.send(("compile", roles))
+                busy[child] = roles
+            for child in self._wait_for(list(busy)):
+                roles = busy.pop(child)
+                idle.append(child)
+                yield roles, self._hear(child, roles)
 
     def others(self) -> list[str]:
         """Processes on the device that are not this plan's."""
-        own = [os.getpid(), *(member.process.pid for member in self._members if member.process.pid)]
-        return foreign(self._watch.processes(), own)
+        own = [os.getpid(), *(child.pid for child in self._children)]
+        return other_processes(self._watch.processes(), own)
 
     def load(self, roles: RoleSet) -> Answer:
-        """Raises MemberDiedError."""
+        """Raises BlockWorkerDiedError, StoppedError."""
         return self._ask(("load", roles))
 
     def visit(self, roles: RoleSet) -> Answer:
-        """Raises MemberDiedError."""
+        """Raises BlockWorkerDiedError, StoppedError."""
         return self._ask(("visit", roles))
 
     def _open(self) -> None:
         """All at once, before anything is measured."""
-        try:
-            for member in self._members:
-                member.send(("open", BF16_SET))
-            for member in self._members:
-                if isinstance(answer := member.hear(BF16_SET), Failure):
+        for child in self._children:
+            child.send(("open", BF16_SET))
+        waiting = set(self._children)
+        while waiting:
+            for child in self._wait_for(list(waiting)):
+                waiting.remove(child)
+                if isinstance(answer := self._hear(child, BF16_SET), Failure):
                     raise BlockWorkerDiedError(f"the block cannot be made on the device: {answer.detail}", BF16_SET)
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
 
     def _ask(self, request: Request) -> Answer:
-        if not self._members:
-            return self._alone.answer(request)
-        member = self._homes[request[1]]
-        member.send(request)
-        return member.hear(request[1])
+        if not self._children:
+            return self._bench.answer(request)
+        child = self._compiled_by[request[1]]
+        child.send(request)
+        self._wait_for([child])
+        return self._hear(child, request[1])
 
+    def _wait_for(self, children: Sequence[Child]) -> list[Child]:
+        heard = wait_for(children, self._until)
+        if not heard:
+            raise StoppedError("the time is up")
+        return heard
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    process: ForkServerProcess
-    connection: Connection
-
-    @classmethod
-    def started(cls, context: ForkServerContext, job: PlanJob) -> _Member:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, _pickled(job)), daemon=True)
-        process.start()
-        theirs.close()
-        return cls(process, ours)
-
-    def send(self, request: Request) -> None:
-        with contextlib.suppress(OSError):  # it died; hearing will say so
-            self.connection.send(request)
-
-    def hear(self, roles: RoleSet) -> Answer:
+    def _hear(self, child: Child, roles: RoleSet) -> Answer:
         try:
-            answer: Answer = self.connection.recv()
-        except (EOFError, OSError) as error:
-            self.process.join(GOODBYE_S)
-            died = f"its process ended with exit code {self.process.exitcode}"
-            raise BlockWorkerDiedError(f"{died}; for want of memory, try fewer --workers", roles) from error
-        return answer
-
-
-def _pickled(job: PlanJob) -> bytes:
-    """By value: the way tensors are handed to child processes shares memory and file handles."""
-    try:
-        return pickle.dumps(job)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise BlockError(f"block: expected a module that can be pickled, unless workers is 0; {error}") from error
+            answer: Any = child.receive()
+        except ChildDiedError as error:
+            raise BlockWorkerDiedError(str(error), roles) from error
+        if isinstance(answer, Broken):
+            raise BlockWorkerDiedError(f"the block cannot be made on the device: {answer.detail}", roles)
+        return answer  # type: ignore[no-any-return]

@@ -1,9 +1,9 @@
 """Search the set of roles that trains a block fastest, with few measurements. Pure: the measuring is injected.
 
-In: the roles, guesses, a function that measures sets. Out: the set to convert. Conversions are not independent: a cast
-is shared or fused, so two changes may gain what neither gains alone. From the best guess the search follows single
-changes, all of those that gain together, and pairs; the few best and the guesses are then measured again against each
-other, and only those later visits decide, as the first ones have chosen them.
+In: the roles, guesses, a function that measures sets. Out: the set to convert. Conversions are not independent: casts
+are shared or fused, so two changes may gain what neither gains alone. From the best guess the search tries single
+changes, all gaining changes together, and pairs. Then it measures the few best sets and the guesses again. Only those
+later visits decide: the first visits have chosen the finalists, and so favour them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from fp8gate.calibrate.timing.statistics import Interval, ratio_of
 RoleSet = frozenset[str]
 BF16_SET: RoleSet = frozenset()
 CONTROL_SET: RoleSet = frozenset({"bf16 again"})
-"""bf16, compiled, tuned and captured a second time: what it gains over the first is what such a thing differs by."""
+"""bf16, compiled, tuned and captured a second time. Its gain over the first shows how far equal sets differ."""
 
 RULED_OUT = 4  # times the noise, after a single visit
-FINALISTS = 4  # beside bf16: of those within twice the noise of the best, more are rarely left
-WORTH = 1.0005  # a plan's numbers have four digits, of which the last must show that the choice is above 1
+FINALISTS = 4  # beside bf16; more are rarely within twice the noise of the best
+WORTH = 1.0005  # a plan's numbers have four digits: the last one must show that the choice is above 1
 SYNERGY = 0.03
-"""Two changes are tried together unless they lose more than this by themselves, as a share of the block: wk and wv,
-neutral alone, cost 8 % together with wq, but no pair is known that wins back more than this."""
+"""Two changes are tried together unless they lose more than this share of the block by themselves. wk and wv are
+neutral alone and cost 8 % together with wq, but no pair is known that wins back more than this."""
 
 
 class Measure(Protocol):
     def __call__(self, candidates: Sequence[RoleSet], visits: int) -> Mapping[RoleSet, Sequence[float]]:
-        """ln(bf16 / candidate) of every visit so far, at least so many of each candidate; none of one that failed.
+        """ln(bf16 / candidate) of every visit so far, at least `visits` of each candidate; none of one that failed.
 
         All candidates of a call are compiled together, and visited in the same rounds.
         """
@@ -40,7 +40,10 @@ class Measure(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """screening, final: visits. noise: of ln(time) of one visit; what gains less is not followed."""
+    """How many visits screen a set and how many more decide among the finalists, and what counts as a gain.
+
+    noise: of ln(time) of one visit; a change that gains less is not followed.
+    """
 
     screening: int
     final: int
@@ -49,7 +52,7 @@ class Rules:
 
 
 def search(roles: Sequence[str], guesses: Iterable[RoleSet], measure: Measure, rules: Rules) -> RoleSet:
-    """The set to convert; bf16 (the empty one) unless another's lower bound lies above it.
+    """The set to convert: bf16 (the empty set) unless the lower bound of another set lies above it.
 
     roles: those that float8 can compute. guesses: where to start, the most trusted first.
     """
@@ -69,7 +72,7 @@ def search(roles: Sequence[str], guesses: Iterable[RoleSet], measure: Measure, r
 
 
 def search_all(roles: Sequence[str], guesses: Iterable[RoleSet], measure: Measure, rules: Rules) -> RoleSet:
-    """The same by measuring every set there is, once; those that this does not rule out as all are screened."""
+    """The same, by measuring every set there is once, and screening those that this does not rule out."""
     known = _Known(roles, measure, rules, list(guesses))
     known.ask((frozenset(some) for n in range(len(roles) + 1) for some in itertools.combinations(roles, n)), visits=1)
     known.ask_again(within=RULED_OUT * rules.noise)
@@ -79,9 +82,9 @@ def search_all(roles: Sequence[str], guesses: Iterable[RoleSet], measure: Measur
 def gain(log_ratios: Sequence[float], rules: Rules) -> Interval:
     """bf16 / candidate time with bounds, from all visits of a candidate.
 
-    Of a finalist the final visits count, with bounds at the rules' confidence; of others the screening, within its
-    noise, or as much more as it has fewer visits. Raises ValueError for no visits, or for fewer final ones than that
-    confidence needs (6 at 0.95).
+    For a finalist the final visits count, with bounds at the rules' confidence. For another candidate the screening
+    counts; its bounds are the noise, wider if it has fewer visits. Raises ValueError for no visits, or for fewer final
+    ones than that confidence needs (6 at 0.95).
     """
     final = log_ratios[rules.screening :]
     if len(final) >= rules.final:
@@ -104,7 +107,7 @@ class _Known:
             self._ratios.update(self.measure(new, visits or self.rules.screening))
 
     def ask_again(self, within: float) -> None:
-        """Complete the screening of those that are no farther from the best."""
+        """Complete the screening of the candidates that are no farther than that from the best."""
         least = self.value(self.best()) - within
         near = [one for one in self._ratios if one != BF16_SET and self.value(one) >= least]
         self._ratios.update(self.measure(near, self.rules.screening))
@@ -117,18 +120,18 @@ class _Known:
         return math.log(gain(ratios, self.rules).estimate) if ratios else -math.inf
 
     def gains(self, candidate: RoleSet, center: RoleSet) -> bool:
-        """More than the noise."""
+        """Whether it is better by more than the noise."""
         return self.value(candidate) > self.value(center) + self.rules.noise
 
     def best(self, among: Iterable[RoleSet] = ()) -> RoleSet:
-        """Of equal ones the smallest: what need not be converted stays in bf16."""
+        """The best candidate; among equals the smallest, as a linear that need not be converted stays in bf16."""
         return max(among or self._ratios, key=lambda candidate: (self.value(candidate), -len(candidate)))
 
     def singles(self, center: RoleSet) -> list[RoleSet]:
         return [center ^ {role} for role in self.roles]
 
     def explore(self, center: RoleSet) -> None:
-        """Single changes and those that gain together; pairs too, if none of that gains more than the noise."""
+        """Try single changes and all gaining ones together; pairs too, if none of these gains more than the noise."""
         self.ask(self.singles(center))
         changes = {role: self.value(center ^ {role}) - self.value(center) for role in self.roles}
         self.ask([center.symmetric_difference(role for role, change in changes.items() if change > 0)])
@@ -138,7 +141,7 @@ class _Known:
         self.ask([center ^ {*pair} for pair in pairs if sum(changes[role] for role in pair) > -SYNERGY])
 
     def winner(self) -> RoleSet:
-        """Measure the few best against each other, and what then looks better than those, until none does.
+        """Measure the few best against each other, and any set that then looks better than they do, until none does.
 
         The guesses take part, good or not: people ask what a plan gains over them.
         """

@@ -1,6 +1,6 @@
 """Rounds of visits: bf16 and the sets asked about, each alone on the device, in random order; all of it in a journal.
 
-In: sets of roles, how many visits each. Out: ln(bf16 / set) of every round; what failed has none.
+In: sets of roles, how many visits each. Out: ln(bf16 / set) of every round; a set that failed has none.
 """
 
 from __future__ import annotations
@@ -12,77 +12,32 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from statistics import fmean
-from typing import Annotated, Literal
 
-import msgspec
-
-from fp8gate.calibrate.planning.block_worker import Done, Failure, Visit
-from fp8gate.calibrate.planning.block_worker_pool import BlockWorkerDiedError, BlockWorkerPool
+from fp8gate.calibrate.arms.failure import Failure
+from fp8gate.calibrate.planning.block_worker import Done, Visit
+from fp8gate.calibrate.planning.block_worker_pool import BlockWorkerDiedError, BlockWorkerPool, StoppedError
 from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET, RoleSet
-from fp8gate.calibrate.sweep.journal import AnyJournal, Header
-from fp8gate.filter.contract.plan import CandidateStatus, PlanProtocol
-from fp8gate.filter.contract.recipes import Recipe
-from fp8gate.filter.contract.table import Device, Software
+from fp8gate.calibrate.planning.visit_journal import PlanJournal, VisitRecord
+from fp8gate.filter.contract.plan import CandidateStatus
 
 MAX_ATTEMPTS = 2  # calls in which a set may fail: memory may have been taken the first time
 MAX_SLOWDOWNS = 3  # in a row: the GPU will not get faster by waiting
 
 
-class StoppedError(RuntimeError):
-    """Not all was measured; what was is in the journal."""
-
-
-class PlanSetup(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Of a plan's journal; the fields are those of `Plan`."""
-
-    recipe: Recipe
-    model: str
-    tokens: int
-    sequence: int | None
-    tp: int
-    recompute: Literal["none", "full"]
-    device: Device
-    software: Software
-    protocol: PlanProtocol
-    block: str
-    shapes: dict[str, tuple[int, int, int]]
-
-
-class VisitRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A visit of a set in a round, or why there will be none. error: from bf16's results, when it was loaded."""
-
-    convert: tuple[str, ...]
-    round: Annotated[int, msgspec.Meta(ge=0)]
-    measured_at: datetime
-    status: CandidateStatus = "measured"
-    fwd_us: float | None = None
-    bwd_us: float | None = None
-    error: float | None = None
-    sm_clock_mhz: int | None = None
-    is_limited: bool = False
-    detail: str = ""
-
-
-class PlanJournal(AnyJournal[PlanSetup, VisitRecord]):
-    """The visits of a plan."""
-
-    record_type = VisitRecord
-
-
 class VisitRounds:
-    """Measures for a search. start: of `time.monotonic`; no round begins stop_after_s later."""
+    """Measures for a search. start, until: of `time.monotonic`; no step begins after `until`."""
 
     def __init__(
         self,
-        crew: BlockWorkerPool,
+        pool: BlockWorkerPool,
         journal: PlanJournal,
         roles: Iterable[str],
         say: Callable[[str], None],
         *,
         start: float,
-        stop_after_s: float | None,
+        until: float = math.inf,
     ) -> None:
-        self.crew, self.journal, self.say = crew, journal, say
+        self.pool, self.journal, self.say = pool, journal, say
         self.roles = [*roles, *CONTROL_SET]
         self.errors: dict[RoleSet, float] = {}
         self.failed: dict[RoleSet, CandidateStatus] = {}
@@ -90,7 +45,7 @@ class VisitRounds:
         self._others: set[str] = set()
         self._visits: defaultdict[RoleSet, dict[int, tuple[float, float]]] = defaultdict(dict)
         self._round = 0
-        self._start, self._stop_after_s = start, stop_after_s
+        self._start, self._until = start, until
         self._spent_s: defaultdict[str, float] = defaultdict(float)
         failures = Counter(frozenset(record.convert) for record in journal.records if record.status != "measured")
         for record in journal.records:
@@ -99,7 +54,7 @@ class VisitRounds:
                 self._note(record)
 
     def __call__(self, candidates: Sequence[RoleSet], visits: int) -> dict[RoleSet, tuple[float, ...]]:
-        """Raises StoppedError when the time is up or the GPU slows down again and again, MemberDiedError."""
+        """Raises StoppedError when the time is up or the GPU slows down again and again, BlockWorkerDiedError."""
         while lacking := [one for one in candidates if self._lacks(one, visits)]:
             new = [one for one in dict.fromkeys([BF16_SET, *lacking]) if one not in self._loaded]
             if new:
@@ -113,14 +68,14 @@ class VisitRounds:
         return [one for one in known if one in self.failed or self.log_ratios(one)]
 
     def log_ratios(self, one: RoleSet) -> tuple[float, ...]:
-        """ln(bf16 / set) of forward plus backward, of the rounds in which both were visited, in their order."""
+        """ln(bf16 / set) of forward plus backward, for each round in which both were visited, in order."""
         if one in self.failed:
             return ()
         bf16, visits = self._visits[BF16_SET], self._visits[one]
         return tuple(math.log(sum(bf16[at]) / sum(times)) for at, times in sorted(visits.items()) if at in bf16)
 
     def times(self, one: RoleSet, leave_out: int) -> tuple[float, float]:
-        """Mean forward and backward, microseconds, of the visits but for the first so many."""
+        """Mean forward and backward in microseconds, without the first `leave_out` visits."""
         visits = [times for at, times in sorted(self._visits[one].items()) if at in self._visits[BF16_SET]][leave_out:]
         return fmean(fwd for fwd, _ in visits), fmean(bwd for _, bwd in visits)
 
@@ -128,7 +83,7 @@ class VisitRounds:
         return tuple(role for role in self.roles if role in one)
 
     def summary(self) -> str:
-        """Where the time went."""
+        """Where the time went, for people."""
         spent = ", ".join(f"{what} {seconds:.0f}" for what, seconds in self._spent_s.items())
         return f"{self._elapsed()}: {spent}"
 
@@ -139,11 +94,12 @@ class VisitRounds:
         """Compile together, load one by one. Raises StoppedError when the time is up."""
         begin = time.monotonic()
         try:
-            for i, (one, answer) in enumerate(self.crew.compile(new), start=1):
+            self._require_time()
+            for i, (one, answer) in enumerate(self.pool.compile(new), start=1):
                 self._spend("waiting for compilers", begin)
                 self._require_time()
                 begin = time.monotonic()
-                loaded = self.crew.load(one) if isinstance(answer, Done) else answer
+                loaded = self.pool.load(one) if isinstance(answer, Done) else answer
                 self._spend("loading and tuning", begin)
                 begin = time.monotonic()
                 if isinstance(loaded, Done):
@@ -154,7 +110,7 @@ class VisitRounds:
                     self._fail(one, loaded)
                 self._require_bf16()
         except BlockWorkerDiedError as error:
-            self._fail(error.args[1], Failure("failed", error.args[0]))
+            self._fail(error.roles, Failure("failed", error.reason))
             raise
 
     def _require_bf16(self) -> None:
@@ -168,19 +124,20 @@ class VisitRounds:
         self._look_for_others()
         rng = random.Random(f"{self.journal.setup.protocol.seed} {self._round}")
         for one in rng.sample(sets, len(sets)):
+            self._require_time()
             self._visit(one)
             self._require_bf16()
         self._spend("visits", begin)
 
     def _look_for_others(self) -> None:
         """Name each other process on the device once."""
-        for other in self.crew.others():
+        for other in self.pool.others():
             if other not in self._others:
                 self._others.add(other)
                 self.say(f"warning: another process is on the device and may spoil timings: {other}")
 
     def _require_time(self) -> None:
-        if self._stop_after_s is not None and time.monotonic() > self._start + self._stop_after_s:
+        if time.monotonic() >= self._until:
             raise StoppedError("the time is up")
 
     def _visit(self, one: RoleSet) -> None:
@@ -202,7 +159,7 @@ class VisitRounds:
     def _undisturbed(self, one: RoleSet) -> Visit | Failure:
         slowdown = None
         for _ in range(MAX_SLOWDOWNS):
-            answer = self.crew.visit(one)
+            answer = self.pool.visit(one)
             assert not isinstance(answer, Done)
             if isinstance(answer, Failure) or answer.slowdown is None:
                 return answer
@@ -210,9 +167,9 @@ class VisitRounds:
             self.say(f"{self._elapsed()} {self._name(one)} again: {slowdown} of the GPU")
         raise StoppedError(f"{slowdown} of the GPU, {MAX_SLOWDOWNS} times in a row")
 
-    def _fail(self, one: RoleSet, trouble: Failure) -> None:
-        self._keep(one, status=trouble.status, detail=trouble.detail)
-        self.say(f"{self._elapsed()} {trouble.status}: {self._name(one)}: {trouble.detail}")
+    def _fail(self, one: RoleSet, failure: Failure) -> None:
+        self._keep(one, status=failure.status, detail=failure.detail)
+        self.say(f"{self._elapsed()} {failure.status}: {self._name(one)}: {failure.detail}")
 
     def _keep(self, one: RoleSet, **fields: object) -> None:
         now = datetime.now(timezone.utc).replace(microsecond=0)

@@ -1,7 +1,7 @@
-"""Measure one point in two steps: make it ready (compile, touching no device), then time it, alone on the device.
+"""Time one point, alone on the device.
 
-In: a task, the recipes' protocols, a timer. Out: a `PointRecord`. Failures of a point are results (out_of_memory,
-failed, unstable), never exceptions, unless the device itself is lost.
+In: a `ReadyPoint`, a timer. Out: a `PointRecord`. What goes wrong with a point is a result (out_of_memory, failed,
+unstable), never an exception, unless the device itself is lost.
 """
 
 from __future__ import annotations
@@ -10,87 +10,55 @@ import os
 import random
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from fp8gate.calibrate.arms.compilation import ReadyLinear, compiled_linear, eager_linear
+from fp8gate.calibrate.arms.failure import Failure
 from fp8gate.calibrate.arms.linear import LinearArm, Operands
 from fp8gate.calibrate.arms.numerics import References, acceptable
 from fp8gate.calibrate.device.timer import Sample, Timer
 from fp8gate.calibrate.device.timing_lock import TimingLock
 from fp8gate.calibrate.device.watch import Watch
-from fp8gate.calibrate.points.point_record import CONTROL, ArmName, ArmRecord, PointRecord, Stages, is_near, speedup_of
-from fp8gate.calibrate.points.task_queue import Task
+from fp8gate.calibrate.points.point_record import (
+    CONTROL,
+    ArmName,
+    ArmRecord,
+    PointRecord,
+    Stages,
+    is_near,
+    speedup_of,
+)
+from fp8gate.calibrate.points.ready_point import ReadyPoint
 from fp8gate.calibrate.timing.steady_run import run_steadily
-from fp8gate.filter.contract.recipes import Recipe
-from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.errors import UnfinishedError
 from fp8gate.filter.contract.table import SweepProtocol
 
-POINT_SETTLE_S, POINT_RUN_S = 0.1, 0.05
-"""An arm runs alone on the device, for SETTLE_S uncounted and then for RUN_S or longer. Under the power limit the clock
-follows what runs (H200, 700 W): 1485 MHz for a bf16 product, 1890 MHz for a rowwise one full of casts. Interleaved they
-share a clock that neither has in training, which made rowwise up to 18 % slower against bf16 than it is. The GPU sets
-its clock every 0.1 s: an arm that has not settled so long runs at the clock of the one before (LOG.md, 2026-11-24)."""
-POINT_PAUSE_S, BURST_S, FIRST_SETTLE = 0.15, 0.6, 2
-"""A GPU at its power limit keeps to it on average over about a second: after a pause it draws 3 % more for 0.8 s, and
-then 15 % less for 0.2 s, in which every arm is 7 % slower. So where the limit is reached, the device idles for PAUSE_S
-before a run that would begin more than BURST_S after the last pause; loading a point is one too. The first run after a
-pause settles FIRST_SETTLE times as long where it has reached the limit by then. Four short runs fit between two
-pauses."""
-DETAIL_LENGTH = 2000  # Inductor's errors carry whole graphs; their first lines say what is wrong
+BURST_S, FIRST_SETTLE = 0.6, 2
+"""A GPU at its power limit keeps to it on average over about a second. After a pause it draws 3 % more for 0.8 s, and
+then 15 % less for 0.2 s, in which every arm is 7 % slower. So where the limit is reached, the device idles for the
+protocol's pause_s before a run that would begin more than BURST_S after the last pause. Loading a point is a pause too.
+The first run after a pause settles FIRST_SETTLE times as long if it has reached the limit by then. Four short runs fit
+between two pauses."""
 
 
-class DeviceLostError(RuntimeError):
-    """The device no longer answers in this process: every later point would fail with it."""
+class DeviceLostError(UnfinishedError):
+    """The device no longer answers in this process: every later point would fail with it. record: of this point."""
 
-
-@dataclass(slots=True)
-class ReadyPoint:
-    """A point whose linears are compiled, or whose compilation failed."""
-
-    task: Task
-    protocols: Mapping[Recipe, SweepProtocol]
-    linears: dict[ArmName, ReadyLinear] = field(default_factory=dict)
-    failures: dict[ArmName, ArmRecord] = field(default_factory=dict)
-    compiling_s: float = 0.0
-
-    @classmethod
-    def of_bf16(cls, shape: LinearShape) -> ReadyPoint:
-        """bf16 alone, which needs no compilation."""
-        return cls(Task(shape), {}, {"bf16": eager_linear(None, shape)})
-
-
-def make_ready(task: Task, protocols: Mapping[Recipe, SweepProtocol], device: torch.device) -> ReadyPoint:
-    """Compile what the task needs; `protocols` are those of its recipes. Runs nothing on the device."""
-    start = time.perf_counter()
-    torch._dynamo.reset()
-    point = ReadyPoint(task, protocols, {"bf16": eager_linear(None, task.shape)})
-    if task.control:
-        point.linears[CONTROL] = eager_linear(None, task.shape)
-    for recipe, protocol in protocols.items():
-        try:
-            if protocol.compile:
-                ready = compiled_linear(recipe, task.shape, protocol.inductor, device.type)
-            else:
-                ready = eager_linear(recipe, task.shape)
-        except Exception as error:
-            point.failures[recipe] = _failure(error)
-        else:
-            point.linears[recipe] = ready
-    point.compiling_s = time.perf_counter() - start
-    return point
+    def __init__(self, record: PointRecord, reason: object) -> None:
+        super().__init__(f"the device failed at {record.shape}: {reason}; run the same command to go on")
+        self.record = record
+        self.reason = str(reason)
 
 
 def measure_point(
     point: ReadyPoint,
     timer: Timer[Any],
     watch: Watch,
-    quiet: TimingLock,
+    timing_lock: TimingLock,
     device: torch.device,
     seed: int,
     measured_on: str = "",
@@ -100,13 +68,13 @@ def measure_point(
     Raises DeviceLostError, with the record as its argument, if the device fails for good.
     """
     torch.manual_seed(seed)
-    session = _Session(point, timer, watch, quiet, device, random.Random(f"{seed} {point.task.shape}"))
+    timing = _PointTiming(point, timer, watch, timing_lock, device, random.Random(f"{seed} {point.task.shape}"))
     lost: RuntimeError | None = None
     try:
-        arms = session.run()
+        arms = timing.run()
     finally:
         try:
-            session.free()  # synchronizes: a device that failed for good says so here
+            timing.free()  # synchronizes: a device that failed for good says so here
         except RuntimeError as error:
             lost = error
     record = PointRecord(
@@ -114,20 +82,20 @@ def measure_point(
         k=point.task.shape.k,
         n=point.task.shape.n,
         measured_at=datetime.now(timezone.utc).replace(microsecond=0),
-        stages=session.stages(),
+        stages=timing.stages(),
         process=os.getpid(),
         measured_on=measured_on,
         host=socket.gethostname(),
         repeat=point.task.repeat,
-        sm_clock_mhz=tuple(session.clocks_mhz),
+        sm_clock_mhz=tuple(timing.clocks_mhz),
         arms=arms,
     )
     if lost:
-        raise DeviceLostError(record) from lost
+        raise DeviceLostError(record, lost) from lost
     return record
 
 
-class _Session:
+class _PointTiming:
     """The arms of one point, from operands to records."""
 
     def __init__(
@@ -135,14 +103,14 @@ class _Session:
         point: ReadyPoint,
         timer: Timer[Any],
         watch: Watch,
-        quiet: TimingLock,
+        timing_lock: TimingLock,
         device: torch.device,
         rng: random.Random,
     ) -> None:
-        self.point, self.timer, self.watch, self.quiet = point, timer, watch, quiet
+        self.point, self.timer, self.watch, self.timing_lock = point, timer, watch, timing_lock
         self.device, self.rng = device, rng
         self.operands: Operands | None = None
-        self.records: dict[ArmName, ArmRecord] = dict(point.failures)
+        self.records = {name: _record_of(failure) for name, failure in point.failures.items()}
         self.prepared: dict[ArmName, Any] = {}
         self.samples: dict[ArmName, list[Sample]] = {}
         self.clocks_mhz: list[int] = []
@@ -156,7 +124,7 @@ class _Session:
             self.operands = Operands.random(self.point.task.shape, self.device)
             references = References(self.operands)
         except Exception as error:
-            return {name: _failure(error) for name in names}
+            return {name: _record_of(Failure.of(error)) for name in names}
         for name, linear in self.point.linears.items():
             self._prepare(name, linear.over(self.operands), references)
         self.loading_s = time.perf_counter() - self.start
@@ -164,7 +132,7 @@ class _Session:
             try:
                 self._run_rounds()
             except Exception as error:  # which arm it was is not known: none of them counts
-                self._none_counts(_failure(error))
+                self._none_counts(_record_of(Failure.of(error)))
         return {name: self._record(name) for name in names}
 
     def free(self) -> None:
@@ -187,7 +155,7 @@ class _Session:
             prepared = self.timer.prepare(arm)
             errors = references.relative_errors(self.timer.results(prepared))
         except Exception as error:
-            self.records[name] = _failure(error)
+            self.records[name] = _record_of(Failure.of(error))
             return
         if acceptable(errors):
             self.prepared[name] = prepared
@@ -222,8 +190,8 @@ class _Session:
             begins = self._paused(protocol.pause_s) or i == 0
             limited_settle_s = protocol.settle_s * (FIRST_SETTLE - 1) if begins else 0.0
             lacking = target - len(self.samples[run[0]])
-            with self.quiet.kept():
-                slowdown = self._run_alone(run, lacking, protocol.settle_s, limited_settle_s, run_s)
+            with self.timing_lock.timing():
+                slowdown = self._run_steadily(run, lacking, protocol.settle_s, limited_settle_s, run_s)
             if slowdown:
                 self._none_counts(ArmRecord(status="unstable", detail=f"{slowdown} of the GPU while timing"))
                 return False
@@ -239,7 +207,7 @@ class _Session:
         self.settling_s += self.burst_start - now
         return True
 
-    def _run_alone(
+    def _run_steadily(
         self, names: Sequence[ArmName], samples: int, settle_s: float, limited_settle_s: float, run_s: float
     ) -> str | None:
         """Settle, then run for run_s (less on an idle device), at least `samples` rounds, which become so many samples.
@@ -295,23 +263,8 @@ def condensed(rounds: Sequence[Sample], samples: int) -> list[Sample]:
     return [Sample(fmean(s.fwd_us for s in part), fmean(s.bwd_us for s in part)) for part in parts]
 
 
-def _failure(error: Exception) -> ArmRecord:
-    status, detail = failure(error)
-    return ArmRecord(status=status, detail=detail)
-
-
-def failure(error: Exception) -> tuple[Literal["out_of_memory", "failed"], str]:
-    """What it means for what was to be measured, and what it says, at a length that a journal bears."""
-    detail = f"{type(error).__name__}: {error}"[:DETAIL_LENGTH]
-    return ("out_of_memory" if _is_out_of_memory(error) else "failed"), detail
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if any(sign in str(error) for sign in ("out of memory", "ALLOC_FAILED", "can't allocate memory")):
-        return True
-    return error.__cause__ is not None and _is_out_of_memory(error.__cause__)
+def _record_of(failure: Failure) -> ArmRecord:
+    return ArmRecord(status=failure.status, detail=failure.detail)
 
 
 def _rounded(errors: dict[str, float]) -> dict[str, float | None]:

@@ -1,4 +1,7 @@
-"""What a measurement leaves behind: raw samples, one record a point, and the table points derived from them. Pure."""
+"""What a measurement leaves behind: raw samples in one record a point, and the rows of tables made from them. Pure.
+
+In: the samples of every arm of a point. Out: a `PointRecord`, and for each recipe a `Point` of its table.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,26 @@ from typing import Literal
 
 import msgspec
 
-from fp8gate.calibrate.timing.statistics import Interval, paired_speedup
+from fp8gate.calibrate.timing.statistics import Interval, paired_speedup, unpaired_speedup
 from fp8gate.filter.contract.plain_yaml import round_to_measured
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Point, Status, SweepProtocol
 
 ArmName = Literal["bf16", "bf16_again", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
-"""bf16_again is the control: the same linear captured a second time, whose ratio to bf16 should be 1."""
+"""bf16_again is the control: the same linear, captured a second time. Its ratio to bf16 should be 1."""
 
 CONTROL: ArmName = "bf16_again"
 CONTROL_US = 0.5
-"""What a control may differ by besides: of two captures of one linear of 20 us, whose results lie at other addresses,
-one took up to 0.45 us longer (NVIDIA H200)."""
+"""Microseconds by which a control may differ whatever the protocol tolerates. Two captures of one linear write their
+results to different addresses: of two that take 20 us, one took up to 0.45 us longer (NVIDIA H200)."""
 
 
 class ArmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One arm of one point. Samples in microseconds, each the mean of a part of a run; none unless status is measured.
+    """One arm of one point. Samples are in microseconds, each the mean of a part of a run.
 
-    errors: relative errors against float32 (None if not finite). detail: the error message of a failure.
+    There are samples only if `status` is measured. errors: relative errors against float32 (None if not finite).
+    detail: the error message of a failure.
     """
 
     status: Literal["measured", "out_of_memory", "unstable", "failed"] = "measured"
@@ -43,7 +47,8 @@ class ArmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Stages(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Seconds a point took: compiling (on the CPU), then on the GPU loading and tuning kernels, settling, timing."""
+    """The seconds that a point took: compiling on the CPU, then loading and tuning kernels, settling and timing on the
+    GPU."""
 
     compiling_s: float = 0.0
     loading_s: float = 0.0
@@ -56,11 +61,11 @@ class Stages(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All arms of one shape, measured together.
+    """All arms of one shape, measured by one process in one go.
 
-    process: the process that measured it. measured_on: the device (device.device_identity). host: the machine. repeat:
-    it was measured before, and this is only to see the spread. sm_clock_mhz: after each batch of rounds, if the device
-    tells.
+    process: the id of that process. measured_on: the device, as `device_identity` names it. host: the machine. repeat:
+    the point was measured before, and this record only shows the spread. sm_clock_mhz: the clock after each batch of
+    rounds, if the device tells it.
     """
 
     m: int
@@ -84,19 +89,29 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return tuple(recipe for recipe in RECIPES if recipe in self.arms)
 
     def status(self, recipe: Recipe) -> Status:
-        """The recipe's status, or bf16's if that is what is missing; `measured` may still prove ambiguous."""
+        """The recipe's status, or that of bf16 if bf16 has no numbers. A measured point may still be ambiguous."""
         bf16, fp8 = self.arms["bf16"], self.arms[recipe]
         return fp8.status if bf16.status == "measured" else bf16.status
 
-    def speedup(self, arm: ArmName, protocol: SweepProtocol) -> Interval:
-        """bf16 / this arm's time of forward plus backward; only for a measured arm."""
-        return speedup_of(self.arms["bf16"], self.arms[arm], protocol)
+    def speedup(self, recipe: Recipe, protocol: SweepProtocol) -> Interval:
+        """bf16 / float8 time of forward plus backward; only for a recipe that was measured."""
+        return speedup_of(self.arms["bf16"], self.arms[recipe], protocol)
+
+    def control_ratio(self, protocol: SweepProtocol) -> Interval | None:
+        """bf16 time / its own time from a second capture; None if this point has no control with numbers.
+
+        Both ran in alternating rounds of one run, so their rounds are paired.
+        """
+        if CONTROL not in self.arms or not all(self.arms[name].fwd_us for name in ("bf16", CONTROL)):
+            return None
+        bf16, control = last_run(self.arms["bf16"], self.arms[CONTROL], protocol)
+        return paired_speedup(bf16.total_us, control.total_us, confidence=protocol.confidence)
 
     def control_error(self, protocol: SweepProtocol) -> float | None:
-        """How far bf16 against itself was from 1, if that is more than chance, the protocol's tolerance, CONTROL_US."""
-        if CONTROL not in self.arms or any(self.arms[a].status != "measured" for a in ("bf16", CONTROL)):
+        """How far the control's ratio is from 1, or None if chance, the protocol or CONTROL_US allow that much."""
+        ratio = self.control_ratio(protocol)
+        if ratio is None:
             return None
-        ratio = self.speedup(CONTROL, protocol)
         error = abs(ratio.estimate - 1)
         tolerated = max(protocol.control, CONTROL_US / median(self.arms["bf16"].total_us))
         return error if ratio.excludes(1.0) and error > tolerated else None
@@ -112,7 +127,7 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def make_point(shape: LinearShape, times_us: Iterable[float], speedup: Interval, protocol: SweepProtocol) -> Point:
-    """A row with numbers. times_us: bf16 forward and backward, float8 forward and backward."""
+    """A row with numbers, rounded. times_us: bf16 forward and backward, float8 forward and backward."""
     bf16_fwd, bf16_bwd, fp8_fwd, fp8_bwd = map(round_to_measured, times_us)
     estimate, low, high = map(round_to_measured, (speedup.estimate, speedup.low, speedup.high))
     status: Status = "measured" if decided(speedup, protocol) else "ambiguous"
@@ -120,13 +135,20 @@ def make_point(shape: LinearShape, times_us: Iterable[float], speedup: Interval,
 
 
 def speedup_of(bf16: ArmRecord, fp8: ArmRecord, protocol: SweepProtocol) -> Interval:
-    """bf16 / float8 time over the last run that both have, with bounds for what varies within it."""
+    """bf16 / float8 time over the last run that both have.
+
+    The estimate is the quotient of the times in the table's row. The bounds cover what varies within that run. The arms
+    ran one after the other, so their samples are not paired.
+    """
     bf16, fp8 = last_run(bf16, fp8, protocol)
-    return paired_speedup(bf16.total_us, fp8.total_us, confidence=protocol.confidence)
+    return unpaired_speedup((bf16.fwd_us, bf16.bwd_us), (fp8.fwd_us, fp8.bwd_us), confidence=protocol.confidence)
 
 
 def last_run(bf16: ArmRecord, fp8: ArmRecord, protocol: SweepProtocol) -> tuple[ArmRecord, ArmRecord]:
-    """The samples that count: of an arm that ran twice those of the second, longer run, and bf16's from then."""
+    """The samples that count: the last run of float8, and the run of bf16 that belongs to it.
+
+    If the first run left the decision open, float8 and bf16 ran again for longer, and only that second run counts.
+    """
     end = len(fp8.fwd_us)
     begin = protocol.rounds[0] if end > protocol.rounds[0] else 0
     one, other = (
@@ -136,10 +158,11 @@ def last_run(bf16: ArmRecord, fp8: ArmRecord, protocol: SweepProtocol) -> tuple[
 
 
 def decided(speedup: Interval, protocol: SweepProtocol) -> bool:
-    """The bounds exclude the threshold, or are as narrow as the tolerance asks."""
+    """The bounds exclude the threshold, or they are as narrow as the tolerance asks."""
     return speedup.excludes(protocol.threshold) or speedup.within(protocol.tolerance)
 
 
 def is_near(speedup: Interval, protocol: SweepProtocol) -> bool:
-    """The decision hangs on it: within `near` of the threshold, or the bounds straddle that."""
+    """Whether a second run may turn the decision: the speedup is within `near` of the threshold, or its bounds
+    straddle the threshold."""
     return abs(speedup.estimate / protocol.threshold - 1) <= protocol.near or not speedup.excludes(protocol.threshold)

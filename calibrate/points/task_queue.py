@@ -1,10 +1,12 @@
-"""Which point is measured next, and what becomes of one whose measurement went wrong. Pure.
+"""Which point is measured next, and what becomes of one whose measurement went wrong.
 
 In: tasks in order. Out: the next task for a process, until every task has a record.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
@@ -12,12 +14,12 @@ from dataclasses import dataclass
 from fp8gate.filter.contract.shapes import LinearShape
 
 MAX_RETRIES = 2  # of a point that the GPU slowed down in, or whose control was off
-MAX_DEATHS = 2  # of processes at one point: the second time it is the point's fault
+MAX_DEATHS = 2  # of processes at one point: the second death is the point's fault
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A point to measure. control: time bf16 against itself too. repeat: it was measured, see how far it differs."""
+    """A point to measure. control: time bf16 against itself too. repeat: it was measured; see how far it differs."""
 
     shape: LinearShape
     control: bool = False
@@ -51,9 +53,9 @@ class TaskQueue:
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
-    def wait(self) -> bool:
-        """Whether there is, or will be, anything to deal out."""
-        return bool(self)
+    def wait(self, until: float = math.inf) -> bool:
+        """Whether there is anything to deal out before `until`, of `time.monotonic`."""
+        return bool(self) and time.monotonic() < until
 
     def give_back(self, task: Task) -> None:
         """Not measured, for no fault of the point: it is scheduled again."""

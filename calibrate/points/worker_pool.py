@@ -1,25 +1,24 @@
-"""Many processes compile, one at a time measures: all points of a schedule, whatever happens to the processes.
+"""Many processes compile, one at a time measures: all points of a queue, whatever happens to the processes.
 
-In: a job, a schedule. Out: an outcome a task, as they come. The device is handed from worker to worker: whoever has
-compiled its point waits for its turn, and nobody else touches the device meanwhile.
+In: a job, a queue. Out: an outcome of each task, as they come. The device is handed from worker to worker: one that
+has compiled its point waits for its turn, and no other one touches the device meanwhile.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fp8gate.calibrate.device.capacity import MAX_WORKER_BYTES
-from fp8gate.calibrate.points.measure_point import DeviceLostError, make_ready
+from fp8gate.calibrate.points.measure_point import DeviceLostError
 from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.calibrate.points.point_worker import (
-    Broken,
     BrokenError,
     Job,
     Measured,
@@ -27,20 +26,17 @@ from fp8gate.calibrate.points.point_worker import (
     Ready,
     Turn,
     Warm,
-    work,
+    serve_points,
 )
+from fp8gate.calibrate.points.ready_point import make_ready
 from fp8gate.calibrate.points.task_queue import Task, TaskQueue
-from fp8gate.calibrate.processes.forkserver import start_server
+from fp8gate.calibrate.processes.child import Child, ChildDiedError, NoChildError, end_all, wait_for
+from fp8gate.calibrate.processes.limits import Limits
+from fp8gate.calibrate.processes.messages import Broken
 from fp8gate.filter.contract.shapes import LinearShape
 
-if TYPE_CHECKING:
-    from multiprocessing.context import ForkServerProcess
-
-MAX_STEP_S = 600.0  # to compile a point, or to measure it: who takes longer is stuck
-POLL_S = 5.0
-GOODBYE_S = 5.0  # for an idle worker to end by itself
 MAX_LOST = 3  # workers in a row in which the device failed: it is gone for all
-MAX_STILLBORN = 3  # workers in a row that die before they have compiled anything: it is not the points
+MAX_USELESS = 3  # workers in a row that end before they have compiled anything: the points are not at fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +53,6 @@ class Died:
 
     task: Task
     detail: str
-
-
-class WorkersDiedError(RuntimeError):
-    """No process can measure anything: none can start, or none can use the device."""
 
 
 @dataclass(slots=True)
@@ -95,37 +87,49 @@ class InThisProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing to end."""
+        """There is no process to end."""
 
     @property
     def pids(self) -> list[int]:
         return [os.getpid()]
 
-    def run(self, schedule: TaskQueue) -> Iterator[Finished | Died]:
-        while task := schedule.next():
+    def run(self, queue: TaskQueue, until: float = math.inf) -> Iterator[Finished | Died]:
+        while time.monotonic() < until and (task := queue.next()):
             point = make_ready(task, self.job.protocols, self.job.device)
             self.use.begin(time.monotonic())
             try:
                 record = self._bench.measure(point)
             except BrokenError as error:
-                raise WorkersDiedError(str(error)) from error
+                raise NoChildError(str(error)) from error
             self.use.end(time.monotonic())
             yield Finished(task, record)
 
 
 class WorkerPool:
-    """`count` measuring processes; a context that ends them."""
+    """`count` measuring processes; a context that ends them.
 
-    def __init__(self, job: Job, count: int) -> None:
+    serve: what they run. limits: of each of their steps. max_worker_bytes: a worker that has held more makes room for
+    another.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        count: int,
+        *,
+        serve: Callable[..., None] = serve_points,
+        limits: Limits | None = None,
+        max_worker_bytes: int = MAX_WORKER_BYTES,
+    ) -> None:
         self.job = job
         self.use = DeviceUse()
-        self._count = count
+        self._count, self._serve, self._limits = count, serve, limits or Limits()
+        self._max_worker_bytes = max_worker_bytes
         self._workers: list[_Worker] = []
-        self._stillborn = 0
+        self._useless = 0
         self._lost = 0
 
     def __enter__(self) -> WorkerPool:
-        self._context = start_server()
         try:
             while len(self._workers) < self._count:
                 self._workers.append(self._start(early=True))
@@ -138,173 +142,136 @@ class WorkerPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for worker in self._workers:
-            worker.dismiss()
-        for worker in self._workers:
-            worker.end()
+            if worker.task:  # it may wait for a turn that will not come
+                worker.child.kill()
+        end_all([worker.child for worker in self._workers])
 
     @property
     def pids(self) -> list[int]:
-        return [worker.process.pid for worker in self._workers if worker.process.pid]
+        return [worker.child.pid for worker in self._workers]
 
-    def run(self, schedule: TaskQueue) -> Iterator[Finished | Died]:
-        """Every task's outcome; what is given back to the schedule meanwhile is dealt out again.
+    def run(self, queue: TaskQueue, until: float = math.inf) -> Iterator[Finished | Died]:
+        """The outcome of every task; what is given back to the queue meanwhile is dealt out again.
 
-        Raises DeviceLostError if the device fails in several workers in a row, WorkersDiedError if none can start.
+        until: of `time.monotonic`; whatever is under way by then has no outcome. Raises DeviceLostError if the device
+        fails in several workers in a row, NoChildError if none can start.
         """
-        while True:
-            self._deal(schedule)
+        while time.monotonic() < until:
+            self._deal(queue)
             busy = [worker for worker in self._workers if worker.task]
-            if not busy and schedule:
-                self._replace(0)  # everyone has measured what is left: a fresh process has not
+            if not busy and queue:
+                self._replace(0)  # every worker has measured what is left; a fresh process has not
                 continue
             if not busy:
                 return
             self._give_turn()
-            self._end_stuck()
-            speakers = [worker for worker in self._workers if worker.task or worker.is_warming]
-            for connection in wait([worker.connection for worker in speakers], POLL_S):
-                worker = next(w for w in self._workers if w.connection is connection)
-                outcome = self._hear(worker, schedule)
+            speakers = {worker.child: worker for worker in self._workers if worker.task or worker.is_warming}
+            for child in wait_for(list(speakers), until):
+                outcome = self._hear(speakers[child], queue)
                 self._give_turn()  # before the outcome is dealt with: the device need not wait for that
                 if outcome:
                     yield outcome
 
-    def _deal(self, schedule: TaskQueue) -> None:
+    def _deal(self, queue: TaskQueue) -> None:
         for index, worker in enumerate(self._workers):
-            if worker.task is None and (task := schedule.next(worker.measured)):
-                if not worker.process.is_alive():  # while it was idle: the task is not at fault
+            if worker.task is None and (task := queue.next(worker.measured)):
+                if not worker.child.is_alive:  # it died while it was idle: the task is not at fault
                     self._replace(index)
                 self._workers[index].take(task)
 
     def _give_turn(self) -> None:
-        """To the one that waits longest, if nobody has the device, and all are warm that started early."""
+        """To the worker that waits longest, if nobody has the device and all early workers are warm."""
         waiting = [worker for worker in self._workers if worker.ready_at is not None]
         if waiting and not any(worker.has_turn or worker.is_warming for worker in self._workers):
             worker = min(waiting, key=lambda w: w.ready_at or 0.0)
-            worker.ready_at, worker.has_turn, worker.busy_since = None, True, time.monotonic()
-            self.use.begin(worker.busy_since)
-            worker.send(Turn())
+            worker.ready_at, worker.has_turn = None, True
+            self.use.begin(time.monotonic())
+            worker.child.send(Turn())
 
-    def _end_stuck(self) -> None:
-        for worker in self._workers:
-            is_working = worker.is_warming or (worker.task and worker.ready_at is None)
-            if is_working and time.monotonic() - worker.busy_since > MAX_STEP_S:
-                worker.is_stuck = True
-                worker.process.kill()
-
-    def _hear(self, worker: _Worker, schedule: TaskQueue) -> Finished | Died | None:
+    def _hear(self, worker: _Worker, queue: TaskQueue) -> Finished | Died | None:
         try:
-            message = worker.connection.recv()
-        except (EOFError, OSError):
-            return self._bury(worker)
+            message: Any = worker.child.receive()
+        except ChildDiedError as error:
+            return self._died(worker, str(error))
+        if isinstance(message, Measured):
+            return self._finished(worker, message)
         if isinstance(message, Broken):
-            if worker.has_turn:
-                self.use.end(time.monotonic())
-            if worker.task:
-                schedule.give_back(worker.finish())
-            self._count_stillborn(message.detail)
-            self._replace(self._workers.index(worker))
-            return None
-        if isinstance(message, Warm):
-            worker.is_warming = False
-            return None
-        if isinstance(message, Ready):
-            worker.ready_at = time.monotonic()
-            worker.was_ready = True
-            return None
-        task = worker.finish()
-        self._stillborn = 0
-        self.use.end(time.monotonic())
-        return self._finished(worker, task, message)
+            self._give_back(worker, message.detail, queue)
+        elif isinstance(message, Warm):
+            worker.is_warm()
+        else:
+            assert isinstance(message, Ready)
+            worker.ready_at, worker.was_ready = time.monotonic(), True
+        return None
 
-    def _finished(self, worker: _Worker, task: Task, message: Measured) -> Finished | Died:
+    def _finished(self, worker: _Worker, message: Measured) -> Finished | Died:
+        task = worker.finish()
+        self._useless = 0
+        self.use.end(time.monotonic())
         self._lost = 0 if message.lost is None else self._lost + 1
         if self._lost == MAX_LOST:
-            raise DeviceLostError(message.record) from RuntimeError(message.lost)
-        if message.lost is not None or message.memory_bytes > MAX_WORKER_BYTES:
+            raise DeviceLostError(message.record, message.lost)
+        if message.lost is not None or message.memory_bytes > self._max_worker_bytes:
             self._replace(self._workers.index(worker))
         if message.lost is not None:
             return Died(task, f"the device failed in its process ({message.lost})")
         return Finished(task, message.record)
 
-    def _bury(self, worker: _Worker) -> Died | None:
+    def _give_back(self, worker: _Worker, detail: str, queue: TaskQueue) -> None:
+        """Its process cannot use the device: another one takes its task."""
         if worker.has_turn:
             self.use.end(time.monotonic())
-        task = worker.task
-        detail = worker.how_it_died()
-        if not worker.was_ready:
-            self._count_stillborn(detail)
+        if worker.task:
+            queue.give_back(worker.finish())
+        self._count_useless(detail)
         self._replace(self._workers.index(worker))
-        return Died(task, detail) if task else None
 
-    def _count_stillborn(self, detail: str) -> None:
-        self._stillborn += 1
-        if self._stillborn > MAX_STILLBORN:
-            raise WorkersDiedError(f"{self._stillborn} processes in a row could not measure anything: {detail}")
+    def _died(self, worker: _Worker, detail: str) -> Died | None:
+        if worker.has_turn:
+            self.use.end(time.monotonic())
+        if not worker.was_ready:
+            self._count_useless(detail)
+        self._replace(self._workers.index(worker))
+        return Died(worker.task, detail) if worker.task else None
+
+    def _count_useless(self, detail: str) -> None:
+        self._useless += 1
+        if self._useless > MAX_USELESS:
+            raise NoChildError(f"{self._useless} processes in a row could not measure anything: {detail}")
 
     def _replace(self, index: int) -> None:
-        self._workers[index].process.kill()
-        self._workers[index].end()
+        self._workers[index].child.kill()
+        self._workers[index].child.end()
         self._workers[index] = self._start(early=False)
 
     def _start(self, *, early: bool) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=work, args=(theirs, self.job), kwargs={"early": early}, daemon=True)
-        try:
-            process.start()
-        except (EOFError, ConnectionError) as error:
-            raise WorkersDiedError("the process that starts workers died; is there enough memory?") from error
-        theirs.close()
-        return _Worker(process, ours, is_warming=early, busy_since=time.monotonic())
+        serve = functools.partial(self._serve, early=early)
+        return _Worker(Child(serve, self.job, self._limits, starts_busy=early), is_warming=early)
 
 
 @dataclass(slots=True)
 class _Worker:
-    """A worker process as the sweep sees it."""
+    """A worker process as the pool sees it. ready_at: it has compiled its task then, and waits for its turn."""
 
-    process: ForkServerProcess
-    connection: Connection
+    child: Child
     is_warming: bool
-    busy_since: float  # with starting the device's libraries, compiling, or its turn
     task: Task | None = None
-    ready_at: float | None = None  # it has compiled its task and waits for its turn
+    ready_at: float | None = None
     has_turn: bool = False
     was_ready: bool = False
-    is_stuck: bool = False
     measured: set[LinearShape] = field(default_factory=set)
 
     def take(self, task: Task) -> None:
-        self.task, self.busy_since = task, time.monotonic()
-        self.send(task)
+        self.task = task
+        self.child.send(task)
 
-    def send(self, message: Task | Turn | None) -> None:
-        with contextlib.suppress(OSError):  # it died; reading will say so
-            self.connection.send(message)
+    def is_warm(self) -> None:
+        self.is_warming = False
+        if self.task:  # it was sent meanwhile
+            self.child.expect_more()
 
     def finish(self) -> Task:
         task, self.task, self.has_turn = self.task, None, False
         assert task
         self.measured.add(task.shape)
         return task
-
-    def how_it_died(self) -> str:
-        if self.is_stuck:
-            return f"it took more than {MAX_STEP_S:.0f} s to compile or to measure"
-        self.process.join(1)
-        code = self.process.exitcode
-        if code is not None and code < 0:
-            return f"its process was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
-        return f"its process ended with exit code {code}"
-
-    def dismiss(self) -> None:
-        """End it: at once if it has a task, which is then lost, else when it has tidied up."""
-        if self.task:
-            self.process.kill()
-        self.send(None)
-
-    def end(self) -> None:
-        """Make sure that it is gone."""
-        self.process.join(0 if self.task else GOODBYE_S)
-        self.process.kill()
-        self.process.join()
-        self.connection.close()

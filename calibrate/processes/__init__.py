@@ -1,0 +1,1 @@
+"""Child processes: started, spoken to, waited for within limits, and ended, by one mechanism."""

@@ -1,6 +1,7 @@
-"""Imported by the process that workers are forked from: the hashes of torch's and Triton's own files.
+"""Imported by the fork server: the hashes of torch's and Triton's own files.
 
-Both go into every compile cache's key and take 1.5 s of reading; computed here, all workers inherit them.
+Both are part of every compile cache's key, and computing them takes 1.5 s of reading. Computed here, every child
+inherits them.
 """
 
 from torch._inductor.codecache import torch_key

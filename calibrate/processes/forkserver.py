@@ -1,23 +1,28 @@
-"""The process that workers are forked from: it imports what they all need, once, and never touches the device.
+"""The fork server: it imports once what all children need, never touches the device, and children are forked from it.
 
 In: nothing. Out: a multiprocessing context. Light to import, so that it can start before this process imports torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import tempfile
 from multiprocessing.context import ForkServerContext
 
-from fp8gate.calibrate.device.cuda.nvml import gpu_count
+from fp8gate.calibrate.device.registry import asked_kinds
+from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.table import DeviceKindName
 
 PRELOADED = (
     "fp8gate.calibrate.processes.ignore_interrupts",
+    "fp8gate.calibrate.processes.progress_bar_lock",
     "fp8gate.calibrate.planning.block_worker",
     "fp8gate.calibrate.points.point_worker",
-    "fp8gate.calibrate.processes.compiler_keys",
+    "fp8gate.calibrate.processes.compile_cache_keys",
     "torch._inductor.compile_fx",
     "torch._inductor.lowering",
     "torch._inductor.codegen.cuda_combined_scheduling",
@@ -29,10 +34,7 @@ PRELOADED = (
 
 
 def start_server() -> ForkServerContext:
-    """The context that starts workers, its server running: it imports once what they need.
-
-    Raises ValueError if the server's socket has no place.
-    """
+    """The context that starts children, its server running. Raises InputError if its socket's path is too long."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else asking for a GPU spoils it for forks
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -41,11 +43,22 @@ def start_server() -> ForkServerContext:
     except OSError as error:
         if "AF_UNIX" not in str(error):
             raise
-        raise ValueError(f"TMPDIR: expected a path short enough for a socket; got {tempfile.gettempdir()}") from error
+        where = tempfile.gettempdir()
+        raise InputError(f"TMPDIR: expected a path short enough for a socket; got {where}") from error
     return context
 
 
-def start_early() -> None:
-    """Let the server import torch while this process does, where there is a GPU and so something to compile."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and gpu_count():
+def start_early(kind: DeviceKindName | None) -> None:
+    """Let the server import torch while this process does, where there is a device to compile for."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return
+    if any(one.defaults.compiles and one.count() for one in asked_kinds(kind)):
         start_server()
+
+
+def kill_server() -> None:
+    """End a server that does not answer; the next `start_server` starts another."""
+    pid = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]  # no public name
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Imported first by the process that workers are forked from: Ctrl-C is the sweep's to handle, during imports too."""
+"""Imported by the fork server first: Ctrl-C is the parent's to handle, also while the server imports."""
 
 import signal
 

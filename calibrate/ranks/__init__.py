@@ -1,0 +1,1 @@
+"""A sweep by the ranks of torchrun."""

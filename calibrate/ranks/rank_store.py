@@ -1,8 +1,8 @@
 """What the ranks of a sweep tell each other, over torch.distributed's store.
 
-In: a store. Out: the plan that rank 0 has published, tasks that are taken one by one, messages to rank 0, and signs of
-life. A store may outlive a sweep, as torchrun's does when it restarts ranks: each sweep is a session of its own, which
-rank 0 opens, and each process that joins it is told apart from an earlier one of the same rank.
+In: a store. Out: what rank 0 has published, tasks that are taken one by one, messages to rank 0, and signs of life.
+A store may outlive a sweep, as torchrun's does when it restarts ranks. So each sweep is a session of its own, which
+rank 0 opens, and a process that joins it is told apart from an earlier process of the same rank.
 """
 
 from __future__ import annotations
@@ -20,43 +20,19 @@ import msgspec
 
 from fp8gate.calibrate.points.point_record import PointRecord, Stages
 from fp8gate.calibrate.points.task_queue import Task
-from fp8gate.calibrate.sweep.journal import Setup
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks
+from fp8gate.filter.contract.errors import InputError, UnfinishedError
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import SweepProtocol
 
 PREFIX = "fp8gate"
-PLAN_S = 600.0  # for rank 0 to say what is to be measured: it may have more to import, or to lock
+WAITING = "waiting"  # the session of processes that rank 0 has not yet let into its own
+TASKS_S = 600.0  # for rank 0 to say what is to be measured: it may have more to import, or to lock
 CALL_S = 120.0  # for a call to the store, which answers at once unless its machine hangs
 POLL_S = 0.2
 
 
-class RanksError(RuntimeError):
+class RanksError(UnfinishedError):
     """This rank cannot go on: rank 0 is gone, or never came."""
-
-
-class SweepTasks(msgspec.Struct, frozen=True, kw_only=True):
-    """What rank 0 wants measured. repeats: by every device, but for what it has `repeated`. stop_at: Unix time."""
-
-    setup: Setup
-    recipes: tuple[Recipe, ...]
-    seed: int
-    tasks: tuple[Task, ...]
-    repeats: tuple[LinearShape, ...] = ()
-    repeated: tuple[tuple[LinearShape, str], ...] = ()
-    stop_at: float | None = None
-
-    @property
-    def protocols(self) -> dict[Recipe, SweepProtocol]:
-        return {recipe: self.setup.protocols[recipe] for recipe in self.recipes}
-
-    def own_tasks(self, measured_on: str) -> list[Task]:
-        """What this device measures whoever else does."""
-        return [Task(shape, repeat=True) for shape in self.repeats if (shape, measured_on) not in self.repeated]
-
-    @property
-    def stop_after_s(self) -> float | None:
-        return None if self.stop_at is None else self.stop_at - time.time()
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -95,22 +71,22 @@ class RankStore:
     @classmethod
     def join(cls, store: Any, rank: int) -> RankStore:
         """Another rank's, of the session that rank 0 lets it into. Raises RanksError if it does not."""
-        lobby, me = cls(store, "lobby", uuid.uuid4().hex), uuid.uuid4().hex
-        lobby._set(f"join/{rank}", me)
-        session = lobby._wait(f"session/{me}")
+        waiting, me = cls(store, WAITING, uuid.uuid4().hex), uuid.uuid4().hex
+        waiting._set(f"join/{rank}", me)
+        session = waiting._wait(f"session/{me}")
         return cls(store, session.decode(), me)
 
     def admit(self, ranks: Iterable[int]) -> dict[int, str]:
-        """Answer those who wait in the lobby, the newest process of each rank, with the session to join."""
-        lobby = RankStore(self._store, "lobby", self.me)
-        asked = {rank: text.decode() for rank in ranks if (text := lobby._get(f"join/{rank}"))}
+        """Tell the processes that wait, the newest of each rank, which session to join."""
+        waiting = RankStore(self._store, WAITING, self.me)
+        asked = {rank: text.decode() for rank in ranks if (text := waiting._get(f"join/{rank}"))}
         for process in asked.values():
-            lobby._set(f"session/{process}", self._session)
+            waiting._set(f"session/{process}", self._session)
         return asked
 
-    def publish(self, plan: SweepTasks) -> None:
-        self.append(plan.tasks, 0)
-        self._set("plan", msgspec.json.encode(msgspec.structs.replace(plan, tasks=())))
+    def publish(self, tasks: SweepTasks) -> None:
+        self.append(tasks.tasks, 0)
+        self._set("tasks", msgspec.json.encode(msgspec.structs.replace(tasks, tasks=())))
 
     def append(self, tasks: Iterable[Task], count: int) -> int:
         """Add to the `count` tasks there are; returns how many there are now."""
@@ -119,9 +95,9 @@ class RankStore:
             count += 1
         return count
 
-    def plan(self) -> SweepTasks:
-        """What rank 0 has published. Its tasks are taken one by one. Raises ValueError if the sweep ended before."""
-        return msgspec.json.decode(self._wait("plan"), type=SweepTasks)
+    def published(self) -> SweepTasks:
+        """What rank 0 has published; its tasks are taken one by one. Raises InputError if the sweep ended before."""
+        return msgspec.json.decode(self._wait("tasks"), type=SweepTasks)
 
     def take(self) -> tuple[int, Task] | None:
         """The next task that nobody has taken, and its number; None if there is none now."""
@@ -172,19 +148,19 @@ class RankStore:
         return self._get("end") is not None
 
     def require_no_error(self) -> None:
-        """Raises ValueError with what ended the sweep for all."""
+        """Raises InputError with what ended the sweep for all."""
         if error := self._get("end"):
-            raise ValueError(error.decode())
+            raise InputError(error.decode())
 
     def waiting_s(self) -> float:
         """How long the oldest call to the store has been waiting; 0 if there is none."""
         return max((time.monotonic() - since for since in list(self._calls.values())), default=0.0)
 
     def _wait(self, key: str) -> bytes:
-        give_up_at = time.monotonic() + PLAN_S
+        give_up_at = time.monotonic() + TASKS_S
         while (text := self._get(key)) is None:
             if time.monotonic() > give_up_at:
-                raise RanksError(f"rank 0 has not said within {PLAN_S:.0f} s what to measure")
+                raise RanksError(f"rank 0 has not said within {TASKS_S:.0f} s what to measure")
             self.require_no_error()
             time.sleep(POLL_S)
         return text
@@ -213,13 +189,13 @@ class RankStore:
 
 
 @contextlib.contextmanager
-def watchdog(board: RankStore) -> Iterator[None]:
+def watchdog(store: RankStore) -> Iterator[None]:
     """End this process if the store does not answer, which no call to it can be made to give up."""
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(min(1.0, CALL_S / 2)):
-            if board.waiting_s() > CALL_S:
+            if store.waiting_s() > CALL_S:
                 print(f"fp8gate: the store has not answered for {CALL_S:.0f} s: this rank ends", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(1)

@@ -7,21 +7,24 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fp8gate.calibrate.breakdown.profiler import Kernel, Kind
-from fp8gate.calibrate.breakdown.take_apart import AGREEMENT, ArmBreakdown, Breakdown
+from fp8gate.calibrate.breakdown.breakdown_record import AGREEMENT, ArmBreakdown, Breakdown, Kernel, KernelKind
+from fp8gate.calibrate.breakdown.story import outcome, reasons, sentence
 
-NAME_LENGTH = 72  # of a kernel in the table; CUTLASS's templates take hundreds of characters, which the JSON has
-SMALL_RATE = 10.0  # a CPU's: two decimals
-COLORS: dict[Kind, tuple[str, str]] = {
+NAME_LENGTH = 72
+"""The most characters of a kernel's name in the table. The names of CUTLASS's templates have hundreds; the JSON gives
+them in full."""
+SMALL_RATE = 10.0  # rates below are shown with two decimals: those of a CPU
+COLORS: dict[KernelKind, tuple[str, str]] = {
     "product": ("#1f6fb4", "#7db4dd"),
     "cast": ("#d9680f", "#f5b27a"),
-}  # forward, backward
+}
+"""For each kind, the colors of forward and backward."""
 FIGURE_INCHES, DPI = (10.0, 3.4), 150
-LABEL_SHARE = 0.04  # of the longer bar: a narrower part has no room for its time
+LABEL_SHARE = 0.04  # a part of a bar that is narrower than this share of the longer bar has no room for its time
 
 
 def breakdown_text(breakdown: Breakdown) -> str:
-    """Why float8 wins or loses, kernel by kernel, then what each arm reaches, and whether the parts add up."""
+    """Say why float8 wins or loses, then list the kernels, what each arm reaches, and whether the parts add up."""
     ceilings = breakdown.ceilings
     return "\n\n".join(
         [
@@ -33,15 +36,10 @@ def breakdown_text(breakdown: Breakdown) -> str:
             f"{_rate(ceilings.bf16_tflop_per_s)} TFLOP/s in bf16, {_rate(ceilings.float8_tflop_per_s)} in float8; "
             f"a copy {_rate(ceilings.copy_gb_per_s)} GB/s\n"
             "GB/s of casts: at least; the operands read once and each float8 version written once\n"
-            "gaps: the paired timing less the kernels; below 0 they overlap, or ran slower when profiled",
+            "gaps: the timing less the kernels; below 0 they overlap, or ran slower when profiled",
             "\n".join(_sum_sentence(arm) for arm in breakdown.arms),
         ]
     )
-
-
-def sentence(breakdown: Breakdown) -> str:
-    """What float8 saves and costs against bf16, whose sum is the difference of the paired timings."""
-    return f"{_why(breakdown)}: {_outcome(breakdown)}"
 
 
 def breakdown_json(breakdown: Breakdown) -> dict[str, Any]:
@@ -65,7 +63,10 @@ def breakdown_json(breakdown: Breakdown) -> dict[str, Any]:
 
 
 def write_png(breakdown: Breakdown, path: Path) -> None:
-    """A bar an arm, a part of it each kernel in the order they run; a mark where the paired timing ends."""
+    """Draw a bar for each arm, with a part for each kernel in the order in which they run.
+
+    A black mark shows the arm's timing. Raises OSError if the file cannot be written.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -83,8 +84,8 @@ def write_png(breakdown: Breakdown, path: Path) -> None:
         axes.plot([arm.timed_us] * 2, [row - 0.45, row + 0.45], color="black", linewidth=2)
     axes.set_yticks(range(len(breakdown.arms)), [arm.name for arm in breakdown.arms])
     axes.invert_yaxis()
-    axes.set_xlabel("us, forward and backward; black: the paired timing, launch gaps included")
-    axes.set_title(f"{_title(breakdown)}: {_outcome(breakdown)}\n{_why(breakdown)}", fontsize=10)
+    axes.set_xlabel("us, forward and backward; black: the timing, launch gaps included")
+    axes.set_title(f"{_title(breakdown)}: {outcome(breakdown)}\n{reasons(breakdown)}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     legend = [
         Patch(color=colors[i], label=f"{kind}s, {direction}")
@@ -97,20 +98,6 @@ def write_png(breakdown: Breakdown, path: Path) -> None:
 
 def _title(breakdown: Breakdown) -> str:
     return f"{breakdown.shape} {breakdown.recipe}, {breakdown.device}"
-
-
-def _why(breakdown: Breakdown) -> str:
-    bf16, float8 = breakdown.bf16, breakdown.float8
-    saved_us = {
-        "the products": bf16.kind_us("product") - float8.kind_us("product"),
-        "the casts": bf16.kind_us("cast") - float8.kind_us("cast"),
-        "the gaps between kernels": bf16.gaps_us - float8.gaps_us,
-    }
-    return ", ".join(f"{part} {'save' if us >= 0 else 'cost'} {abs(us):.0f} us" for part, us in saved_us.items())
-
-
-def _outcome(breakdown: Breakdown) -> str:
-    return f"{breakdown.recipe} takes {breakdown.float8.timed_us / breakdown.bf16.timed_us:.2f} times bf16's time"
 
 
 def _kernels_table(breakdown: Breakdown) -> str:
@@ -134,24 +121,6 @@ def _kernels_table(breakdown: Breakdown) -> str:
 
 
 def _arms_table(breakdown: Breakdown) -> str:
-    rows = []
-    for arm in breakdown.arms:
-        reached = _reached(arm, breakdown)
-        rows.append(
-            (
-                arm.name,
-                f"{arm.kind_us('product'):.1f}",
-                _rate(reached["product_tflop_per_s"]),
-                _or_dash(reached["of_product_ceiling"], ".0%"),
-                f"{arm.kind_us('cast'):.1f}",
-                _rate(reached["cast_gb_per_s_at_least"]),
-                _or_dash(reached["of_copy_ceiling_at_least"], ".0%"),
-                f"{arm.gaps_us:.1f}",
-                f"{arm.timed_us:.1f}",
-                _or_dash(arm.timed_mhz, "d"),
-                _or_dash(arm.profiled_mhz, "d"),
-            )
-        )
     headers = (
         "arm",
         "products us",
@@ -166,11 +135,32 @@ def _arms_table(breakdown: Breakdown) -> str:
         "profiled",
     )
     align = ("left", *("right",) * (len(headers) - 1))
+    rows = [_arm_row(arm, breakdown) for arm in breakdown.arms]
     return tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
 
 
+def _arm_row(arm: ArmBreakdown, breakdown: Breakdown) -> tuple[str, ...]:
+    reached = _reached(arm, breakdown)
+    return (
+        arm.name,
+        f"{arm.kind_us('product'):.1f}",
+        _rate(reached["product_tflop_per_s"]),
+        _or_dash(reached["of_product_ceiling"], ".0%"),
+        f"{arm.kind_us('cast'):.1f}",
+        _rate(reached["cast_gb_per_s_at_least"]),
+        _or_dash(reached["of_copy_ceiling_at_least"], ".0%"),
+        f"{arm.gaps_us:.1f}",
+        f"{arm.timed_us:.1f}",
+        _or_dash(arm.timed_mhz, "d"),
+        _or_dash(arm.profiled_mhz, "d"),
+    )
+
+
 def _reached(arm: ArmBreakdown, breakdown: Breakdown) -> dict[str, float | None]:
-    """None where there is no such kernel, or no cast that has to be."""
+    """The rates of an arm, alone and as a share of the ceilings.
+
+    None if the arm has no such kernel, or needs no cast.
+    """
     products_us, casts_us = arm.kind_us("product"), arm.kind_us("cast")
     casts_gb_per_s = arm.least_cast_bytes / casts_us / 1e3 if casts_us and arm.least_cast_bytes else None
     ceilings = breakdown.ceilings
@@ -222,7 +212,7 @@ def _kernel_json(kernel: Kernel) -> dict[str, Any]:
 
 
 def _short(name: str) -> str:
-    """Its beginning and its end, which tell most."""
+    """Keep the beginning and the end of a long name, which tell most."""
     half = (NAME_LENGTH - 5) // 2
     return name if len(name) <= NAME_LENGTH else f"{name[:half]} ... {name[-half:]}"
 

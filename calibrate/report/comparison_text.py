@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from fp8gate.calibrate.comparison.verify import Verification
 
 Format = Literal["text", "markdown"]
-MOST_NAMED = 10  # points in a list; the JSON has all
+MOST_NAMED = 10  # the most points in a list; the JSON has all of them
 
 
 def comparison_text(comparisons: Sequence[Comparison], form: Format = "text") -> str:
-    """What changed, the shift of all first, then points, decisions and models."""
+    """Say what changed: first how far all points have shifted together, then points, decisions and models."""
     parts = []
     for comparison in comparisons:
         title = f"{comparison.recipe}: {_name(comparison.before)} -> {_name(comparison.after)}"
@@ -45,7 +45,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "only_after": comparison.only_after,
         "lost": [[shape.m, shape.k, shape.n] for shape in comparison.lost],
         "shift": None if shift is None else msgspec.to_builtins(shift),
-        "shifts": {str(m): msgspec.to_builtins(one) for m, one in comparison.shifts.items()},
+        "shifts": {str(m): msgspec.to_builtins(shift_of_m) for m, shift_of_m in comparison.shifts.items()},
         "changed": [_point_json(point) for point in comparison.changed],
         "flips": [_point_json(point) for point in comparison.flips],
         "models": [
@@ -62,7 +62,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def verification_text(verification: Verification) -> str:
-    """What the files say, and whether this device still measures what they say."""
+    """Say which files were read, and whether this device still measures what they say."""
     plans = f" and {len(verification.plans)} plans" if verification.plans else ""
     checked = f"{len(verification.files)} tables{plans} read and checked"
     if not verification.comparisons:

@@ -20,24 +20,25 @@ import msgspec
 
 from fp8gate.calibrate.comparison.table_paths import by_recipe, read_tables
 from fp8gate.calibrate.comparison.usual_models import MODEL_TOKENS, PlacedLayer, placed_models
-from fp8gate.calibrate.report.map_figures import NO_RULE, LayerGroup, Maps, colour_of, draw_numbers, draw_side_by_side
+from fp8gate.calibrate.report.map_figures import NO_RULE, Maps, draw_numbers, draw_side_by_side
+from fp8gate.calibrate.report.map_panel import LayerGroup, colour_of
 from fp8gate.calibrate.report.speedup_map import CAPPED, UNMEASURED, map_tokens, speedup_maps, without_row
 from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import WITH_NUMBERS, Spread, Table, format_table
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, decide
 from fp8gate.filter.decision.lookup import Lookup
 
 PAGE, TEMPLATE = "index.html", "page.html.jinja"
-OVERVIEW_MODELS = ("llama3-8b", "llama3-70b, TP 8")  # one whole, one divided: more names would not fit
+OVERVIEW_MODELS = ("llama3-8b", "llama3-70b, TP 8")  # one whole and one divided: the names of more would not fit
 
 TablesByRecipe = Mapping[Recipe, tuple[Path, Table]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """PNG bytes by theme. name: of its files, without theme and suffix."""
+    """A picture in every theme. name: the name of its files, without theme and suffix. png: the bytes by theme."""
 
     name: str
     heading: str
@@ -53,7 +54,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """A layer's speedup at one m: what the filter answers by default, its colour on the maps, and its reason."""
+    """What the filter answers by default for a layer at one m: the speedup, its colour on the maps, and the reason."""
 
     text: str
     colour: str
@@ -62,7 +63,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerRow:
-    """Some roles of a model with the same sizes, and a cell for each recipe and m."""
+    """The roles of a model that have the same sizes, with a cell for each recipe and m."""
 
     roles: str
     k: int
@@ -83,10 +84,10 @@ class DeviceSection:
 
 
 def write_report(paths: Iterable[Path], out: Path) -> list[Path]:
-    """Write the page and its pictures; returns what was written, the page first.
+    """Write the page and its pictures. Returns the files, the page first.
 
-    Raises TableError for what cannot be read or drawn, or for two tables of one device and recipe, and OSError if `out`
-    cannot be written.
+    Raises TableError for a table that cannot be read or drawn, or for two tables of one device and recipe, and OSError
+    if `out` cannot be written.
     """
     devices = by_device(paths)
     out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def write_report(paths: Iterable[Path], out: Path) -> list[Path]:
 
 
 def by_device(paths: Iterable[Path]) -> dict[str, TablesByRecipe]:
-    """Tables by device, recipes in their usual order. Raises TableError for two of one device and recipe."""
+    """The tables of each device, in the order of the recipes. Raises TableError for two of one device and recipe."""
     found: dict[str, dict[Path, Table]] = {}
     for file, table in ((file, table) for path in paths for file, table in read_tables(path).items()):
         found.setdefault(table.device.name, {})[file] = table
@@ -108,7 +109,7 @@ def by_device(paths: Iterable[Path]) -> dict[str, TablesByRecipe]:
 
 
 def tables_hash(tables: Iterable[Table]) -> str:
-    """SHA-256 of the tables' text: a picture carries it, so that one of other tables is found out."""
+    """SHA-256 of the tables' text. A picture carries it, so that a test can tell whether the tables have changed."""
     texts = sorted(format_table(table) for table in tables)
     return hashlib.sha256("".join(texts).encode()).hexdigest()
 
@@ -210,7 +211,7 @@ def _spread(spread: Spread | None) -> str:
 
 
 def _provenance(files: TablesByRecipe) -> dict[str, tuple[str, ...]]:
-    """Field -> its value in each recipe's table; one value where all are the same."""
+    """For each field, its value in the table of each recipe, or a single value if all tables have the same."""
     facts = [_facts(path, table) for path, table in files.values()]
     values = {name: tuple(fact.get(name, "") for fact in facts) for name in dict.fromkeys(n for f in facts for n in f)}
     return {name: each[:1] if len(set(each)) == 1 else each for name, each in values.items()}
@@ -254,4 +255,7 @@ def _page(sections: Sequence[DeviceSection]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(TEMPLATE).render(sections=sections, min_speedup=DEFAULT_MIN_SPEEDUP)
+    without_rule = [recipe for recipe, facts in RECIPES.items() if facts.torchao_skips is None]
+    return environment.get_template(TEMPLATE).render(
+        sections=sections, min_speedup=DEFAULT_MIN_SPEEDUP, without_rule=without_rule
+    )

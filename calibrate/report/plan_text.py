@@ -9,26 +9,27 @@ from tabulate import tabulate
 
 from fp8gate.filter.contract.plan import Candidate, Plan, Roles
 
-MAX_CANDIDATES = 8  # beside the four choices; the file has all
+MAX_CANDIDATES = 8  # how many more are shown beside the choices; the file has all of them
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The file's content, and what each choice gains."""
+    """The content of the file, and the speedup of each choice."""
     data: dict[str, Any] = msgspec.to_builtins(plan)
     data["candidates"] = [dict(zip(plan.columns, row, strict=True)) for row in data.pop("candidates")]
-    speedups = {name: None if one is None else one.speedup for name, one in choices(plan).items()}
+    speedups = {name: None if candidate is None else candidate.speedup for name, candidate in choices(plan).items()}
     return {**data, "speedup": speedups}
 
 
 def plan_text(plan: Plan) -> str:
-    """What the plan converts, what each choice is worth, and the best of what else was measured."""
+    """Say what the plan converts, what each choice is worth, and which other sets were the best of those measured."""
     software = plan.software
     title = [plan.model, f"{plan.tokens} tokens", *([f"tp {plan.tp}"] if plan.tp > 1 else []), plan.recipe]
     title += ["recomputed"] if plan.recompute == "full" else []
     title += [name for name, is_on in plan.protocol.inductor.items() if is_on]
     named = choices(plan)
-    others = [one for one in plan.candidates if one not in named.values()][:MAX_CANDIDATES]
-    rows = [_row(name, one) for name, one in named.items()] + [_row("", one) for one in others]
+    others = [candidate for candidate in plan.candidates if candidate not in named.values()][:MAX_CANDIDATES]
+    rows = [_row(name, candidate) for name, candidate in named.items()]
+    rows += [_row("", candidate) for candidate in others]
     headers = ("choice", "float8", "block ms", "speedup", "low", "high", "by the table", "visits")
     align = ("left", "left", *["right"] * 6)
     parts = [
@@ -45,7 +46,10 @@ def plan_text(plan: Plan) -> str:
 
 
 def choices(plan: Plan) -> dict[str, Candidate | None]:
-    """What a user may do: nothing, everything, what torchao's rule or the table says, or the plan. None: no such."""
+    """What a user may convert: nothing, everything, what torchao's rule or the table says, or what the plan says.
+
+    None if there is no such answer, or if the plan did not measure that set.
+    """
     everything = tuple(role for role in plan.shapes if role not in plan.indivisible)
     sets: dict[str, Roles | None] = {
         "bf16": (),
@@ -57,12 +61,13 @@ def choices(plan: Plan) -> dict[str, Candidate | None]:
     return {name: None if convert is None else plan.candidate(convert) for name, convert in sets.items()}
 
 
-def _row(name: str, one: Candidate | None) -> tuple[str, ...]:
-    if one is None:
+def _row(name: str, candidate: Candidate | None) -> tuple[str, ...]:
+    if candidate is None:
         return name, "no answer", "", "", "", "", "", ""
-    names = ", ".join(role.rpartition(".")[2] for role in one.convert) or "none"
-    if one.speedup is None:
-        return name, names, one.status, "", "", "", "", ""
-    ms = ((one.fwd_us or 0.0) + (one.bwd_us or 0.0)) / 1e3
-    ratios = (one.speedup, one.speedup_low, one.speedup_high, one.predicted)
-    return name, names, f"{ms:.3f}", *("" if ratio is None else f"{ratio:.3f}x" for ratio in ratios), str(one.visits)
+    roles = ", ".join(role.rpartition(".")[2] for role in candidate.convert) or "none"
+    if candidate.speedup is None:
+        return name, roles, candidate.status, "", "", "", "", ""
+    ms = ((candidate.fwd_us or 0.0) + (candidate.bwd_us or 0.0)) / 1e3
+    ratios = (candidate.speedup, candidate.speedup_low, candidate.speedup_high, candidate.predicted)
+    shown = ("" if ratio is None else f"{ratio:.3f}x" for ratio in ratios)
+    return name, roles, f"{ms:.3f}", *shown, str(candidate.visits)

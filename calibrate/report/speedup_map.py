@@ -1,7 +1,7 @@
 """What a table says over K x N for one M, ready to be drawn. Pure.
 
-In: a `Table`. Out: a `SpeedupMap` for each M: what the default lookup answers everywhere, what was measured and where
-there is no number, and which sizes torchao's rule converts.
+In: a `Table`. Out: a `SpeedupMap` for each M: what the default lookup answers everywhere, which points were measured or
+have no number, and which sizes torchao's rule converts.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from fp8gate.filter.contract.table import WITH_NUMBERS, Point, Status, Table, Ta
 from fp8gate.filter.decision.lookup import Estimate, Lookup
 from fp8gate.filter.decision.torchao_rule import torchao_converts
 
-MARGIN = 0.5  # octaves beyond the outermost points, so that what stands at them is on the map
-SAMPLES = 8  # per octave: interpolation is bilinear between the points, so lines are exact but for their corners
+MARGIN = 0.5  # octaves beyond the outermost points, so that the text at these points is on the map
+SAMPLES = 8  # per octave: interpolation between the points is bilinear, so lines are exact except at their corners
 CAPPED, UNMEASURED = "cap", "-"
 SHORT: dict[Status, str] = {"out_of_memory": "oom", "unstable": "unst", "failed": "fail"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """What stands at one (k, n): "1.31", "1.00?" if ambiguous, or why there is no speedup: oom, unst, fail, cap, -.
+    """The text at one (k, n): "1.31", "1.00?" if ambiguous, or why there is no speedup: oom, unst, fail, cap, -.
 
-    On the grid's axes, but without a row: cap, as larger than a sweep's time allows, or -, as not asked for.
+    cap and - stand where the table has no row for a shape of the grid: cap if a sweep leaves the shape out as too
+    large, - if nobody asked for it.
     """
 
     k: int
@@ -48,10 +49,10 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedupMap:
-    """One recipe at one m. k, n: sizes of the samples; the three fields are by [k, n].
+    """One recipe at one m. k, n: the sizes of the samples. log2_speedup, stands_in and torchao are indexed by [k, n].
 
-    stands_in: not measured around here, so that fewer tokens or the nearest point answer. torchao: what its rule
-    converts, None without a rule. k_ticks, n_ticks: the sizes measured.
+    stands_in: whether the points around a sample were not measured, so that fewer tokens or the nearest point answer.
+    torchao: whether torchao's rule converts, None if it has no rule. k_ticks, n_ticks: the sizes that were measured.
     """
 
     recipe: Recipe
@@ -67,7 +68,7 @@ class SpeedupMap:
 
 
 def map_tokens(table: Table) -> tuple[int, ...]:
-    """The m that have a map: the grid's, or those of all points if the table states no grid."""
+    """The m that have a map: those of the grid, or those of all points if the table states no grid."""
     return table.grid.m or tuple(sorted({point.m for point in table.points}))
 
 
@@ -105,7 +106,10 @@ def samples(sizes: Iterable[int]) -> npt.NDArray[np.float64]:
 
 
 def without_row(table: Table, m: int) -> dict[tuple[int, int], str]:
-    """The (k, n) of the grid that have no row at this m, if that is one of the grid's: CAPPED or UNMEASURED."""
+    """The (k, n) of the grid that have no row at this m, each with CAPPED or UNMEASURED.
+
+    Empty if m itself is not one of the grid's.
+    """
     known = {(point.k, point.n) for point in table.points if point.m == m}
     holes = [(k, n) for k in table.grid.k for n in table.grid.n if m in table.grid.m and (k, n) not in known]
     return {
@@ -138,7 +142,7 @@ def _stands_in(estimate: Estimate) -> bool:
 
 
 def _torchao(recipe: Recipe, k: Iterable[float], n: Iterable[float]) -> npt.NDArray[np.bool_] | None:
-    """The rule's answer for the nearest sizes that float8 can compute."""
+    """What the rule answers for the nearest sizes that float8 can compute. None if torchao has no rule."""
     answers = [
         [torchao_converts(recipe, in_features=_multiple(at_k), out_features=_multiple(at_n)) for at_n in n]
         for at_k in k

@@ -1,4 +1,4 @@
-"""What a sweep found: for people, speedups by K x N for each M; for programs, where it is and how it went."""
+"""What a sweep found: for people, speedups over K x N for each M; for programs, the files and how the sweep went."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def summarize(table: Table) -> str:
-    """One table of speedups for each m, rows k and columns n; where there is no number, its reason."""
+    """A table of speedups for each m, with k down and n across. A point without a number shows why it has none."""
     frame = pd.DataFrame({"m": p.m, "k": p.k, "n": p.n, "speedup": _cell(p)} for p in table.points)
     blocks = []
     for m, rows in frame.groupby("m"):
@@ -27,7 +27,7 @@ def summarize(table: Table) -> str:
 
 
 def sweep_json(result: SweepResult) -> dict[str, Any]:
-    """The tables that were written, by recipe; the report; what is left to do, was left out, or was off, by shape."""
+    """The tables that were written, by recipe; the report; and the points that are left, were left out, or were off."""
     return {
         "tables": {
             table.recipe: {"path": str(path), "points": Counter(point.status for point in table.points)}

@@ -1,0 +1,1 @@
+"""Many points, from a grid to tables."""

@@ -9,33 +9,16 @@ import itertools
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
+from fp8gate.calibrate.device.registry import KINDS
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.plain_yaml import load_plain_yaml
+from fp8gate.filter.contract.plain_yaml import convert, load_plain_yaml
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Device, Grid, Size
+from fp8gate.filter.contract.table import Device, DeviceKindName, Grid, Size
 
-MAX_POINT_FLOP = 6 * 2**41
-"""Forward plus backward of one bf16 run: about 20 ms on an H200, where a point takes 1 s. What is
-larger than this is compute-bound, and its nearest neighbour below decides the same way."""
-MAX_CPU_POINT_FLOP = 6 * 2**29
-"""The same for a CPU: about 30 ms in bf16 on 2 cores, and five times that in float8."""
 MAX_MEMORY_SHARE = 0.9
-
-
-def _powers(low: int, high: int) -> tuple[int, ...]:
-    return tuple(2**e for e in range(low.bit_length() - 1, high.bit_length()))
-
-
-GRIDS: dict[tuple[str, str], Grid] = {
-    ("cuda", "default"): Grid(m=(*_powers(1024, 16384), 65536), k=(128, *_powers(512, 32768)), n=_powers(128, 32768)),
-    ("cuda", "quick"): Grid(m=(2048, 8192, 32768), k=(1024, 4096, 16384), n=(256, 1024, 4096, 16384)),
-    ("cpu", "default"): Grid(m=(128, 512), k=(256, 512, 1024), n=(256, 512, 1024)),
-    ("cpu", "quick"): Grid(m=(64, 128), k=(128, 256), n=(128, 256)),
-}
 
 
 class GridError(InputError):
@@ -51,21 +34,21 @@ class GridFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     shapes: tuple[tuple[Size, Size, Size], ...] = ()
 
 
-def load_grid(name: str, kind: Literal["cuda", "cpu"]) -> tuple[Grid, list[LinearShape]]:
+def load_grid(name: str, kind: DeviceKindName) -> tuple[Grid, list[LinearShape]]:
     """The axes and the single shapes of a named grid ("quick", "default") or of a YAML file.
 
     Raises GridError for a file that cannot be read, breaks the format, or names a shape float8 cannot compute.
     """
-    if (kind, name) in GRIDS:
-        return GRIDS[kind, name], []
+    named = KINDS[kind].defaults.grids
+    if name in named:
+        return named[name], []
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise GridError(f"grid: expected quick, default or a readable YAML file; got {name!r} ({error})") from error
-    try:
-        file = msgspec.convert(load_plain_yaml(text, source=name, error=GridError), GridFile)
-    except msgspec.ValidationError as error:
-        raise GridError(f"{name}: {error}") from error
+    file: GridFile = convert(
+        load_plain_yaml(text, source=name, error=GridError), GridFile, source=name, error=GridError
+    )
     grid = Grid(m=_axis(file.m), k=_axis(file.k), n=_axis(file.n))
     shapes = [LinearShape(*sizes) for sizes in file.shapes]
     for shape in [*grid_shapes(grid), *shapes]:
@@ -95,11 +78,11 @@ def measuring_order(shapes: Iterable[LinearShape], seed: int) -> list[LinearShap
 
 
 def too_large(shape: LinearShape, device: Device, *, on_grid: bool, taken_gib: float = 0.0) -> str | None:
-    """Why a shape is left out on this device, or None. Time only limits a grid, whose corners nobody asked for.
+    """Why a shape is left out on this device, or None. Time limits only a grid, whose corners nobody asked for.
 
-    taken_gib: of the device's memory, by whoever else measures.
+    taken_gib: of the device's memory, by other processes that measure.
     """
-    budget = MAX_POINT_FLOP if device.kind == "cuda" else MAX_CPU_POINT_FLOP
+    budget = KINDS[device.kind].defaults.max_point_flop
     if on_grid and shape.flop > budget:
         return f"{shape.flop:.2g} FLOP, more than {budget:.2g} a point"
     needed_gib = point_memory_bytes(shape) / 2**30

@@ -1,15 +1,13 @@
 """The append-only journal: what was measured survives Ctrl-C, kill -9 and power loss, and is never measured twice.
 
-One file per set-up (device, software, protocol) beside the tables, `journal-<fingerprint>.jsonl`: a header line, then
-one line a record: a sweep's `PointRecord`. What another set-up measured is in another file, and so never mixed in.
+Each set-up (device, software, protocol) has its own file beside the tables, `journal-<fingerprint>.jsonl`: a header
+line, then one line for each record. Records of different set-ups are never mixed.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -18,48 +16,23 @@ from typing import Any, ClassVar, Generic, TypeVar
 import msgspec
 
 from fp8gate.calibrate.points.point_record import PointRecord
+from fp8gate.calibrate.points.setup import Header, Setup
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.recipes import Recipe
-from fp8gate.filter.contract.table import Device, Software, SweepProtocol
 
 _Line = TypeVar("_Line")
 _Header = TypeVar("_Header", bound="Header")
 _Record = TypeVar("_Record")
-_Journal = TypeVar("_Journal", bound="AnyJournal[Any, Any]")
+_Journal = TypeVar("_Journal", bound="Journal[Any, Any]")
 
 
 class JournalError(InputError):
     """A journal that cannot be used; the message names the file and the line."""
 
 
-class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that makes measurements comparable."""
+class Journal(Generic[_Header, _Record]):
+    """The records of one set-up, kept in a folder. Open it as a context: one process at a time can.
 
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:8]
-
-
-class Setup(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Of a sweep."""
-
-    device: Device
-    software: Software
-    protocols: dict[Recipe, SweepProtocol]
-
-
-def differences(one: msgspec.Struct, other: msgspec.Struct) -> Iterator[tuple[str, object, object]]:
-    """The fields in which two devices, softwares or protocols differ, in alphabetical order, and what each has."""
-    ours, theirs = msgspec.to_builtins(one), msgspec.to_builtins(other)
-    for field in sorted(ours.keys() | theirs.keys()):
-        if ours.get(field) != theirs.get(field):
-            yield field, ours.get(field), theirs.get(field)
-
-
-class AnyJournal(Generic[_Header, _Record]):
-    """The records of one set-up, kept in a folder. Open it as a context; only one process can.
-
-    fresh: start empty; what was there is kept beside it, as `set_aside`.
+    fresh: start empty. An earlier journal is kept beside it, as `set_aside`.
     """
 
     record_type: ClassVar[type]
@@ -141,7 +114,7 @@ class AnyJournal(Generic[_Header, _Record]):
         os.fsync(self._file.fileno())
 
 
-class Journal(AnyJournal[Setup, PointRecord]):
+class SweepJournal(Journal[Setup, PointRecord]):
     """The points of a sweep."""
 
     record_type = PointRecord

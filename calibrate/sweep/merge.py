@@ -1,8 +1,8 @@
-"""One table from several of the same device, software and protocol: sweeps of several days, of a job array. Pure.
+"""Several tables of the same device, software and protocol become one: sweeps of several days, or of a job array. Pure.
 
-In: tables. Out: a table with every point of all of them, in any order the same. Points that several have are combined
-by the bounds of their speedups: the weighted mean of ln(speedup), weights 1 / variance. Where the tables differ by more
-than their bounds say, the bounds cover all of theirs.
+In: tables. Out: one table with every point of all of them. The order in which they are given does not matter. Where
+several tables have a point, its speedup is the weighted mean of theirs on the scale of ln(speedup), with weights
+1 / variance from their bounds. Where they differ by more than these bounds say, the merged bounds cover all of them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import msgspec
 
 from fp8gate.calibrate.points.point_record import make_point
 from fp8gate.calibrate.sweep.grid import union
-from fp8gate.calibrate.sweep.journal import differences
 from fp8gate.calibrate.timing.statistics import Interval
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import (
     WITH_NUMBERS,
+    Estimate,
     Point,
     Spread,
     Status,
@@ -30,12 +30,14 @@ from fp8gate.filter.contract.table import (
     format_table,
 )
 
-ROUNDING = 1e-4  # of ln(speedup): tables keep 4 digits, and bounds that coincide are not infinitely sure
-NO_NUMBERS: tuple[Status, ...] = ("failed", "unstable", "out_of_memory")  # which reason counts, if there are several
+ROUNDING = 1e-4  # of ln(speedup): tables keep 4 digits, so bounds that coincide do not mean that nothing varied
+NO_NUMBERS: tuple[Status, ...] = ("failed", "unstable", "out_of_memory")  # the first of these that a table has counts
+Row = Sequence[float]  # a point's seven numbers, in the order of the table's columns
+OWN_FIELDS = {"spread", "controls", "devices", "between"}  # a protocol's results, which differ from sweep to sweep
 
 
 def merge_tables(tables: Mapping[str, Table]) -> Table:
-    """Combine tables; their names (files) appear in errors.
+    """Combine tables, given by the names (files) that errors show.
 
     Raises TableError if there are fewer than two, or if recipe, device, software or protocol differ.
     """
@@ -50,16 +52,9 @@ def merge_tables(tables: Mapping[str, Table]) -> Table:
     for table in ordered:
         for point in table.points:
             by_shape[point.shape].append(point)
-    protocols = [table.protocol for table in ordered]
     return msgspec.structs.replace(
         first,
-        protocol=msgspec.structs.replace(
-            first.protocol,
-            spread=_pooled(protocol.spread for protocol in protocols),
-            controls=_pooled(protocol.controls for protocol in protocols),
-            devices=max(protocol.devices for protocol in protocols),
-            between=_pooled(protocol.between for protocol in protocols),
-        ),
+        protocol=_merged_protocol([table.protocol for table in ordered]),
         measured_at=max(table.measured_at for table in ordered),
         grid=union(*(table.grid for table in ordered)),
         points=tuple(combine_points(by_shape[shape], first.protocol) for shape in sorted(by_shape)),
@@ -67,24 +62,73 @@ def merge_tables(tables: Mapping[str, Table]) -> Table:
 
 
 def combine_points(points: Sequence[Point], protocol: SweepProtocol) -> Point:
-    """One point from several of the same shape; those without numbers count only if none has any."""
+    """One point from several of the same shape. Those without numbers only count if none has any."""
     with_numbers = [point for point in points if point.status in WITH_NUMBERS]
     if not with_numbers:
         return min(points, key=lambda point: NO_NUMBERS.index(point.status))
     if len(with_numbers) == 1:
         return with_numbers[0]
+    rows = [[number for number in point.numbers if number] for point in with_numbers]
     z = NormalDist().inv_cdf((1 + protocol.confidence) / 2)
-    logs = [[math.log(number) for number in point.numbers if number] for point in with_numbers]
-    sigmas = [max((high - low) / 2 / z, ROUNDING) for *_, low, high in logs]
+    sigmas = [max((math.log(high) - math.log(low)) / 2 / z, ROUNDING) for *_, low, high in rows]
     weights = [1 / sigma**2 for sigma in sigmas]
-    *times, mean = (_weighted_mean(column, weights) for column in list(zip(*logs, strict=True))[:5])
+    speedup = _combined_speedup(rows, weights, z, protocol.estimate)
+    return make_point(with_numbers[0].shape, _combined_times(rows, weights, protocol.estimate), speedup, protocol)
+
+
+def _combined_speedup(rows: Sequence[Row], weights: Sequence[float], z: float, estimate: Estimate) -> Interval:
+    logs = [_log_speedup(row, estimate) for row in rows]
+    mean = _weighted_mean(logs, weights)
     half = z / math.sqrt(sum(weights))
     low, high = mean - half, mean + half
-    chi_squared = sum(w * (log[4] - mean) ** 2 for w, log in zip(weights, logs, strict=True))
+    chi_squared = sum(w * (log - mean) ** 2 for w, log in zip(weights, logs, strict=True))
     if chi_squared > len(logs) - 1:
-        low, high = (bound(log[index] for log in logs) for bound, index in ((min, 5), (max, 6)))
-    speedup = Interval(math.exp(mean), math.exp(low), math.exp(high))
-    return make_point(with_numbers[0].shape, map(math.exp, times), speedup, protocol)
+        low = min(mean, *(math.log(row[5]) for row in rows))
+        high = max(mean, *(math.log(row[6]) for row in rows))
+    return Interval(math.exp(mean), math.exp(low), math.exp(high))
+
+
+def _log_speedup(row: Row, estimate: Estimate) -> float:
+    """ln of the row's speedup.
+
+    If that is the quotient of the row's times, it is computed from them, so that the merged row agrees with its times.
+    """
+    bf16_fwd_us, bf16_bwd_us, fp8_fwd_us, fp8_bwd_us, speedup, *_ = row
+    if estimate == "paired_rounds":
+        return math.log(speedup)
+    return math.log((bf16_fwd_us + bf16_bwd_us) / (fp8_fwd_us + fp8_bwd_us))
+
+
+def _combined_times(rows: Sequence[Row], weights: Sequence[float], estimate: Estimate) -> list[float]:
+    """bf16 forward and backward, float8 forward and backward, in microseconds."""
+    if estimate == "paired_rounds":
+        return [_geometric_mean(column, weights) for column in list(zip(*rows, strict=True))[:4]]
+    bf16, fp8 = ([(row[i], row[i + 1]) for row in rows] for i in (0, 2))
+    return [*_combined_arm(bf16, weights), *_combined_arm(fp8, weights)]
+
+
+def _combined_arm(times_us: Sequence[tuple[float, float]], weights: Sequence[float]) -> tuple[float, float]:
+    """An arm's forward and backward time.
+
+    Their sum is the geometric mean of the sums, so that the quotient of two arms is the mean of the quotients, in ln.
+    """
+    total_us = _geometric_mean([forward + backward for forward, backward in times_us], weights)
+    share = _weighted_mean([forward / (forward + backward) for forward, backward in times_us], weights)
+    return total_us * share, total_us * (1 - share)
+
+
+def _geometric_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    return math.exp(_weighted_mean([math.log(value) for value in values], weights))
+
+
+def _merged_protocol(protocols: Sequence[SweepProtocol]) -> SweepProtocol:
+    return msgspec.structs.replace(
+        protocols[0],
+        spread=_pooled(protocol.spread for protocol in protocols),
+        controls=_pooled(protocol.controls for protocol in protocols),
+        devices=max(protocol.devices for protocol in protocols),
+        between=_pooled(protocol.between for protocol in protocols),
+    )
 
 
 def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
@@ -92,18 +136,22 @@ def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
 
 
 def _difference(one: Table, other: Table) -> str:
-    """The first field that differs: "software.torch is 2.13.0, but 2.11.0"."""
+    """The first field in which two tables differ: "software.torch is 2.13.0, but 2.11.0"; "" if there is none."""
     if one.recipe != other.recipe:
         return f"recipe is {other.recipe}, but {one.recipe}"
     for part in ("device", "software", "protocol"):
-        for field, ours, theirs in differences(getattr(one, part), getattr(other, part)):
-            if field not in ("spread", "controls", "devices", "between"):
-                return f"{part}.{field} is {theirs}, but {ours}"
+        ours, theirs = getattr(one, part), getattr(other, part)
+        for field in sorted({*ours.__struct_fields__} - OWN_FIELDS):
+            if getattr(ours, field) != getattr(theirs, field):
+                return f"{part}.{field} is {getattr(theirs, field)}, but {getattr(ours, field)}"
     return ""
 
 
 def _pooled(spreads: Iterable[Spread | None]) -> Spread | None:
-    """Of all tables' points together, as far as their quantiles tell: the median weighted, the others the largest."""
+    """The spread of all tables' points together, as far as their quantiles tell it.
+
+    The median is the mean of the medians, weighted by points; the other two are the largest of theirs.
+    """
     found = [spread for spread in spreads if spread]
     if not found:
         return None

@@ -1,10 +1,11 @@
-"""One process's part of a sweep: measure what a schedule deals out, and decide what is to be trusted.
+"""One process's part of a sweep: measure what a queue deals out, and decide which records are to be trusted.
 
-In: a job, a schedule. Out: records, each given to a `Ledger` as soon as it is there.
+In: a job, a queue. Out: records, each given to a `Ledger` as soon as it is there.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,22 +13,23 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Protocol
 
-from fp8gate.calibrate.device.watch import Watch, foreign, make_watch
+from fp8gate.calibrate.device.registry import kind_of
+from fp8gate.calibrate.device.watch import other_processes
 from fp8gate.calibrate.points.point_record import ArmName, ArmRecord, PointRecord, Stages
 from fp8gate.calibrate.points.point_worker import Job
 from fp8gate.calibrate.points.task_queue import Task, TaskQueue
 from fp8gate.calibrate.points.worker_pool import Died, InThisProcess, WorkerPool
-from fp8gate.calibrate.sweep.journal import Journal
+from fp8gate.calibrate.sweep.journal import SweepJournal
 from fp8gate.calibrate.sweep.progress import Observer
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 
 
 class Ledger(Protocol):
-    """Where what was measured goes."""
+    """Where records go."""
 
     def keep(self, task: Task, record: PointRecord) -> None:
-        """On return it is safe."""
+        """On return the record is safe."""
 
     def refuse(self, task: Task, error: float) -> None:
         """Again and again, bf16 against itself was off by so much."""
@@ -36,9 +38,9 @@ class Ledger(Protocol):
 
 
 class JournalLedger:
-    """The ledger of a whole sweep: the journal, and what of it this call has added."""
+    """The ledger of a whole sweep: the journal, and what this call has added to it."""
 
-    def __init__(self, journal: Journal, observer: Observer) -> None:
+    def __init__(self, journal: SweepJournal, observer: Observer) -> None:
         self.journal, self.observer = journal, observer
         self.measured: list[PointRecord] = []
         self.off: dict[LinearShape, float] = {}
@@ -57,8 +59,11 @@ class JournalLedger:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionResult:
-    """What measuring came to, beside the records. remaining: tasks without a record. troubles: of each device, what it
-    reported. lost: ranks that did not stay to the end, and why."""
+    """What measuring came to, beside the records.
+
+    remaining: tasks without a record. troubles: what each device reported. lost: ranks that did not stay to the end,
+    and why.
+    """
 
     remaining: int
     retried: int
@@ -72,41 +77,40 @@ class SessionResult:
 class SweepSession:
     """The measuring of one process and its workers on one device. stop_after_s: begin no further point then."""
 
-    def __init__(self, job: Job, schedule: TaskQueue, ledger: Ledger, *, stop_after_s: float | None) -> None:
-        self.job, self.schedule, self.ledger = job, schedule, ledger
+    def __init__(self, job: Job, queue: TaskQueue, ledger: Ledger, *, stop_after_s: float | None) -> None:
+        self.job, self.queue, self.ledger = job, queue, ledger
         self.start = time.monotonic()
-        self.deadline = None if stop_after_s is None else self.start + stop_after_s
+        self.until = math.inf if stop_after_s is None else self.start + stop_after_s
         self.discarded: list[Stages] = []
         self.troubles: Counter[str] = Counter()
         self.idle_s = self.starting_s = 0.0
-        self.watch: Watch = make_watch(job.device)
-        self.foreign: set[str] = set()
+        self.watch = kind_of(job.device).make_watch(job.device)
+        self.others: set[str] = set()
 
     def measure(self, workers: int) -> None:
-        """Until the schedule has nothing more or the time is up. workers: 0 for this process alone.
+        """Until the queue has nothing more or the time is up. workers: 0 for this process alone.
 
-        Raises DeviceLostError if the device fails for good, WorkersDiedError if no worker can start.
+        Raises DeviceLostError if the device fails for good, NoChildError if no worker can start.
         """
-        if self._is_late() or not self.schedule.wait():
+        if not self.queue.wait(self.until):
             return
         self._look_for_others([])
-        with WorkerPool(self.job, workers) if workers else InThisProcess(self.job) as crew:
+        with WorkerPool(self.job, workers) if workers else InThisProcess(self.job) as pool:
             try:
-                while self.schedule.wait():
-                    for outcome in crew.run(self.schedule):
-                        self._note(outcome.task, self._record(outcome) if isinstance(outcome, Died) else outcome.record)
-                        self._look_for_others(crew.pids)
-                        if self._is_late():
-                            return
+                while self.queue.wait(self.until):
+                    for outcome in pool.run(self.queue, self.until):
+                        record = self._record(outcome) if isinstance(outcome, Died) else outcome.record
+                        self._note(outcome.task, record)
+                        self._look_for_others(pool.pids)
             finally:
-                self.idle_s = crew.use.idle_s
-                self.starting_s = (crew.use.first_turn_at or time.monotonic()) - self.start
+                self.idle_s = pool.use.idle_s
+                self.starting_s = (pool.use.first_turn_at or time.monotonic()) - self.start
 
-    def part(self, *, remaining: int) -> SessionResult:
+    def result(self, *, remaining: int) -> SessionResult:
         troubles = ", ".join(f"{trouble}, {count} times" for trouble, count in self.troubles.most_common())
         return SessionResult(
             remaining=remaining,
-            retried=self.schedule.retries,
+            retried=self.queue.retries,
             discarded=self.discarded,
             starting_s=self.starting_s,
             idle_s=self.idle_s,
@@ -122,7 +126,7 @@ class SweepSession:
         control_error = record.control_error(next(iter(self.job.protocols.values())))
         if control_error:
             trouble = f"bf16 against itself differs by {control_error:.1%}"
-        if trouble and self.schedule.may_retry(task):
+        if trouble and self.queue.may_retry(task):
             self.ledger.say(f"{task.shape}: {trouble}; measured again later")
             self.discarded.append(record.stages)
         elif control_error:
@@ -134,24 +138,21 @@ class SweepSession:
 
     def _record(self, died: Died) -> PointRecord | None:
         """None if the task is tried again."""
-        if self.schedule.may_try_after_death(died.task):
+        if self.queue.may_try_after_death(died.task):
             self.ledger.say(f"{died.task.shape}: {died.detail}; measured again later")
             return None
         return failed_record(died.task, self.job.protocols, f"{died.detail}, twice", self.job.measured_on)
 
     def _look_for_others(self, own: Sequence[int]) -> None:
         """Name each other process on the device once."""
-        for other in foreign(self.watch.processes(), own):
-            if other not in self.foreign:
-                self.foreign.add(other)
+        for other in other_processes(self.watch.processes(), own):
+            if other not in self.others:
+                self.others.add(other)
                 self.ledger.say(f"warning: another process is on the device and may spoil timings: {other}")
-
-    def _is_late(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
 
 
 def failed_record(task: Task, recipes: Iterable[Recipe], detail: str, measured_on: str = "") -> PointRecord:
-    """Of a point that nobody could measure."""
+    """The record of a point that nobody could measure."""
     arms: tuple[ArmName, ...] = ("bf16", *recipes)
     return PointRecord(
         m=task.shape.m,

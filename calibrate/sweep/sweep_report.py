@@ -1,29 +1,40 @@
 """What a sweep did with its time, and how far its numbers can be trusted. Pure.
 
-In: the records of a call, and the seconds that only the sweep knows. Out: a `Report`, also as text.
+In: the records of a call, and the seconds that only the sweep knows. Out: a `SweepReport`, also as text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from fp8gate.calibrate.points.point_record import CONTROL, PointRecord
+from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.calibrate.sweep.session import SessionResult
-from fp8gate.calibrate.sweep.spread import OddDevice, between_devices, devices_of, odd_devices, spread_of
+from fp8gate.calibrate.sweep.spread import (
+    OddDevice,
+    between_devices,
+    control_differences,
+    devices_of,
+    odd_devices,
+    repeat_spread,
+)
 from fp8gate.filter.contract.recipes import Recipe
-from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Spread, SweepProtocol
 
 
 class SweepReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Points and seconds of one call. ambiguous and without_numbers count speedups: one a point and recipe.
+    """Points and seconds of one call of `sweep`.
 
-    compiling_s is summed over all processes, the others are of the device. starting_s: until the first point was ready.
-    idle_s: from then on, with nobody's turn on the device; both of rank 0, if there are several. worst_control: the
-    largest |bf16 / bf16 - 1| of the control points. spread: of the points that were measured again. between: of those
-    that several devices measured. lost: ranks that did not stay to the end, and why.
+    measured, resumed, retried, capped: points that were measured, taken from the journal, measured again after a
+    failure, and left out as too large. ambiguous, without_numbers: speedups, of which a point has one for each recipe.
+    compiling_s is the sum over all processes; the other seconds are those of the device. starting_s: until the first
+    point was ready. idle_s: after that, while no process had its turn on the device. With several ranks, both are those
+    of rank 0.
+    controls, worst_control: how many control points there were, and the largest |bf16 / bf16 - 1| of them. spread: how
+    far measurements of the same point by two processes were apart. devices: how many took part. between: how far they
+    were apart at the points that several of them measured. odd: those that differ from the others throughout. lost:
+    the ranks that did not stay to the end, and why.
     """
 
     measured: int
@@ -76,77 +87,41 @@ class SweepReport(msgspec.Struct, frozen=True, kw_only=True):
 def make_sweep_report(
     records: Sequence[PointRecord],
     protocols: Mapping[Recipe, SweepProtocol],
-    part: SessionResult,
+    session: SessionResult,
     *,
     history: Sequence[PointRecord],
     resumed: int,
     capped: int,
     total_s: float,
 ) -> SweepReport:
-    """Count and sum over the records of one call; what was measured again took its time too.
+    """Count and sum over the records of one call, and over the stages that were thrown away, as they took time too.
 
-    history: all records of the journal, as a repeat's first measurement may be of an earlier call.
+    history: all records of the journal, as the first measurement of a repeated point may be of an earlier call.
     """
-    stages = [*(r.stages for r in records), *part.discarded]
+    stages = [*(r.stages for r in records), *session.discarded]
     statuses = [r.point(recipe, protocols[recipe]).status for r in records if not r.repeat for recipe in r.recipes]
-    protocol = next(iter(protocols.values()))
-    controls = [control for r in records if (control := _control(r, protocol)) is not None]
-    spreads = {recipe: spread(recipe, protocol, history) for recipe, protocol in protocols.items()}
+    controls = control_differences(next(iter(protocols.values())), records)
+    spreads = {recipe: repeat_spread(recipe, protocol, history) for recipe, protocol in protocols.items()}
     between = {recipe: between_devices(recipe, protocol, history) for recipe, protocol in protocols.items()}
     return SweepReport(
         measured=len(records),
         resumed=resumed,
-        retried=part.retried,
+        retried=session.retried,
         ambiguous=statuses.count("ambiguous"),
         without_numbers=sum(status not in ("measured", "ambiguous") for status in statuses),
         capped=capped,
         total_s=total_s,
-        starting_s=part.starting_s,
+        starting_s=session.starting_s,
         compiling_s=sum(s.compiling_s for s in stages),
         loading_s=sum(s.loading_s for s in stages),
         settling_s=sum(s.settling_s for s in stages),
         timing_s=sum(s.timing_s for s in stages),
-        idle_s=part.idle_s,
+        idle_s=session.idle_s,
         controls=len(controls),
         worst_control=max(controls, default=None),
         spread={recipe: found for recipe, found in spreads.items() if found},
         devices=len(devices_of(history)),
         between={recipe: found for recipe, found in between.items() if found},
-        odd=tuple(odd_devices(history, part.troubles)),
-        lost=part.lost,
+        odd=tuple(odd_devices(history, session.troubles)),
+        lost=session.lost,
     )
-
-
-def spread(recipe: Recipe, protocol: SweepProtocol, records: Sequence[PointRecord]) -> Spread | None:
-    """How far repeats were from the first measurement of the same shape, by another process on the same device.
-
-    None without any.
-    """
-    first = {r.shape: r for r in records if not r.repeat and recipe in r.arms and r.status(recipe) == "measured"}
-    again = [r for r in records if r.repeat and recipe in r.arms and r.status(recipe) == "measured"]
-    apart = [_apart(first[r.shape], r, recipe, protocol) for r in again if _is_other(first, r)]
-    return spread_of(apart, len(apart))
-
-
-def control_spread(protocol: SweepProtocol, records: Iterable[PointRecord]) -> Spread | None:
-    """How far bf16 was from itself at the control points; None without any."""
-    apart = [control for record in records if (control := _control(record, protocol)) is not None]
-    return spread_of(apart, len(apart))
-
-
-def _is_other(first: Mapping[LinearShape, PointRecord], again: PointRecord) -> bool:
-    if again.shape not in first or first[again.shape].measured_on != again.measured_on:
-        return False
-    return first[again.shape].process != again.process
-
-
-def _apart(one: PointRecord, other: PointRecord, recipe: Recipe, protocol: SweepProtocol) -> float:
-    speedups = (r.speedup(recipe, protocol).estimate for r in (one, other))
-    first, second = speedups
-    return abs(second / first - 1)
-
-
-def _control(record: PointRecord, protocol: SweepProtocol) -> float | None:
-    if CONTROL not in record.arms or not record.arms[CONTROL].fwd_us:
-        return None
-    return abs(record.speedup(CONTROL, protocol).estimate - 1)

@@ -1,6 +1,6 @@
-"""From a journal to the tables, and what may replace a table that is there.
+"""From a journal's records to the tables, and what a new table may replace.
 
-In: a journal's records, a folder. Out: `<folder>/<recipe>.yaml`, all or none of them.
+In: a journal, a folder. Out: `<folder>/<recipe>.yaml`, either for all recipes or for none.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from pathlib import Path
 import msgspec
 
 from fp8gate.calibrate.points.point_record import PointRecord
+from fp8gate.calibrate.points.setup import Setup
 from fp8gate.calibrate.sweep.grid import union
-from fp8gate.calibrate.sweep.journal import Journal, Setup
-from fp8gate.calibrate.sweep.spread import between_devices, devices_of
-from fp8gate.calibrate.sweep.sweep_report import control_spread, spread
+from fp8gate.calibrate.sweep.journal import SweepJournal
+from fp8gate.calibrate.sweep.spread import between_devices, control_spread, devices_of, repeat_spread
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import WITH_NUMBERS, Grid, Table, read_table, write_table
 
 
 def make_table(grid: Grid, recipe: Recipe, setup: Setup, records: Sequence[PointRecord]) -> Table:
-    """A recipe's table from a journal's records; where a shape was measured twice, the last with numbers counts.
+    """A recipe's table from a journal's records. If a shape was measured twice, the last record with numbers counts.
 
-    `measured_at` is that of its newest record, so that the same measurements give the same file. Repeats only go into
-    the protocol's spread.
+    `measured_at` is that of the newest record, so that the same measurements give the same file. Repeats only go into
+    the protocol's spread. `estimate` is set here and not in the set-up, as it says what was made of the samples, not
+    how they were taken: samples of an older journal give a table like any other.
     """
     latest: dict[LinearShape, PointRecord] = {}
     for record in (r for r in records if recipe in r.arms and not r.repeat):
@@ -37,10 +38,11 @@ def make_table(grid: Grid, recipe: Recipe, setup: Setup, records: Sequence[Point
         software=setup.software,
         protocol=msgspec.structs.replace(
             protocol,
-            spread=spread(recipe, protocol, records),
+            spread=repeat_spread(recipe, protocol, records),
             controls=control_spread(protocol, latest.values()),
             devices=len(devices_of(records)),
             between=between_devices(recipe, protocol, records),
+            estimate="quotient_of_times",
         ),
         measured_at=max(r.measured_at for r in latest.values()),
         grid=grid,
@@ -51,7 +53,10 @@ def make_table(grid: Grid, recipe: Recipe, setup: Setup, records: Sequence[Point
 def require_nothing_lost(
     folder: Path, recipes: Sequence[Recipe], wanted: Sequence[LinearShape], records: Sequence[PointRecord]
 ) -> None:
-    """A small sweep must not replace a large table: raise ValueError before measuring, not after."""
+    """Raise ValueError, before anything is measured, if a table that is there has points that this sweep has not.
+
+    A small sweep must not replace a large table.
+    """
     for recipe in recipes:
         path = folder / f"{recipe}.yaml"
         if path.exists():
@@ -65,12 +70,12 @@ def require_nothing_lost(
 
 
 def write_tables(
-    folder: Path, grid: Grid, recipes: Sequence[Recipe], journal: Journal, fresh: bool
+    folder: Path, grid: Grid, recipes: Sequence[Recipe], journal: SweepJournal, fresh: bool
 ) -> dict[Path, Table]:
-    """Write everything the journal holds for each recipe: a later, smaller sweep adds to a table.
+    """Write everything that the journal holds for each recipe, so that a later, smaller sweep adds to a table.
 
-    Raises ValueError, and writes none, if points of an earlier table would lose their numbers, unless fresh: then
-    something is broken, and rarely the hardware.
+    Raises ValueError, and writes no table, if points of an earlier table would lose their numbers: then something is
+    broken, and rarely the hardware. With `fresh` the earlier tables are replaced whatever they hold.
     """
     tables = {}
     for recipe in recipes:
@@ -99,7 +104,7 @@ def _require_no_number_lost(table: Table, earlier: Table, path: Path, records: S
 
 
 def _with_earlier_axes(table: Table, path: Path) -> Table:
-    """State the axes of the table being replaced too, where their points are in the new one."""
+    """The table, with the axes of the one that it replaces added to its grid if it has all the points of that one."""
     if not path.exists():
         return table
     earlier, shapes = read_table(path), {point.shape for point in table.points}

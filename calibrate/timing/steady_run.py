@@ -1,6 +1,6 @@
-"""Run arms alone on the device: until its clock is theirs, and then for so long that their time can be told.
+"""Run arms alone on the device until its clock is their own, and then for as long as their time needs to be known.
 
-In: prepared arms that draw the same power (mostly one), a timer, how long. Out: a `Run`, the samples of every round.
+In: prepared arms that draw the same power (mostly one), a timer, how long. Out: a `SteadyRun`, each round's samples.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fp8gate.calibrate.device.timer import Sample, Timer, balanced_orders
+from fp8gate.calibrate.device.timer import Sample, Timer
 from fp8gate.calibrate.device.watch import Watch
 
 BUSY_SHARE, IDLE_RUN_S = 0.5, 0.02
-"""Arms that keep the device busy for less of the time (between flushes and host work) do not reach the power limit: on
-an H200 the clock stays at its maximum, there is nothing to wait for, and IDLE_RUN_S is enough."""
-BATCH_S = 0.01  # rounds that are run, and watched, together
+"""Arms that keep the device busy for less of the time (between flushes and host work) do not reach the power limit. On
+an H200 the clock then stays at its maximum: there is nothing to wait for, and IDLE_RUN_S is enough."""
+BATCH_S = 0.01  # rounds that are run together, before the device is asked how it does
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ def run_steadily(
     least: int,
     batch_s: float = BATCH_S,
 ) -> SteadyRun:
-    """Settle, then run for run_s (less on an idle device), at least so many rounds; ends early at a slowdown.
+    """Settle, then run for run_s (less on an idle device), at least `least` rounds; end early at a slowdown.
 
     limited_settle_s: how much longer to settle if the power limit has been reached by then.
     """
@@ -66,10 +66,22 @@ def run_steadily(
     return run
 
 
+def balanced_orders(arms: int, rounds: int, rng: random.Random) -> list[list[int]]:
+    """Orders for rounds, in pairs of an order and its reverse: of two arms, each comes first equally often."""
+    orders: list[list[int]] = []
+    while len(orders) < rounds:
+        order = rng.sample(range(arms), arms)
+        orders += [order, order[::-1]]
+    return orders[:rounds]
+
+
 def _settle(
     arms: Sequence[Any], timer: Timer[Any], rng: random.Random, at_most_s: float, batch_s: float
 ) -> tuple[int, bool]:
-    """Run rounds that do not count for so long; how many fill a batch, and if the device idles, which ends it."""
+    """Run rounds that do not count for that long; stop at once if the device idles.
+
+    Returns how many rounds fill a batch, and whether the device idles.
+    """
     start, batch, passes = time.perf_counter(), 1, 0
     while True:
         before = time.perf_counter()

@@ -1,0 +1,72 @@
+"""What is planned: a block, its sizes before they are divided among ranks, and the file that its plan goes to.
+
+In: a model's name or its config.json. Out: a `Subject`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fp8gate.calibrate.arms.blueprint import Blueprint
+from fp8gate.calibrate.arms.decoder_layer import LAYER, layer_blueprint, sequence_of
+from fp8gate.calibrate.arms.linear import inductor_settings
+from fp8gate.calibrate.device.registry import describe_device
+from fp8gate.filter.contract.devices import device_slug
+from fp8gate.filter.contract.plan import PLANS
+from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.model.model_config import BUNDLED, config_facts, linear_roles, load_model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What is planned. name: of the model. whole: (in_features, out_features) of each role before it is divided."""
+
+    name: str
+    blueprint: Blueprint
+    whole: Mapping[str, tuple[int, int]]
+    tokens: int
+    sequence: int | None = None
+    tp: int = 1
+
+
+def model_subject(model: str, *, tokens: int, sequence: int | None, tp: int, recomputed: bool) -> Subject:
+    """A model's decoder layer as one rank holds it. model: a bundled name, or the path of a config.json.
+
+    Raises ModelError or BlockError for a model that cannot be planned, or sizes that do not divide.
+    """
+    config = load_model(model)
+    facts = config_facts(model)
+    length = sequence_of(config, tokens, sequence)
+    blueprint = layer_blueprint(config, facts, tokens=tokens, sequence=length, tp=tp, recomputed=recomputed)
+    roles = {linear.fqn.removeprefix(LAYER): linear for linear in linear_roles(config)}
+    return Subject(
+        name=model if model in BUNDLED else _name_of(Path(model)),
+        blueprint=blueprint,
+        whole={role: (roles[role].in_features, roles[role].out_features) for role in blueprint.shapes},
+        tokens=tokens,
+        sequence=length,
+        tp=tp,
+    )
+
+
+def plan_path(
+    out: Path, subject: Subject, recipe: Recipe, device: torch.device, emulate_precision_casts: bool | None = None
+) -> Path:
+    """<out>/<device>/plans/<model>-<recipe>-m<tokens>.yaml, with every setting that is not the default."""
+    settings = inductor_settings(recipe, emulate_precision_casts)
+    parts = [subject.name, recipe, f"m{subject.tokens}"]
+    parts += [f"s{subject.sequence}"] if subject.sequence not in (None, subject.tokens) else []
+    parts += [f"tp{subject.tp}"] if subject.tp > 1 else []
+    parts += ["recomputed"] if subject.blueprint.recomputed else []
+    parts += [name for name in settings if name not in RECIPES[recipe].inductor]
+    parts += [f"no_{name}" for name in RECIPES[recipe].inductor if name not in settings]
+    return out / device_slug(describe_device(device).name) / PLANS / f"{'-'.join(parts)}.yaml"
+
+
+def _name_of(config: Path) -> str:
+    """The model of a config.json has the name of its folder, as Hugging Face keeps them."""
+    return config.absolute().parent.name if config.stem == "config" else config.stem

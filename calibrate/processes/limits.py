@@ -1,0 +1,29 @@
+"""How long a parent waits for its children, and threads that end a wait that has no limit of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Seconds. step_s: for one step of a child: to start, to compile, to load, to measure. A child that takes longer is
+    stuck. ending_s: for an idle child to end by itself."""
+
+    step_s: float = 600.0
+    ending_s: float = 5.0
+
+
+@contextlib.contextmanager
+def ended_after(seconds: float, end: Callable[[], object]) -> Iterator[None]:
+    """Call `end` on another thread if the block takes longer: it must make the block's call fail."""
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,84 @@
+"""What a sweep still has to measure: the points that lack a number, controls, and repeats that show the spread. Pure.
+
+In: the shapes wanted, a journal's records. Out: `SweepTasks`.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import msgspec
+
+from fp8gate.calibrate.points.point_record import PointRecord
+from fp8gate.calibrate.points.setup import Setup
+from fp8gate.calibrate.points.task_queue import Task
+from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import SweepProtocol
+
+MAX_ATTEMPTS = 2  # a point without numbers is tried once more by the next run: memory may have been taken then
+CONTROL_SHARE = REPEAT_SHARE = 0.05
+
+
+class SweepTasks(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be measured, by one process or by many ranks.
+
+    tasks: each is for one device, whichever takes it. repeats: shapes that every device measures, unless it is in
+    `repeated` with the shape. stop_at: Unix time.
+    """
+
+    setup: Setup
+    recipes: tuple[Recipe, ...]
+    seed: int
+    tasks: tuple[Task, ...]
+    repeats: tuple[LinearShape, ...] = ()
+    repeated: tuple[tuple[LinearShape, str], ...] = ()
+    stop_at: float | None = None
+
+    @property
+    def protocols(self) -> dict[Recipe, SweepProtocol]:
+        return {recipe: self.setup.protocols[recipe] for recipe in self.recipes}
+
+    def own_tasks(self, measured_on: str) -> list[Task]:
+        """What this device measures, whatever the others do."""
+        return [Task(shape, repeat=True) for shape in self.repeats if (shape, measured_on) not in self.repeated]
+
+    @property
+    def stop_after_s(self) -> float | None:
+        return None if self.stop_at is None else self.stop_at - time.time()
+
+
+def tasks_left(
+    setup: Setup, wanted: Sequence[LinearShape], recipes: Sequence[Recipe], records: Sequence[PointRecord], seed: int
+) -> SweepTasks:
+    """Shapes that lack a recipe, shapes whose only attempt gave no number, and repeats of a share of all.
+
+    All recipes asked for are measured at such a shape again, in one session.
+    """
+    first = [record for record in records if not record.repeat]
+    measured = {(r.shape, recipe) for r in first for recipe in r.recipes if r.status(recipe) == "measured"}
+    attempts = Counter((r.shape, recipe) for r in first for recipe in r.recipes)
+    repeated: dict[tuple[LinearShape, str], set[Recipe]] = defaultdict(set)
+    for record in (record for record in records if record.repeat):
+        repeated[record.shape, record.measured_on].update(record.recipes)
+    rng = random.Random(seed)
+    controls = set(rng.sample(wanted, _share(CONTROL_SHARE, len(wanted))))
+    repeats = rng.sample(wanted, _share(REPEAT_SHARE, len(wanted)))
+    left = [s for s in wanted if any((s, r) not in measured and attempts[s, r] < MAX_ATTEMPTS for r in recipes)]
+    if controls.isdisjoint(left):
+        controls.update(left[:1])  # every session has its own
+    return SweepTasks(
+        setup=setup,
+        recipes=tuple(recipes),
+        seed=seed,
+        tasks=tuple(Task(shape, control=shape in controls) for shape in left),
+        repeats=tuple(repeats),
+        repeated=tuple(where for where, found in repeated.items() if found.issuperset(recipes)),
+    )
+
+
+def _share(share: float, count: int) -> int:
+    return max(1, round(share * count))

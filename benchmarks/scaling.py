@@ -1,10 +1,10 @@
 """How long would a sweep take on 1, 8, 64 or 512 GPUs? A simulation from what each point of a real sweep cost.
 
-Each rank takes a while to start. Then it has some processes, each of which compiles one point at a time, and one device,
-which measures the compiled points one at a time. As in `calibrate/ranks/rank_sweep.py`, points are dealt out largest
-first, and every rank measures the repeats. The first point of each process takes long to compile, because its caches are
-empty. Loading a point takes longer for every pair of its dimensions that its machine has not tuned kernels for; the
-ranks of a machine share what has been tuned. All costs come from the journal of one sweep (benchmarks/data/*.csv).
+Each rank takes a while to start. Then its processes compile one point each at a time, and its device measures the
+compiled points one after the other. As in `calibrate/ranks/rank_sweep.py`, points are dealt out largest first, and
+every rank measures the repeats. The first point of each process takes long to compile, because its caches are empty.
+Loading a point takes longer for every pair of its dimensions that its machine has not tuned kernels for. The ranks of a
+machine share what has been tuned. All costs come from the journal of one sweep (benchmarks/data/*.csv).
 
 Run it: python benchmarks/scaling.py [--ranks 1 8 64 512]    (docs/scaling.md says what it means)
 A journal's costs: python benchmarks/scaling.py --journal JOURNAL > benchmarks/data/nvidia-h200-costs.csv
@@ -102,7 +102,7 @@ def simulate(costs: list[Cost], loading: Loading, ranks: int) -> SimulatedSweep:
     """Workers take the next point as soon as they are free. Each device measures points in the order they are ready."""
     costs, cold_s = without_cold_starts(costs)
     points = sorted((cost for cost in costs if not cost.repeat), key=lambda cost: -cost.shape.flop)
-    compiling_s = {cost.shape: cost.compiling_s for cost in points}  # a repeat found its own in the cache
+    compiling_s = {cost.shape: cost.compiling_s for cost in points}  # that of a repeat was short: it was in the cache
     repeats = [replace(c, compiling_s=compiling_s.get(c.shape, c.compiling_s)) for c in costs if c.repeat]
     repeats_left = [list(repeats) for _ in range(ranks)]
     known: list[set[tuple[str, int, int]]] = [set() for _ in range(-(-ranks // PER_MACHINE))]

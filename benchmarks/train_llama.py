@@ -1,22 +1,22 @@
 """Train a Llama end to end on one device: what each choice of float8 layers gains, and whether its loss follows bf16's.
 
-The model is transformers' own, with the widths of Llama 3 8B, with embedding and head, and with as many layers as asked
-for. Its parameters are bf16, and fused AdamW trains them. On a GPU each decoder layer is compiled by itself, so that all
-layers share one graph, and the head is compiled with the loss, as torchtitan does. bf16 has Inductor's defaults, float8
-the recipe's production settings. The head stays in bf16 for every choice (`filter_fqns`, as in torchtitan), unless
---convert-head lets each choice decide. Choices that convert the same linears are trained as one model.
+The model is transformers' own, with the widths of Llama 3 8B, its embedding and its head, and as many layers as asked
+for. Its parameters are bf16, and fused AdamW trains them. On a GPU each decoder layer is compiled by itself, so that
+all layers share one graph, and the head is compiled with the loss, as torchtitan does. bf16 has Inductor's defaults,
+float8 the recipe's production settings. The head stays in bf16 for every choice (`filter_fqns`, as in torchtitan),
+unless --convert-head lets each choice decide. Choices that convert the same linears are trained as one model.
 
-All models are on the device at once and take turns. A visit is a pause, then steps that do not count, until the GPU's
-clock is what this model makes it, then whole seconds. Each round visits all models in random order, and gains are paired
-by round. Every step trains, and all models see the same tokens in the same order. Half of the tokens follow from the
-token before, and the others are drawn by Zipf's law, so that there is something to learn: with uniformly random tokens
-every loss would stay at ln(vocab).
+All models are on the device at once and take turns. A visit is a pause, then steps that do not count, until the GPU
+has the clock that this model gives it, then whole seconds. Each round visits all models in random order, and gains are
+paired by round. Every step trains, and all models see the same tokens in the same order. Half of the tokens follow
+from the token before, and the others are drawn by Zipf's law, so that there is something to learn: with uniformly
+random tokens every loss would stay at ln(vocab).
 
-For the noise, bf16 is trained from three different weights. A float8 loss (the mean over the last quarter of the steps)
-should lie where the loss of one more training in bf16 would lie with 95 % probability; nobody minds such a change. The
-same weights would be no better judge: in bf16 too, sums in another order soon lead elsewhere. The three runs also show
-what bf16 gains over itself, which is what a gain has to exceed. Some hundred steps show whether the losses part. They do
-not show what training converges to.
+To tell the noise, bf16 is trained from three different weights. A float8 loss (the mean over the last quarter of the
+steps) should lie where the loss of one more training in bf16 would lie with 95 % probability: nobody minds such a
+change. The same weights would be no better judge: in bf16 too, sums in another order soon lead elsewhere. The three
+runs also show what bf16 gains over itself, and a gain has to exceed that. Some hundred steps show whether the losses
+part. They do not show what training converges to.
 
 Run it: python benchmarks/train_llama.py --recipe rowwise --out DIR
 """
@@ -62,7 +62,7 @@ TINY = {
     "vocab_size": 256,
 }
 SETTLE_STEPS = 3
-"""At these widths and with 4 layers they take 0.2 s, which a GPU at its power limit needs (calibrate/device/cuda/kind.py)."""
+"""With 4 layers of these widths they take 0.2 s, which a GPU at its power limit needs (`VISIT_SETTLE_S`)."""
 OTHER_WEIGHTS = (1, 2)  # seeds for bf16 alone: all choices start from the weights of seed 0
 ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}  # as Llama was trained
 WARM_UP = 0.1  # the share of the steps in which the learning rate rises

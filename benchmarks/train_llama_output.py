@@ -38,7 +38,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """The first line that the benchmark writes. runs: the first of them is bf16, and the others are compared with it."""
+    """The first line that the benchmark writes. runs: the first is bf16, and the others are compared with it."""
 
     model: str
     recipe: Recipe

@@ -11,7 +11,7 @@ A folder imports only from those above it. A point goes from its shape to its ro
     sweep/       many points: grid, tasks, journal, session, spread, tables, merged tables, progress
     ranks/       the same over torchrun: environment, store, dealing points out, collecting them
     planning/    sets of roles inside a block: subject, protocol, search, visits, workers, the plan
-    breakdown/   where the time of one linear goes, kernel by kernel: profiler, roofline
+    breakdown/   where the time of one linear goes, kernel by kernel: profiler, roofline, the one-sentence story
     comparison/  two tables of one recipe: what changed; and whether a table still holds here
     report/      for people: the page, maps, figures, and the text and JSON that commands print
 """

@@ -3,8 +3,8 @@
 On a GPU that has been calibrated, with a Llama 3 8B's widths:
     python examples/accelerate_trainer.py accelerate
     python examples/accelerate_trainer.py trainer
-Without a GPU both run on the CPU, float8 included. Accelerate's own default leaves the first and the last linear in
-bf16; a filter of one's own replaces that, so name them in `filter_fqns` if they should stay.
+Without a GPU both run on the CPU, float8 included. By default Accelerate leaves the first and the last linear in bf16.
+Your own filter replaces that default, so name these linears in `filter_fqns` if they should stay in bf16.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
         tables=args.tables,
     )
     with torch.device("meta"):
-        wants_float8.check(LlamaForCausalLM(config))  # before there are weights
+        wants_float8.check(LlamaForCausalLM(config))  # the model has no weights yet
     model = LlamaForCausalLM(config)
     ids = torch.randint(args.vocab, (args.steps, args.batch, args.sequence))
     {"accelerate": with_accelerate, "trainer": with_trainer}[args.framework](model, ids, recipe(args, wants_float8))
@@ -67,7 +67,7 @@ def with_accelerate(model: LlamaForCausalLM, ids: torch.Tensor, recipe: AORecipe
 
 
 class Float8Trainer(Trainer):
-    """TrainingArguments know neither "fp8" nor a recipe: this gives both to the Accelerator that Trainer builds."""
+    """Gives "fp8" and the recipe to the Accelerator that Trainer builds: TrainingArguments know neither."""
 
     def __init__(self, *args: Any, recipe: AORecipeKwargs, **kwargs: Any) -> None:
         self.recipe = recipe  # first: Trainer builds its Accelerator in __init__

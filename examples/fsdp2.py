@@ -1,9 +1,9 @@
-"""Plain FSDP2: every rank decides, all make sure that they decided the same, then convert and shard.
+"""Plain FSDP2: every rank decides, the ranks check that they agree, then each converts and shards.
 
 On two GPUs that have been calibrated, with a Llama 3 8B's widths:
     torchrun --nproc-per-node 2 examples/fsdp2.py
-FSDP divides what is stored, not what is multiplied: a layer is asked about at its whole size, and `tokens` are those of
-one rank. Without a GPU it runs over gloo, on the CPU.
+FSDP divides what is stored, not what is multiplied. So the filter is asked about each layer at its whole size, and
+`tokens` are those of one rank. Without a GPU the example runs on the CPU, over gloo.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def convert(model: Llama, args: argparse.Namespace) -> None:
         tables=args.tables,
     )
     wants_float8.check(model)
-    wants_float8.agree()  # raises on every rank if one would convert other layers, or by another table
+    wants_float8.agree()  # raises on every rank if any would convert other layers or has another table
     config = Float8LinearConfig.from_recipe_name(args.recipe)
     convert_to_float8_training(model, module_filter_fn=wants_float8, config=config)
     if dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""A small Llama-like model for the examples: names as torchtitan has them, sizes as you like."""
+"""A small model like Llama for the examples, with torchtitan's names and any sizes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Token ids of shape (batch, sequence) to logits of shape (batch, sequence, vocab)."""
+    """Takes token ids of the shape (batch, sequence) and gives logits of the shape (batch, sequence, vocab)."""
 
     def __init__(self, *, dim: int, hidden: int, layers: int, vocab: int, heads: int = 32, kv_heads: int = 8) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Llama(nn.Module):
         return self.output(self.norm(x))
 
     def init_weights(self) -> None:
-        """After `to_empty`: a model built on the meta device has none."""
+        """Make the weights. Call it after `to_empty`, because a model built on the meta device has none."""
         for module in self.modules():
             if isinstance(module, nn.RMSNorm):
                 module.reset_parameters()

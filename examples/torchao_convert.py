@@ -2,7 +2,7 @@
 
 On a GPU that has been calibrated, with a Llama 3 8B's widths:
     python examples/torchao_convert.py
-What a table says of another device, converting without training:
+Convert by the table of another device, without training:
     python examples/torchao_convert.py --device "NVIDIA H200" --steps 0
 """
 
@@ -31,7 +31,7 @@ def main() -> None:
         device=args.device,
         tables=args.tables,
     )
-    wants_float8.check(model)  # warns of a stale table, of shapes outside it, ...; strict=True makes these errors
+    wants_float8.check(model)  # warns, for example, of a stale table; strict=True raises an error instead
     config = Float8LinearConfig.from_recipe_name(args.recipe)
     convert_to_float8_training(model, module_filter_fn=wants_float8, config=config)
     print(wants_float8.report())

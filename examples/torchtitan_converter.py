@@ -1,15 +1,15 @@
 """torchtitan: a Float8LinearConverter whose filter is fp8gate's, for models divided by tensor parallelism.
 
-torchtitan 0.3 converts configs before it builds modules, and its filter is asked about those. Names are those of the
-config tree, in which `attention.qkv_linear` has one `wqkv`, or `wq` and a `wkv` that builds both wk and wv. Sizes are
-those of the whole model; `parallel` divides them. In a config registry of yours, give the converter to
+torchtitan 0.3 converts configs before it builds modules, and it asks its filter about the configs. The names are those
+of the config tree, in which `attention.qkv_linear` has one `wqkv`, or `wq` and a `wkv` that builds both wk and wv. The
+sizes are those of the whole model, and `parallel` divides them. In your own config registry, give the converter to
 `model_registry`, as `main` does:
 
     config.model_spec = model_registry(
         "8B", converters=[GatedFloat8Converter.Config(tokens=8192, model_compile_enabled=True)]
     )
 
-What it would convert, without a GPU:
+Show what it would convert, without a GPU:
     python examples/torchtitan_converter.py --flavor 70B --tp 8 --device "NVIDIA H200" --emulate
 """
 
@@ -36,12 +36,12 @@ class GatedFloat8Converter(Float8LinearConverter):
     @dataclass(kw_only=True, slots=True)
     class Config(Float8LinearConverter.Config):
         tokens: int
-        """Rows of a linear's input per data parallel rank: training.local_batch_size x seq_len, or under pipeline
-        parallelism those of one microbatch."""
+        """Rows of a linear's input on each data parallel rank: training.local_batch_size x seq_len. Under pipeline
+        parallelism, the rows of one microbatch."""
         parallel: Parallel = field(default_factory=Parallel)
         """The degrees of the trainer's `parallelism`: Parallel(tp=8, cp=1, plan="torchtitan")."""
         recompute: Recompute = "none"
-        """What activation checkpointing runs twice: "full" under FullAC, or a predicate of names."""
+        """What activation checkpointing runs twice: "full" under FullAC, or a function that takes a layer's name."""
         device: str | None = None
         tables: str | None = None
         strict: bool = False
@@ -70,7 +70,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     converter = GatedFloat8Converter.Config(
         recipe_name=args.recipe,
-        filter_fqns=["lm_head"],  # computed in chunks of the tokens and not compiled: no table is about that
+        filter_fqns=["lm_head"],  # it runs in chunks of the tokens and is not compiled, which no table measures
         tokens=args.tokens,
         parallel=Parallel(tp=args.tp, cp=args.cp, plan="torchtitan"),
         device=args.device,

@@ -1,11 +1,15 @@
 """A breakdown in one sentence: what float8 saves, what it costs, and how the two arms compare. Pure.
 
-In: a `Breakdown`. Out: the sentence that the text, the JSON and the picture share, and its two halves.
+In: a `Breakdown`. Out: the title, and the sentence with its two halves, which the text, the JSON and the picture share.
 """
 
 from __future__ import annotations
 
 from fp8gate.calibrate.breakdown.breakdown_record import Breakdown
+
+
+def title(breakdown: Breakdown) -> str:
+    return f"{breakdown.shape} {breakdown.recipe}, {breakdown.device}"
 
 
 def sentence(breakdown: Breakdown) -> str:

@@ -20,7 +20,7 @@ from fp8gate.calibrate.timing.statistics import Interval
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import (
     WITH_NUMBERS,
-    Estimate,
+    EstimateKind,
     Point,
     Spread,
     Status,
@@ -76,7 +76,7 @@ def combine_points(points: Sequence[Point], protocol: SweepProtocol) -> Point:
     return make_point(with_numbers[0].shape, _combined_times(rows, weights, protocol.estimate), speedup, protocol)
 
 
-def _combined_speedup(rows: Sequence[Row], weights: Sequence[float], z: float, estimate: Estimate) -> Interval:
+def _combined_speedup(rows: Sequence[Row], weights: Sequence[float], z: float, estimate: EstimateKind) -> Interval:
     logs = [_log_speedup(row, estimate) for row in rows]
     mean = _weighted_mean(logs, weights)
     half = z / math.sqrt(sum(weights))
@@ -88,7 +88,7 @@ def _combined_speedup(rows: Sequence[Row], weights: Sequence[float], z: float, e
     return Interval(math.exp(mean), math.exp(low), math.exp(high))
 
 
-def _log_speedup(row: Row, estimate: Estimate) -> float:
+def _log_speedup(row: Row, estimate: EstimateKind) -> float:
     """ln of the row's speedup.
 
     If that is the quotient of the row's times, it is computed from them, so that the merged row agrees with its times.
@@ -99,7 +99,7 @@ def _log_speedup(row: Row, estimate: Estimate) -> float:
     return math.log((bf16_fwd_us + bf16_bwd_us) / (fp8_fwd_us + fp8_bwd_us))
 
 
-def _combined_times(rows: Sequence[Row], weights: Sequence[float], estimate: Estimate) -> list[float]:
+def _combined_times(rows: Sequence[Row], weights: Sequence[float], estimate: EstimateKind) -> list[float]:
     """bf16 forward and backward, float8 forward and backward, in microseconds."""
     if estimate == "paired_rounds":
         return [_geometric_mean(column, weights) for column in list(zip(*rows, strict=True))[:4]]

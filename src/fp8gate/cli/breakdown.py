@@ -28,12 +28,12 @@ def breakdown_command(
     """Say where the time of one linear goes, kernel by kernel, and so why float8 wins or loses.
 
     The kernels are those of the graphs that a sweep times, by torch.profiler; on a CPU, the ops of eager calls. Exit
-    code 1 if they do not sum to the paired timing within 5 %.
+    code 1 if they do not sum to the timing within 5 %.
     """
     require("breakdown")
     from fp8gate.calibrate.breakdown.take_apart import break_down
     from fp8gate.calibrate.device.registry import choose_device
-    from fp8gate.calibrate.report.breakdown_text import breakdown_json, breakdown_text, write_png
+    from fp8gate.calibrate.report.breakdown_text import breakdown_json, breakdown_text
 
     found = break_down(LinearShape(m, k, n), recipe, choose_device(device))
     if as_json:
@@ -41,6 +41,8 @@ def breakdown_command(
     else:
         typer.echo(breakdown_text(found))
     if png:
+        from fp8gate.calibrate.report.breakdown_figure import write_png
+
         write_png(found, png)
     if found.has_findings:
         raise typer.Exit(EXIT_FOUND)

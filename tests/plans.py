@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from multiprocessing import parent_process
 from typing import Any
 
 import torch
@@ -55,6 +57,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return x + scale * self.outer(torch.relu(self.inner(self.norm(x))))
+
+
+class HangsInChildren(Block):
+    """It never returns in a process that the planning one has started."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        if parent_process():
+            time.sleep(3600)
+        return super().forward(x, scale)
 
 
 def block_input() -> Tensor:

@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 
-from fp8gate.calibrate.points.point_record import ArmRecord, PointRecord, Stages
-from fp8gate.calibrate.sweep.journal import Setup
-from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.calibrate.points.point_record import CONTROL, ArmRecord, PointRecord, Stages
+from fp8gate.calibrate.points.setup import Setup
+from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.table import Device, Software, SweepProtocol
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -42,6 +42,8 @@ PROTOCOL = SweepProtocol(
     near_s=0.4,
     control=0.2,
 )
+TABLE_PROTOCOL = msgspec.structs.replace(PROTOCOL, estimate="quotient_of_times")
+"""PROTOCOL, as a table that is made from records states it."""
 PROTOCOLS = dict.fromkeys(RECIPES, PROTOCOL)
 SETUP = Setup(device=CPU, software=SOFTWARE, protocols=PROTOCOLS)
 
@@ -64,6 +66,23 @@ def point_record(shape: tuple[int, int, int] = (64, 32, 16), **fields: Any) -> P
     return PointRecord(
         **{"m": m, "k": k, "n": n, "measured_at": NOON, "stages": Stages(timing_s=1.5), "process": 7, **fields}
     )
+
+
+def measured(speedup: float = 2.0, *, k: int = 32, recipe: Recipe = "tensorwise", **fields: Any) -> PointRecord:
+    """A record whose recipe has this speedup in each sample."""
+    arms = {"bf16": timed_arm([100.0] * 8), recipe: timed_arm([100.0 / speedup] * 8)}
+    return point_record((64, k, 16), arms=arms, **fields)
+
+
+def again(speedup: float, *, k: int = 32, process: int = 8, **fields: Any) -> PointRecord:
+    """A repeat of the same point, by another process."""
+    return measured(speedup, k=k, process=process, repeat=True, **fields)
+
+
+def controlled(ratio: float) -> PointRecord:
+    """A record whose bf16 differs from itself by this ratio."""
+    record = measured()
+    return replaced(record, arms={**record.arms, CONTROL: timed_arm([100.0 / ratio] * 8)})
 
 
 def journal_points(folder: Path) -> list[tuple[int, int, int]]:
@@ -94,13 +113,13 @@ def quick_points() -> Iterator[None]:
     """
     import torch
 
-    from fp8gate.calibrate.device import timer
+    from fp8gate.calibrate.device import cpu
 
-    threads, flush_bytes = torch.get_num_threads(), timer.CPU_FLUSH_BYTES
+    threads, flush_bytes = torch.get_num_threads(), cpu.FLUSH_BYTES
     torch.set_num_threads(1)
-    timer.CPU_FLUSH_BYTES = 2**16
+    cpu.FLUSH_BYTES = 2**16
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        timer.CPU_FLUSH_BYTES = flush_bytes
+        cpu.FLUSH_BYTES = flush_bytes

@@ -10,15 +10,18 @@ import torch
 from samples import quick_points
 from typer.testing import CliRunner
 
-from fp8gate.calibrate.breakdown import ceilings as ceilings_module
 from fp8gate.calibrate.breakdown import take_apart as module
-from fp8gate.calibrate.breakdown.ceilings import Ceilings
-from fp8gate.calibrate.breakdown.profiler import Kernel, ProfileError
-from fp8gate.calibrate.breakdown.required_work import Flop, Work, work_of
-from fp8gate.calibrate.breakdown.take_apart import ArmBreakdown, Breakdown, BreakdownError, Direction, break_down
-from fp8gate.calibrate.device.watch import DeviceLock
-from fp8gate.calibrate.report.breakdown_text import breakdown_json, breakdown_text, sentence, write_png
+from fp8gate.calibrate.breakdown.breakdown_record import ArmBreakdown, Breakdown, Ceilings, Direction, Flop, Kernel
+from fp8gate.calibrate.breakdown.profiler import ProfileError
+from fp8gate.calibrate.breakdown.roofline import Work, work_of
+from fp8gate.calibrate.breakdown.story import sentence
+from fp8gate.calibrate.breakdown.take_apart import BreakdownError, break_down
+from fp8gate.calibrate.device.cpu import Cpu, CpuWatch
+from fp8gate.calibrate.device.lock import DeviceLock
+from fp8gate.calibrate.report.breakdown_figure import write_png
+from fp8gate.calibrate.report.breakdown_text import breakdown_json, breakdown_text
 from fp8gate.cli import app
+from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.shapes import LinearShape
 
 SHAPE = LinearShape(8192, 8192, 1024)
@@ -135,9 +138,8 @@ def test_products_of_two_precisions_take_their_own_ceilings(found):
 def quick(monkeypatch):
     """On the CPU, for tenths of a second."""
     monkeypatch.setattr(module, "PROFILE_SETTLE_S", 0.01)
-    monkeypatch.setattr(module, "PROFILE_RUN_S", 0.05)
-    monkeypatch.setattr(ceilings_module, "SQUARE", {"cpu": 64})
-    monkeypatch.setattr(ceilings_module, "COPY_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr(module, "PROFILE_RUN_S", 0.01)
+    monkeypatch.setattr(Cpu, "defaults", replace(Cpu.defaults, square=64, copy_bytes=2**16))
     with quick_points():
         yield
 
@@ -147,7 +149,7 @@ def run(*args):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_real_linear_on_the_cpu(recipe, tmp_path):
     """What a shared CPU takes beside its ops varies: the parts may or may not add up."""
     result = run("64", "48", "32", "--recipe", recipe, "--json", "--png", str(tmp_path / "bar.png"))
@@ -234,8 +236,6 @@ def test_a_real_linear_on_a_gpu():
 
 @pytest.mark.usefixtures("quick")
 def test_a_gpu_that_slows_down_ends_it(monkeypatch):
-    from fp8gate.calibrate.device.watch import CpuWatch
-
     monkeypatch.setattr(CpuWatch, "slowdown", lambda self: "thermal slowdown")
     result = run("64", "48", "32", "--recipe", "rowwise")
     assert result.exit_code == 1

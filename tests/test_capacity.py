@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+from samples import CPU, GPU, PROTOCOL, replaced
 
 from fp8gate.calibrate.device import capacity
-from fp8gate.calibrate.device.capacity import default_workers, usable_cores
+from fp8gate.calibrate.device.capacity import default_workers, usable_cores, useful_workers
 
 GIB = 2**30
 
@@ -33,13 +34,14 @@ def machine(monkeypatch, tmp_path):
 )
 def test_there_are_as_many_workers_as_cores_and_memory_allow(machine, cores, memory_gib, expected):
     machine(cores, memory_gib)
-    assert default_workers() == expected
+    assert default_workers(CPU) == expected
 
 
 @pytest.mark.parametrize(("device_gib", "expected"), [(139.8, 14), (80.0, 10), (24.0, 3), (6.0, 1)])
 def test_a_small_gpu_gets_fewer(machine, device_gib, expected):
     machine(16, 128)
-    assert default_workers(device_gib) == expected
+    assert default_workers(replaced(GPU, memory_gib=device_gib)) == expected
+    assert default_workers(replaced(CPU, memory_gib=device_gib)) == 14  # workers take none of a CPU's own memory
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,24 @@ def test_a_small_gpu_gets_fewer(machine, device_gib, expected):
 )
 def test_a_container_has_what_it_was_given(machine, limits, expected):
     machine(16, 128, **limits)
-    assert default_workers() == expected
+    assert default_workers(CPU) == expected
+
+
+@pytest.mark.parametrize(("cores_of_all", "expected"), [(16, 2), (64, 7)])
+def test_ranks_of_one_machine_share_its_memory_and_its_cores_unless_each_has_its_own(
+    machine, monkeypatch, cores_of_all, expected
+):
+    """4 of 16 cores a rank leave 2 workers; 16 cores of its own leave 14, but 32 GiB hold 7."""
+    machine(16, 128)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores_of_all)
+    assert default_workers(CPU, sweeps=4) == expected
+
+
+def test_workers_are_of_use_only_where_something_is_compiled(machine):
+    machine(8, 64)
+    compiled = replaced(PROTOCOL, compile=True)
+    assert useful_workers(GPU, {"tensorwise": PROTOCOL, "rowwise": PROTOCOL}) == 0
+    assert useful_workers(GPU, {"tensorwise": PROTOCOL, "rowwise": compiled}) == 6
 
 
 def test_cores_that_this_process_may_not_use_do_not_count():

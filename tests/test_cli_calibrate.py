@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
-import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import typer.main
 from builders import make_point, make_table
-from samples import journal_points, python, quick_points
+from forked import Gate, Processes
+from samples import journal_points, quick_points
 from typer.testing import CliRunner
 
 from fp8gate.calibrate.device.lock import DeviceLock
@@ -41,7 +41,6 @@ TINY_CONFIG = {
     "num_key_value_heads": 2,
     "vocab_size": 100,
 }
-MAX_WAIT_S = 300.0  # for anything: it takes that long only if it fails, or on a machine under heavy load
 MAX_RUNS = 3  # until bf16 agrees with itself, on a machine that others use too
 GO_ON = "fp8gate: stopped; what was measured is in the journal: run the same command to go on"
 REPORT = SweepReport(
@@ -119,27 +118,12 @@ def swept_to(**outcome) -> SweepResult:
 
 
 @pytest.fixture
-def start(grid_file, out, locks):
-    """Starts the command in another process, on the CPU and the six tiny shapes."""
-
-    def run() -> subprocess.Popen[str]:
-        args = ["--device", "cpu", "--grid", str(grid_file), "--out", str(out)]
-        return python("-m", "fp8gate", "calibrate", *args, OMP_NUM_THREADS="1", TMPDIR=str(locks))
-
-    return run
-
-
-def wait_until(process, condition) -> None:
-    """Wait for the condition, which a process brings about; fail if the process ends before."""
-    give_up_at = time.monotonic() + MAX_WAIT_S
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < give_up_at
-        time.sleep(0.01)
-
-
-def wait_for_points(process, out, count) -> None:
-    wait_until(process, lambda: len(journal_points(out)) >= count)
+def start(tmp_path, grid_file, out):
+    """Starts the command in another process, on the CPU and the six tiny shapes; its points take milliseconds."""
+    processes = Processes(tmp_path)
+    args = ("calibrate", "--device", "cpu", "--grid", str(grid_file), "--out", str(out))
+    yield functools.partial(processes.start_command, *args)
+    processes.kill()
 
 
 def finish(calibrate, out):
@@ -158,54 +142,41 @@ def complete_lines(out) -> bytes:
     return content[: content.rindex(b"\n") + 1]
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("_quick_points")
-def test_killed_again_and_again_it_measures_every_point_once(calibrate, start, out):
-    before = 0
-    for new_points in (0, 1, 1):  # when the journal has been created, then after one more point each
-        process = start()
-        wait_until(process, lambda: list(out.rglob("journal-*.jsonl")))
-        wait_for_points(process, out, before + new_points)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        before = len(journal_points(out))
+def test_killed_again_and_again_it_measures_every_point_once(start, out, tmp_path):
+    kept = b""
+    for before, number in ((0, 1), (0, 2), (1, 2)):  # at its first point, then at its second twice
+        gate = Gate(tmp_path / f"gate {before} {number}", number)
+        command = start(change=gate)
+        gate.wait_for_process()
+        command.kill()
+        assert command.exit_code() == -signal.SIGKILL
+        assert len(journal_points(out)) == before + number - 1
+        assert complete_lines(out).startswith(kept)
         assert list(out.rglob("*.yaml")) == []
-    kept = complete_lines(out)
-    assert 2 <= before < len(SIX_SHAPES)
+        kept = complete_lines(out)
 
-    finished, resumed = finish(calibrate, out)
-    assert finished.exit_code == 0
-    assert f"{len(SIX_SHAPES) + 1 - resumed} points measured, {resumed} taken from the journal" in finished.stdout
+    finished = start()
+    assert finished.exit_code() == 0, finished.said
+    assert "5 points measured, 2 taken from the journal" in finished.said
+    assert complete_lines(out).startswith(kept)
     measured = journal_points(out)
     assert sorted(measured[:6]) == SIX_SHAPES
     assert len(measured) == len(SIX_SHAPES) + 1  # one of them again, for the spread
-    assert complete_lines(out).startswith(kept)
     tables = {path.stem: read_table(path) for path in out.rglob("*.yaml")}
     assert set(tables) == set(RECIPES)
     for table in tables.values():
         assert [(p.m, p.k, p.n) for p in table.points] == SIX_SHAPES
 
 
-@pytest.fixture
-def _heeding_ctrl_c():
-    """A job that a shell starts in the background ignores Ctrl-C, and so would every process that it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_heeding_ctrl_c")
-def test_ctrl_c_says_how_to_go_on(start, out):
-    process = start()
-    wait_for_points(process, out, 1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert errors.splitlines()[-1] == GO_ON
-    assert "Traceback" not in errors
-    assert 1 <= len(journal_points(out)) < len(SIX_SHAPES)
+def test_ctrl_c_says_how_to_go_on(start, out, tmp_path):
+    at_second = Gate(tmp_path / "gate", 2)
+    command = start(change=at_second)
+    at_second.wait_for_process()
+    command.press_ctrl_c()
+    assert command.exit_code() == 130, command.said
+    assert command.said.splitlines()[-1] == GO_ON
+    assert "Traceback" not in command.said
+    assert len(journal_points(out)) == 1
     assert list(out.rglob("*.yaml")) == []
 
 

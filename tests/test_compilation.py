@@ -12,15 +12,16 @@ import pytest
 import torch
 from samples import python
 
-from fp8gate.calibrate.arms.compilation import _settings, compiled_linear, eager_linear
+from fp8gate.calibrate.arms.compilation import ReadyLinear, _settings, compiled_ahead, compiled_linear, eager_linear
 from fp8gate.calibrate.arms.linear import Operands
 from fp8gate.calibrate.arms.numerics import References, acceptable
-from fp8gate.calibrate.device.timer import CpuTimer
+from fp8gate.calibrate.device.cpu import CpuTimer
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.shapes import LinearShape
 
 CPU = torch.device("cpu")
 SHAPE = LinearShape(64, 64, 64)
+FLUSH_BYTES = 2**16
 
 COMPILE = """
 {first_import}
@@ -44,25 +45,30 @@ def _own_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module")
-def linears():
-    """All recipes, compiled before any of them runs, as a point's are."""
-    if shutil.which("g++") is None:
-        pytest.skip("compiling for the CPU needs g++")
+@pytest.fixture
+def bf16():
+    """Compiled within tenths of a second: Inductor leaves bf16's products to ATen, so that g++ has nothing to do."""
     torch._dynamo.reset()
-    return {recipe: compiled_linear(recipe, SHAPE, RECIPES[recipe].inductor, "cpu") for recipe in RECIPES}
+    module = eager_linear(None, SHAPE).module
+    x = torch.empty(SHAPE.m, SHAPE.k, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    function = compiled_ahead(module, {"input": x}, {}, "cpu")
+    return ReadyLinear(None, module, lambda x: function(input=x))
 
 
 def errors_of(linear):
     """Of the linear over random operands, computed by a timer."""
     torch.manual_seed(0)
     operands = Operands.random(SHAPE, CPU)
-    timer = CpuTimer()
+    timer = CpuTimer(FLUSH_BYTES)
     return References(operands).relative_errors(timer.results(timer.prepare(linear.over(operands))))
 
 
-def test_every_recipe_computes_as_it_does_uncompiled(linears):
-    """Each has its own errors, so none runs another's code."""
+@pytest.mark.slow
+@needs_compiler
+def test_every_recipe_computes_as_it_does_uncompiled():
+    """Each has its own errors, so none runs another's code. All are compiled before any of them runs, as a point's."""
+    torch._dynamo.reset()
+    linears = {recipe: compiled_linear(recipe, SHAPE, RECIPES[recipe].inductor, "cpu") for recipe in RECIPES}
     compiled = {recipe: errors_of(linear) for recipe, linear in linears.items()}
     eager = {recipe: errors_of(eager_linear(recipe, SHAPE)) for recipe in RECIPES}
     for recipe in RECIPES:
@@ -71,37 +77,46 @@ def test_every_recipe_computes_as_it_does_uncompiled(linears):
     assert len({tuple(round(error, 4) for error in errors.values()) for errors in compiled.values()}) == len(RECIPES)
 
 
-def test_it_runs_again_over_other_operands(linears):
+def test_bf16_computes_as_it_does_uncompiled(bf16):
+    compiled = errors_of(bf16)
+    assert acceptable(compiled)
+    assert compiled == pytest.approx(errors_of(eager_linear(None, SHAPE)), rel=0.02)
+
+
+def test_it_runs_again_over_other_operands(bf16):
     for _ in range(2):
-        arm = linears["rowwise"].over(Operands.random(SHAPE, CPU))
-        assert acceptable(References(arm.operands).relative_errors(CpuTimer().results(arm)))
+        arm = bf16.over(Operands.random(SHAPE, CPU))
+        assert acceptable(References(arm.operands).relative_errors(CpuTimer(FLUSH_BYTES).results(arm)))
 
 
-@needs_compiler
-def test_compiling_runs_nothing(monkeypatch):
-    """Neither kernels nor the code around them: on a GPU another process may be timing."""
+@pytest.fixture
+def _compiled_code_refuses(monkeypatch):
     from torch._inductor.output_code import CompiledFxGraph
 
     def run(*_):
         raise AssertionError("compiled code ran")
 
     monkeypatch.setattr(CompiledFxGraph, "__call__", run)
-    linear = compiled_linear("tensorwise", SHAPE, {}, "cpu")
+
+
+@pytest.mark.usefixtures("_compiled_code_refuses")
+def test_compiling_runs_nothing(bf16):
+    """Neither kernels nor the code around them: on a GPU another process may be timing."""
     with pytest.raises(AssertionError, match="compiled code ran"):
-        linear.over(Operands.random(SHAPE, CPU)).forward()
+        bf16.over(Operands.random(SHAPE, CPU)).forward()
 
 
-def test_operands_of_another_shape_are_refused_not_recompiled(linears):
+def test_operands_of_another_shape_are_refused_not_recompiled(bf16):
     with pytest.raises(AssertionError, match="size"):
-        linears["tensorwise"].over(Operands.random(LinearShape(32, 64, 64), CPU)).forward()
+        bf16.over(Operands.random(LinearShape(32, 64, 64), CPU)).forward()
 
 
-@needs_compiler
 def test_what_the_compiler_refuses_is_raised():
     with pytest.raises(AttributeError, match="no_such_setting"):
         compiled_linear("tensorwise", SHAPE, {"no_such_setting": True}, "cpu")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_other_processes_find_it_whatever_they_imported_first(tmp_path):
     def compile_after(first_import):
@@ -114,7 +129,7 @@ def test_other_processes_find_it_whatever_they_imported_first(tmp_path):
     assert compile_after("import torch") == {"fxgraph_cache_hit": 2}
 
 
-def test_kernels_that_training_has_tuned_are_tuned_anew():
+def test_kernels_that_training_has_tuned_are_tuned_again():
     """Inductor keeps its choice of a kernel's launch configuration under a key that names the cache."""
     from torch._inductor.runtime.autotune_cache import AutotuneCache
 

@@ -6,12 +6,12 @@ torchtitan, which only emulates it on a CPU.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -21,12 +21,13 @@ import pytest
 import torch
 import torch._inductor.config
 from builders import make_point, make_table, write_file
+from forked import MAX_WAIT_S, Processes, free_port, run_script
 
 from fp8gate import Parallel
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-LIMIT_S = 180.0  # each takes about 6 s on two idle cores
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 SEQUENCE, DIM, HIDDEN, VOCAB, KV = 64, 64, 256, 512, 16
 SIZES = ("--sequence", SEQUENCE, "--dim", DIM, "--hidden", HIDDEN, "--vocab", VOCAB)
@@ -50,24 +51,31 @@ def table(tmp_path: Path) -> Path:
     return write_file(TABLE, tmp_path / "rowwise.yaml")
 
 
-def run(*command: object) -> str:
-    """What an example prints. It and all it has started are killed after `LIMIT_S`."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=EXAMPLES,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-    assert process.returncode == 0, err
-    return out
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    started = Processes(tmp_path)
+    yield started
+    started.kill()
+
+
+@pytest.fixture
+def run(processes: Processes) -> Callable[..., str]:
+    """Runs an example to its end; what it says. ranks: how many processes, as torchrun starts them."""
+
+    def run_example(name: str, *arguments: object, ranks: int = 0) -> str:
+        script = functools.partial(run_script, EXAMPLES / name, *arguments)
+        environments = rank_environments(ranks) if ranks else [{}]
+        running = [processes.start(script, **WITHOUT_GPU, **environment) for environment in environments]
+        for process in running:
+            assert process.exit_code() == 0, process.said
+        return "\n".join(process.said for process in running)
+
+    return run_example
+
+
+def rank_environments(world: int) -> list[dict[str, object]]:
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
 
 
 def losses(out: str) -> list[float]:
@@ -79,14 +87,14 @@ def assert_only_the_feed_forward_was_converted(out: str) -> None:
     assert "\n6 Float8Linear in the model" in out
 
 
-def test_torchao_trains_what_it_converted(table: Path) -> None:
+def test_torchao_trains_what_it_converted(run: Callable[..., str], table: Path) -> None:
     out = run("torchao_convert.py", *SIZES, "--tables", table)
     assert_only_the_feed_forward_was_converted(out)
     first, second = losses(out)
     assert second < first
 
 
-def test_torchao_converts_a_real_size_by_a_committed_table() -> None:
+def test_torchao_converts_a_real_size_by_a_committed_table(run: Callable[..., str]) -> None:
     out = run("torchao_convert.py", "--device", "NVIDIA H200", "--steps", 0)
     assert re.search(r"^layers.0.feed_forward.w1 +8192 +4096 +14336 +float8", out, flags=re.M)
     assert re.search(r"^layers.0.attention.wk +8192 +4096 +1024 +bf16", out, flags=re.M)
@@ -94,16 +102,33 @@ def test_torchao_converts_a_real_size_by_a_committed_table() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_fsdp2_converts_and_trains_on_every_rank(table: Path, ranks: int) -> None:
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
-    out = run(*launch, "fsdp2.py", *SIZES, "--tables", table)
+def test_fsdp2_converts_and_trains_on_every_rank(run: Callable[..., str], table: Path, ranks: int) -> None:
+    out = run("fsdp2.py", *SIZES, "--tables", table, ranks=ranks)
     assert_only_the_feed_forward_was_converted(out)
     assert sorted(re.findall(r"rank (\d), step 1: loss \d", out)) == [str(rank) for rank in range(ranks)]
 
 
+@pytest.mark.slow
+def test_torchrun_starts_fsdp2(table: Path) -> None:
+    """By the command that the example gives, in a fresh Python."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "fsdp2.py", *map(str, SIZES)]
+    environment = {**os.environ, **WITHOUT_GPU, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [sys.executable, *command, "--tables", str(table)],
+        cwd=EXAMPLES,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=MAX_WAIT_S,
+    )
+    assert process.returncode == 0, process.stderr
+    assert_only_the_feed_forward_was_converted(process.stdout)
+    assert sorted(re.findall(r"rank (\d), step 1: loss \d", process.stdout)) == ["0", "1"]
+
+
 @needs("accelerate", "transformers")
 @pytest.mark.parametrize("framework", ["accelerate", "trainer"])
-def test_accelerate_and_trainer_convert_and_train(table: Path, framework: str) -> None:
+def test_accelerate_and_trainer_convert_and_train(run: Callable[..., str], table: Path, framework: str) -> None:
     out = run("accelerate_trainer.py", framework, *SIZES, "--tables", table)
     assert_only_the_feed_forward_was_converted(out)
     assert all(0 < loss < 10 for loss in losses(out))
@@ -111,7 +136,7 @@ def test_accelerate_and_trainer_convert_and_train(table: Path, framework: str) -
 
 
 @needs("torchtitan")
-def test_torchtitan_decides_by_what_tensor_parallelism_leaves() -> None:
+def test_torchtitan_decides_by_what_tensor_parallelism_leaves(run: Callable[..., str]) -> None:
     command = ("torchtitan_converter.py", "--flavor", "70B", "--device", "NVIDIA H200", "--emulate")
     whole, divided = run(*command), run(*command, "--tp", 8)
     assert re.search(r"^layers.0.feed_forward.w1 +8192 +8192 +28672 +float8", whole, flags=re.M)

@@ -14,13 +14,17 @@ import pytest
 import torch
 from samples import python
 
-from fp8gate.calibrate.device.watch import CpuWatch, DeviceBusyError, DeviceLock, GpuWatch, foreign, make_watch
+from fp8gate.calibrate.device.cpu import CpuWatch
+from fp8gate.calibrate.device.cuda.watch import GpuWatch
+from fp8gate.calibrate.device.lock import DeviceBusyError, DeviceLock
+from fp8gate.calibrate.device.registry import kind_of
+from fp8gate.calibrate.device.watch import other_processes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HOLD = """
 import time
 import torch
-from fp8gate.calibrate.device.watch import DeviceLock
+from fp8gate.calibrate.device.lock import DeviceLock
 
 with DeviceLock(torch.device("cpu")):
     print("held", flush=True)
@@ -29,7 +33,7 @@ with DeviceLock(torch.device("cpu")):
 TAKE_AS_NOBODY = """
 import os
 import torch
-from fp8gate.calibrate.device.watch import DeviceLock
+from fp8gate.calibrate.device.lock import DeviceLock
 
 os.setuid(65534)
 with DeviceLock(torch.device("cpu")) as lock:
@@ -103,7 +107,7 @@ def nvml(monkeypatch, uuid_of_gpu):
 
 
 def test_a_gpu_that_runs_as_it_should_has_no_slowdown(nvml):
-    watch = make_watch(CUDA)
+    watch = kind_of(CUDA).make_watch(CUDA)
     assert isinstance(watch, GpuWatch)
     assert watch.slowdown() is None
 
@@ -163,7 +167,7 @@ def test_processes_on_the_gpu_have_names_as_far_as_the_driver_tells(nvml):
 
 
 def test_nothing_is_known_of_a_cpu():
-    watch = make_watch(CPU)
+    watch = kind_of(CPU).make_watch(CPU)
     assert isinstance(watch, CpuWatch)
     assert (watch.slowdown(), watch.sm_clock_mhz(), watch.processes()) == (None, None, {})
 
@@ -187,8 +191,8 @@ def test_nothing_is_known_of_a_cpu():
     ],
 )
 def test_foreign_processes_are_those_that_are_not_ours(processes, own, expected):
-    assert foreign(processes, own) == expected
-    assert foreign(processes, iter(own)) == expected
+    assert other_processes(processes, own) == expected
+    assert other_processes(processes, iter(own)) == expected
 
 
 def test_the_lock_names_its_holder(temporary):

@@ -6,9 +6,16 @@ import re
 
 import msgspec
 import pytest
+import torch
 from samples import PROTOCOLS, SETUP, SOFTWARE, point_record, replaced
 
-from fp8gate.calibrate.sweep.journal import Journal, JournalError, Setup
+from fp8gate.calibrate.device.cpu import Cpu
+from fp8gate.calibrate.points.point_worker import PointBench
+from fp8gate.calibrate.points.setup import Setup
+from fp8gate.calibrate.sweep.journal import JournalError, SweepJournal
+from fp8gate.calibrate.sweep.run_sweep import sweep
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Grid, Spread
 
 FIRST, SECOND, THIRD = (point_record((m, 16, 16)) for m in (16, 32, 48))
 OTHER_SETUPS = [
@@ -21,25 +28,25 @@ OTHER_SETUPS = [
 @pytest.fixture
 def written(tmp_path):
     """The path of a journal that holds FIRST and SECOND."""
-    with Journal(tmp_path, SETUP) as journal:
+    with SweepJournal(tmp_path, SETUP) as journal:
         journal.append(FIRST)
         journal.append(SECOND)
     return journal.path
 
 
 def reopen(path, **options):
-    with Journal(path.parent, SETUP, **options) as journal:
+    with SweepJournal(path.parent, SETUP, **options) as journal:
         return journal
 
 
 def test_a_new_journal_is_empty_but_for_its_header(tmp_path):
-    with Journal(tmp_path / "new" / "folder", SETUP) as journal:
+    with SweepJournal(tmp_path / "new" / "folder", SETUP) as journal:
         assert journal.records == []
     assert msgspec.json.decode(journal.path.read_bytes(), type=Setup) == SETUP
 
 
 def test_what_was_appended_is_there_again(written):
-    with Journal(written.parent, SETUP) as journal:
+    with SweepJournal(written.parent, SETUP) as journal:
         assert journal.records == [FIRST, SECOND]
         journal.append(THIRD)
         assert journal.records == [FIRST, SECOND, THIRD]
@@ -47,7 +54,7 @@ def test_what_was_appended_is_there_again(written):
 
 
 def test_an_appended_point_is_in_the_file_at_once(tmp_path):
-    with Journal(tmp_path, SETUP) as journal:
+    with SweepJournal(tmp_path, SETUP) as journal:
         journal.append(FIRST)
         last_line = journal.path.read_bytes().splitlines()[-1]
         assert msgspec.json.decode(last_line, type=type(FIRST)) == FIRST
@@ -59,7 +66,7 @@ def test_a_last_line_cut_anywhere_is_dropped_and_written_over(written):
     assert len(content) - before_last > 100
     for length in range(before_last, len(content)):
         written.write_bytes(content[:length])
-        with Journal(written.parent, SETUP) as journal:
+        with SweepJournal(written.parent, SETUP) as journal:
             assert journal.records == [FIRST]
             journal.append(SECOND)
         assert written.read_bytes() == content
@@ -103,7 +110,7 @@ def test_a_damaged_journal_can_be_put_aside(written):
 @pytest.mark.parametrize("fresh", [False, True])
 def test_only_one_process_can_have_it_open(written, fresh):
     content = written.read_bytes()
-    with Journal(written.parent, SETUP), pytest.raises(JournalError, match="another sweep is writing to it"):
+    with SweepJournal(written.parent, SETUP), pytest.raises(JournalError, match="another sweep is writing to it"):
         reopen(written, fresh=fresh)
     assert written.read_bytes() == content
     assert reopen(written).records == [FIRST, SECOND]
@@ -118,7 +125,7 @@ def test_a_damaged_journal_is_not_left_locked(written):
 
 @pytest.mark.parametrize("other_setup", OTHER_SETUPS, ids=["software", "device", "protocol"])
 def test_another_setup_has_another_file(written, other_setup):
-    with Journal(written.parent, other_setup) as other:
+    with SweepJournal(written.parent, other_setup) as other:
         assert other.records == []
         assert other.path != written
         assert other.others() == [written]
@@ -131,7 +138,7 @@ def test_others_are_journals_only(written):
 
 
 def test_a_journal_of_another_setup_under_this_ones_name_is_refused(written):
-    other = Journal(written.parent, OTHER_SETUPS[0])
+    other = SweepJournal(written.parent, OTHER_SETUPS[0])
     written.rename(other.path)
     with pytest.raises(JournalError, match=":1: is of another set-up"), other:
         pass
@@ -139,7 +146,7 @@ def test_a_journal_of_another_setup_under_this_ones_name_is_refused(written):
 
 def test_fresh_keeps_the_old_journal_aside(written):
     content = written.read_bytes()
-    with Journal(written.parent, SETUP, fresh=True) as journal:
+    with SweepJournal(written.parent, SETUP, fresh=True) as journal:
         assert journal.records == []
         journal.append(THIRD)
         assert journal.others() == []
@@ -150,7 +157,7 @@ def test_fresh_keeps_the_old_journal_aside(written):
 
 def test_fresh_again_and_again_keeps_every_journal(tmp_path):
     for record in (FIRST, SECOND, THIRD):
-        with Journal(tmp_path, SETUP, fresh=True) as journal:
+        with SweepJournal(tmp_path, SETUP, fresh=True) as journal:
             journal.append(record)
     kept = sorted(path.read_bytes().splitlines()[1] for path in tmp_path.glob("journal-*.jsonl.*"))
     assert kept == sorted(msgspec.json.encode(record) for record in (FIRST, SECOND))
@@ -160,3 +167,81 @@ def test_fresh_has_nothing_to_keep_at_first(tmp_path):
     journal = reopen(tmp_path / "any", fresh=True)
     assert (journal.records, journal.set_aside) == ([], None)
     assert reopen(tmp_path / "any").set_aside is None
+
+
+# Journals that were written before this release: whatever is renamed, they keep their names and are read.
+
+CPU_PROTOCOL = (
+    '{"timer":"wall_clock","compile":false,"inductor":{},"bf16":"eager","l2":"cold",'
+    '"data":"x, grad ~ N(0, 1); w ~ N(0, 0.02)","settle_s":0.1,"run_s":0.05,"pause_s":0.15,"rounds":[10,30],'
+    '"confidence":0.99,"threshold":1.0,"tolerance":0.01,"near":0.03,"near_s":1.0,"control":0.2}'
+)
+CPU_HEADER = (
+    '{"device":{"name":"CPU AMD EPYC","kind":"cpu","threads":2,"memory_gib":23.5},'
+    '"software":{"torch":"2.13.0","torchao":"0.18.0","fp8gate":"0.1.0"},'
+    f'"protocols":{{"tensorwise":{CPU_PROTOCOL},"rowwise":{CPU_PROTOCOL},"rowwise_with_gw_hp":{CPU_PROTOCOL}}}}}'
+)
+GPU_PROTOCOL = (
+    '{"timer":"cuda_graphs","compile":true,"inductor":{},"bf16":"eager","l2":"cold",'
+    '"data":"x, grad ~ N(0, 1); w ~ N(0, 0.02)","settle_s":0.1,"run_s":0.05,"pause_s":0.15,"rounds":[10,30],'
+    '"confidence":0.99,"threshold":1.0,"tolerance":0.01,"near":0.03,"near_s":1.0,"control":0.005}'
+)
+EMULATING = GPU_PROTOCOL.replace("{}", '{"emulate_precision_casts":true}')
+GPU_HEADER = (
+    '{"device":{"name":"NVIDIA H200","kind":"cuda","capability":"9.0","multiprocessors":132,"memory_gib":139.8,'
+    '"l2_mib":60.0,"power_limit_w":700.0},'
+    '"software":{"torch":"2.13.0","torchao":"0.18.0","triton":"3.6.0","cuda":"13.0","driver":"580.159.04",'
+    '"fp8gate":"0.1.0"},'
+    f'"protocols":{{"tensorwise":{GPU_PROTOCOL},"rowwise":{EMULATING},"rowwise_with_gw_hp":{GPU_PROTOCOL}}}}}'
+)
+TEN = "[{0},{0},{0},{0},{0},{0},{0},{0},{0},{0}]"
+ARMS = (
+    f'"bf16":{{"fwd_us":{TEN.format(40.0)},"bwd_us":{TEN.format(60.0)},"errors":{{"output":0.00168}}}},'
+    f'"rowwise":{{"fwd_us":{TEN.format(30.5)},"bwd_us":{TEN.format(49.5)},"errors":{{"output":0.03891,"grad_x":null}}}}'
+)
+CONTROL_ARM = f',"bf16_again":{{"fwd_us":{TEN.format(40.1)},"bwd_us":{TEN.format(60.0)}}}'
+STAGES = '{"compiling_s":0.269,"loading_s":0.012,"settling_s":0.054,"timing_s":0.27}'
+RECORDS = (
+    f'{{"m":32,"k":32,"n":48,"measured_at":"2026-11-25T22:38:30Z","stages":{STAGES},"process":32557,'
+    f'"measured_on":"node7 cpu 0","host":"node7","repeat":false,"sm_clock_mhz":[],"arms":{{{ARMS}}}}}',
+    f'{{"m":32,"k":64,"n":48,"measured_at":"2026-11-25T22:38:31Z","stages":{STAGES},"process":32557,'
+    f'"measured_on":"node7 cpu 0","host":"node7","repeat":false,"sm_clock_mhz":[],"arms":{{{ARMS}{CONTROL_ARM}}}}}',
+    f'{{"m":32,"k":64,"n":48,"measured_at":"2026-11-25T22:38:32Z","stages":{STAGES},"process":32558,'
+    f'"measured_on":"node7 cpu 0","host":"node7","repeat":true,"sm_clock_mhz":[],"arms":{{{ARMS}}}}}',
+)
+
+
+def setup_of(header):
+    return msgspec.json.decode(header, type=Setup)
+
+
+@pytest.mark.parametrize(
+    ("header", "name"), [(CPU_HEADER, "journal-9b5894d6.jsonl"), (GPU_HEADER, "journal-5932c6fa.jsonl")]
+)
+def test_a_setup_keeps_its_header_and_its_file(tmp_path, header, name):
+    with SweepJournal(tmp_path, setup_of(header)) as journal:
+        assert journal.path == tmp_path / name
+        assert journal.path.read_text() == header + "\n"
+
+
+def test_an_earlier_journal_is_gone_on_with_and_nothing_is_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(Cpu, "identity", lambda kind, device, local_rank: f"node7 cpu {local_rank}")
+    monkeypatch.setattr(PointBench, "measure", lambda bench, point: pytest.fail(f"{point.task} is measured again"))
+    path = tmp_path / "cpu-amd-epyc" / "journal-9b5894d6.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(f"{line}\n" for line in (CPU_HEADER, *RECORDS)))
+    before = path.read_bytes()
+    result = sweep(
+        Grid(),
+        [LinearShape(32, 32, 48), LinearShape(32, 64, 48)],
+        recipes=["rowwise"],
+        device=torch.device("cpu"),
+        setup=setup_of(CPU_HEADER),
+        out=tmp_path,
+    )
+    assert (result.report.measured, result.report.resumed, result.remaining) == (0, 2, 0)
+    assert path.read_bytes() == before
+    (table,) = result.tables.values()
+    assert [point.numbers for point in table.points] == [(40.0, 60.0, 30.5, 49.5, 1.25, 1.25, 1.25)] * 2
+    assert table.protocol.spread == Spread(points=1, median=0.0, p95=0.0, worst=0.0)
+    assert table.protocol.controls == Spread(points=1, median=0.001, p95=0.001, worst=0.001)

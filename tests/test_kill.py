@@ -1,4 +1,4 @@
-"""A sweep with workers, killed: no point is lost or doubled, and no process is left behind."""
+"""A sweep with workers that is killed loses no point, measures none twice, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.table import read_table
 
+pytestmark = pytest.mark.slow
 SHAPES = [(32, k, n) for k in (32, 48, 64) for n in (32, 64)]
-MAX_WAIT_S = 60.0  # for anything: it only takes so long where it fails
-ENDING_S = 15.0  # for the fork server to notice, which it does when its imports are done
+MAX_WAIT_S = 300.0  # for anything: it only takes so long where it fails, or on a machine under heavy load
+ENDING_S = 120.0  # for the fork server to notice, which it does when its imports are done
 MAX_RUNS = 3  # until the control agrees with itself, on a machine that others use too
-GO_ON = "stopped; what was measured is in the journal: run the same command to go on"
+GO_ON = "fp8gate: stopped; what was measured is in the journal: run the same command to go on"
 
 
 @pytest.fixture

@@ -11,18 +11,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from fp8gate.calibrate.comparison.usual_models import PlacedLayer
-from fp8gate.calibrate.report.map_figures import (
-    COLOUR_LIMIT,
-    INK,
-    SHADES,
-    SOURCE,
-    THEMES,
-    LayerGroup,
-    colour_of,
-    draw_numbers,
-    draw_side_by_side,
-    short_size,
-)
+from fp8gate.calibrate.report.map_figures import SOURCE, THEMES, draw_numbers, draw_side_by_side
+from fp8gate.calibrate.report.map_panel import COLOUR_LIMIT, INK, SHADES, LayerGroup, colour_of, short_size
 from fp8gate.calibrate.report.speedup_map import speedup_maps
 
 SHAPES = [(m, k, n) for m in (1024, 8192) for k in (1024, 4096) for n in (1024, 4096)]
@@ -51,18 +41,25 @@ def contrast(one, other):
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_the_same_maps_give_the_same_bytes_and_other_maps_do_not():
-    assert draw_numbers("t", maps(), "s") == draw_numbers("t", maps(), "s")
-    assert draw_numbers("t", maps(), "s") != draw_numbers("t", maps(speedup=1.6), "s")
+@pytest.fixture(scope="module")
+def numbers():
+    """The pictures of `maps()`, by theme."""
+    return draw_numbers("t", maps(), "abc")
 
 
-def test_a_picture_says_which_tables_it_shows_and_nothing_of_when():
-    for png in draw_numbers("t", maps(), "abc").values():
+def test_the_same_maps_give_the_same_bytes_and_other_maps_do_not(numbers):
+    assert draw_numbers("t", maps(), "abc") == numbers
+    assert draw_numbers("t", maps(speedup=1.6), "abc") != numbers
+
+
+def test_a_picture_says_which_tables_it_shows_and_nothing_of_when(numbers):
+    assert len(numbers) == len(THEMES)
+    for png in numbers.values():
         assert opened(png).text == {SOURCE: "abc"}
 
 
-def test_both_themes_show_the_same_maps_on_their_own_ground():
-    drawn = {name: opened(png).convert("RGB") for name, png in draw_numbers("t", maps(), "s").items()}
+def test_both_themes_show_the_same_maps_on_their_own_ground(numbers):
+    drawn = {name: opened(png).convert("RGB") for name, png in numbers.items()}
     assert drawn["light"].size == drawn["dark"].size
     for theme in THEMES:
         assert drawn[theme.name].getpixel((0, 0)) == tuple(round(255 * part) for part in to_rgb(theme.page))

@@ -17,12 +17,12 @@ from fp8gate.calibrate.breakdown.profiler import (
     Kernel,
     ProfileError,
     flush_names,
-    kind_of,
+    kernel_kind,
     passes,
     record,
     summed,
 )
-from fp8gate.calibrate.device.timer import CpuTimer
+from fp8gate.calibrate.device.cpu import CpuTimer
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_products(name):
-    assert kind_of(name) == "product"
+    assert kernel_kind(name) == "product"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_products(name):
     ],
 )
 def test_all_else_is_casts(name):
-    assert kind_of(name) == "cast"
+    assert kernel_kind(name) == "cast"
 
 
 def events(text):
@@ -136,9 +136,8 @@ def test_of_a_gpu_only_what_it_ran_itself_is_recorded_in_the_order_it_began(monk
     assert fake.call_args.kwargs["activities"] == [ProfilerActivity.CUDA]
 
 
-def test_the_flush_of_a_cpu_is_known_by_its_ops(monkeypatch):
-    monkeypatch.setattr("fp8gate.calibrate.device.timer.CPU_FLUSH_BYTES", 2**16)
-    timer = CpuTimer()
+def test_the_flush_of_a_cpu_is_known_by_its_ops():
+    timer = CpuTimer(2**16)
     flush = flush_names(timer, CPU)
     assert flush[0] == "aten::sum"
 

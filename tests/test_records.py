@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from samples import NOON, PROTOCOL, point_record, replaced, timed_arm
+from samples import NOON, PROTOCOL, SETUP, TABLE_PROTOCOL, point_record, replaced, timed_arm
 
 from fp8gate.calibrate.points.point_record import CONTROL, ArmRecord, PointRecord, is_near
+from fp8gate.calibrate.sweep.table_writing import make_table
 from fp8gate.calibrate.timing.statistics import Interval
 from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Grid, format_table, parse_table
 
 NO_NUMBERS = (None,) * 7
 WINS = [1.2] * 8
@@ -33,20 +35,51 @@ def test_point_has_medians_rounded_to_four_digits():
     assert point.numbers[:4] == (100.0, 200.0, 33.33, 64.5)  # no outlier counts; 100.02 has a digit too many
 
 
-def test_speedup_is_of_forward_plus_backward_round_by_round():
+def test_speedup_is_the_quotient_of_the_rows_own_times():
     arms = {
-        "bf16": ArmRecord(fwd_us=(100.0, 10.0) * 4, bwd_us=(200.0, 20.0) * 4),
-        "tensorwise": ArmRecord(fwd_us=(20.0, 2.0) * 4, bwd_us=(180.0, 18.0) * 4),
+        "bf16": ArmRecord(fwd_us=(100.0, 104.0) * 4, bwd_us=(*[200.0] * 7, 230.0)),
+        "tensorwise": ArmRecord(fwd_us=(*[20.04] * 7, 35.0), bwd_us=(180.0, 181.0) * 4),
     }
     point = point_record(arms=arms).point("tensorwise", PROTOCOL)
-    assert point.numbers[4:] == (1.5, 1.5, 1.5)  # 300 / 200 and 30 / 20: unpaired, far apart
+    assert point.numbers[:4] == (102.0, 200.0, 20.04, 180.5)
+    assert point.speedup == 1.506  # 302 / 200.54; of the totals' medians it would be 303 / 201
     assert point.status == "measured"
 
 
+def test_rounding_the_times_does_not_move_the_speedup():
+    arms = {"bf16": ArmRecord(fwd_us=(100.44,) * 8, bwd_us=(100.44,) * 8), "tensorwise": timed_arm([133.39] * 8)}
+    point = point_record(arms=arms).point("tensorwise", PROTOCOL)
+    assert (point.numbers[:4], point.speedup) == ((100.4, 100.4, 66.69, 66.69), 1.506)  # 200.88 / 133.39; 1.505 rounded
+
+
+def test_the_order_of_an_arms_samples_does_not_matter():
+    """Each arm ran alone: no round of one belongs to a round of the other."""
+    bf16_us = [100.0, 200.0, 300.0, 400.0, 500.0, 600.0, 700.0, 800.0]
+    points = [
+        point_record(arms={"bf16": timed_arm(bf16_us), "tensorwise": timed_arm(fp8_us)}).point("tensorwise", PROTOCOL)
+        for fp8_us in (bf16_us, bf16_us[::-1])
+    ]
+    assert points[0] == points[1]
+    assert (points[0].speedup, points[0].status) == (1.0, "ambiguous")  # in pairs: 1.0 in every round, and decided
+
+
 def test_bounds_are_the_intervals_rounded():
-    point = record_of([1.11111, 1.22222] * 4).point("tensorwise", PROTOCOL)
-    assert (point.speedup_low, point.speedup_high) == (1.111, 1.222)  # 8 rounds at 99 %: lowest and highest
-    assert point.speedup == 1.165  # sqrt(1.11111 * 1.22222), the median of 20 equal Walsh averages of 36
+    """Of 64 ratios at 99 % the bounds are the 8th from either end."""
+    point = record_of([1.11111] + [1.15555] * 6 + [1.22222]).point("tensorwise", PROTOCOL)
+    assert (point.speedup_low, point.speedup, point.speedup_high) == (1.111, 1.156, 1.222)
+    point = record_of([1.11111, *[1.15555] * 6, 1.22222]).point("tensorwise", replaced(PROTOCOL, confidence=0.95))
+    assert (point.speedup_low, point.speedup, point.speedup_high) == (1.156, 1.156, 1.156)
+
+
+def test_a_table_says_that_its_speedups_are_quotients():
+    table = make_table(Grid(), "tensorwise", SETUP, [record_of(WINS)])
+    assert (table.protocol, TABLE_PROTOCOL.estimate) == (TABLE_PROTOCOL, "quotient_of_times")
+    assert parse_table(format_table(table), source="FILE.yaml").protocol == TABLE_PROTOCOL
+
+
+def test_a_journal_of_earlier_samples_is_still_resumed():
+    """Its name is the fingerprint of the set-up, which says nothing of what is made of the samples."""
+    assert SETUP.fingerprint == "3292886c"
 
 
 @pytest.mark.parametrize(
@@ -86,12 +119,10 @@ def test_near_is_what_the_decision_hangs_on(interval, near):
     assert not is_near(interval, replaced(PROTOCOL, threshold=0.5))
 
 
-def with_control(ratios):
-    control_us = [100.0 / ratio for ratio in ratios]
-    return point_record(
-        arms={**record_of([1.5] * len(ratios)).arms, "bf16": timed_arm([100.0] * len(ratios))}
-        | {CONTROL: timed_arm(control_us)}
-    )
+def with_control(ratios, bf16_us=(100.0,) * 8):
+    """A record whose bf16 is so many times as fast the second time, in each round."""
+    control_us = [us / ratio for us, ratio in zip(bf16_us, ratios, strict=True)]
+    return point_record(arms={**record_of([1.5] * 8).arms, "bf16": timed_arm(bf16_us), CONTROL: timed_arm(control_us)})
 
 
 @pytest.mark.parametrize(
@@ -110,6 +141,14 @@ def test_a_control_is_off_if_that_is_neither_chance_nor_tolerated(ratios, error)
     assert found == (error if error is None else pytest.approx(error))
 
 
+def test_the_rounds_of_a_control_are_paired():
+    """bf16 and its control ran in turns, so a drift that both share says nothing: here from 100 to 150 us."""
+    drift_us = [100.0 * 1.06**i for i in range(8)]
+    ratio = with_control([1.03] * 8, drift_us).control_ratio(PROTOCOL)
+    assert (ratio.low, ratio.estimate, ratio.high) == pytest.approx((1.03, 1.03, 1.03))
+    assert with_control([1.03] * 8, drift_us).control_error(replaced(PROTOCOL, control=0.005)) == pytest.approx(0.03)
+
+
 @pytest.mark.parametrize(("bf16_us", "is_off"), [(20.0, False), (30.0, True)])
 def test_half_a_microsecond_is_no_reason_to_distrust(bf16_us, is_off):
     """2 % are 0.4 us of 20, and 0.6 us of 30."""
@@ -122,8 +161,8 @@ def test_without_a_measured_control_nothing_is_off():
     off = with_control([1.03] * 8)
     for lost in ("bf16", CONTROL):
         record = replaced(off, arms={**off.arms, lost: ArmRecord(status="out_of_memory")})
-        assert record.control_error(PROTOCOL) is None
-    assert record_of(WINS).control_error(PROTOCOL) is None
+        assert (record.control_ratio(PROTOCOL), record.control_error(PROTOCOL)) == (None, None)
+    assert (record_of(WINS).control_ratio(PROTOCOL), record_of(WINS).control_error(PROTOCOL)) == (None, None)
 
 
 @pytest.mark.parametrize("status", ["out_of_memory", "unstable", "failed"])

@@ -10,10 +10,12 @@ from msgspec.structs import replace
 from PIL import Image
 from typer.testing import CliRunner
 
-from fp8gate import cli
 from fp8gate.calibrate.report.map_figures import SOURCE
 from fp8gate.calibrate.report.page import by_device, quality, tables_hash, write_report
+from fp8gate.cli import app, options
+from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.table import Grid, Spread, TableError, read_table
+from fp8gate.filter.decision.torchao_rule import torchao_converts
 
 SHAPES = [(m, k, n) for m in (1024, 8192) for k in (1024, 4096) for n in (1024, 4096)]
 PICTURES = ("overview", "tokens", "rowwise")
@@ -34,7 +36,7 @@ def report(tmp_path_factory):
 
 @pytest.fixture
 def run():
-    return lambda *args: CliRunner().invoke(cli.app, ["report", *map(str, args)])
+    return lambda *args: CliRunner().invoke(app, ["report", *map(str, args)])
 
 
 def test_the_page_and_each_picture_in_both_themes_are_written(report):
@@ -53,6 +55,12 @@ def test_what_tables_say_is_text_and_no_markup(report):
     html = (report / "index.html").read_text()
     assert "<b>1</b>" not in html
     assert "GPU &lt;b&gt;1&lt;/b&gt;" in html
+
+
+def test_the_recipes_that_torchao_has_no_rule_for_are_named(report):
+    named = re.search(r"torchao has no rule for\s+(.*?)\.</li>", (report / "index.html").read_text())
+    answers = {recipe: torchao_converts(recipe, in_features=4096, out_features=4096) for recipe in RECIPES}
+    assert named[1] == ", ".join(recipe for recipe, answer in answers.items() if answer is None)
 
 
 def test_models_and_provenance_are_on_the_page(report):
@@ -146,7 +154,7 @@ def test_a_folder_that_cannot_be_written_is_exit_code_2(run, tmp_path):
 
 @pytest.mark.parametrize("missing", ["jinja2", "matplotlib"])
 def test_without_the_extra_it_says_what_to_install(run, monkeypatch, tmp_path, missing):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr(options, "find_spec", lambda name: None if name == missing else object())
     result = run(tmp_path)
     assert result.exit_code == 2
     assert result.stderr == f"fp8gate: report needs {missing}: pip install 'fp8gate[calibrate]'\n"

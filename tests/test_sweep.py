@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import os
+import re
 import tempfile
+import time
 from collections import Counter
 from contextlib import nullcontext
 from datetime import timedelta
@@ -13,28 +16,43 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from samples import NOON, PROTOCOL, SETUP, SOFTWARE, journal_points, point_record, quick_points, replaced, timed_arm
+from forked import serve_quick_points
+from samples import (
+    NOON,
+    PROTOCOL,
+    SETUP,
+    SOFTWARE,
+    TABLE_PROTOCOL,
+    journal_points,
+    point_record,
+    quick_points,
+    replaced,
+    timed_arm,
+)
 
 from fp8gate.calibrate.device import capacity
-from fp8gate.calibrate.device.watch import DeviceBusyError
-from fp8gate.calibrate.points import point_worker as worker_module
-from fp8gate.calibrate.points import worker_pool as workers_module
-from fp8gate.calibrate.points.measure_point import DeviceLostError, ReadyPoint
+from fp8gate.calibrate.device.cpu import Cpu
+from fp8gate.calibrate.device.lock import DeviceBusyError
+from fp8gate.calibrate.points import point_worker, task_queue, worker_pool
+from fp8gate.calibrate.points.measure_point import DeviceLostError
 from fp8gate.calibrate.points.point_record import CONTROL, ArmRecord, Stages
+from fp8gate.calibrate.points.ready_point import ReadyPoint
+from fp8gate.calibrate.points.setup import ROUNDS, make_setup
 from fp8gate.calibrate.points.task_queue import MAX_RETRIES
-from fp8gate.calibrate.points.worker_pool import Died, Finished, InThisProcess
-from fp8gate.calibrate.sweep import run_sweep as sweep_module
-from fp8gate.calibrate.sweep import session as run_module
+from fp8gate.calibrate.points.worker_pool import Died, Finished, InThisProcess, WorkerPool
+from fp8gate.calibrate.sweep import run_sweep, session
 from fp8gate.calibrate.sweep.grid import grid_shapes, measuring_order
-from fp8gate.calibrate.sweep.journal import Journal, JournalError
-from fp8gate.calibrate.sweep.run_sweep import ROUNDS, make_setup, sweep
+from fp8gate.calibrate.sweep.journal import JournalError, SweepJournal
+from fp8gate.calibrate.sweep.run_sweep import sweep
 from fp8gate.calibrate.sweep.table_writing import make_table
 from fp8gate.filter.contract.devices import cpu_name, device_slug
+from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, Spread, read_table
 
 CPU = torch.device("cpu")
+ALL = tuple(RECIPES)
 GRID = Grid(m=(32,), k=(32, 64), n=(48,))
 SHAPES = grid_shapes(GRID)
 ONE_MORE = LinearShape(48, 32, 32)
@@ -58,6 +76,12 @@ def _quick_points():
         yield
 
 
+@pytest.fixture
+def _quick_workers(monkeypatch):
+    """Points of a real worker take milliseconds too."""
+    monkeypatch.setattr(session, "WorkerPool", functools.partial(WorkerPool, serve=serve_quick_points))
+
+
 @pytest.fixture(scope="module")
 def real_setup():
     """This machine, with as few rounds as there can be and no control ever off."""
@@ -70,11 +94,11 @@ def real_setup():
 def run(tmp_path):
     """Sweeps into the test's folder, without workers."""
 
-    def run_sweep(shapes=SHAPES, recipes=RECIPES, **options):
+    def run_on_cpu(shapes=SHAPES, recipes=ALL, **options):
         options = {"grid": GRID, "setup": SETUP, "out": tmp_path, "workers": 0, **options}
         return sweep(shapes=shapes, recipes=recipes, device=CPU, **options)
 
-    return run_sweep
+    return run_on_cpu
 
 
 def record_of(task, recipes, *, speedup=2.0, **fields):
@@ -96,7 +120,7 @@ class Script:
     def make_ready(self, task, protocols, device):
         return ReadyPoint(task, protocols)
 
-    def measure_point(self, point, timer, watch, quiet, device, seed, measured_on):
+    def measure_point(self, point, timer, watch, timing_lock, device, seed, measured_on):
         self.asked.append((point.task, tuple(point.protocols), seed))
         return replaced(self.answer(point.task, tuple(point.protocols)), measured_on=measured_on)
 
@@ -125,8 +149,8 @@ class Script:
 @pytest.fixture
 def script(monkeypatch):
     script = Script()
-    monkeypatch.setattr(workers_module, "make_ready", script.make_ready)
-    monkeypatch.setattr(worker_module, "measure_point", script.measure_point)
+    monkeypatch.setattr(worker_pool, "make_ready", script.make_ready)
+    monkeypatch.setattr(point_worker, "measure_point", script.measure_point)
     return script
 
 
@@ -135,7 +159,7 @@ def tables_in(folder):
 
 
 def journal_records(folder, setup):
-    with Journal(folder / device_slug(setup.device.name), setup) as journal:
+    with SweepJournal(folder / device_slug(setup.device.name), setup) as journal:
         return journal.records
 
 
@@ -147,9 +171,35 @@ def is_alive(pid):
     return True
 
 
-def minutes_pass(monkeypatch):
-    """Each look at the sweep's clock is a minute after the one before: at the start, then before every point."""
-    monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=itertools.count(step=60.0).__next__))
+class Clock:
+    """The sweep's clock. It stands still but for what `script` does: 3 s to compile a point, 4 s to measure it."""
+
+    def __init__(self, script, monkeypatch):
+        self.now_s = 1000.0
+        for module in (run_sweep, session, worker_pool, task_queue):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+        monkeypatch.setattr(worker_pool, "make_ready", self.make_ready)
+        self.answer, script.answer = script.answer, self.measure
+
+    def make_ready(self, task, protocols, device):
+        self.now_s += 3.0
+        return ReadyPoint(task, protocols)
+
+    def measure(self, task, recipes):
+        self.now_s += 4.0
+        stages = Stages(compiling_s=3.0, loading_s=1.0, settling_s=0.5, timing_s=2.5)
+        return replaced(self.answer(task, recipes), stages=stages)
+
+
+@pytest.fixture
+def stopped_after(script, monkeypatch):
+    """Gives the `stop_after_s` by which a sweep stops after so many measurements, from now on."""
+
+    def seconds(points):
+        Clock(script, monkeypatch)
+        return 7.0 * points - 0.5
+
+    return seconds
 
 
 # Measured for real, on this CPU.
@@ -167,7 +217,8 @@ def test_every_recipe_gets_a_table_with_every_shape(run, tmp_path, real_setup):
         assert (table.recipe, table.grid) == (recipe, GRID)
         assert (table.device, table.software) == (real_setup.device, real_setup.software)
         assert table.protocol.controls.points == 1
-        assert replaced(table.protocol, controls=None) == real_setup.protocols[recipe]
+        protocol = replaced(real_setup.protocols[recipe], estimate="quotient_of_times")
+        assert replaced(table.protocol, controls=None) == protocol
         assert [point.shape for point in table.points] == SHAPES
         assert {point.status for point in table.points} <= {"measured", "ambiguous"}
         assert None not in table.points[0].numbers
@@ -184,6 +235,7 @@ def test_a_second_run_measures_nothing_and_writes_the_same_bytes(run, tmp_path, 
     assert tables_in(tmp_path) == before
 
 
+@pytest.mark.usefixtures("_quick_workers")
 def test_workers_measure_every_point_and_repeat_in_another_process(run, tmp_path, real_setup):
     result = run(setup=real_setup, workers=2)
     assert (result.report.measured, result.remaining, len(result.tables)) == (3, 0, 3)
@@ -198,10 +250,15 @@ def test_workers_measure_every_point_and_repeat_in_another_process(run, tmp_path
     assert set(result.report.spread) == set(RECIPES)
 
 
+@pytest.mark.usefixtures("_quick_workers")
 def test_stopped_workers_are_gone_and_it_goes_on_later(run, tmp_path, real_setup, monkeypatch):
+    """An hour passes as soon as two points are in the journal."""
     with monkeypatch.context() as patch:
-        minutes_pass(patch)
-        stopped = run(THREE, setup=real_setup, workers=2, stop_after_s=150.0)
+        now = time.monotonic
+        clock = SimpleNamespace(monotonic=lambda: now() + (3600 if len(journal_points(tmp_path)) > 1 else 0))
+        for module in (session, worker_pool, task_queue):
+            patch.setattr(module, "time", clock)
+        stopped = run(THREE, setup=real_setup, workers=2, stop_after_s=1800.0)
     assert (stopped.report.measured, stopped.remaining, stopped.tables) == (2, 2, {})
     records = journal_records(tmp_path, real_setup)
     assert len(records) == 2
@@ -229,7 +286,7 @@ def test_one_more_shape_measures_only_that(run, script):
     run()
     script.asked.clear()
     result = run(THREE)
-    assert script.points == [(ONE_MORE, RECIPES)]
+    assert script.points == [(ONE_MORE, ALL)]
     assert result.report.resumed == 2
     for table in result.tables.values():
         assert [point.shape for point in table.points] == THREE
@@ -314,7 +371,7 @@ def test_a_shape_beside_the_grid_takes_the_time_it_needs(run, script):
 
 
 def test_with_every_shape_capped_there_is_nothing_to_do(run, tmp_path):
-    with pytest.raises(ValueError, match=r"no point to measure: all 1 were left out, .*GiB"):
+    with pytest.raises(InputError, match=r"no point to measure: all 1 were left out, .*GiB"):
         run([HUGE])
     assert list(tmp_path.iterdir()) == []
 
@@ -388,13 +445,11 @@ def test_the_seed_decides_the_order_the_controls_the_repeats_and_the_data(run, t
     assert all(one != another for one, another in zip(first, other, strict=True))
 
 
-def test_an_interrupted_sweep_takes_the_same_controls_and_repeats(run, tmp_path, script, monkeypatch):
+def test_an_interrupted_sweep_takes_the_same_controls_and_repeats(run, tmp_path, script, stopped_after):
     run(FORTY, out=tmp_path / "at once")
     at_once = script.tasks
     script.asked.clear()
-    with monkeypatch.context() as patch:
-        minutes_pass(patch)
-        run(FORTY, out=tmp_path / "in two", stop_after_s=60.0 * 20.5)
+    run(FORTY, out=tmp_path / "in two", stop_after_s=stopped_after(20))
     assert len(script.tasks) == 20
     run(FORTY, out=tmp_path / "in two")
     assert script.tasks == at_once
@@ -416,7 +471,7 @@ def test_repeats_say_how_far_processes_differ_and_change_no_point(run, script):
     expected = Spread(points=2, median=0.2, p95=0.29, worst=0.3)
     (path,), (table,) = result.tables, result.tables.values()
     equal = Spread(points=2, median=0.0, p95=0.0, worst=0.0)
-    assert read_table(path).protocol == replaced(PROTOCOL, spread=expected, controls=equal)
+    assert read_table(path).protocol == replaced(TABLE_PROTOCOL, spread=expected, controls=equal)
     assert result.report.spread == {"rowwise": expected}
     assert [point.shape for point in table.points] == FORTY
     assert {point.speedup for point in table.points} == {2.0}
@@ -439,10 +494,8 @@ def test_a_later_run_keeps_the_spread_of_earlier_ones(run, script):
     assert spreads_of(after) == before == dict.fromkeys(RECIPES, Spread(points=1, median=0.0, p95=0.0, worst=0.0))
 
 
-def test_a_missing_repeat_keeps_the_table_back(run, script, monkeypatch):
-    with monkeypatch.context() as patch:
-        minutes_pass(patch)
-        stopped = run(stop_after_s=150.0)
+def test_a_missing_repeat_keeps_the_table_back(run, script, stopped_after):
+    stopped = run(stop_after_s=stopped_after(2))
     assert (len(script.shapes), script.repeats) == (2, [])
     assert (stopped.remaining, stopped.tables) == (1, {})
     finished = run()
@@ -558,8 +611,8 @@ def dying(monkeypatch):
             super().__init__(job)
             self.deaths = Counter(deaths)
 
-        def run(self, schedule):
-            while task := schedule.next():
+        def run(self, queue, until):
+            while task := queue.next():
                 if self.deaths[task.shape] and not task.repeat:
                     self.deaths[task.shape] -= 1
                     yield Died(task, "its process was killed by signal 9")
@@ -567,7 +620,7 @@ def dying(monkeypatch):
                     yield Finished(task, record_of(task, tuple(self.job.protocols)))
 
     def set_deaths(deaths):
-        monkeypatch.setattr(run_module, "Workers", lambda job, count: DyingWorkers(job, deaths))
+        monkeypatch.setattr(session, "WorkerPool", lambda job, count: DyingWorkers(job, deaths))
 
     return set_deaths
 
@@ -649,11 +702,13 @@ def test_a_second_attempt_that_succeeds_counts(run, script):
 
 def test_the_record_of_a_lost_device_is_kept(run, tmp_path, script):
     def lose_the_device(task, recipes):
-        raise DeviceLostError(point_record((32, 32, 48), arms=dict.fromkeys(("bf16", *recipes), FAILED)))
+        record = point_record((32, 32, 48), arms=dict.fromkeys(("bf16", *recipes), FAILED))
+        raise DeviceLostError(record, "an illegal memory access")
 
     script.answer = lose_the_device
+    said = "the device failed at (32, 32, 48): an illegal memory access; run the same command to go on"
     for attempt in (1, 2):
-        with pytest.raises(DeviceLostError):
+        with pytest.raises(DeviceLostError, match=re.escape(said)):
             run(SHAPES[:1], recipes=["tensorwise"])
         assert journal_points(tmp_path) == [(32, 32, 48)] * attempt
     assert tables_in(tmp_path) == {}
@@ -674,10 +729,8 @@ def test_stopped_at_once_it_goes_on_later(run, tmp_path, script):
     assert len(tables_in(tmp_path)) == len(RECIPES)
 
 
-def test_stopped_midway_it_goes_on_where_it_was(run, tmp_path, script, monkeypatch):
-    with monkeypatch.context() as patch:
-        minutes_pass(patch)
-        stopped = run(THREE, stop_after_s=150.0)
+def test_stopped_midway_it_goes_on_where_it_was(run, tmp_path, script, stopped_after):
+    stopped = run(THREE, stop_after_s=stopped_after(2))
     assert (stopped.report.measured, stopped.remaining, stopped.tables) == (2, 2, {})
     finished = run(THREE)
     assert (finished.report.measured, finished.report.resumed, finished.remaining) == (2, 2, 0)
@@ -690,10 +743,9 @@ def test_with_all_points_there_the_time_limit_does_not_matter(run, script):
     assert len(run(stop_after_s=0).tables) == len(RECIPES)
 
 
-def test_stopped_before_an_off_control_is_given_up_it_remains(run, script, monkeypatch):
+def test_stopped_before_an_off_control_is_given_up_it_remains(run, script, stopped_after):
     script.answer = with_control([160.0] * 8)
-    minutes_pass(monkeypatch)
-    stopped = run(SHAPES[:1], stop_after_s=90.0)
+    stopped = run(SHAPES[:1], stop_after_s=stopped_after(1))
     assert (stopped.remaining, stopped.off, stopped.report.retried) == (2, {}, 1)
 
 
@@ -716,26 +768,6 @@ def test_the_report_counts_points_and_not_repeats(run, script):
     assert len(repeated) == 1
     assert (report.measured, report.resumed, report.capped) == (4, 0, 0)
     assert (report.ambiguous, report.without_numbers, report.retried) == (1, 1, 0)
-
-
-class Clock:
-    """Stands still but for what is done: 3 s to compile a point, 4 s to measure it."""
-
-    def __init__(self, script, monkeypatch):
-        self.now_s = 1000.0
-        for module in (sweep_module, run_module, workers_module):
-            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now_s))
-        monkeypatch.setattr(workers_module, "make_ready", self.make_ready)
-        self.answer, script.answer = script.answer, self.measure
-
-    def make_ready(self, task, protocols, device):
-        self.now_s += 3.0
-        return ReadyPoint(task, protocols)
-
-    def measure(self, task, recipes):
-        self.now_s += 4.0
-        stages = Stages(compiling_s=3.0, loading_s=1.0, settling_s=0.5, timing_s=2.5)
-        return replaced(self.answer(task, recipes), stages=stages)
 
 
 def seconds(report):
@@ -765,10 +797,20 @@ def test_a_run_with_nothing_to_measure_takes_no_time(run, script, monkeypatch):
     assert (report.total_s, seconds(report)) == (0.0, 0.0)
 
 
-def test_each_other_process_on_the_device_is_named_once(run, script, monkeypatch, capsys):
+@pytest.fixture
+def processes_seen(monkeypatch):
+    """Sets what the device's watch sees, each time that it looks."""
+
+    def see(processes):
+        watch = SimpleNamespace(processes=iter(processes).__next__)
+        monkeypatch.setattr(Cpu, "make_watch", lambda kind, device: watch)
+
+    return see
+
+
+def test_each_other_process_on_the_device_is_named_once(run, script, processes_seen, capsys):
     own = {os.getpid(): "python"}
-    seen = iter([{5: "train"}, {**own, 6: "eval"}, {**own, 5: "train", 6: "eval"}, {**own, 6: "eval"}])
-    monkeypatch.setattr(run_module, "make_watch", lambda device: SimpleNamespace(processes=lambda: next(seen)))
+    processes_seen([{5: "train"}, {**own, 6: "eval"}, {**own, 5: "train", 6: "eval"}, {**own, 6: "eval"}])
     run()
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     names = [
@@ -777,9 +819,8 @@ def test_each_other_process_on_the_device_is_named_once(run, script, monkeypatch
     assert names == ["5 (train)", "6 (eval)"]
 
 
-def test_alone_on_the_device_it_warns_of_nobody(run, script, monkeypatch, capsys):
-    seen = itertools.chain([{}], itertools.repeat({os.getpid(): "python"}))
-    monkeypatch.setattr(run_module, "make_watch", lambda device: SimpleNamespace(processes=lambda: next(seen)))
+def test_alone_on_the_device_it_warns_of_nobody(run, script, processes_seen, capsys):
+    processes_seen(itertools.chain([{}], itertools.repeat({os.getpid(): "python"})))
     run()
     assert "warning" not in capsys.readouterr().err
 
@@ -832,7 +873,7 @@ def test_after_a_sweep_the_device_is_free(run, tmp_path, script, ending):
 
 
 @pytest.fixture
-def crew_sizes(monkeypatch):
+def pool_sizes(monkeypatch):
     """How many workers were started, each time; they measure in this process."""
     sizes = []
 
@@ -840,24 +881,24 @@ def crew_sizes(monkeypatch):
         sizes.append(count)
         return InThisProcess(job)
 
-    monkeypatch.setattr(run_module, "Workers", start)
-    monkeypatch.setattr(capacity, "default_workers", lambda device_gib, sweeps: 2)
+    monkeypatch.setattr(session, "WorkerPool", start)
+    monkeypatch.setattr(capacity, "default_workers", lambda device, sweeps: 2)
     return sizes
 
 
 @pytest.mark.parametrize(
     ("compiled", "asked", "sizes"), [(True, None, [2]), (False, None, []), (True, 0, []), (False, 1, [1])]
 )
-def test_only_what_is_compiled_has_workers_unless_told_so(run, script, crew_sizes, compiled, asked, sizes):
+def test_only_what_is_compiled_has_workers_unless_told_so(run, script, pool_sizes, compiled, asked, sizes):
     protocols = {recipe: replaced(PROTOCOL, compile=compiled) for recipe in RECIPES}
     run(setup=replaced(SETUP, protocols=protocols), workers=asked)
-    assert crew_sizes == sizes
+    assert pool_sizes == sizes
 
 
-def test_no_more_workers_than_there_is_to_measure(run, script, crew_sizes):
+def test_no_more_workers_than_there_is_to_measure(run, script, pool_sizes):
     run(workers=100)
     run(workers=100)
-    assert crew_sizes == [len(SHAPES) + 1]  # a point is repeated; the second sweep has nothing to do
+    assert pool_sizes == [len(SHAPES) + 1]  # a point is repeated; the second sweep has nothing to do
 
 
 # Tables from records.
@@ -887,7 +928,7 @@ def test_a_table_ignores_records_of_other_recipes():
     rowwise = point_record((32, 64, 48), arms={name: timed_arm([9.0] * 8) for name in ("bf16", "rowwise")})
     table = make_table(GRID, "tensorwise", SETUP, [with_speedup(2.0, 1), rowwise])
     assert [(point.k, point.speedup) for point in table.points] == [(32, 2.0)]
-    assert (table.measured_at, table.protocol) == (NOON + timedelta(minutes=1), PROTOCOL)
+    assert (table.measured_at, table.protocol) == (NOON + timedelta(minutes=1), TABLE_PROTOCOL)
 
 
 def test_repeats_go_into_a_tables_spread_and_nothing_else():
@@ -895,4 +936,4 @@ def test_repeats_go_into_a_tables_spread_and_nothing_else():
     table = make_table(GRID, "tensorwise", SETUP, records)
     assert [point.speedup for point in table.points] == [2.0]
     assert table.measured_at == NOON + timedelta(minutes=1)
-    assert table.protocol == replaced(PROTOCOL, spread=Spread(points=1, median=0.25, p95=0.25, worst=0.25))
+    assert table.protocol == replaced(TABLE_PROTOCOL, spread=Spread(points=1, median=0.25, p95=0.25, worst=0.25))

@@ -1,15 +1,15 @@
-"""What a report counts and sums over the records of a call, how far repeats are apart, and the text of both."""
+"""What a report counts and sums over the records of a call, and its text."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import pytest
-from samples import PROTOCOL, PROTOCOLS, point_record, replaced, timed_arm
+from samples import PROTOCOL, PROTOCOLS, again, controlled, measured, point_record, replaced, timed_arm
 
 from fp8gate.calibrate.points.point_record import CONTROL, ArmRecord, Stages
 from fp8gate.calibrate.sweep.session import SessionResult
-from fp8gate.calibrate.sweep.sweep_report import SweepReport, control_spread, make_sweep_report, spread
+from fp8gate.calibrate.sweep.sweep_report import SweepReport, make_sweep_report
 from fp8gate.filter.contract.table import Spread
 
 FAILED = ArmRecord(status="failed", detail="broken kernel")
@@ -32,22 +32,6 @@ REPORT = SweepReport(
     worst_control=0.00312,
     spread={"tensorwise": Spread(points=7, median=0.001, p95=0.0049, worst=0.01234)},
 )
-
-
-def measured(speedup=2.0, *, k=32, recipe="tensorwise", **fields):
-    """A record whose recipe has this speedup in each round."""
-    arms = {"bf16": timed_arm([100.0] * 8), recipe: timed_arm([100.0 / speedup] * 8)}
-    return point_record((64, k, 16), arms=arms, **fields)
-
-
-def again(speedup, *, k=32, process=8, **fields):
-    return measured(speedup, k=k, process=process, repeat=True, **fields)
-
-
-def controlled(ratio, **fields):
-    """A record whose bf16 differs from itself by this ratio."""
-    record = measured(**fields)
-    return replaced(record, arms={**record.arms, CONTROL: timed_arm([100.0 / ratio] * 8)})
 
 
 def report_of(*records, protocols=PROTOCOLS, **fields):
@@ -119,56 +103,14 @@ def test_a_control_without_numbers_is_none():
     assert (report.controls, report.worst_control) == (0, None)
 
 
-def test_the_controls_of_a_table_are_how_far_bf16_is_from_itself():
-    found = control_spread(PROTOCOL, [measured(), *map(controlled, (1.002, 0.996, 1.001))])
-    assert (found.points, found.median, found.worst) == (3, 0.002, 0.004)
-    assert control_spread(PROTOCOL, [measured()]) is None
-
-
 def test_an_empty_call_is_all_zeros():
     report = report_of()
     assert (report.measured, report.timing_s, report.controls, report.worst_control) == (0, 0, 0, None)
     assert report.spread == {}
 
 
-def test_the_spread_is_how_far_the_repeats_are_from_the_first_times():
-    apart = {16: 0.01, 32: -0.02, 48: 0.03, 64: -0.04, 80: 0.1}  # by k
-    firsts = [measured(2.0, k=k) for k in apart]
-    repeats = [again(2.0 * (1 + apart[k]), k=k) for k in apart]
-    expected = Spread(points=5, median=0.03, p95=0.088, worst=0.1)  # 95 % is 0.8 of the way from the 4th to the 5th
-    assert spread("tensorwise", PROTOCOL, [*firsts, *repeats]) == expected
-    assert spread("tensorwise", PROTOCOL, [*repeats, *firsts]) == expected
-
-
-def test_one_repeat_is_its_own_quantiles():
-    found = spread("tensorwise", PROTOCOL, [measured(2.0), again(2.5)])
-    assert found == Spread(points=1, median=0.25, p95=0.25, worst=0.25)
-
-
-def test_a_repeat_is_compared_with_the_record_the_table_takes():
-    without_numbers = point_record((64, 32, 16), arms={"bf16": timed_arm([100.0] * 8), "tensorwise": FAILED})
-    records = [measured(4.0), measured(2.0), without_numbers, again(2.5)]
-    assert spread("tensorwise", PROTOCOL, records).worst == 0.25
-
-
-@pytest.mark.parametrize(
-    "records",
-    [
-        pytest.param([], id="nothing"),
-        pytest.param([measured(2.0), measured(2.5, process=8)], id="measured twice, no repeat"),
-        pytest.param([measured(2.0), again(2.5, process=7)], id="by the same process"),
-        pytest.param([measured(2.0, k=48), again(2.5)], id="of another shape"),
-        pytest.param([measured(2.0), again(2.5, recipe="rowwise")], id="of another recipe"),
-        pytest.param([measured(2.0, recipe="rowwise"), again(2.5)], id="of a recipe that was not measured"),
-        pytest.param([measured(2.0), replaced(again(2.5), arms={"bf16": FAILED, "tensorwise": FAILED})], id="failed"),
-        pytest.param(
-            [replaced(measured(), arms={"bf16": FAILED, "tensorwise": FAILED}), again(2.5)], id="of a failure"
-        ),
-    ],
-)
-def test_other_records_make_no_spread(records):
-    assert spread("tensorwise", PROTOCOL, records) is None
-    assert report_of(*records).spread == {}
+def test_without_repeats_there_is_no_spread():
+    assert report_of(measured(2.0), measured(2.5, process=8)).spread == {}
 
 
 def test_each_recipe_that_was_repeated_has_its_spread():

@@ -12,11 +12,15 @@ import torch
 from fp8gate.calibrate.arms.compilation import compiled_linear, eager_linear
 from fp8gate.calibrate.arms.linear import Operands
 from fp8gate.calibrate.arms.numerics import References, acceptable
-from fp8gate.calibrate.device.timer import WARM_UP_RUNS, CpuTimer, CudaTimer, Sample, balanced_orders
+from fp8gate.calibrate.device.cpu import CpuTimer
+from fp8gate.calibrate.device.cuda.timer import CudaTimer
+from fp8gate.calibrate.device.timer import TUNING_RUNS, WARM_UP_RUNS, Sample
+from fp8gate.calibrate.timing.steady_run import balanced_orders
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.shapes import LinearShape
 
 FORWARD_NS, BACKWARD_NS, FLUSH_NS = 10_500, 30_000, 1_000_000
+FLUSH_BYTES = 2**16
 
 
 class Clock:
@@ -49,16 +53,19 @@ class FakeArm:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("fp8gate.calibrate.device.timer.time", SimpleNamespace(perf_counter_ns=lambda: clock.now_ns))
+    monkeypatch.setattr("fp8gate.calibrate.device.cpu.time", SimpleNamespace(perf_counter_ns=lambda: clock.now_ns))
     return clock
 
 
 @pytest.fixture
 def timer(clock):
     """A CpuTimer whose flushes the clock sees."""
-    timer = CpuTimer()
-    timer._flush_buffer = SimpleNamespace(sum=lambda: clock.spend("flush", FLUSH_NS))
-    return timer
+
+    class LoggedTimer(CpuTimer):
+        def flush(self):
+            clock.spend("flush", FLUSH_NS)
+
+    return LoggedTimer(FLUSH_BYTES)
 
 
 def test_prepare_runs_both_directions_as_often_as_it_takes_to_warm_up(timer, clock):
@@ -92,7 +99,7 @@ def test_results_are_computed_once_more_and_carry_no_graph(timer, clock):
 
 @pytest.mark.parametrize("recipe", [None, *RECIPES])
 def test_a_real_arm_takes_time_and_gives_results_of_its_shapes(recipe):
-    timer, shape = CpuTimer(), LinearShape(32, 48, 16)
+    timer, shape = CpuTimer(FLUSH_BYTES), LinearShape(32, 48, 16)
     operands = Operands.random(shape, torch.device("cpu"))
     prepared = timer.prepare(eager_linear(recipe, shape).over(operands))
     results = timer.results(prepared)
@@ -101,6 +108,12 @@ def test_a_real_arm_takes_time_and_gives_results_of_its_shapes(recipe):
     assert sample.bwd_us > 0
     assert (results.output.shape, results.grad_x.shape, results.grad_weight.shape) == ((32, 16), (32, 48), (16, 48))
     assert acceptable(References(operands).relative_errors(results))
+
+
+def test_the_least_of_a_few_cold_runs_counts_after_one_that_does_not(timer, clock):
+    durations_ns = iter([1_000, 9_000, 7_500, 8_000])
+    assert timer.least_us(lambda: clock.spend("launch", next(durations_ns))) == 7.5
+    assert clock.log == ["launch", *["flush", "launch"] * TUNING_RUNS[0]]
 
 
 @pytest.mark.parametrize("arms", [1, 2, 3])
@@ -129,7 +142,7 @@ def test_a_captured_arm_computes_what_it_should_and_gives_its_memory_back(recipe
     captured = timer.prepare(linear.over(operands))
     assert acceptable(References(operands).relative_errors(timer.results(captured)))
     with torch.no_grad():
-        operands.x.mul_(-2)  # other data at the same addresses: a replay computes anew
+        operands.x.mul_(-2)  # other data at the same addresses: a replay computes with it
     assert acceptable(References(operands).relative_errors(timer.results(captured)))
     rounds = timer.rounds([captured, captured], [(0, 1), (1, 0)])
     assert [len(samples) for samples in rounds] == [2, 2]
@@ -141,9 +154,9 @@ def test_a_captured_arm_computes_what_it_should_and_gives_its_memory_back(recipe
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_pooled_arms_share_memory_and_still_compute_what_they_should():
+def test_arms_that_share_memory_still_compute_what_they_should():
     device, shape = torch.device("cuda"), LinearShape(1024, 1024, 1024)
-    timer, operands = CudaTimer(device, is_pooled=True), Operands.random(shape, device)
+    timer, operands = CudaTimer(device, shares_memory=True), Operands.random(shape, device)
     references, captured, taken = References(operands), [], []
     for _ in range(4):
         captured.append(timer.prepare(eager_linear(None, shape).over(operands)))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from builders import make_point, make_table, write_file
 from plans import make_plan
-from samples import replaced
+from samples import quick_points, replaced
 from typer.testing import CliRunner
 
 from fp8gate.calibrate.comparison import verify as verify_module
 from fp8gate.calibrate.comparison.verify import sample
-from fp8gate.calibrate.device.description import describe_device
-from fp8gate.calibrate.sweep import run_sweep as sweep_module
+from fp8gate.calibrate.device.cpu import Cpu
+from fp8gate.calibrate.device.registry import describe_device
+from fp8gate.calibrate.points import setup
 from fp8gate.calibrate.sweep.run_sweep import SweepResult
 from fp8gate.cli import app
 from fp8gate.filter.contract.plan import write_plan
@@ -154,9 +156,18 @@ def test_a_sample_has_only_shapes_that_every_table_has():
     assert sorted(sample({"rowwise": table(), "tensorwise": some}, 8)) == sorted(p.shape for p in some.points)
 
 
+@pytest.fixture
+def _quick_points():
+    with quick_points():
+        yield
+
+
+@pytest.mark.usefixtures("_quick_points")
 def test_real_measurements_on_this_machine(tmp_path, monkeypatch):
     """Files, sweep and comparison work together; a shared CPU's times say nothing about holding or not."""
-    monkeypatch.setattr(sweep_module, "CPU_CONTROL_ERROR", 9.0)
+    monkeypatch.setattr(Cpu, "defaults", dataclasses.replace(Cpu.defaults, control=9.0))
+    for name, seconds in {"POINT_SETTLE_S": 0.0, "POINT_RUN_S": 0.0, "NEAR_S": 0.001}.items():
+        monkeypatch.setattr(setup, name, seconds)
     grid = tmp_path / "grid.yaml"
     grid.write_text("m: [32]\nk: [32, 48, 64]\nn: [32, 48, 64]\n")
     folder, here = str(tmp_path / "t"), ["--device", "cpu"]

@@ -132,13 +132,13 @@ def wait_for(children: Sequence[Child], until: float = math.inf) -> list[Child]:
     assert any(child.busy_since is not None for child in children), "somebody must have something to answer"
     by_connection = {child._connection: child for child in children}
     while True:
-        now = time.monotonic()
-        if stuck := [child for child in children if child._find_stuck(now)]:
-            return stuck
         stuck_at = [child.busy_since + child._limits.step_s for child in children if child.busy_since is not None]
-        heard = wait(list(by_connection), max(0.0, min(until, *stuck_at) - now))
-        if heard or time.monotonic() >= until:
-            return [by_connection[connection] for connection in heard if isinstance(connection, Connection)]
+        ready = wait(list(by_connection), max(0.0, min(until, *stuck_at) - time.monotonic()))
+        heard = [by_connection[connection] for connection in ready if isinstance(connection, Connection)]
+        now = time.monotonic()  # an answer that came in time counts, however late it is read
+        heard += [child for child in children if child not in heard and child._find_stuck(now)]
+        if heard or now >= until:
+            return heard
 
 
 def end_all(children: Sequence[Child]) -> None:

@@ -15,6 +15,7 @@ from fp8gate.calibrate.points.setup import Setup
 from fp8gate.calibrate.sweep.grid import union
 from fp8gate.calibrate.sweep.journal import SweepJournal
 from fp8gate.calibrate.sweep.spread import between_devices, control_spread, devices_of, repeat_spread
+from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import WITH_NUMBERS, Grid, Table, read_table, write_table
@@ -53,7 +54,7 @@ def make_table(grid: Grid, recipe: Recipe, setup: Setup, records: Sequence[Point
 def require_nothing_lost(
     folder: Path, recipes: Sequence[Recipe], wanted: Sequence[LinearShape], records: Sequence[PointRecord]
 ) -> None:
-    """Raise ValueError, before anything is measured, if a table that is there has points that this sweep has not.
+    """Raise InputError, before anything is measured, if a table that is there has points that this sweep has not.
 
     A small sweep must not replace a large table.
     """
@@ -63,7 +64,7 @@ def require_nothing_lost(
             kept = {*wanted, *(record.shape for record in records if recipe in record.arms)}
             lost = sum(point.shape not in kept for point in read_table(path).points)
             if lost:
-                raise ValueError(
+                raise InputError(
                     f"{path}: {lost} of its points are not in this sweep and would be lost; "
                     "give another --out, or --fresh to replace the table"
                 )
@@ -74,7 +75,7 @@ def write_tables(
 ) -> dict[Path, Table]:
     """Write everything that the journal holds for each recipe, so that a later, smaller sweep adds to a table.
 
-    Raises ValueError, and writes no table, if points of an earlier table would lose their numbers: then something is
+    Raises InputError, and writes no table, if points of an earlier table would lose their numbers: then something is
     broken, and rarely the hardware. With `fresh` the earlier tables are replaced whatever they hold.
     """
     tables = {}
@@ -96,7 +97,7 @@ def _require_no_number_lost(table: Table, earlier: Table, path: Path, records: S
         return
     last = [record for record in records if record.shape == lost[0] and table.recipe in record.arms][-1]
     details = (last.arms[arm].detail.split("\n")[0] for arm in ("bf16", table.recipe))
-    raise ValueError(
+    raise InputError(
         f"{path}: {len(lost)} of its points would lose their numbers; {lost[0]} {last.status(table.recipe)}: "
         f"{next(filter(None, details), 'no reason given')}; to measure again when this is mended, or to replace the "
         "table all the same: --fresh"

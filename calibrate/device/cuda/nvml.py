@@ -9,17 +9,19 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from fp8gate.filter.contract.errors import InputError
+
 
 @contextlib.contextmanager
 def nvml() -> Iterator[Any]:
-    """NVML's functions. Raises ValueError if it cannot answer."""
+    """NVML's functions. Raises InputError if it cannot answer."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
         yield pynvml
     except pynvml.NVMLError as error:
-        raise ValueError(f"device: expected NVML to answer, the driver's management library; got {error}") from error
+        raise InputError(f"device: expected NVML to answer, the driver's management library; got {error}") from error
 
 
 def nvml_handle(uuid: str) -> Any:
@@ -36,5 +38,5 @@ def gpu_count() -> int:
     try:
         with nvml() as functions:
             return int(functions.nvmlDeviceGetCount())
-    except ValueError:
+    except InputError:
         return 0

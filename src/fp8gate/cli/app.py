@@ -62,7 +62,7 @@ def _ending(error: BaseException, *, has_journal: bool) -> tuple[str, int] | Non
             return f"stopped{kept}", EXIT_INTERRUPTED
         case BrokenPipeError():  # the reader of the output has ended, as `head` does: typer exits without a message
             return None
-        case OSError() | ValueError():
+        case OSError():
             return str(error), EXIT_USAGE
         case RuntimeError() if _comes_from_the_device(error):
             go_on = "; run the same command to go on" if has_journal else ""

@@ -43,7 +43,7 @@ class Block:
         leaves = dict((*inputs, *((name, one) for name, one in self.tensors.items() if one.requires_grad)))
         self._names, self._wanted = ("output", *leaves), tuple(leaves.values())
         self._grad_output = torch.empty(0)
-        eager = self.arm(blueprint.ready(frozenset(), "tensorwise", None, device.type))
+        eager = self.arm(blueprint.ready(frozenset(), None, None, device.type))
         output = eager.forward()
         self._grad_output = torch.randn_like(output)
         self._require_all_used(output)

@@ -82,10 +82,12 @@ class Blueprint:
             identity=_identity(module, inputs, about),
         )
 
-    def ready(self, roles: frozenset[str], recipe: Recipe, inductor: dict[str, bool] | None, device: str) -> ReadyBlock:
-        """The block with these roles converted, compiled with these settings, or as written for None."""
+    def ready(
+        self, roles: frozenset[str], recipe: Recipe | None, inductor: dict[str, bool] | None, device: str
+    ) -> ReadyBlock:
+        """The block with these roles converted by the recipe, compiled with these settings, or as written for None."""
         module = copy.deepcopy(self.template)
-        if roles:
+        if roles and recipe:
             module = convert(module, recipe, lambda _, fqn: block_role(fqn) in roles)
         whole = Recomputed(module) if self.recomputed else module
         if inductor is None:

@@ -18,7 +18,7 @@ from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Point, Status, SweepProtocol
 
-ArmName = Literal["bf16", "bf16_again", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
+ArmName = Literal["bf16", "bf16_again", Recipe]
 """bf16_again is the control: the same linear, captured a second time. Its ratio to bf16 should be 1."""
 
 CONTROL: ArmName = "bf16_again"

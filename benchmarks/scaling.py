@@ -25,6 +25,7 @@ import numpy as np
 from tabulate import tabulate
 
 from fp8gate.calibrate.points.point_record import PointRecord
+from fp8gate.calibrate.sweep.journal import content_of
 from fp8gate.filter.contract.shapes import LinearShape
 
 COSTS = Path(__file__).parent / "data" / "nvidia-h200-costs.csv"
@@ -178,7 +179,7 @@ def write_costs(journal: Path) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(COLUMNS)
     for line in journal.read_bytes().splitlines()[1:]:
-        record = msgspec.json.decode(line, type=PointRecord)
+        record = msgspec.json.decode(content_of(line), type=PointRecord)
         seconds = (getattr(record.stages, name) for name in COLUMNS[4:])
         writer.writerow([record.m, record.k, record.n, record.repeat, *seconds])
 

@@ -15,6 +15,7 @@ import msgspec
 
 from fp8gate.calibrate.points.point_record import CONTROL, ArmRecord, PointRecord, Stages
 from fp8gate.calibrate.points.setup import Setup
+from fp8gate.calibrate.sweep.journal import content_of
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.table import Device, Software, SweepProtocol
 
@@ -90,7 +91,7 @@ def journal_points(folder: Path) -> list[tuple[int, int, int]]:
     journals = list(folder.rglob("journal-*.jsonl"))
     assert len(journals) <= 1
     lines = [line for journal in journals for line in journal.read_bytes().split(b"\n")[1:-1]]
-    records = [msgspec.json.decode(line, type=PointRecord) for line in lines]
+    records = [msgspec.json.decode(content_of(line), type=PointRecord) for line in lines]
     return [(record.m, record.k, record.n) for record in records]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
+import zlib
 
 import msgspec
 import pytest
@@ -10,9 +13,10 @@ import torch
 from samples import PROTOCOLS, SETUP, SOFTWARE, point_record, replaced
 
 from fp8gate.calibrate.device.cpu import Cpu
+from fp8gate.calibrate.planning.visit_journal import VisitRecord
 from fp8gate.calibrate.points.point_worker import PointBench
 from fp8gate.calibrate.points.setup import Setup
-from fp8gate.calibrate.sweep.journal import JournalError, SweepJournal
+from fp8gate.calibrate.sweep.journal import JournalError, SweepJournal, content_of
 from fp8gate.calibrate.sweep.run_sweep import sweep
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, Spread
@@ -42,7 +46,7 @@ def reopen(path, **options):
 def test_a_new_journal_is_empty_but_for_its_header(tmp_path):
     with SweepJournal(tmp_path / "new" / "folder", SETUP) as journal:
         assert journal.records == []
-    assert msgspec.json.decode(journal.path.read_bytes(), type=Setup) == SETUP
+    assert msgspec.json.decode(content_of(journal.path.read_bytes()[:-1]), type=Setup) == SETUP
 
 
 def test_what_was_appended_is_there_again(written):
@@ -57,14 +61,14 @@ def test_an_appended_point_is_in_the_file_at_once(tmp_path):
     with SweepJournal(tmp_path, SETUP) as journal:
         journal.append(FIRST)
         last_line = journal.path.read_bytes().splitlines()[-1]
-        assert msgspec.json.decode(last_line, type=type(FIRST)) == FIRST
+        assert msgspec.json.decode(content_of(last_line), type=type(FIRST)) == FIRST
 
 
 def test_a_last_line_cut_anywhere_is_dropped_and_written_over(written):
     content = written.read_bytes()
     before_last = content.rindex(b"\n", 0, -1) + 1
     assert len(content) - before_last > 100
-    for length in range(before_last, len(content)):
+    for length in range(before_last, len(content), 9):
         written.write_bytes(content[:length])
         with SweepJournal(written.parent, SETUP) as journal:
             assert journal.records == [FIRST]
@@ -75,7 +79,7 @@ def test_a_last_line_cut_anywhere_is_dropped_and_written_over(written):
 def test_a_header_cut_anywhere_is_written_again(tmp_path):
     path = reopen(tmp_path / "any").path
     content = path.read_bytes()
-    for length in range(0, len(content), 10):
+    for length in range(0, len(content), 25):
         path.write_bytes(content[:length])
         assert reopen(path).records == []
         assert path.read_bytes() == content
@@ -98,6 +102,89 @@ def test_a_damaged_line_is_named(written, line, damage):
     with pytest.raises(JournalError, match=rf"^{re.escape(str(written))}:{line}: .*--fresh"):
         reopen(written)
     assert written.read_bytes() == b"".join(lines)
+
+
+@pytest.mark.parametrize("change", [0x01, 0x20, 0x80])
+def test_any_changed_byte_is_found_and_nothing_is_changed(written, change):
+    content = written.read_bytes()
+    second = content.index(b"\n") + 1
+    for i in range(second, content.index(b"\n", second)):
+        damaged = content[:i] + bytes([content[i] ^ change]) + content[i + 1 :]
+        written.write_bytes(damaged)
+        with pytest.raises(JournalError, match=rf"^{re.escape(str(written))}:2: .*--fresh"):
+            reopen(written)
+        assert written.read_bytes() == damaged
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda text: text.replace(b'"bwd_us":[100.0,', b'"bwd_us":[', 1), "expected as many samples"),
+        (lambda text: text.replace(b'"fwd_us"', b'"status":"failed","fwd_us"', 1), "expected samples if and only if"),
+        (lambda text: text.replace(b'"bf16"', b'"bf16_again"', 1), "expected bf16 among them"),
+        (lambda text: text.replace(b'"m":16', b'"m":-16', 1), "Expected `int` >= 1"),
+        (lambda text: text.replace(b"100.0", b"-100.0", 1), "Expected `float` > 0"),
+        (lambda text: text.replace(b'Z"', b'"', 1), "Expected `datetime` with a timezone"),
+    ],
+)
+def test_a_record_is_checked_though_its_checksum_is_right(written, damage, problem):
+    header, record, *rest = written.read_bytes().splitlines(keepends=True)
+    content = damage(content_of(record[:-1]))
+    assert content != content_of(record[:-1])
+    written.write_bytes(b"".join([header, line_of(content), *rest]))
+    with pytest.raises(JournalError, match=rf":2: .*{problem}"):
+        reopen(written)
+
+
+def test_a_visit_is_checked_too():
+    visit = VisitRecord(convert=(), round=1, measured_at=FIRST.measured_at, fwd_us=1.0, bwd_us=2.0)
+    assert visit.problem() is None
+    assert "expected times if and only if" in replaced(visit, bwd_us=None).problem()
+    assert "expected times if and only if" in replaced(visit, status="failed").problem()
+
+
+def test_a_journal_that_is_not_this_ones_is_left_as_it_is(written):
+    other = SweepJournal(written.parent, OTHER_SETUPS[0])
+    written.rename(other.path)
+    cut = other.path.read_bytes()[:-5]
+    other.path.write_bytes(cut)
+    with pytest.raises(JournalError, match=":1: is of another set-up"), other:
+        pass
+    assert other.path.read_bytes() == cut
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_no_link_is_followed(written, fresh):
+    elsewhere = written.rename(written.with_name("elsewhere"))
+    content = elsewhere.read_bytes()
+    written.symlink_to(elsewhere)
+    with pytest.raises(JournalError, match="expected a regular file, found a symbolic link"):
+        reopen(written, fresh=fresh)
+    assert elsewhere.read_bytes() == content
+
+
+def test_a_pipe_is_refused_at_once(written):
+    written.unlink()
+    os.mkfifo(written)
+    with pytest.raises(JournalError, match="expected a regular file, found something else"):
+        reopen(written)
+
+
+def test_a_full_disk_names_the_file_and_loses_nothing(written):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with SweepJournal(written.parent, SETUP) as journal:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (written.stat().st_size + 100, hard))
+        try:
+            with pytest.raises(OSError, match=re.escape(str(written))):
+                journal.append(THIRD)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert journal.records == [FIRST, SECOND]
+    assert reopen(written).records == [FIRST, SECOND]
+
+
+def line_of(content):
+    return b'["%08x", %b]\n' % (zlib.crc32(content), content)
 
 
 def test_a_damaged_journal_can_be_put_aside(written):
@@ -159,7 +246,7 @@ def test_fresh_again_and_again_keeps_every_journal(tmp_path):
     for record in (FIRST, SECOND, THIRD):
         with SweepJournal(tmp_path, SETUP, fresh=True) as journal:
             journal.append(record)
-    kept = sorted(path.read_bytes().splitlines()[1] for path in tmp_path.glob("journal-*.jsonl.*"))
+    kept = sorted(content_of(path.read_bytes().splitlines()[1]) for path in tmp_path.glob("journal-*.jsonl.*"))
     assert kept == sorted(msgspec.json.encode(record) for record in (FIRST, SECOND))
 
 
@@ -221,16 +308,15 @@ def setup_of(header):
 def test_a_setup_keeps_its_header_and_its_file(tmp_path, header, name):
     with SweepJournal(tmp_path, setup_of(header)) as journal:
         assert journal.path == tmp_path / name
-        assert journal.path.read_text() == header + "\n"
+        assert content_of(journal.path.read_bytes()[:-1]) == header.encode()
 
 
-def test_an_earlier_journal_is_gone_on_with_and_nothing_is_measured_again(tmp_path, monkeypatch):
+def test_an_earlier_journal_is_gone_on_with_and_nothing_is_measured_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Cpu, "identity", lambda kind, device, local_rank: f"node7 cpu {local_rank}")
     monkeypatch.setattr(PointBench, "measure", lambda bench, point: pytest.fail(f"{point.task} is measured again"))
     path = tmp_path / "cpu-amd-epyc" / "journal-9b5894d6.jsonl"
     path.parent.mkdir()
     path.write_text("".join(f"{line}\n" for line in (CPU_HEADER, *RECORDS)))
-    before = path.read_bytes()
     result = sweep(
         Grid(),
         [LinearShape(32, 32, 48), LinearShape(32, 64, 48)],
@@ -240,8 +326,40 @@ def test_an_earlier_journal_is_gone_on_with_and_nothing_is_measured_again(tmp_pa
         out=tmp_path,
     )
     assert (result.report.measured, result.report.resumed, result.remaining) == (0, 2, 0)
-    assert path.read_bytes() == before
+    assert [content_of(line).decode() for line in path.read_bytes().splitlines()] == [CPU_HEADER, *RECORDS]
+    assert "had no checksums" in capsys.readouterr().err
     (table,) = result.tables.values()
     assert [point.numbers for point in table.points] == [(40.0, 60.0, 30.5, 49.5, 1.25, 1.25, 1.25)] * 2
     assert table.protocol.spread == Spread(points=1, median=0.0, p95=0.0, worst=0.0)
     assert table.protocol.controls == Spread(points=1, median=0.001, p95=0.001, worst=0.001)
+
+
+def test_a_journal_without_checksums_is_read_once_more_and_has_them_then(tmp_path):
+    header = setup_of(CPU_HEADER)
+    path = SweepJournal(tmp_path, header).path
+    path.write_text("".join(f"{line}\n" for line in (CPU_HEADER, *RECORDS)) + '{"cut')
+    with SweepJournal(tmp_path, header) as journal:
+        assert journal.had_no_checksums
+        assert len(journal.records) == len(RECORDS)
+        journal.append(journal.records[0])
+        with pytest.raises(JournalError, match="another sweep is writing to it"), SweepJournal(tmp_path, header):
+            pass
+    with SweepJournal(tmp_path, header) as again:
+        assert not again.had_no_checksums
+        assert again.records == journal.records
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_journal_without_checksums_stays_as_it_is_if_the_new_one_cannot_be_written(tmp_path, monkeypatch):
+    path = SweepJournal(tmp_path, setup_of(CPU_HEADER)).path
+    path.write_text(f"{CPU_HEADER}\n{RECORDS[0]}\n")
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"), SweepJournal(tmp_path, setup_of(CPU_HEADER)):
+        pass
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -17,6 +17,7 @@ import torch
 from fp8gate.calibrate.comparison.compare_tables import Comparison, compare_tables
 from fp8gate.calibrate.comparison.table_paths import by_recipe
 from fp8gate.calibrate.points.setup import Setup, make_setup
+from fp8gate.calibrate.processes.run_folder import run_folder
 from fp8gate.calibrate.sweep.run_sweep import sweep
 from fp8gate.filter.contract.errors import UnfinishedError
 from fp8gate.filter.contract.plan import PLANS, read_plan
@@ -84,7 +85,7 @@ def _measure_again(
     tables: Mapping[Recipe, Table], points: int, device: torch.device, setup: Setup, workers: int | None
 ) -> dict[Recipe, Table]:
     """New tables of the same recipes, with a sample of the points."""
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory(dir=run_folder()) as out:
         result = sweep(
             Grid(),
             sample(tables, points),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -51,7 +52,14 @@ def _open_for_everyone(path: Path) -> int:
     """A file that other users can open too: one user's lock file must not keep the others from the device."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-        return os.open(path, os.O_RDWR | os.O_NOFOLLOW)  # with O_CREAT, Linux refuses another user's file in /tmp
+    except FileExistsError:  # with O_CREAT, Linux refuses another user's file in /tmp
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            os.close(handle)
+            raise InputError(
+                f"{path}: expected a file of its own, as it is written to; found a link or no file"
+            ) from None
+        return handle
     os.fchmod(handle, 0o666)  # whatever the umask
     return handle

@@ -10,6 +10,7 @@ In: a file that the processes of one command share. Out: a `TimingLock` for each
 from __future__ import annotations
 
 import fcntl
+import multiprocessing.util
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pathlib import Path
 @contextmanager
 def timing_lock_file() -> Iterator[Path]:
     """The file that the processes of one command on one device share."""
-    with tempfile.NamedTemporaryFile(prefix="fp8gate-", suffix=".timing") as file:
+    with tempfile.NamedTemporaryFile(suffix=".timing", dir=multiprocessing.util.get_temp_dir()) as file:
         yield Path(file.name)
 
 

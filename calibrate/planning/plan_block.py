@@ -29,6 +29,7 @@ from fp8gate.calibrate.planning.subject import Subject
 from fp8gate.calibrate.planning.table_answer import TableAnswer
 from fp8gate.calibrate.planning.visit_journal import PlanJournal, PlanSetup
 from fp8gate.calibrate.planning.visit_rounds import VisitRounds
+from fp8gate.calibrate.processes.run_folder import run_folder
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plan import Candidate, Plan, PlanProtocol, exceeds_control
 from fp8gate.filter.contract.recipes import Recipe
@@ -97,12 +98,14 @@ def plan_subject(
     rules = Rules(
         screening=protocol.screening, final=protocol.final, confidence=protocol.confidence, noise=protocol.noise
     )
-    with tempfile.TemporaryDirectory() as nowhere, DeviceLock(device):
+    with tempfile.TemporaryDirectory(dir=run_folder()) as nowhere, DeviceLock(device):
         with (
             PlanJournal(out or Path(nowhere), setup, fresh=fresh) as journal,
             BlockWorkerPool(job, workers, until=until) as pool,
         ):
             say(f"{setup.device.name}: {subject.name}, {recipe}, {len(roles)} roles, {workers} workers, {journal.path}")
+            if journal.had_no_checksums:
+                say(f"warning: {journal.path} had no checksums: its visits were taken as they are, and have them now")
             rounds = VisitRounds(pool, journal, subject.blueprint.shapes, say, start=start, until=until)
             chosen = (search_all if exhaustive else search)(roles, answer.guesses, rounds, rules)
             rounds([BF16_SET], 1)  # it may be all that could be measured

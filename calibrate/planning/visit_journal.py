@@ -14,7 +14,7 @@ from fp8gate.calibrate.points.setup import Header
 from fp8gate.calibrate.sweep.journal import Journal
 from fp8gate.filter.contract.plan import CandidateStatus, PlanProtocol
 from fp8gate.filter.contract.recipes import Recipe
-from fp8gate.filter.contract.table import Device, Software
+from fp8gate.filter.contract.table import Device, Positive, Software
 
 
 class PlanSetup(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,14 +41,21 @@ class VisitRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     convert: tuple[str, ...]
     round: Annotated[int, msgspec.Meta(ge=0)]
-    measured_at: datetime
+    measured_at: Annotated[datetime, msgspec.Meta(tz=True)]
     status: CandidateStatus = "measured"
-    fwd_us: float | None = None
-    bwd_us: float | None = None
+    fwd_us: Positive | None = None
+    bwd_us: Positive | None = None
     error: float | None = None
     sm_clock_mhz: int | None = None
     is_limited: bool = False
     detail: str = ""
+
+    def problem(self) -> str | None:
+        """What is inconsistent in the record, or None: types alone do not tell."""
+        has_times = None not in (self.fwd_us, self.bwd_us)
+        if (self.status == "measured") != has_times:
+            return f"$.fwd_us, $.bwd_us: expected times if and only if status is measured; found {self.status}"
+        return None
 
 
 class PlanJournal(Journal[PlanSetup, VisitRecord]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 from statistics import median
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -16,7 +16,7 @@ from fp8gate.calibrate.timing.statistics import Interval, paired_speedup, unpair
 from fp8gate.filter.contract.plain_yaml import round_to_measured
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Point, Status, SweepProtocol
+from fp8gate.filter.contract.table import Point, Positive, Size, Status, SweepProtocol
 
 ArmName = Literal["bf16", "bf16_again", Recipe]
 """bf16_again is the control: the same linear, captured a second time. Its ratio to bf16 should be 1."""
@@ -35,8 +35,8 @@ class ArmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """
 
     status: Literal["measured", "out_of_memory", "unstable", "failed"] = "measured"
-    fwd_us: tuple[float, ...] = ()
-    bwd_us: tuple[float, ...] = ()
+    fwd_us: tuple[Positive, ...] = ()
+    bwd_us: tuple[Positive, ...] = ()
     errors: dict[str, float | None] = {}
     detail: str = ""
 
@@ -68,10 +68,10 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     rounds, if the device tells it.
     """
 
-    m: int
-    k: int
-    n: int
-    measured_at: datetime
+    m: Size
+    k: Size
+    n: Size
+    measured_at: Annotated[datetime, msgspec.Meta(tz=True)]
     stages: Stages
     process: int
     measured_on: str = ""
@@ -79,6 +79,17 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     repeat: bool = False
     sm_clock_mhz: tuple[int, ...] = ()
     arms: dict[ArmName, ArmRecord]
+
+    def problem(self) -> str | None:
+        """What is inconsistent in the record, or None: types alone do not tell."""
+        if "bf16" not in self.arms:
+            return "$.arms: expected bf16 among them"
+        for name, arm in self.arms.items():
+            if len(arm.fwd_us) != len(arm.bwd_us):
+                return f"$.arms.{name}: expected as many samples of the forward as of the backward"
+            if (arm.status == "measured") != bool(arm.fwd_us):
+                return f"$.arms.{name}: expected samples if and only if status is measured; found {arm.status}"
+        return None
 
     @property
     def shape(self) -> LinearShape:

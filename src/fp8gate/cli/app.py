@@ -5,9 +5,12 @@ Try it: fp8gate --help
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -37,13 +40,22 @@ WITH_JOURNAL = ("calibrate", "plan")
 """The commands that keep what they have measured when they are stopped."""
 
 
+class EndedBySignal(BaseException):
+    """A signal asks the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
 class Commands(TyperGroup):
     """All commands. An error that a user can do something about ends them with one line; a bug shows its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except (KeyboardInterrupt, Exception) as error:
+            with _raised_signals():
+                return super().invoke(ctx)
+        except (KeyboardInterrupt, EndedBySignal, Exception) as error:
             ending = _ending(error, has_journal=ctx.invoked_subcommand in WITH_JOURNAL)
             if ending is None:
                 raise
@@ -58,8 +70,9 @@ def _ending(error: BaseException, *, has_journal: bool) -> tuple[str, int] | Non
         case InputError() | UnfinishedError():
             return str(error), error.exit_code
         case KeyboardInterrupt():
-            kept = "; what was measured is in the journal: run the same command to go on" if has_journal else ""
-            return f"stopped{kept}", EXIT_INTERRUPTED
+            return f"stopped{_kept(has_journal)}", EXIT_INTERRUPTED
+        case EndedBySignal():
+            return f"ended by {error}{_kept(has_journal)}", 128 + error.number
         case BrokenPipeError():  # the reader of the output has ended, as `head` does: typer exits without a message
             return None
         case OSError():
@@ -68,6 +81,30 @@ def _ending(error: BaseException, *, has_journal: bool) -> tuple[str, int] | Non
             go_on = "; run the same command to go on" if has_journal else ""
             return f"the device failed: {error}{go_on}", EXIT_FOUND
     return None
+
+
+def _kept(has_journal: bool) -> str:
+    return "; what was measured is in the journal: run the same command to go on" if has_journal else ""
+
+
+@contextlib.contextmanager
+def _raised_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does: its children end, and its temporary files go."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise EndedBySignal(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    asked = (signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in asked if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    earlier = {number: signal.signal(number, end) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def _comes_from_the_device(error: RuntimeError) -> bool:

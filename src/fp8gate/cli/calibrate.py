@@ -20,7 +20,7 @@ from fp8gate.cli.options import (
     WorkersOption,
     print_json,
     require,
-    start_workers_early,
+    start_measuring,
 )
 from fp8gate.filter.contract.errors import EXIT_FOUND, InputError
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
@@ -94,7 +94,7 @@ def _run_sweep(
     if environment:  # before torch starts
         for asked in asked_kinds(kind):
             asked.claim(environment.local_rank, environment.local_world)
-    start_workers_early(kind, workers)
+    start_measuring(kind, workers)
     from fp8gate.calibrate.points.setup import make_setup
     from fp8gate.calibrate.ranks.rank_sweep import MeasuringByRanks, join, leading, take_part
     from fp8gate.calibrate.sweep.grid import grid_shapes, load_grid

@@ -59,10 +59,15 @@ def require(command: str, packages: Sequence[str] = MEASURING_PACKAGES) -> None:
         raise InputError(f"{command} needs {', '.join(missing)}: pip install 'fp8gate[{extras}]'")
 
 
-def start_workers_early(device: DeviceKindName | None, workers: int | None) -> None:
-    """Start the process that workers are forked from, before this process imports torch: both import it at once."""
-    from fp8gate.calibrate.processes.forkserver import start_early
+def start_measuring(device: DeviceKindName | None, workers: int | None) -> None:
+    """Make the folder for temporary files, and start the process that workers are forked from.
 
+    That process imports torch while this one does.
+    """
+    from fp8gate.calibrate.processes.forkserver import start_early
+    from fp8gate.calibrate.processes.run_folder import use_run_folder
+
+    use_run_folder()
     if workers != 0:
         start_early(device)
 

@@ -24,7 +24,7 @@ from fp8gate.cli.options import (
     print_json,
     recipes_of,
     require,
-    start_workers_early,
+    start_measuring,
 )
 from fp8gate.filter.contract.plan import write_plan
 
@@ -62,7 +62,7 @@ def plan_command(
     same command goes on where it was.
     """
     require("plan", PLANNING_PACKAGES)
-    start_workers_early(device, workers)
+    start_measuring(device, workers)
     from fp8gate.calibrate.device.registry import choose_device
     from fp8gate.calibrate.planning.plan_block import plan_subject
     from fp8gate.calibrate.planning.plan_protocol import make_protocol

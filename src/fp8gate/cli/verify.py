@@ -17,7 +17,7 @@ from fp8gate.cli.options import (
     WorkersOption,
     print_json,
     require,
-    start_workers_early,
+    start_measuring,
 )
 from fp8gate.filter.contract.errors import EXIT_FOUND
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
@@ -38,7 +38,7 @@ def verify_command(
     cannot be measured.
     """
     require("verify")
-    start_workers_early(device, workers)
+    start_measuring(device, workers)
     from fp8gate.calibrate.comparison.verify import verify
     from fp8gate.calibrate.device.registry import choose_device
     from fp8gate.calibrate.report.comparison_text import verification_json, verification_text

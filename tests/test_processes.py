@@ -260,12 +260,15 @@ if __name__ == "__main__":
 def test_a_killed_parent_leaves_no_child_behind_be_it_busy_or_idle(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(KILLED_PARENT)
-    parent = python(str(script))
+    parent, pids = python(str(script)), []
     try:
-        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        pids += [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2
         assert all(is_alive(pid) for pid in pids)
-    finally:
         parent.kill()
+        parent.wait()
+        wait_until_gone(*pids)
+    finally:
+        for pid in filter(is_alive, [parent.pid, *pids]):
+            os.kill(pid, signal.SIGKILL)
         parent.communicate()
-    wait_until_gone(*pids)

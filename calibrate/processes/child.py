@@ -97,9 +97,13 @@ class Child:
         else:
             self.process.kill()
 
-    def end(self) -> None:
-        """Make sure that it is gone, once it was dismissed."""
-        self.process.join(0 if self.busy_since is not None else self._limits.ending_s)
+    def end(self, until: float | None = None) -> None:
+        """Make sure that it is gone, once it was dismissed.
+
+        until: of `time.monotonic`, when it has had long enough to end by itself; None for the limit from now on.
+        """
+        until = time.monotonic() + self._limits.ending_s if until is None else until
+        self.process.join(0 if self.busy_since is not None else max(0.0, until - time.monotonic()))
         self.process.kill()
         self.process.join(self._limits.ending_s)
         self._connection.close()
@@ -142,11 +146,12 @@ def wait_for(children: Sequence[Child], until: float = math.inf) -> list[Child]:
 
 
 def end_all(children: Sequence[Child]) -> None:
-    """End them together."""
+    """End them together, within the limit of one."""
     for child in children:
         child.dismiss()
+    until = time.monotonic() + max((child._limits.ending_s for child in children), default=0.0)
     for child in children:
-        child.end()
+        child.end(until)
 
 
 def _pickled(job: object) -> bytes:

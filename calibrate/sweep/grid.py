@@ -8,20 +8,23 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable
-from pathlib import Path
 
 import msgspec
 
 from fp8gate.calibrate.device.registry import KINDS
-from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plain_yaml import convert, load_plain_yaml
+from fp8gate.filter.contract.reading.file_bytes import UnreadableError, read_utf8
+from fp8gate.filter.contract.reading.messages import FileError
+from fp8gate.filter.contract.reading.yaml_data import MAX_CHARACTERS
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Device, DeviceKindName, Grid, Size
 
 MAX_MEMORY_SHARE = 0.9
+MAX_SHAPES = 100_000
+"""Shapes of a grid file. A table can hold them; at 1.5 s a shape, as on an H100, they would take two days."""
 
 
-class GridError(InputError):
+class GridError(FileError):
     """A grid that cannot be measured; the message names the file and the field."""
 
 
@@ -43,20 +46,26 @@ def load_grid(name: str, kind: DeviceKindName) -> tuple[Grid, list[LinearShape]]
     if name in named:
         return named[name], []
     try:
-        text = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_utf8(name, at_most=MAX_CHARACTERS)
+    except UnreadableError as error:
         raise GridError(f"grid: expected quick, default or a readable YAML file; got {name!r} ({error})") from error
-    file: GridFile = convert(
-        load_plain_yaml(text, source=name, error=GridError), GridFile, source=name, error=GridError
-    )
+    file = convert(load_plain_yaml(text, source=name, error=GridError), GridFile, source=name, error=GridError)
     grid = Grid(m=_axis(file.m), k=_axis(file.k), n=_axis(file.n))
     shapes = [LinearShape(*sizes) for sizes in file.shapes]
+    _require_shapes(grid, shapes, name)
+    return grid, shapes
+
+
+def _require_shapes(grid: Grid, shapes: list[LinearShape], name: str) -> None:
+    """Raise GridError for no shape, for too many, and for one that float8 cannot compute."""
+    count = len(grid.m) * len(grid.k) * len(grid.n) + len(shapes)
+    if not count:
+        raise GridError(f"{name}: expected m, k and n with a size each, or shapes; found no shape")
+    if count > MAX_SHAPES:
+        raise GridError(f"{name}: expected at most {MAX_SHAPES:,} combinations of m, k and n; found {count:,}")
     for shape in [*grid_shapes(grid), *shapes]:
         if problem := shape.indivisible():
             raise GridError(f"{name}: {shape}: expected multiples of 16, as float8 products need; {problem}")
-    if not shapes and not grid_shapes(grid):
-        raise GridError(f"{name}: expected m, k and n with a size each, or shapes; found no shape")
-    return grid, shapes
 
 
 def grid_shapes(grid: Grid) -> list[LinearShape]:

@@ -29,6 +29,7 @@ from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import WITH_NUMBERS
+from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import LOOKUPS, LookupName
 
 DATA = Path(__file__).parent / "data"
@@ -41,16 +42,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="NVIDIA H200", help="a device with tables and off-grid data")
     parser.add_argument("--tables", default=None, help="a folder of tables instead of the packaged ones")
+    parser.add_argument("--min-speedup", type=float, default=DEFAULT_MIN_SPEEDUP, help="convert from this speedup on")
     arguments = parser.parse_args()
-    print(compare(arguments.device, arguments.tables))
+    print(compare(arguments.device, arguments.tables, arguments.min_speedup))
 
 
-def compare(device: str, tables: str | None = None) -> str:
+def compare(device: str, tables: str | None = None, min_speedup: float = DEFAULT_MIN_SPEEDUP) -> str:
     """The scores of every rule for every recipe, as a Markdown table."""
     rows = []
     for recipe in RECIPES:
         truth = measured_speedups(DATA / device_slug(device) / f"{recipe}.yaml")
-        for name, choose in choices(recipe, device, tables):
+        for name, choose in choices(recipe, device, tables, min_speedup):
             rows.append((recipe, name, *score(choose, truth)))
     headers = ("recipe", "decided by", "right", "mean loss", "worst loss", "worst shape (m, k, n)")
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
@@ -61,7 +63,7 @@ def measured_speedups(path: Path) -> dict[LinearShape, float]:
     return {p.shape: p.speedup for p in read_table(path).points if p.status in WITH_NUMBERS and p.speedup}
 
 
-def choices(recipe: Recipe, device: str, tables: str | None) -> list[tuple[str, Choice]]:
+def choices(recipe: Recipe, device: str, tables: str | None, min_speedup: float) -> list[tuple[str, Choice]]:
     """Everything that can decide for a recipe. torchao's rule is left out where torchao has none."""
     rules: list[tuple[str, Choice]] = [
         ("never float8", lambda shape: False),
@@ -73,11 +75,11 @@ def choices(recipe: Recipe, device: str, tables: str | None) -> list[tuple[str, 
     except NotImplementedError:
         pass
     for lookup in LOOKUPS:
-        rules.append((f"fp8gate, {lookup}", table_choice(recipe, device, tables, lookup)))
+        rules.append((f"fp8gate, {lookup}", table_choice(recipe, device, tables, lookup, min_speedup)))
     return rules
 
 
-def table_choice(recipe: Recipe, device: str, tables: str | None, lookup: LookupName) -> Choice:
+def table_choice(recipe: Recipe, device: str, tables: str | None, lookup: LookupName, min_speedup: float) -> Choice:
     @cache
     def filter_for(tokens: int) -> AutoFilter:
         return auto_filter(
@@ -86,6 +88,7 @@ def table_choice(recipe: Recipe, device: str, tables: str | None, lookup: Lookup
             device=device,
             tables=tables,
             lookup=lookup,
+            min_speedup=min_speedup,
             on_outside="ignore",
             on_ambiguous="ignore",
         )

@@ -31,11 +31,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", nargs="?", type=Path, default=ROOT / "thresholds" / "nvidia-h200")
     parser.add_argument("second", nargs="?", type=Path, default=ROOT / "benchmarks/data/nvidia-h200-second-sweep")
+    parser.add_argument("--min-speedup", type=float, default=DEFAULT_MIN_SPEEDUP, help="convert from this speedup on")
     arguments = parser.parse_args()
-    print(compare(arguments.first, arguments.second))
+    print(compare(arguments.first, arguments.second, arguments.min_speedup))
 
 
-def compare(first: Path, second: Path) -> str:
+def compare(first: Path, second: Path, min_speedup: float = DEFAULT_MIN_SPEEDUP) -> str:
     """How far the sweeps agree, by recipe and by bf16 time, then the decisions that flip, as Markdown."""
     by_recipe = {recipe: _pairs(first / f"{recipe}.yaml", second / f"{recipe}.yaml") for recipe in RECIPES}
     everything = [pair for pairs in by_recipe.values() for pair in pairs]
@@ -48,10 +49,10 @@ def compare(first: Path, second: Path) -> str:
         f"- {recipe} {a.shape}: {a.speedup} and {b.speedup}"
         for recipe, pairs in by_recipe.items()
         for a, b in pairs
-        if _converts(a) != _converts(b)
+        if _converts(a, min_speedup) != _converts(b, min_speedup)
     ]
     table = tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
-    return "\n".join([table, "", f"{len(flips)} decisions at {DEFAULT_MIN_SPEEDUP} flip:", *flips])
+    return "\n".join([table, "", f"{len(flips)} decisions at {min_speedup} flip:", *flips])
 
 
 def _pairs(first: Path, second: Path) -> list[Pair]:
@@ -82,8 +83,8 @@ def _speedup(point: Point) -> float:
     return point.speedup
 
 
-def _converts(point: Point) -> bool:
-    return _speedup(point) >= DEFAULT_MIN_SPEEDUP
+def _converts(point: Point, min_speedup: float) -> bool:
+    return _speedup(point) >= min_speedup
 
 
 if __name__ == "__main__":

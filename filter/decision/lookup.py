@@ -9,9 +9,9 @@ import itertools
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
-from operator import mul
-from typing import Literal, NamedTuple, get_args
+from functools import cache, cached_property
+from operator import itemgetter, mul
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import msgspec
 
@@ -22,9 +22,14 @@ from fp8gate.filter.contract.table import Point, Status, Table
 LookupName = Literal["nearest", "interpolate"]
 LOOKUPS: tuple[LookupName, ...] = get_args(LookupName)
 DEFAULT_LOOKUP: LookupName = "interpolate"
-"""With every recipe, interpolation lost less than half of what the nearest point lost. Over 110 shapes off the grid the
-mean loss was 0.00, 0.00 and 0.07 % against 0.12, 0.28 and 0.25 % (measured on one NVIDIA H200, LOG.md)."""
+"""Judged where float8 breaks even (`min_speedup` 1.0), interpolation loses less than half of what the nearest point
+loses. Over 110 shapes off the grid of one NVIDIA H200 its mean loss is 0.05, 0.06 and 0.05 % against 0.16, 0.39 and
+0.17 % (tensorwise, rowwise, rowwise_with_gw_hp); over 40 on one NVIDIA H100 it is 0.00, 0.00 and 0.14 % against 0.00,
+0.43 and 0.54 %. At the default of 1.05 the means are 0.06, 0.21 and 0.16 % against 0.00, 0.22 and 0.07 %. Most of that
+is what the layers below 1.05 would gain by themselves, whatever the lookup.
+Source: `python benchmarks/against_torchao_rule.py --min-speedup 1.0`, and LOG.md."""
 
+T = TypeVar("T")
 Sizes = tuple[int, int, int]
 TIE_OCTAVES = 1e-9  # distances that differ by less are equal
 DISTANCE_DIGITS = 9  # to which squared distances in octaves are rounded, so that equal ones compare as equal
@@ -83,7 +88,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lookup:
-    """An index over one table. Building it takes time linear in the points. A decision costs one `__call__`.
+    """An index over one table. Building it takes time linear in the points, as does the slowest `__call__`.
 
     Raises InputError for an unknown kind of lookup.
     """
@@ -203,30 +208,37 @@ class Lookup:
     def _search(self, at: Sizes) -> _Nearest:
         """The same by a search over all points: outwards on every axis, up to the nearest point found so far.
 
-        Distances are rounded, so that equal ones compare as equal whatever the order in which they were summed.
+        It looks at each point once at most, and at each size of m, and of k at an m, that has points. Distances are
+        rounded, so that equal ones compare as equal whatever the order in which they were summed.
         """
-        by_m, by_k, by_n = (axis.by_distance(size) for axis, size in zip(self._everywhere, at, strict=True))
-        best = (math.inf, math.inf, at)
+        at_m, at_k, at_n = map(math.log2, at)
+        best: tuple[float, float, Sizes] = (math.inf, math.inf, at)
         gaps: list[tuple[float, Sizes]] = []
-        for m_away, m in by_m:
+        for m_away, by_k in _nearest_first(self._by_m, at_m):
             if round(m_away, DISTANCE_DIGITS) > best[0]:
                 break
-            for k_away, k in by_k:
+            for k_away, by_n in _nearest_first(by_k, at_k):
                 if round(m_away + k_away, DISTANCE_DIGITS) > best[0]:
                     break
-                for n_away, n in by_n:
+                for n_away, point in _nearest_first(by_n, at_n):
                     away = round(m_away + k_away + n_away, DISTANCE_DIGITS)
                     if away > best[0]:
                         break
-                    point = self._points.get((m, k, n))
-                    if point is None:
-                        continue
+                    sizes = (point.m, point.k, point.n)
                     if point.speedup is None:
-                        gaps.append((away, (m, k, n)))
+                        gaps.append((away, sizes))
                     else:
-                        best = min(best, (away, point.speedup, (m, k, n)))
+                        best = min(best, (away, point.speedup, sizes))
         gap = min((gap for gap in gaps if gap[0] < best[0]), default=None)
         return _Nearest(self._points[best[2]], math.sqrt(best[0]), self._points[gap[1]].status if gap else None)
+
+    @cached_property
+    def _by_m(self) -> list[tuple[float, list[tuple[float, list[tuple[float, Point]]]]]]:
+        """All points by log2 of m, then k, then n. Built for the first shape that needs a search."""
+        sizes: dict[int, dict[int, list[tuple[float, Point]]]] = {}
+        for point in self._points.values():
+            sizes.setdefault(point.m, {}).setdefault(point.k, []).append((math.log2(point.n), point))
+        return [(math.log2(m), [(math.log2(k), by_n) for k, by_n in by_k.items()]) for m, by_k in sizes.items()]
 
     def _outside(self, shape: LinearShape) -> bool:
         sizes = (shape.m, shape.k, shape.n)
@@ -277,10 +289,10 @@ class _Axis:
         away, other = min(sides)
         return other, away
 
-    def by_distance(self, size: int) -> list[tuple[float, int]]:
-        """Every size with its squared distance, nearest first."""
-        at = math.log2(size)
-        return sorted(((log2 - at) ** 2, other) for log2, other in self._log2)
+
+def _nearest_first(items: Sequence[tuple[float, T]], at: float) -> list[tuple[float, T]]:
+    """Items, each behind its place in octaves, by their squared distance from `at`."""
+    return sorted((((place - at) ** 2, item) for place, item in items), key=itemgetter(0))
 
 
 def _numbers(point: Point) -> list[float]:

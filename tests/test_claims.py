@@ -1,0 +1,52 @@
+"""Numbers in the documents that a script prints are those that it prints today."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = " ".join((ROOT / "README.md").read_text().split())
+LOOKUP = " ".join((ROOT / "filter" / "decision" / "lookup.py").read_text().split())
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield
+    for name in ("two_sweeps", "against_torchao_rule"):
+        sys.modules.pop(name, None)
+
+
+def test_how_far_two_sweeps_agree():
+    import two_sweeps
+
+    printed = two_sweeps.compare(ROOT / "thresholds" / "nvidia-h200", ROOT / "benchmarks/data/nvidia-h200-second-sweep")
+    (row,) = (line for line in printed.splitlines() if line.startswith("| all "))
+    speedups, median, _, p95, worst, _, _, covered = (cell.strip() for cell in row.split("|")[2:-1])
+    flips = re.search(r"^(\d+) decisions at ([\d.]+) flip:", printed, flags=re.M)
+    rounded = (f"{float(percent.rstrip('%')):.1f} %" for percent in (median, p95, worst))
+    within = "{} (median), {} (95th percentile) and {} (worst)".format(*rounded)
+    assert f"agree within {within} over {speedups} speedups" in README
+    assert f"in all but {flips[1]} decisions at {flips[2]} (" in README
+    assert f"{covered.rstrip('%')} % of one sweep's speedups lie within the other's bounds" in README
+
+
+@pytest.mark.filterwarnings("ignore::fp8gate.StaleTableWarning")
+@pytest.mark.parametrize(("min_speedup", "texts"), [(1.0, [README, LOOKUP]), (1.05, [LOOKUP])])
+def test_what_the_choice_of_lookup_rests_on(min_speedup, texts):
+    import against_torchao_rule
+
+    printed = against_torchao_rule.compare("NVIDIA H200", None, min_speedup)
+    losses = {
+        lookup: [
+            line.split("|")[4].strip().rstrip("%") for line in printed.splitlines() if f"fp8gate, {lookup}" in line
+        ]
+        for lookup in ("interpolate", "nearest")
+    }
+    ours, theirs = ("{}, {} and {} %".format(*losses[lookup]) for lookup in ("interpolate", "nearest"))
+    for text in texts:
+        assert f"{ours} against {theirs}" in text or f"is {ours}, the nearest point's {theirs}" in text

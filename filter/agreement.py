@@ -1,4 +1,4 @@
-"""Check that all ranks convert the same layers, over torch.distributed's store: with any backend, in bounded time.
+"""Check that all ranks decided the same layers by the same settings, with any backend, in bounded time.
 
 In: what one rank decided, and a process group. Out: nothing, or an error on every rank that names the differences.
 """
@@ -6,122 +6,91 @@ In: what one rank decided, and a process group. Out: nothing, or an error on eve
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.names import plain_name
+from fp8gate.filter.contract.plan import Plan, format_plan
+from fp8gate.filter.contract.table import Table, format_table
+from fp8gate.filter.decision.decide import Decision
+from fp8gate.filter.rank_exchange import RankExchange, RanksMissingError, listed
+from fp8gate.filter.settings import FilterSettings
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+__all__ = ["RanksDisagreeError", "RanksMissingError", "require_agreement", "topics_decided"]
+
 MAX_NAMED = 5  # layers that an error names; a model has hundreds
+MAX_TIMEOUT_S = 7 * 86_400.0  # a week; clocks and locks overflow far above it
+NOT_GIVEN = "not given"
+
+Topic: TypeAlias = str | int | float | list[str] | dict[str, str]
+"""What was decided by: a single setting, or one text for each layer or pattern."""
 
 
 class RanksDisagreeError(RuntimeError):
     """The ranks would convert different layers, or decided by different tables. It is raised on all of them."""
 
 
-class RanksMissingError(RuntimeError):
-    """Some ranks did not say in time what they decided."""
+def topics_decided(
+    table: Table, settings: FilterSettings, plan: Plan | None, decisions: Mapping[str, Decision]
+) -> dict[str, Topic]:
+    """All that decides, and what was decided for each layer, as plain data by topic."""
+    patterns = settings.parallel.patterns()
+    return {
+        "table": _digest(format_table(table)),
+        "recipe": table.recipe,
+        "tokens": settings.tokens,
+        "min_speedup": float(settings.min_speedup),
+        "lookup": settings.lookup,
+        "filter_fqns": sorted(set(settings.filter_fqns)),
+        "recompute": "a predicate" if callable(settings.recompute) else settings.recompute,
+        "plan": _digest(format_plan(plan)) if plan else "none",
+        "parallel.tp": settings.parallel.tp,
+        "parallel.cp": settings.parallel.cp,
+        "parallel.plan": {f"parallel.plan[{i}]": f"{p} is {p.style}" for i, p in enumerate(patterns)},
+        "layers": {fqn: _answer(decision, settings.recomputes(plain_name(fqn))) for fqn, decision in decisions.items()},
+    }
 
 
-def require_agreement(decided: Mapping[str, Any], file: str, group: ProcessGroup | None, timeout_s: float) -> None:
+def require_agreement(decided: Mapping[str, Topic], file: str, group: ProcessGroup | None, timeout_s: float) -> None:
     """Compare what this rank decided with what all other ranks of the group decided. All of them must call this.
 
-    decided: plain data by topic. If ranks differ, the error names the topics and the layers in `decided["layers"]`.
+    decided: see `topics_decided`. If ranks differ, the error names the topics and layers in which they do.
     file: where the table came from. Each node may have its own copy, so another file alone is no difference.
     group: None means all ranks.
-    Raises RanksDisagreeError, or RanksMissingError after `timeout_s` seconds. Raises InputError if torch.distributed is
-    not initialized, or for a group without this rank.
+    Raises RanksDisagreeError, or RanksMissingError within `timeout_s` + 4 seconds. Raises InputError for a timeout out
+    of range, for a group without this rank, or if torch.distributed is not initialized.
     """
-    import hashlib
-    import json
-
     import torch.distributed as dist
+    from torch.distributed import distributed_c10d
 
     if not dist.is_initialized():
         raise InputError("agree: expected torch.distributed to be initialized; call it after init_process_group")
     if group is not None and not isinstance(group, dist.ProcessGroup):  # new_group gives other ranks a placeholder
         raise InputError("agree: expected a group that this rank belongs to")
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise InputError(f"timeout_s: expected seconds above 0 and at most {MAX_TIMEOUT_S:.0f}; got {timeout_s!r}")
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-    exchange = RankExchange(ranks, dist.get_rank(), timeout_s)
-    digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
-    digests = exchange.read_all("digest", digest, ranks)
+    exchange = RankExchange(distributed_c10d._get_default_store(), ranks, dist.get_rank(), timeout_s)
+    exchange.run(lambda: _compare(exchange, decided, file))
+
+
+def _compare(exchange: RankExchange, decided: Mapping[str, Topic], file: str) -> None:
+    """Compare digests first. Only if some differ, one rank of each opinion tells the others all that it decided."""
+    import json
+
+    digests = exchange.join(_sha256(json.dumps(decided, sort_keys=True)))
     speakers = {digest: rank for rank, digest in reversed(digests.items())}  # the lowest rank of those that agree
     if len(speakers) == 1:
-        exchange.wait_for_readers(ranks)  # a late rank may find that the others have given up
+        exchange.finish()  # a late rank may find that the others have given up
         return
-    contents = exchange.read_all("content", json.dumps({**decided, "file": file}), sorted(speakers.values()))
+    contents = exchange.read_all("content", json.dumps({"file": file, **decided}), sorted(speakers.values()))
     with contextlib.suppress(RanksMissingError):  # the disagreement is the more useful error
-        exchange.wait_for_readers(ranks)
+        exchange.finish()
     raise RanksDisagreeError(_describe(digests, {rank: json.loads(text) for rank, text in contents.items()}))
-
-
-class RankExchange:
-    """Texts that the ranks of a group leave for each other in torch.distributed's store."""
-
-    def __init__(self, ranks: Sequence[int], rank: int, timeout_s: float) -> None:
-        from hashlib import sha256
-
-        from torch.distributed import distributed_c10d
-
-        self._store = distributed_c10d._get_default_store()
-        self._rank, self._timeout_s = rank, timeout_s
-        group = sha256(str(sorted(ranks)).encode()).hexdigest()[:16]
-        try:
-            call = self._store.add(f"fp8gate/{group}/calls/{rank}", 1)  # ranks make their calls in the same order
-        except RuntimeError as error:
-            raise _no_store(error) from error
-        self._prefix = f"fp8gate/{group}/{call}"
-
-    def read_all(self, topic: str, text: str, speakers: Sequence[int]) -> dict[int, str]:
-        """The texts of all speakers: rank -> text. If this rank is a speaker, `text` is left for the others first.
-
-        Raises RanksMissingError if a speaker leaves no text in time.
-        """
-        keys = [f"{self._prefix}/{topic}/{rank}" for rank in speakers]
-        try:
-            if self._rank in speakers:
-                self._store.set(f"{self._prefix}/{topic}/{self._rank}", text)
-            self._store.wait(keys, timedelta(seconds=self._timeout_s))
-            return dict(zip(speakers, (t.decode() for t in self._store.multi_get(keys)), strict=True))
-        except RuntimeError as error:
-            raise self._missing(speakers, keys, error) from error
-
-    def wait_for_readers(self, ranks: Sequence[int]) -> None:
-        """Wait until all ranks have read everything: the store may be in this process, which an error may end.
-
-        Raises RanksMissingError if some have not. If the store is gone, the rank that kept it had seen all others read.
-        """
-        keys = [f"{self._prefix}/read/{rank}" for rank in ranks]
-        try:
-            self._store.set(f"{self._prefix}/read/{self._rank}", "")
-            self._store.wait(keys, timedelta(seconds=self._timeout_s))
-        except RuntimeError as error:
-            try:
-                late = self._without_text(ranks, keys)
-            except RuntimeError:
-                return
-            if late:
-                raise RanksMissingError(
-                    f"rank {_list(late)} gave up before this rank answered, or did not read the answers within "
-                    f"{self._timeout_s:g} s"
-                ) from error
-
-    def _missing(self, speakers: Sequence[int], keys: Sequence[str], error: RuntimeError) -> RanksMissingError:
-        try:
-            missing = self._without_text(speakers, keys)
-        except RuntimeError:
-            return _no_store(error)
-        return RanksMissingError(f"rank {_list(missing)} did not answer within {self._timeout_s:g} s")
-
-    def _without_text(self, ranks: Sequence[int], keys: Sequence[str]) -> list[int]:
-        return [rank for rank, key in zip(ranks, keys, strict=True) if not self._store.check([key])]
-
-
-def _no_store(error: RuntimeError) -> RanksMissingError:
-    return RanksMissingError(f"the rank that keeps torch.distributed's store does not answer: {error}")
 
 
 def _describe(digests: Mapping[int, str], contents: Mapping[int, Mapping[str, Any]]) -> str:
@@ -130,22 +99,40 @@ def _describe(digests: Mapping[int, str], contents: Mapping[int, Mapping[str, An
     first, *others = sorted(contents)
     lines = ["the ranks do not agree on what to convert:"]
     for other in others:
-        lines.append(f"rank {_list(members[first])} against rank {_list(members[other])}:")
-        lines += [f"  {difference}" for difference in _differences(contents[first], contents[other])]
+        lines.append(f"rank {listed(members[first])} against rank {listed(members[other])}:")
+        lines += [f"  {difference}" for difference in differences(contents[first], contents[other])]
     return "\n".join(lines)
 
 
-def _differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[str]:
-    for topic in left:
-        if topic != "layers" and left[topic] != right[topic]:
-            yield f"{topic}: {left[topic]} against {right[topic]}"
-    left_layers, right_layers = left["layers"], right["layers"]
-    differ = [fqn for fqn in sorted({*left_layers, *right_layers}) if left_layers.get(fqn) != right_layers.get(fqn)]
-    for fqn in differ[:MAX_NAMED]:
-        yield f"{fqn}: {left_layers.get(fqn, 'not asked')} against {right_layers.get(fqn, 'not asked')}"
+def differences(left: Mapping[str, Topic], right: Mapping[str, Topic]) -> Iterator[str]:
+    """The topics in which two ranks differ, a line each; of layers and patterns the first few."""
+    for topic in dict.fromkeys([*left, *right]):
+        one, other = left.get(topic, NOT_GIVEN), right.get(topic, NOT_GIVEN)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _different_entries(one, other)
+        elif one != other:
+            yield f"{topic}: {one} against {other}"
+
+
+def _different_entries(left: Mapping[str, str], right: Mapping[str, str]) -> Iterator[str]:
+    differ = [name for name in sorted({*left, *right}) if left.get(name) != right.get(name)]
+    for name in differ[:MAX_NAMED]:
+        yield f"{name}: {left.get(name, NOT_GIVEN)} against {right.get(name, NOT_GIVEN)}"
     if len(differ) > MAX_NAMED:
-        yield f"and {len(differ) - MAX_NAMED} more layers"
+        yield f"and {len(differ) - MAX_NAMED} more"
 
 
-def _list(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks))
+def _answer(decision: Decision, recomputed: bool) -> str:
+    """What was decided for a layer, for which rows and sizes."""
+    shape = f" at {decision.shape}" if decision.shape else ""
+    return f"{'float8' if decision.convert else 'bf16'}{shape}{', recomputed' if recomputed else ''}"
+
+
+def _digest(text: str) -> str:
+    return f"sha256 {_sha256(text)[:12]}"
+
+
+def _sha256(text: str) -> str:
+    from hashlib import sha256
+
+    return sha256(text.encode()).hexdigest()

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8gate.filter.agreement import require_agreement
+from fp8gate.filter.agreement import require_agreement, topics_decided
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.find_table import find_table
 from fp8gate.filter.contract.names import plain_name
-from fp8gate.filter.contract.plan import Plan, format_plan, load_plan, require_same_training
+from fp8gate.filter.contract.plan import Plan, load_plan, require_same_training
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.software_check import stale
-from fp8gate.filter.contract.table import Table, format_table
+from fp8gate.filter.contract.table import Table
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, Decision
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
 from fp8gate.filter.filter_text import decisions_text, summary_text
@@ -109,22 +109,15 @@ class AutoFilter:
         """Make sure that every rank of a process group decided the same by the same table. All of them must call this.
 
         Call it after `check` or after the conversion: only answers that were given are compared. Under pipeline
-        parallelism give the group of one stage. Raises InputError if nothing was asked yet. Raises RanksDisagreeError
-        on all ranks, which names the ranks that differ, their tables and layers, and RanksMissingError if a rank does
-        not answer within `timeout_s` seconds.
+        parallelism give the group of one stage. After an error it may be called again on all ranks.
+        Raises RanksDisagreeError on all ranks, which names the ranks that differ, and in which settings and layers.
+        Raises RanksMissingError if a rank does not answer within `timeout_s` seconds, at most 4 seconds later, whatever
+        the other ranks do. Raises InputError if nothing was asked yet, or for a timeout that is no positive number.
         """
         if not self.decisions:
             raise InputError("agree: nothing is decided yet; call check(model) first")
-        settings = self.settings
-        decided = {
-            "table": _digest(format_table(self.table)),
-            "recipe": self.table.recipe,
-            "tokens": settings.tokens,
-            "min_speedup": settings.min_speedup,
-            "lookup": settings.lookup,
-            "plan": _digest(format_plan(self._plan.plan)) if self._plan else "none",
-            "layers": {fqn: "float8" if d.convert else "bf16" for fqn, d in self.decisions.items()},
-        }
+        plan = self._plan.plan if self._plan else None
+        decided = topics_decided(self.table, self.settings, plan, self.decisions)
         require_agreement(decided, str(self.path), group, timeout_s)
 
     @property
@@ -290,9 +283,3 @@ def auto_filter(
             findings.add(Finding(StaleTableWarning, message))
     findings.settle()
     return wants_float8
-
-
-def _digest(text: str) -> str:
-    from hashlib import sha256
-
-    return f"sha256 {sha256(text.encode()).hexdigest()[:12]}"

@@ -20,8 +20,7 @@ from fp8gate import AutoFilter, OutsideGridWarning, Parallel, StaleTableWarning,
 from fp8gate.filter.contract import software_check as stale_module
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.software_check import stale
-from fp8gate.filter.contract.table import Point, Software
+from fp8gate.filter.contract.table import Point
 from fp8gate.filter.model.linear_layer import LinearSize, linear_size
 
 TOKENS = 32
@@ -394,26 +393,3 @@ def test_table_of_the_installed_torch_is_silent(tmp_path, build):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         auto_filter("rowwise", tokens=32, tables=path)
-
-
-@pytest.mark.parametrize(
-    ("versions", "difference"),
-    [
-        ({}, None),
-        ({"torch": "2.13.0+cu130"}, None),
-        ({"torch": "2.11.0"}, "torch 2.11.0, here 2.13.0"),
-        ({"torchao": "0.17.0"}, "torchao 0.17.0, here 0.18.0"),
-        ({"torch": "2.11.0", "torchao": "0.17.0"}, "torch 2.11.0, here 2.13.0; torchao 0.17.0, here 0.18.0"),
-        ({"triton": "3.6.0"}, None),  # not installed here, so no difference
-        ({"fp8gate": "0.0.1", "cuda": "12.0", "driver": "1"}, None),
-    ],
-)
-def test_stale_names_the_packages_that_differ(monkeypatch, versions, difference):
-    def version(package):
-        installed = {"torch": "2.13.0+cpu", "torchao": "0.18.0"}
-        if package not in installed:
-            raise metadata.PackageNotFoundError(package)
-        return installed[package]
-
-    monkeypatch.setattr(metadata, "version", version)
-    assert stale(Software(**{"torch": "2.13.0", "torchao": "0.18.0", "fp8gate": "0.1.0", **versions})) == difference

@@ -147,7 +147,7 @@ def test_killed_again_and_again_it_measures_every_point_once(start, out, tmp_pat
     for before, number in ((0, 1), (0, 2), (1, 2)):  # at its first point, then at its second twice
         gate = Gate(tmp_path / f"gate {before} {number}", number)
         command = start(change=gate)
-        gate.wait_for_process()
+        gate.wait_for(command)
         command.kill()
         assert command.exit_code() == -signal.SIGKILL
         assert len(journal_points(out)) == before + number - 1
@@ -171,7 +171,7 @@ def test_killed_again_and_again_it_measures_every_point_once(start, out, tmp_pat
 def test_ctrl_c_says_how_to_go_on(start, out, tmp_path):
     at_second = Gate(tmp_path / "gate", 2)
     command = start(change=at_second)
-    at_second.wait_for_process()
+    at_second.wait_for(command)
     command.press_ctrl_c()
     assert command.exit_code() == 130, command.said
     assert command.said.splitlines()[-1] == GO_ON

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
-from builders import make_point, make_table, write_file, write_folder
+from builders import PROTOCOL, make_point, make_table, write_file, write_folder
 from typer.testing import CliRunner
 
 from fp8gate.cli import app
+from fp8gate.filter.contract.table import Spread
 
 SHAPES = [(1024, k, n) for k in (1024, 2048, 4096) for n in (1024, 2048, 4096)]
 
@@ -37,6 +39,19 @@ def test_a_planted_change_is_exit_code_1(diff, tmp_path):
     assert "(1024, 1024, 1024)" in result.stdout
 
 
+@pytest.mark.parametrize(("p95", "exit_code"), [(0.06, 0), (1.75, 1)])
+def test_tables_that_cannot_tell_are_exit_code_1(diff, tmp_path, p95, exit_code):
+    """One repeat that was 175 % off: no change of any point would show."""
+    spread = Spread(points=1, median=p95, p95=p95, worst=p95)
+    path = write_file(table(protocol=msgspec.structs.replace(PROTOCOL, spread=spread)), tmp_path / "a.yaml")
+    result = diff(path, path)
+    assert result.exit_code == exit_code, result.output
+    assert "0 points changed beyond chance" in result.stdout
+    assert ("cannot tell whether points changed" in result.stdout) is bool(exit_code)
+    (comparison,) = json.loads(diff(path, path, "--json").stdout)["comparisons"]
+    assert (comparison["findings"], comparison["can_tell"]) == (False, not exit_code)
+
+
 def test_folders_are_compared_recipe_by_recipe(diff, tmp_path):
     before = write_folder(tmp_path / "a", table(), table(recipe="tensorwise"))
     after = write_folder(tmp_path / "b", table(1.3, recipe="tensorwise"), table(recipe="rowwise_with_gw_hp"))
@@ -54,7 +69,9 @@ def test_committed_sweeps_of_one_gpu_do_not_differ_in_decisions(diff, request):
     """Real ones, of one NVIDIA H200 each, kernels tuned by Inductor's own timing: a few of the shortest differ."""
     root = request.config.rootpath
     result = diff(root / "benchmarks/data/nvidia-h200-second-sweep", root / "thresholds/nvidia-h200", "--json")
+    assert result.exit_code == 0
     for comparison in json.loads(result.stdout)["comparisons"]:
+        assert comparison["can_tell"]
         assert abs(comparison["shift"]["estimate"] - 1) < 0.005
         assert all(not flip["beyond_chance"] for flip in comparison["flips"])
         assert len(comparison["changed"]) < 0.03 * comparison["points"]

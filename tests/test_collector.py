@@ -46,8 +46,13 @@ def shared():
 
 @pytest.fixture
 def leader(shared):
-    """Rank 0's store."""
-    return RankStore.open(shared)
+    """Rank 0's store. It ends the sweep after a while, so that a test fails rather than waits for ever."""
+    store = RankStore.open(shared)
+    limit = threading.Timer(MAX_WAIT_S, store.end, ["the test took too long"])
+    limit.daemon = True
+    limit.start()
+    yield store
+    limit.cancel()
 
 
 @pytest.fixture
@@ -65,17 +70,13 @@ def join(shared, leader):
 
 @pytest.fixture
 def collecting(leader):
-    """Starts the collector for so many ranks. The test fails rather than waits for ever."""
-    limit = threading.Timer(MAX_WAIT_S, leader.end, ["the test took too long"])
-    limit.daemon = True
-    limit.start()
+    """Makes the collector of so many ranks. It starts where it is entered."""
 
-    def start(world, limits=None):
+    def make(world, limits=None):
         leader.publish(SWEEP)
         return Collector(leader, world, SWEEP, Notes(), limits)
 
-    yield start
-    limit.cancel()
+    return make
 
 
 class Notes:
@@ -322,6 +323,7 @@ def test_waiting_ends_when_the_time_is_up(leader):
     start = time.monotonic()
     assert not RankTaskQueue([], leader).wait(start + 0.05)
     assert time.monotonic() >= start + 0.05
+    assert not leader.has_ended()
 
 
 def test_a_task_is_not_begun_when_the_time_is_up(leader):

@@ -9,7 +9,14 @@ import pytest
 from builders import PROTOCOL, make_point, make_table
 from samples import replaced
 
-from fp8gate.calibrate.comparison.compare_tables import SHIFT, SPREADS, compare_tables, shift_of
+from fp8gate.calibrate.comparison.compare_tables import (
+    FINDABLE_AT_A_POINT,
+    MIN_POINTS,
+    SHIFT,
+    SPREADS,
+    compare_tables,
+    shift_of,
+)
 from fp8gate.calibrate.comparison.usual_models import MODEL_TP, usual_models
 from fp8gate.calibrate.report.comparison_text import comparison_json, comparison_text
 from fp8gate.filter.contract.table import Spread, TableError
@@ -58,6 +65,7 @@ def test_two_honest_sweeps_have_no_findings(seed):
     comparison = compared(one, other)
     assert not comparison.has_findings, comparison.changed
     assert comparison.changed == []
+    assert comparison.can_tell
 
 
 @pytest.mark.parametrize("factor", [1.1, 0.9])
@@ -102,6 +110,18 @@ def test_a_shift_of_what_two_boards_differ_by_is_none():
     comparison = compared(table(truth), table([s * (1 + SHIFT / 2) for s in truth]))
     assert comparison.shift.estimate == pytest.approx(1 + SHIFT / 2)
     assert not comparison.has_shifted
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_shift_of_which_chance_may_be_half_is_none(sign):
+    """Half of the points are 12 % faster, or slower: 6 % in the middle, but with bounds from 0 to 12 %."""
+    wide = replaced(STATED, spread=Spread(points=20, median=0.02, p95=0.04, worst=0.05))
+    truth = speedups()[:16]
+    changed = [value * math.exp(sign * 0.113 * (i % 2)) for i, value in enumerate(truth)]
+    comparison = compared(table(truth, protocol=wide), table(changed, protocol=wide))
+    assert sign * (comparison.shift.estimate - 1) > SHIFT
+    assert comparison.shift.excludes(1 + sign * SHIFT) is False
+    assert (comparison.has_shifted, comparison.shifted_tokens, comparison.changed) == (False, {}, [])
 
 
 def test_what_chance_allows_is_the_bounds_and_the_spread():
@@ -189,3 +209,74 @@ def test_the_json_has_everything():
     (changed,) = data["changed"]
     assert (changed["m"], changed["k"], changed["n"], changed["beyond_chance"]) == (*SHAPES[0], True)
     assert set(data["shift"]) == {"estimate", "low", "high"}
+
+
+# --- what a comparison cannot tell -----------------------------------------------------------------------------
+
+
+def spread_of(p95, points=20):
+    return replaced(STATED, spread=Spread(points=points, median=p95, p95=p95, worst=p95))
+
+
+def test_one_repeat_that_was_far_off_is_no_proof_that_nothing_changed():
+    """The allowance is that of the spread, 2.6: each speedup may have become ten times as large."""
+    truth = speedups()
+    after = [truth[0] * 5, truth[1] / 5, *noisy(truth[2:], 1, 0.003)]
+    comparison = compared(table(truth), table(after, protocol=spread_of(1.75, points=1)))
+    assert not comparison.has_findings
+    assert (comparison.can_tell, comparison.finds_shift, comparison.finds_single_changes) == (False, True, False)
+    assert comparison.allowance == pytest.approx(SPREADS * (P95 + 1.75) / 2, abs=0.01)
+    sentence = "cannot tell whether points changed: by chance half may by 1327%, which is more than 25%"
+    assert sentence in comparison_text([comparison])
+    assert comparison_json(comparison)["can_tell"] is False
+
+
+@pytest.mark.parametrize(("above", "can_tell"), [(-0.001, True), (0.001, False)])
+def test_the_median_point_must_show_a_quarter(above, can_tell):
+    bounds = 0.003
+    p95 = (math.log(1 + FINDABLE_AT_A_POINT) + above - math.hypot(bounds, bounds)) / SPREADS
+    stated = {"bounds": bounds, "protocol": spread_of(p95)}
+    assert compared(table(speedups(), **stated), table(speedups(), **stated)).can_tell is can_tell
+
+
+def test_it_is_the_median_point_that_counts():
+    """A few wide points are no reason to doubt the others."""
+    wide = [make_point(*shape, 1.5, spread=3.0) for shape in SHAPES[:15]]
+    narrow = [make_point(*shape, 1.5, spread=1.001) for shape in SHAPES[15:]]
+    most_narrow = make_table(*wide, *narrow, protocol=STATED)
+    assert compared(most_narrow, most_narrow).can_tell
+    most_wide = make_table(*wide, *narrow[:14], protocol=STATED)
+    assert not compared(most_wide, most_wide).can_tell
+
+
+@pytest.mark.parametrize(
+    ("points", "p95", "finds_shift"),
+    [(MIN_POINTS, 0.05, True), (MIN_POINTS - 1, 0.05, False), (MIN_POINTS - 1, 0.03, True)],
+)
+def test_a_shift_shows_in_enough_points_or_at_each(points, p95, finds_shift):
+    one = table(speedups()[:points], protocol=spread_of(p95))
+    comparison = compared(one, one)
+    assert (comparison.finds_shift, comparison.can_tell) == (finds_shift, finds_shift)
+    sentence = "cannot tell whether all have shifted: a change of 10% would not show"
+    assert (sentence in comparison_text([comparison])) is not finds_shift
+
+
+@pytest.mark.parametrize(("factor", "finds_shift"), [(1.12, True), (1.16, False)])
+def test_a_shift_does_not_show_where_points_scatter_too_much(factor, finds_shift):
+    """Half of the points up, half down: the bounds are as wide as they are apart."""
+    truth = speedups()[:16]
+    scattered = [value * (factor ** (i % 2)) for i, value in enumerate(truth)]
+    wide = {"protocol": spread_of(0.06)}
+    comparison = compared(table(truth, **wide), table(scattered, **wide))
+    assert (comparison.changed, comparison.finds_shift) == ([], finds_shift)
+
+
+def test_without_numbers_in_both_nothing_can_be_told():
+    before = make_table(make_point(*SHAPES[0], status="failed"), make_point(*SHAPES[1]))
+    comparison = compared(before, before)
+    assert comparison.can_tell is False
+    nothing = make_table(make_point(*SHAPES[0], status="failed"))
+    comparison = compared(nothing, nothing)
+    assert (comparison.can_tell, comparison.allowance, comparison.has_findings) == (False, None, False)
+    assert "cannot tell whether points changed: none has numbers in both" in comparison_text([comparison])
+    assert comparison_json(comparison)["allowance"] is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import msgspec
 import pytest
 from builders import DEVICE, make_point, make_table, write_file, write_folder
@@ -65,6 +67,28 @@ def test_missing_place_is_named(tmp_path):
         find_table("rowwise", device="NVIDIA H200", tables=tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("by", ["argument", "environment"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "too long", "too many links"])
+def test_what_is_neither_file_nor_folder_is_refused_at_once(tmp_path, monkeypatch, kind, by):
+    place = {"device": "/dev/zero", "too long": f"/{'a' * 5000}"}.get(kind, str(tmp_path / "place"))
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "too many links":
+        os.symlink(place, place)
+    if by == "environment":
+        monkeypatch.setenv(ENVIRONMENT, place)
+    with pytest.raises(
+        TableError, match=r"^/.*cannot be read: (expected a regular file|File name too|Too many levels)"
+    ):
+        find_table("rowwise", device="NVIDIA H200", tables=place if by == "argument" else None)
+
+
+@pytest.mark.parametrize("device", ["A" * 300, "A" * 5000])
+def test_a_device_name_that_no_folder_can_have_is_refused(packaged, device):
+    with pytest.raises(TableError, match="no rowwise table for 'AAA"):
+        find_table("rowwise", device=device)
+
+
 def test_packaged_tables_are_in_the_package():
     assert packaged_thresholds().parts[-2:] == ("fp8gate", "thresholds")
 
@@ -123,6 +147,26 @@ def test_folder_without_tables_says_none(tmp_path):
         find_table("rowwise", device="NVIDIA H200", tables=tmp_path / "empty")
 
 
+def test_a_broken_table_of_another_device_hides_nothing(tmp_path):
+    folder = write_folder(tmp_path / "t", table_of("NVIDIA H200"), table_of("NVIDIA B200"))
+    (folder / "nvidia-b200" / "rowwise.yaml").write_text("schema: 1\n")
+    (folder / "nvidia-a100").mkdir()
+    os.mkfifo(folder / "nvidia-a100" / "rowwise.yaml")
+    assert find_table("rowwise", device="NVIDIA H200", tables=folder)[0].device.name == "NVIDIA H200"
+    with pytest.raises(TableError) as error:
+        find_table("rowwise", device="NVIDIA H100", tables=folder)
+    assert (
+        "no rowwise table for 'NVIDIA H100' (nvidia-h100/rowwise.yaml); devices there: nvidia-a100/rowwise.yaml (no "
+        "valid table), nvidia-b200/rowwise.yaml (no valid table), NVIDIA H200. To measure"
+    ) in str(error.value)
+
+
+def test_of_many_devices_the_first_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_NAMED", 2)
+    folder = write_folder(tmp_path / "t", *(table_of(f"GPU {letter}") for letter in "DBCA"))
+    assert measured_devices(folder, "rowwise") == ["GPU A", "GPU B", "and 2 more"]
+
+
 def test_measured_devices_are_those_with_the_recipe(tmp_path):
     folder = write_folder(tmp_path / "t", table_of("NVIDIA H200"), table_of("NVIDIA B200", recipe="tensorwise"))
     assert measured_devices(folder, "rowwise") == ["NVIDIA H200"]
@@ -136,6 +180,17 @@ def test_without_a_device_a_folder_is_asked_for_the_local_one(monkeypatch):
     monkeypatch.setattr(module, "local_device_name", lambda: "NVIDIA H100")
     with pytest.raises(TableError, match="no rowwise table for 'NVIDIA H100'"):
         find_table("rowwise")
+
+
+def test_a_device_found_here_is_not_taken_for_another_with_the_same_slug(tmp_path, monkeypatch):
+    """A name that somebody typed may be spelled otherwise; one that the driver gave is another device's."""
+    folder = write_folder(tmp_path / "t", table_of("CPU X 1"))
+    assert find_table("rowwise", device="CPU X(1)", tables=folder)[0].device.name == "CPU X 1"
+    monkeypatch.setattr(module, "local_device_name", lambda: "CPU X(1)")
+    with pytest.raises(
+        TableError, match=r"rowwise\.yaml: \$\.device\.name: expected CPU X\(1\), found CPU X 1, another"
+    ):
+        find_table("rowwise", tables=folder)
 
 
 def test_without_a_device_a_file_stands_for_its_own(monkeypatch, packaged):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from samples import CPU, GPU, replaced
 
+from fp8gate.calibrate.device.registry import KINDS
 from fp8gate.calibrate.sweep.grid import (
-    GRIDS,
     GridError,
     grid_shapes,
     load_grid,
@@ -18,6 +18,7 @@ from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid
 
 SHAPES = [LinearShape(m, k, n) for m in (16, 32, 64) for k in (16, 48) for n in (16, 32)]
+GRIDS = [(kind, name) for kind in KINDS for name in KINDS[kind].defaults.grids]
 
 
 @pytest.fixture
@@ -30,6 +31,10 @@ def load(tmp_path):
         return load_grid(str(path), "cpu")
 
     return load_text
+
+
+def test_every_kind_has_the_grids_that_the_command_line_names():
+    assert GRIDS == [("cuda", "default"), ("cuda", "quick"), ("cpu", "default"), ("cpu", "quick")]
 
 
 def test_the_default_gpu_grid_is_powers_of_two_over_the_whole_range():
@@ -48,7 +53,9 @@ def test_quick_is_smaller_than_default(kind):
 
 @pytest.mark.parametrize(("kind", "name"), GRIDS)
 def test_named_grids_can_be_measured(kind, name):
-    shapes = grid_shapes(GRIDS[kind, name])
+    grid, beside = load_grid(name, kind)
+    shapes = grid_shapes(grid)
+    assert beside == []
     assert [shape for shape in shapes if shape.indivisible()] == []
     if kind == "cpu":
         assert [shape for shape in shapes if too_large(shape, CPU, on_grid=True)] == []
@@ -99,11 +106,28 @@ def test_grid_shapes_are_all_combinations():
         pytest.param("", r"object.*null", id="empty file"),
         pytest.param("m: [16", r"not plain YAML", id="not YAML"),
         pytest.param("m: !!python/tuple [16]", r"not plain YAML", id="a tag"),
+        pytest.param("m: [2147483648]\nk: [16]\nn: [16]", r"<= 2147483647 - at `\$\.m\[0\]`", id="above 32 bits"),
+        pytest.param(f"m: [{10**320}]", r"\$\.m\[0\]: expected a finite number", id="320 digits"),
     ],
 )
 def test_errors_name_the_file_and_the_field(load, text, complaint):
     with pytest.raises(GridError, match=rf"(?s)grid\.yaml: .*{complaint}"):
         load(text)
+
+
+def axis(sizes: int) -> str:
+    return str([16 * (i + 1) for i in range(sizes)])
+
+
+def test_combinations_are_counted_before_they_are_made(load):
+    with pytest.raises(GridError, match=r"at most 100,000 combinations of m, k and n; found 27,000,000,000"):
+        load(f"m: {axis(3000)}\nk: {axis(3000)}\nn: {axis(3000)}")
+    with pytest.raises(GridError, match=r"found 100,001"):
+        load(f"m: {axis(100)}\nk: {axis(100)}\nn: {axis(10)}\nshapes: [[16, 16, 16]]")
+
+
+def test_as_many_combinations_as_a_table_holds_are_read(load):
+    assert len(grid_shapes(load(f"m: {axis(100)}\nk: {axis(100)}\nn: {axis(10)}")[0])) == 100_000
 
 
 def test_a_missing_file_is_neither_a_grid_nor_a_traceback(tmp_path):

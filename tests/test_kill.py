@@ -12,6 +12,7 @@ import pytest
 from samples import python
 
 from fp8gate.calibrate.points.point_record import PointRecord
+from fp8gate.calibrate.sweep.journal import content_of
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.table import read_table
 
@@ -65,7 +66,7 @@ class Sweeps:
         journals = list(self.out.rglob("journal-*.jsonl"))
         assert len(journals) <= 1
         lines = [line for journal in journals for line in journal.read_bytes().split(b"\n")[1:-1]]
-        return [msgspec.json.decode(line, type=PointRecord) for line in lines]
+        return [msgspec.json.decode(content_of(line), type=PointRecord) for line in lines]
 
     def wait_until(self, condition):
         give_up_at = time.monotonic() + MAX_WAIT_S

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, Point
-from fp8gate.filter.decision.lookup import Estimate, Lookup
+from fp8gate.filter.decision import lookup as lookup_module
+from fp8gate.filter.decision.lookup import DISTANCE_DIGITS, Estimate, Lookup
 
 
 def look_up(shape: tuple[int, int, int], *points: Point, kind: str = "nearest", **fields: object) -> Estimate:
@@ -149,6 +150,14 @@ def test_shape_outside_the_measured_range_is_flagged(shape, outside, kind):
 def test_point_without_numbers_does_not_widen_the_range(status, outside):
     points = [make_point(16, 16, 16), make_point(16, 16, 64, status=status)]
     assert look_up((16, 16, 48), *points).outside is outside
+
+
+@pytest.mark.parametrize("kind", ["nearest", "interpolate"])
+@pytest.mark.parametrize(("n", "outside"), [(48, False), (64, False), (65, True), (512, True)])
+def test_a_point_off_the_grid_does_not_widen_the_range(n, outside, kind):
+    """A single point far away, measured for one model, says nothing of the shapes between it and the grid."""
+    points = [make_point(16, 16, n) for n in (16, 32, 64, 1024)]
+    assert look_up((16, 16, n), *points, kind=kind, grid=Grid(m=(16,), k=(16,), n=(16, 32, 64))).outside is outside
 
 
 @pytest.mark.parametrize("kind", ["nearest", "interpolate"])
@@ -293,6 +302,46 @@ def test_nearest_agrees_with_brute_force(points, shape):
     assert estimate.speedup == estimate.point.speedup == lowest
     assert estimate.distance == pytest.approx(best, abs=1e-8)
     assert estimate.gap in gaps if gaps else estimate.gap is None
+
+
+irregular_shapes = st.builds(LinearShape, any_size, any_size, any_size)
+few_speedups = st.sampled_from([0.5, 1.0, 2.0])
+
+
+@given(
+    st.lists(st.one_of(shapes, irregular_shapes), min_size=1, max_size=30, unique=True),
+    st.lists(few_speedups, min_size=30, max_size=30),
+    st.one_of(shapes, irregular_shapes),
+)
+def test_nearest_is_exactly_that_of_a_search_over_all_points(places, values, shape):
+    """Also of points on no common axes, and of ties: the lower speedup counts, then the smaller sizes."""
+    points = [make_point(p.m, p.k, p.n, speedup) for p, speedup in zip(places, values, strict=False)]
+    logs = [[math.log2(size) for size in (s.m, s.k, s.n)] for s in (shape, *places)]
+    squares = [sum((a - b) ** 2 for a, b in zip(place, logs[0], strict=True)) for place in logs[1:]]
+    expected = min(zip((round(x, DISTANCE_DIGITS) for x in squares), values, places, points, strict=False))
+    estimate = look_up((shape.m, shape.k, shape.n), *points)
+    assert estimate.point == expected[-1]
+    assert estimate.distance == pytest.approx(math.sqrt(expected[0]), abs=1e-6)
+
+
+@pytest.mark.parametrize("spread", ["everywhere", "equally far"])
+def test_a_search_computes_each_distance_at_most_once(monkeypatch, spread):
+    """Points on no common axes: a search by axes would look at 40^3 combinations of their sizes."""
+    count = 40
+    if spread == "everywhere":
+        places = [(1000 + 7 * i, 1000 + 11 * i * i % 997, 1000 + 13 * i * i % 991) for i in range(count)]
+    else:
+        angles = [math.pi / 2 * (i + 0.5) / count for i in range(count)]
+        places = [(4096, round(4096 * 2 ** math.cos(a)), round(4096 * 2 ** math.sin(a))) for a in angles]
+    lookup = Lookup(make_table(*(make_point(*place) for place in places), grid=Grid()))
+    rounded = []
+    monkeypatch.setattr(lookup_module, "round", lambda *args: rounded.append(args) or round(*args), raising=False)
+    most = 0
+    for shape in [(4096, 4096, 4096), (1, 1, 1), (1100, 1450, 1560)]:
+        rounded.clear()
+        lookup(LinearShape(*shape))
+        most = max(most, len(rounded))
+    assert count < most <= 3 * count + 3  # of m, of m and k, of all three; and of the nearest sizes on each axis
 
 
 @given(sparse_points(), st.sampled_from(["nearest", "interpolate"]))

@@ -227,6 +227,53 @@ def test_wrong_type_is_named(write_config, field, value):
     assert f"$.{field}" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"num_attention_heads": 128}, "$.num_attention_heads: expected a divisor of hidden_size, 64; found 128"),
+        ({"num_attention_heads": 3}, "$.num_attention_heads: expected a divisor of hidden_size, 64; found 3"),
+        ({"num_key_value_heads": 3}, "$.num_key_value_heads: expected a divisor of num_attention_heads, 4; found 3"),
+        ({"num_key_value_heads": 8}, "$.num_key_value_heads: expected a divisor of num_attention_heads, 4; found 8"),
+        ({"head_dim": 2**29}, "$.head_dim: expected at most 536870911 for 4 heads, found 536870912"),
+        ({"vocab_size": 2**31}, "Expected `int` <= 2147483647 - at `$.vocab_size`"),
+        ({"vocab_size": 10**320}, "$.vocab_size: expected a finite number, at most 9.22e+18 either way; found inf"),
+        ({"rope_scaling": {"factor": float("inf")}}, "$.rope_scaling.factor: expected a finite number, at most"),
+        ({"rope_scaling": {"beta": [1, float("nan")]}}, "$.rope_scaling.beta[1]: expected a finite number, at most"),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_named(write_config, fields, complaint):
+    path = write_config(**{**LLAMA, **fields})
+    with pytest.raises(ModelError) as error:
+        load_model(path)
+    assert str(error.value).startswith(f"{path}: {complaint}")
+
+
+@pytest.mark.parametrize("fields", [{"num_attention_heads": 128, "head_dim": 1}, {"head_dim": 2**29 - 1}])
+def test_any_head_dim_that_is_stated_goes_with_any_number_of_heads(write_config, fields):
+    assert load_model(write_config(**{**LLAMA, **fields})).head_dim == fields["head_dim"]
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "x"])
+def test_a_key_twice_is_named(tmp_path, key):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA)[:-1] + f', "y": {{"{key}": 1, "{key}": 1}}}}')
+    with pytest.raises(ModelError, match=rf"config\.json: not plain JSON data: key '{key}' is there twice"):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize(("depth", "is_read"), [(31, True), (32, False)])
+def test_collections_inside_each_other_are_bounded(write_config, depth, is_read):
+    nested: list = []
+    for _ in range(depth - 1):
+        nested = [nested]
+    path = write_config(**LLAMA, text='a "[" in text: {[[\\', x=nested)
+    if is_read:
+        assert load_model(path).hidden_size == 64
+    else:
+        with pytest.raises(ModelError, match="expected at most 32 collections inside each other"):
+            load_model(path)
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "Llama", ""])
 def test_unknown_model_type_is_named(write_config, model_type):
     path = write_config(**{**LLAMA, "model_type": model_type})

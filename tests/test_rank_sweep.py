@@ -118,7 +118,7 @@ def test_a_rank_that_is_killed_loses_no_point(ranks, gate, tmp_path):
     at_first, at_second = gate(1), gate(2)
     leader, other = ranks.start_rank(0, 3, at_first, limits=SOON_DEAD), ranks.start_rank(1, 3, at_first)
     doomed = ranks.start_rank(2, 3, at_second)
-    at_second.wait_for_process()
+    at_second.wait_for(doomed)
     doomed.kill()
     assert doomed.exit_code() == -signal.SIGKILL
     at_first.open()
@@ -144,7 +144,7 @@ def test_ranks_of_different_devices_make_no_table(ranks, gate, tmp_path):
 
 def test_without_rank_0_the_others_end_and_a_later_sweep_goes_on(ranks, gate, tmp_path):
     leader, other = ranks.start_rank(0, 2, gate(2)), ranks.start_rank(1, 2)
-    wait_for_points(tmp_path, 3)
+    wait_for_points(tmp_path, 3, leader)
     leader.kill()
     assert leader.exit_code() == -signal.SIGKILL
     assert other.exit_code() == 1, other.said
@@ -157,8 +157,8 @@ def test_without_rank_0_the_others_end_and_a_later_sweep_goes_on(ranks, gate, tm
 
 
 def test_ctrl_c_ends_all_ranks_and_keeps_what_was_measured(ranks, gate, tmp_path):
-    leader, other = ranks.start_rank(0, 2, gate(2), limits=SOON_DEAD), ranks.start_rank(1, 2, gate(3))
-    wait_for_points(tmp_path, 3)
+    leader, other = ranks.start_rank(0, 2, gate(2), limits=RankLimits(dead_s=1.0)), ranks.start_rank(1, 2, gate(3))
+    wait_for_points(tmp_path, 3, leader)
     for rank in (leader, other):
         rank.press_ctrl_c()
     assert leader.exit_code() == 130, leader.said

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from builders import make_point, make_table, write_file
+from builders import PROTOCOL, make_point, make_table, write_file
 from plans import make_plan
 from samples import quick_points, replaced
 from typer.testing import CliRunner
@@ -21,6 +21,7 @@ from fp8gate.calibrate.sweep.run_sweep import SweepResult
 from fp8gate.cli import app
 from fp8gate.filter.contract.plan import write_plan
 from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Spread
 
 HERE = describe_device(torch.device("cpu"))
 SHAPES = [(m, k, n) for m in (16, 32, 64) for k in (16, 32, 64, 128) for n in (16, 32, 64, 128)]
@@ -177,3 +178,20 @@ def test_real_measurements_on_this_machine(tmp_path, monkeypatch):
     assert result.exit_code in (0, 1), result.output
     (comparison,) = json.loads(result.stdout)["comparisons"]
     assert comparison["points"] == 9
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_what_cannot_be_told_from_chance_is_exit_code_1(verify, folder, factor):
+    """The table's one repeat was 175 % off. A shift of all speedups shows even so."""
+    spread = Spread(points=1, median=1.75, p95=1.75, worst=1.75)
+    for path in (folder / "here").iterdir():
+        write_file(table(recipe=path.stem, protocol=replaced(PROTOCOL, spread=spread)), path)
+    told = verify(factor=factor)
+    data = json.loads(verify("--json", factor=factor).stdout)
+    assert (told.exit_code, data["can_tell"]) == (1, False)
+    if factor == 1.0:
+        assert f"2 tables read and checked; cannot tell whether those of {HERE.name} hold: measure again" in told.stdout
+        assert data["holds"] is None
+    else:
+        assert f"those of {HERE.name} do NOT hold" in told.stdout
+        assert data["holds"] is False

@@ -4,7 +4,8 @@ In: two tables. Out: a `Comparison`: the points that changed by more than chance
 points have shifted together, and what this means for models.
 
 Two honest sweeps differ too. Each point varies within its bounds, and from one process or board to the next it varies
-by the spread that the tables state. Only a change that exceeds both together counts.
+by the spread that the tables state. Only a change that exceeds both together counts. Where chance allows so much that
+a change which matters would not show, a comparison without findings says nothing: `can_tell` is False then.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from fp8gate.calibrate.timing.statistics import Interval, ratio_of
 from fp8gate.filter.contract.recipes import Recipe
@@ -30,6 +32,12 @@ SPREADS = 3.0
 repeated points; the mean of both tables is taken, because each repeats 20 points only. Of the 1221 speedups of two
 sweeps, the one that differed most lay at 2.4 spreads, beside its bounds (LOG.md, 2026-11-25)."""
 DEFAULT_SPREAD = 0.05  # for tables that state none
+FINDABLE = 0.10
+"""A change of all speedups together must show if it is as large. It would flip 16 to 31 of the 407 decisions of an H200
+table; two honest sweeps flip 2 to 8."""
+FINDABLE_AT_A_POINT = 0.25
+"""A change of a single speedup must show at half of the points if it is as large. Between two H200 sweeps chance allows
+the median point 14, 18 and 20 % (rowwise, rowwise_with_gw_hp, tensorwise), so no less can be asked of honest tables."""
 CONFIDENCE = 0.99
 MIN_POINTS = 8  # the fewest that give bounds at that confidence
 
@@ -115,6 +123,30 @@ class Comparison:
     def has_findings(self) -> bool:
         return bool(self.changed or self.lost or self.has_shifted or self.shifted_tokens)
 
+    @property
+    def allowance(self) -> float | None:
+        """How far ln(after / before) of the median point may be from 0 by chance. None if there is no point."""
+        return median(point.allowed for point in self.points) if self.points else None
+
+    @property
+    def finds_shift(self) -> bool:
+        """Whether a change of all speedups by FINDABLE would show: in all together, or at half of the points."""
+        is_narrow = self.shift is not None and _width(self.shift) <= math.log((1 + FINDABLE) / (1 + SHIFT))
+        return is_narrow or self._shows(FINDABLE)
+
+    @property
+    def finds_single_changes(self) -> bool:
+        """Whether a change of one speedup by FINDABLE_AT_A_POINT would show at half of the points."""
+        return self._shows(FINDABLE_AT_A_POINT)
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether the absence of findings says that the tables agree."""
+        return self.finds_shift and self.finds_single_changes
+
+    def _shows(self, change: float) -> bool:
+        return self.allowance is not None and self.allowance <= math.log(1 + change)
+
 
 def compare_tables(
     before: Table,
@@ -170,6 +202,11 @@ def _shifts(points: Sequence[PointChange]) -> dict[int, Interval]:
 
 def _is_beyond(shift: Interval) -> bool:
     return shift.low > 1 + SHIFT or shift.high < 1 / (1 + SHIFT)
+
+
+def _width(shift: Interval) -> float:
+    """The logarithm of the wider side of the bounds."""
+    return math.log(max(shift.high / shift.estimate, shift.estimate / shift.low))
 
 
 def _compare(before: Point, after: Point, spread: float, min_speedup: float) -> PointChange:

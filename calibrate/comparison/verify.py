@@ -48,6 +48,11 @@ class Verification:
     def has_findings(self) -> bool:
         return any(comparison.has_findings for comparison in self.comparisons)
 
+    @property
+    def can_tell(self) -> bool:
+        """Whether the absence of findings says that the tables hold. True if there was nothing to compare."""
+        return all(comparison.can_tell for comparison in self.comparisons)
+
 
 def verify(folder: Path, device: torch.device, *, points: int, min_speedup: float, workers: int | None) -> Verification:
     """Read every table and plan under `folder`. If tables are of this device, measure `points` of them again.

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from tabulate import tabulate
 
-from fp8gate.calibrate.comparison.compare_tables import SHIFT, Comparison, ModelChange, PointChange
+from fp8gate.calibrate.comparison.compare_tables import (
+    FINDABLE,
+    FINDABLE_AT_A_POINT,
+    SHIFT,
+    Comparison,
+    ModelChange,
+    PointChange,
+)
 from fp8gate.calibrate.timing.statistics import Interval
 from fp8gate.filter.contract.table import Table
 
@@ -40,6 +48,8 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "before": _provenance(comparison.before),
         "after": _provenance(comparison.after),
         "findings": comparison.has_findings,
+        "can_tell": comparison.can_tell,
+        "allowance": None if comparison.allowance is None else round(comparison.allowance, 5),
         "points": len(comparison.points),
         "only_before": comparison.only_before,
         "only_after": comparison.only_after,
@@ -67,10 +77,20 @@ def verification_text(verification: Verification) -> str:
     checked = f"{len(verification.files)} tables{plans} read and checked"
     if not verification.comparisons:
         return f"{checked}; none is of {verification.device}: nothing was measured"
-    verdict = "do NOT hold" if verification.has_findings else "hold"
-    lines = [f"{checked}; those of {verification.device} {verdict}"]
+    lines = [f"{checked}; {_verdict(verification)}"]
     lines += [f"{recipe} was measured with {difference}" for recipe, difference in verification.stale.items()]
     return "\n".join(lines) + "\n\n" + comparison_text(verification.comparisons)
+
+
+def _verdict(verification: Verification) -> str:
+    if verification.has_findings:
+        return f"those of {verification.device} do NOT hold"
+    if not verification.can_tell:
+        return (
+            f"cannot tell whether those of {verification.device} hold: measure again while nothing else runs, or give "
+            "more --points"
+        )
+    return f"those of {verification.device} hold"
 
 
 def verification_json(verification: Verification) -> dict[str, Any]:
@@ -78,10 +98,18 @@ def verification_json(verification: Verification) -> dict[str, Any]:
         "device": verification.device,
         "files": [str(path) for path in verification.files],
         "measured": bool(verification.comparisons),
-        "holds": not verification.has_findings if verification.comparisons else None,
+        "holds": _holds(verification),
+        "can_tell": verification.can_tell if verification.comparisons else None,
         "stale": dict(verification.stale),
         "comparisons": [comparison_json(comparison) for comparison in verification.comparisons],
     }
+
+
+def _holds(verification: Verification) -> bool | None:
+    """None if nothing was measured, or if what was measured cannot tell."""
+    if verification.has_findings:
+        return False
+    return True if verification.comparisons and verification.can_tell else None
 
 
 def _sentences(comparison: Comparison) -> list[str]:
@@ -94,10 +122,24 @@ def _sentences(comparison: Comparison) -> list[str]:
         f"{len(comparison.changed)} points changed beyond chance",
         f"{len(flips)} decisions flip, {by_chance} of them within what two honest sweeps differ by",
     ]
+    lines += _doubts(comparison)
     if comparison.lost:
         named = ", ".join(map(str, comparison.lost[:MOST_NAMED]))
         lines.append(f"{len(comparison.lost)} points lost their numbers: {named}")
     return lines
+
+
+def _doubts(comparison: Comparison) -> list[str]:
+    """What would not show in this comparison, though it matters."""
+    doubts = []
+    if not comparison.finds_shift:
+        doubts.append(f"cannot tell whether all have shifted: a change of {FINDABLE:.0%} would not show")
+    if comparison.allowance is None:
+        doubts.append("cannot tell whether points changed: none has numbers in both")
+    elif not comparison.finds_single_changes:
+        chance, limit = f"{math.expm1(comparison.allowance):.0%}", f"{FINDABLE_AT_A_POINT:.0%}"
+        doubts.append(f"cannot tell whether points changed: by chance half may by {chance}, which is more than {limit}")
+    return doubts
 
 
 def _shift_sentence(comparison: Comparison) -> str:

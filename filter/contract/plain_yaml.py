@@ -1,44 +1,61 @@
 """The one reader and writer of YAML, for tables, plans and grids. It reads plain data only.
 
-In: a file or a text. Out: plain data, or an error of the caller's type that names the file and the line.
+In: a file or a text, of anyone. Out: plain data, or an error of the caller's type that names the file and the field.
+How a text is read in bounded time and memory is in `reading/`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
-from collections.abc import Hashable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import yaml
+
+from fp8gate.filter.contract.reading.file_bytes import UnreadableError, read_utf8
+from fp8gate.filter.contract.reading.plain_values import require_plain_values
+from fp8gate.filter.contract.reading.yaml_data import MAX_CHARACTERS, read_yaml
+
+Kind = TypeVar("Kind")
 
 SCHEMA = 1
 SIGNIFICANT_DIGITS = 4  # two sweeps differ by 0.6 % (median): a fifth digit would be noise in every diff
 
 
-def read_text(path: str | os.PathLike[str], error: type[ValueError]) -> str:
-    """A file's text. Raises `error` if it cannot be read."""
+def read_text(path: str | os.PathLike[str], error: type[ValueError], *, at_most: int = MAX_CHARACTERS) -> str:
+    """A file's text. Raises `error` if it cannot be read, is no regular file, or has more than `at_most` bytes."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as cause:
+        return read_utf8(path, at_most=at_most)
+    except UnreadableError as cause:
         raise error(f"{path}: cannot be read: {cause}") from cause
 
 
 def load_plain_yaml(text: str, *, source: str, error: type[ValueError]) -> Any:
-    """Parse YAML. It must be plain data, without other tags and without a key that a mapping has twice.
+    """Parse YAML. It must be plain data: `reading.yaml_data` and `reading.plain_values` say what that is.
 
-    Raises `error`, with the source and the line, for anything else.
+    Raises `error`, with the source and the line or the field, for anything else.
     """
-    was_enabled = gc.isenabled()
-    gc.disable()  # parsing makes no garbage, and a collection would visit every object of the process, torch's too
     try:
-        return yaml.load(text, Loader=_PlainLoader)
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as cause:
-        # PyYAML's constructors raise the last five if an explicit tag does not fit its value.
+        with collections_paused():
+            data = read_yaml(text)
+    except yaml.YAMLError as cause:
         raise error(f"{source}: not plain YAML data: {' '.join(str(cause).split())}") from cause
+    require_plain_values(data, source=source, error=error)
+    return data
+
+
+@contextlib.contextmanager
+def collections_paused() -> Iterator[None]:
+    """Reading makes no garbage, and a collection would visit every object of the process, torch's too."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if was_enabled:
             gc.enable()
@@ -51,7 +68,7 @@ def require_schema(data: Any, *, source: str, error: type[ValueError]) -> None:
         raise error(f"{source}: $.schema: expected {SCHEMA}, the version this fp8gate reads; found {found}")
 
 
-def convert(data: Any, kind: type[msgspec.Struct], *, source: str, error: type[ValueError]) -> Any:
+def convert(data: Any, kind: type[Kind], *, source: str, error: type[ValueError]) -> Kind:
     """Plain data as `kind`. Raises `error`, with the source and the field, if it does not fit."""
     try:
         return msgspec.convert(data, kind)
@@ -106,27 +123,3 @@ def _fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-_FastLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is 10 times faster, and optional
-
-
-class _PlainLoader(_FastLoader):  # type: ignore[misc, valid-type]
-    """Constructs plain data. It refuses a key that is there twice, as PyYAML would drop the first value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {sorted(twice)[0]!r} is there twice", node.start_mark
-            )
-        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep=deep)
-        return mapping
-
-
-_PLAIN_TAGS = ("null", "bool", "int", "float", "str", "timestamp", "seq", "map")
-_PlainLoader.yaml_constructors = {
-    f"tag:yaml.org,2002:{tag}": yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{tag}"] for tag in _PLAIN_TAGS
-}
-_PlainLoader.yaml_constructors[None] = yaml.SafeLoader.yaml_constructors[None]  # construct_undefined: raises

@@ -16,7 +16,6 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 
 from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import hugging_face_name, plain_name
 from fp8gate.filter.contract.plain_yaml import (
     convert,
@@ -27,6 +26,7 @@ from fp8gate.filter.contract.plain_yaml import (
     write_atomically,
     yaml_line,
 )
+from fp8gate.filter.contract.reading.messages import FileError
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Device, Positive, Size, Software
@@ -40,7 +40,7 @@ _TWO_IN_ONE = {"wkv": ("wk", "wv")}  # torchtitan builds both from one config; i
 _BLOCK = re.compile(r"((?:model\.|language_model\.)*layers\.\d+)\.")  # no other prefix: vision towers have layers too
 
 
-class PlanError(InputError):
+class PlanError(FileError):
     """A plan that cannot be used; the message names the file, the field and what was expected there."""
 
 
@@ -204,7 +204,7 @@ def parse_plan(text: str, *, source: str) -> Plan:
     """`read_plan` for text already in memory; `source` names it in errors."""
     data = load_plain_yaml(text, source=source, error=PlanError)
     require_schema(data, source=source, error=PlanError)
-    plan: Plan = convert(data, Plan, source=source, error=PlanError)
+    plan = convert(data, Plan, source=source, error=PlanError)
     _check(plan, source)
     return plan
 
@@ -279,10 +279,10 @@ def _check(plan: Plan, source: str) -> None:
 
 
 def _check_roles(plan: Plan, roles: Roles, where: str) -> None:
-    unknown = [role for role in roles if role not in plan.shapes]
-    if unknown:
+    named = set(roles)
+    if unknown := sorted(named - plan.shapes.keys()):
         raise PlanError(f"{where}: expected roles of $.shapes, found {unknown[0]!r}")
-    if list(roles) != [role for role in plan.shapes if role in roles]:
+    if list(roles) != [role for role in plan.shapes if role in named]:
         raise PlanError(f"{where}: expected each role once, in the order of $.shapes; found {list(roles)}")
 
 

@@ -6,29 +6,32 @@ Try it: python -c "from fp8gate.filter.contract.table import read_table; print(l
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 
-from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.plain_yaml import (
     convert,
     format_number,
-    load_plain_yaml,
     read_text,
     require_schema,
     write_atomically,
     yaml_line,
 )
+from fp8gate.filter.contract.reading.messages import FileError
+from fp8gate.filter.contract.reading.plain_values import MAX_SIZE
+from fp8gate.filter.contract.reading.point_rows import PointRows
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 
-Size = Annotated[int, msgspec.Meta(gt=0)]
+MAX_TABLE_BYTES = 12 * 2**20
+"""The largest table file that is read. A row has 90 bytes, so it holds 130,000 points; a default sweep has 432."""
+Size = Annotated[int, msgspec.Meta(gt=0, le=MAX_SIZE)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 DeviceKindName = Literal["cuda", "cpu"]
 """The kinds of device that can be measured, as torch names them."""
@@ -41,14 +44,17 @@ digits moves it by at most 0.15 %. Where it was estimated from paired rounds, al
 6 %."""
 
 
-class TableError(InputError):
+class TableError(FileError):
     """A table that cannot be used; the message names the file, the field and what was expected there."""
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The device that was measured. A GPU has the name that its driver gives; a CPU has no GPU fields."""
+    """The device that was measured. A GPU has the name that its driver gives; a CPU has no GPU fields.
 
-    name: str
+    Raises InputError for a name without letters and digits.
+    """
+
+    name: Annotated[str, msgspec.Meta(max_length=200)]  # names a folder: file systems allow 255 bytes
     kind: DeviceKindName
     capability: str | None = None
     multiprocessors: Size | None = None
@@ -56,6 +62,9 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     memory_gib: Positive
     l2_mib: Positive | None = None
     power_limit_w: Positive | None = None
+
+    def __post_init__(self) -> None:
+        device_slug(self.name)
 
 
 class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -165,6 +174,13 @@ class Point(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 COLUMNS = Point.__struct_fields__
 
 
+class _Points(msgspec.Struct):
+    points: tuple[Point, ...]
+
+
+POINT_ROWS = PointRows(_Points, numbers=len(COLUMNS) - 4, statuses=get_args(Status), error=TableError)
+
+
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"schema_": "schema"}):
     """Everything measured for one device and recipe. The file has the fields in this order."""
 
@@ -184,14 +200,14 @@ def read_table(path: str | os.PathLike[str]) -> Table:
 
     Raises TableError if the file cannot be read, is not plain YAML data, or breaks the schema in any way.
     """
-    return parse_table(read_text(path, TableError), source=str(path))
+    return parse_table(read_text(path, TableError, at_most=MAX_TABLE_BYTES), source=str(path))
 
 
 def parse_table(text: str, *, source: str) -> Table:
     """`read_table` for text already in memory; `source` names it in errors."""
-    data = load_plain_yaml(text, source=source, error=TableError)
+    data = POINT_ROWS.load(text, source=source)
     require_schema(data, source=source, error=TableError)
-    table: Table = convert(data, Table, source=source, error=TableError)
+    table = convert(data, Table, source=source, error=TableError)
     _check(table, source)
     return table
 
@@ -220,10 +236,6 @@ def _check(table: Table, source: str) -> None:
     """Check what types cannot express: column names, sorted axes and points, no duplicates, consistent numbers."""
     if table.columns != COLUMNS:
         raise TableError(f"{source}: $.columns: expected {list(COLUMNS)}, found {list(table.columns)}")
-    for field in ("device", "protocol"):
-        for name, value in msgspec.structs.asdict(getattr(table, field)).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise TableError(f"{source}: $.{field}.{name}: expected a finite number, found {value}")
     if not table.protocol.rounds or list(table.protocol.rounds) != sorted(set(table.protocol.rounds)):
         raise TableError(f"{source}: $.protocol.rounds: expected ascending counts, found {table.protocol.rounds}")
     for axis in ("m", "k", "n"):
@@ -232,24 +244,31 @@ def _check(table: Table, source: str) -> None:
             raise TableError(f"{source}: $.grid.{axis}: expected ascending sizes, each once; found {list(values)}")
     if not table.points:
         raise TableError(f"{source}: $.points: expected at least one point")
-    previous: LinearShape | None = None
-    for i, point in enumerate(table.points):
-        _check_point(point, table.protocol.estimate, f"{source}: $.points[{i}]")
-        if previous is not None and point.shape <= previous:
-            problem = "is there twice" if point.shape == previous else f"comes after {previous}"
-            raise TableError(f"{source}: $.points[{i}]: {point.shape} {problem}; expected each once, sorted by m, k, n")
-        previous = point.shape
+    _check_points(table.points, table.protocol.estimate, source)
 
 
-def _check_point(point: Point, estimate: EstimateKind, where: str) -> None:
-    expects_numbers = point.status in WITH_NUMBERS
-    for column, number in zip(COLUMNS[3:-1], point.numbers, strict=True):
-        if expects_numbers and (number is None or not math.isfinite(number)):
-            raise TableError(f"{where}.{column}: expected a finite number for status {point.status}, found {number}")
-        if not expects_numbers and number is not None:
-            raise TableError(f"{where}.{column}: expected null for status {point.status}, found {number}")
-    if expects_numbers:
-        _check_speedup([number for number in point.numbers if number], estimate, where)
+def _check_points(points: Sequence[Point], estimate: EstimateKind, source: str) -> None:
+    previous = (0, 0, 0)
+    for i, point in enumerate(points):
+        _check_numbers(point, estimate, f"{source}: $.points[{i}]")
+        shape = (point.m, point.k, point.n)
+        if shape <= previous:
+            problem = "is there twice" if shape == previous else f"comes after {previous}"
+            raise TableError(f"{source}: $.points[{i}]: {shape} {problem}; expected each once, sorted by m, k, n")
+        previous = shape
+
+
+def _check_numbers(point: Point, estimate: EstimateKind, where: str) -> None:
+    """A row has all its numbers or none, as its status says."""
+    numbers = [number for number in point.numbers if number is not None]
+    is_measured = point.status in WITH_NUMBERS
+    if len(numbers) != (len(COLUMNS) - 4 if is_measured else 0):
+        cells = zip(COLUMNS[3:-1], point.numbers, strict=True)
+        column, number = next(cell for cell in cells if (cell[1] is None) == is_measured)
+        expected = "a finite number" if is_measured else "null"
+        raise TableError(f"{where}.{column}: expected {expected} for status {point.status}, found {number}")
+    if is_measured:
+        _check_speedup(numbers, estimate, where)
 
 
 def _check_speedup(numbers: Sequence[float], estimate: EstimateKind, where: str) -> None:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
-from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.plain_yaml import convert
+from fp8gate.filter.contract.reading.file_bytes import UnreadableError, read_utf8
+from fp8gate.filter.contract.reading.json_data import MAX_BYTES, read_json
+from fp8gate.filter.contract.reading.messages import FileError
+from fp8gate.filter.contract.reading.plain_values import MAX_SIZE, require_plain_values
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Size
 from fp8gate.filter.model.parallel import ShardError, Shards
 
 
-class ModelError(InputError):
+class ModelError(FileError):
     """A model that is not bundled, or a config that cannot be used; the message names the file and the field."""
 
 
@@ -70,8 +73,6 @@ DENSE = ("llama", "mistral", "qwen2", "qwen3")
 MIXTURE = ("mixtral",)
 """Model types whose experts are grouped products in transformers: they are no nn.Linear, so nothing converts them."""
 
-Decoded = TypeVar("Decoded")
-
 
 class BundledModels(Mapping[str, ModelConfig]):
     """The models that come with fp8gate: name -> config, read from filter/model/bundled/<name>.json when asked for.
@@ -99,13 +100,28 @@ BUNDLED = BundledModels()
 def load_model(model: str) -> ModelConfig:
     """The config of a bundled model, by name, or of a config.json, by path.
 
-    Raises ModelError if it is neither, or if the config lacks a field or is of a type whose linears are not known.
+    Raises ModelError if it is neither, if the config lacks a field, is of a type whose linears are not known, or has
+    sizes that do not go together.
     """
-    config = _decode(model, ModelConfig)
+    config = convert(config_facts(model), ModelConfig, source=model, error=ModelError)
     if config.model_type not in (*DENSE, *MIXTURE):
         known = ", ".join((*DENSE, *MIXTURE))
         raise ModelError(f"{model}: $.model_type: expected one of {known}; found {config.model_type!r}")
+    if problem := _heads_problem(config):
+        raise ModelError(f"{model}: {problem}")
     return config
+
+
+def _heads_problem(config: ModelConfig) -> str | None:
+    """What is wrong with the heads of attention: they have whole sizes, and each key serves as many queries."""
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    if config.head_dim is None and config.hidden_size % heads:
+        return f"$.num_attention_heads: expected a divisor of hidden_size, {config.hidden_size}; found {heads}"
+    if heads % key_heads:
+        return f"$.num_key_value_heads: expected a divisor of num_attention_heads, {heads}; found {key_heads}"
+    if config.query_size > MAX_SIZE:
+        return f"$.head_dim: expected at most {MAX_SIZE // heads} for {heads} heads, found {config.size_of_head}"
+    return None
 
 
 def config_facts(model: str) -> dict[str, Any]:
@@ -113,24 +129,23 @@ def config_facts(model: str) -> dict[str, Any]:
 
     Raises ModelError if the model is neither bundled nor a file, or if the file holds no JSON object.
     """
-    return _decode(model, dict[str, Any])
-
-
-def _decode(model: str, wanted: type[Decoded]) -> Decoded:
+    text = _config_json(model)
     try:
-        return msgspec.json.decode(_config_json(model), type=wanted)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{model}: {error}") from error
+        data = read_json(text)
+    except ValueError as cause:
+        raise ModelError(f"{model}: not plain JSON data: {cause}") from cause
+    require_plain_values(data, source=model, error=ModelError)
+    return convert(data, dict[str, Any], source=model, error=ModelError)
 
 
-def _config_json(model: str) -> bytes:
+def _config_json(model: str) -> str:
     if model in BundledModels.names:
         from importlib import resources  # takes longer to import than all of fp8gate
 
-        return (resources.files("fp8gate.filter.model") / "bundled" / f"{model}.json").read_bytes()
+        return (resources.files("fp8gate.filter.model") / "bundled" / f"{model}.json").read_text(encoding="utf-8")
     try:
-        return Path(model).read_bytes()
-    except OSError as error:
+        return read_utf8(model, at_most=MAX_BYTES)
+    except UnreadableError as error:
         names = ", ".join(BUNDLED)
         raise ModelError(f"model: expected a config.json or one of {names}; got {model!r} ({error})") from error
 

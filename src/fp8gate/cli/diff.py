@@ -24,8 +24,9 @@ def diff_command(
 ) -> None:
     """Say what changed between two tables, and what it means for models.
 
-    Exit code 1 if points changed by more than two honest sweeps do, if all have shifted, or if numbers were lost; 0 if
-    not; 2 if something cannot be read.
+    Exit code 1 if points changed by more than two honest sweeps do, if all have shifted, or if numbers were lost. Exit
+    code 1 too if it cannot tell: if a change of all speedups by 10 %, or of half of the points by 25 % each, would not
+    show, as measurements of one point differ so much or too few are in both. 0 if not; 2 if something cannot be read.
     """
     from fp8gate.calibrate.comparison.diff import compare_paths
     from fp8gate.calibrate.report.comparison_text import comparison_json, comparison_text
@@ -35,5 +36,5 @@ def diff_command(
         print_json({"comparisons": [comparison_json(comparison) for comparison in comparisons]})
     else:
         typer.echo(comparison_text(comparisons, "markdown" if markdown else "text"))
-    if any(comparison.has_findings for comparison in comparisons):
+    if any(comparison.has_findings or not comparison.can_tell for comparison in comparisons):
         raise typer.Exit(EXIT_FOUND)

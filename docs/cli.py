@@ -21,7 +21,7 @@ Written by `make docs` from `fp8gate COMMAND --help`.
 | exit code | meaning |
 |---|---|
 | 0 | fine |
-| 1 | findings; or stopped before the end: standard error says why |
+| 1 | findings; or it cannot tell; or stopped before the end, for which standard error says why |
 | 2 | usage or bad input |
 | 130 | Ctrl-C |
 

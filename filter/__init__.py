@@ -14,5 +14,6 @@ that lie beside the folders may import from all of them:
     plan_decisions      a plan -> decisions for a model's blocks
     findings            what should be known about the answers: warnings and errors
     agreement           whether all ranks decided the same
+    rank_exchange       texts that ranks leave for each other, in bounded time
     filter_text         the answers as text
 """

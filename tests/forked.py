@@ -139,7 +139,8 @@ def _run(output: Path, environment: Mapping[str, str], call: Callable[[], None])
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores Ctrl-C
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the fork server does not hear of Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     call()
 

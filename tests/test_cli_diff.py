@@ -6,7 +6,7 @@ import json
 
 import msgspec
 import pytest
-from builders import PROTOCOL, make_point, make_table, write_file, write_folder
+from builders import DEVICE, PROTOCOL, make_point, make_table, write_file, write_folder
 from typer.testing import CliRunner
 
 from fp8gate.cli import app
@@ -58,6 +58,14 @@ def test_folders_are_compared_recipe_by_recipe(diff, tmp_path):
     result = diff(before / "nvidia-h200", after / "nvidia-h200", "--json")
     (comparison,) = json.loads(result.stdout)["comparisons"]
     assert (comparison["recipe"], comparison["findings"], result.exit_code) == ("tensorwise", True, 1)
+
+
+def test_no_name_is_markup_in_markdown(diff, tmp_path):
+    device = msgspec.structs.replace(DEVICE, name="H200 <img src=x> *really* `now` | a_b")
+    path = write_file(make_table(make_point(16, 32, 48), device=device), tmp_path / "t.yaml")
+    heading = diff(path, path, "--markdown").stdout.splitlines()[0]
+    assert "H200 \\<img src=x\\> \\*really\\* \\`now\\` \\| a\\_b, torch" in heading
+    assert device.name in diff(path, path).stdout
 
 
 def test_markdown_is_for_pull_requests(diff, tmp_path):

@@ -19,6 +19,7 @@ from fp8gate.calibrate.device.cuda.watch import GpuWatch
 from fp8gate.calibrate.device.lock import DeviceBusyError, DeviceLock
 from fp8gate.calibrate.device.registry import kind_of
 from fp8gate.calibrate.device.watch import other_processes
+from fp8gate.filter.contract.errors import InputError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HOLD = """
@@ -256,3 +257,21 @@ def test_another_user_can_take_a_lock_that_is_free(monkeypatch):
         assert (taken.returncode, output) == (0, f"{ours.path}\n"), errors
     finally:
         shutil.rmtree(folder)
+
+
+def test_a_lock_that_leads_elsewhere_is_refused_and_not_written_to(temporary):
+    elsewhere = temporary / "elsewhere"
+    elsewhere.write_text("mine")
+    path = DeviceLock(CPU).path
+    path.symlink_to(elsewhere)
+    with pytest.raises(OSError, match="symbolic"), DeviceLock(CPU):
+        pass
+    path.unlink()
+    os.link(elsewhere, path)
+    with pytest.raises(InputError, match="expected a file of its own"), DeviceLock(CPU):
+        pass
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="expected a file of its own"), DeviceLock(CPU):
+        pass
+    assert elsewhere.read_text() == "mine"

@@ -64,6 +64,15 @@ def test_an_appended_point_is_in_the_file_at_once(tmp_path):
         assert msgspec.json.decode(content_of(last_line), type=type(FIRST)) == FIRST
 
 
+def test_an_appended_point_is_on_the_disk_when_append_returns(tmp_path, monkeypatch):
+    synced = []
+    with SweepJournal(tmp_path, SETUP) as journal:
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size) or fsync(handle))
+        journal.append(FIRST)
+        assert synced == [journal.path.stat().st_size]
+
+
 def test_a_last_line_cut_anywhere_is_dropped_and_written_over(written):
     content = written.read_bytes()
     before_last = content.rindex(b"\n", 0, -1) + 1

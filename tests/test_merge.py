@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from datetime import timedelta
+from statistics import NormalDist
 
 import pytest
 from builders import DEVICE, MEASURED_AT, PROTOCOL, SOFTWARE_HERE, make_table
@@ -55,6 +56,17 @@ def test_where_points_differ_by_more_than_their_bounds_those_cover_all():
     assert both.speedup == pytest.approx(math.sqrt(1.4 * 1.6), rel=1e-3)
     assert both.speedup_low == pytest.approx(1.4 * math.exp(-0.01), rel=1e-3)
     assert both.speedup_high == pytest.approx(1.6 * math.exp(0.01), rel=1e-3)
+
+
+@pytest.mark.parametrize(("chi_squared", "covers_all"), [(0.7, False), (1.4, True)])
+def test_two_points_cover_each_other_from_a_chi_squared_of_one_on(chi_squared, covers_all):
+    """One degree of freedom: the deviation from the mean, in units of the points' own, that is expected by chance."""
+    half, z = 0.02, NormalDist().inv_cdf((1 + PROTOCOL.confidence) / 2)
+    apart = math.sqrt(2 * chi_squared) * half / z
+    both = combined(point(1.5, half), point(1.5 * math.exp(apart), half))
+    mean = math.log(1.5) + apart / 2
+    low = math.log(1.5) - half if covers_all else mean - half / math.sqrt(2)
+    assert math.log(both.speedup_low) == pytest.approx(low, abs=5e-4)
 
 
 def test_times_are_averaged_with_the_same_weights_so_that_they_fit_the_speedup():

@@ -43,12 +43,12 @@ def test_tokens_are_bounded():
 )
 def test_values_are_bounded(data, complaint):
     with pytest.raises(FileError, match=f"^FILE: {complaint}"):
-        require_plain_values(data, source="FILE", error=FileError)
+        require_plain_values(data, source="FILE", error=FileError, on_one_line=False)
 
 
 @pytest.mark.parametrize("value", [MAX_NUMBER, -MAX_NUMBER, 2**63, True, None, "é\n\0", {}, []])
 def test_values_within_bounds_are_plain(value):
-    require_plain_values({"a": [value]}, source="FILE", error=FileError)
+    require_plain_values({"a": [value]}, source="FILE", error=FileError, on_one_line=False)
 
 
 def test_a_field_is_named_as_msgspec_names_it():

@@ -396,6 +396,17 @@ def test_fresh_replaces_a_table_that_cannot_be_read(run, tmp_path, script):
     assert read_table(path) == table
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_table_of_a_device_whose_name_only_looks_alike_is_not_replaced(run, tmp_path, script, fresh):
+    run(SHAPES[:1], recipes=["rowwise"])
+    (path,) = tmp_path.rglob("rowwise.yaml")
+    before = path.read_bytes()
+    other = replaced(SETUP, device=replaced(SETUP.device, name="CPU-Test-9000"))
+    with pytest.raises(InputError, match="expected 'CPU-Test-9000', found 'CPU Test 9000'; give another --out"):
+        run(SHAPES[:1], recipes=["rowwise"], fresh=fresh, setup=other)
+    assert path.read_bytes() == before
+
+
 def test_a_journal_of_other_software_is_named_and_not_used(run, script, capsys):
     run(setup=replaced(SETUP, software=replaced(SOFTWARE, torch="2.0.0")))
     capsys.readouterr()

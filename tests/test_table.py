@@ -31,6 +31,7 @@ from fp8gate.filter.contract.table import (
     parse_table,
     read_table,
     write_table,
+    write_tables,
 )
 
 replace = msgspec.structs.replace
@@ -118,17 +119,17 @@ def test_writing_the_same_again_gives_the_same_bytes(tmp_path):
     assert path.read_bytes() != first
 
 
-@pytest.mark.parametrize("umask", [0o077, 0o000])
-def test_file_mode_is_0644(tmp_path, umask):
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_file_has_the_permissions_that_the_umask_leaves(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
         path = write_file(TABLE, tmp_path / "t.yaml")
     finally:
         os.umask(before)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("step", ["fsync", "link", "replace"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch, step, error):
     path = write_file(TABLE, tmp_path / "t.yaml")
@@ -142,6 +143,48 @@ def test_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch, step
         write_table(make_table(SLOW), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["t.yaml"]
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_several_tables_are_replaced_all_or_none(tmp_path, monkeypatch, failing):
+    first, second, third = (tmp_path / f"{name}.yaml" for name in ("first", "second", "third"))
+    write_tables({first: TABLE, second: TABLE})
+    before = first.read_bytes()
+    replace_, calls = os.replace, []
+
+    def fail(*names):
+        calls.append(names)
+        if len(calls) == failing:
+            raise OSError(28, "No space left on device", str(names[1]))
+        replace_(*names)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_tables(dict.fromkeys((first, second, third), make_table(SLOW)))
+    assert (first.read_bytes(), second.read_bytes()) == (before, before)
+    assert sorted(os.listdir(tmp_path)) == ["first.yaml", "second.yaml"]
+
+
+def test_one_table_that_cannot_be_read_again_keeps_all_from_being_written(tmp_path):
+    with pytest.raises(TableError, match=r"second\.yaml: "):
+        write_tables({tmp_path / "first.yaml": TABLE, tmp_path / "second.yaml": make_table(SLOW, points=())})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["NVIDIA\nH200", "NVIDIA \x1b[31mH200", "NVIDIA\u2028H200", "NVIDIA \x9bH200"])
+def test_a_name_that_would_move_a_terminals_cursor_is_refused(tmp_path, name):
+    table = make_table(SLOW, device=msgspec.structs.replace(TABLE.device, name=name))
+    with pytest.raises(TableError, match=r"t\.yaml: (\$\.device\.name: expected printable text|not plain YAML data)"):
+        write_table(table, tmp_path / "t.yaml")
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*t\.yaml"):
+        write_table(TABLE, tmp_path / "t.yaml")
 
 
 def test_finished_write_leaves_only_the_new_file(tmp_path):
@@ -509,7 +552,7 @@ def test_read_error_names_the_file(tmp_path):
 
 sizes = st.integers(1, 2**20)
 times_us = st.floats(0.001, 1e9)
-names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+names = st.text(st.characters(exclude_categories=["Cs"]).filter(str.isprintable), min_size=1, max_size=20)
 device_names = names.map(lambda name: f"H{name}")  # a folder is named after the letters and digits
 
 

@@ -120,7 +120,11 @@ class PointBench:
 
 def serve_points(channel: Channel, job: Job, *, early: bool) -> None:
     """Serve tasks until dismissed. early: nobody measures yet, so the device may be used now."""
-    bench = PointBench(job)
+    try:
+        bench = PointBench(job)
+    except FileNotFoundError as error:  # the command has ended while this process started, and the lock's file with it
+        channel.send(Broken(str(error)))
+        return
     kind_of(job.device).load_kernels_under(bench.timing_lock)
     try:
         if early:

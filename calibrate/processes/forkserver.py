@@ -11,6 +11,8 @@ import multiprocessing.forkserver
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext
 
 from fp8gate.calibrate.device.registry import asked_kinds
@@ -18,7 +20,6 @@ from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.table import DeviceKindName
 
 PRELOADED = (
-    "fp8gate.calibrate.processes.ignore_interrupts",
     "fp8gate.calibrate.processes.progress_bar_lock",
     "fp8gate.calibrate.planning.block_worker",
     "fp8gate.calibrate.points.point_worker",
@@ -39,13 +40,25 @@ def start_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     try:
-        multiprocessing.forkserver.ensure_running()
+        with _ctrl_c_blocked():
+            multiprocessing.forkserver.ensure_running()
     except OSError as error:
         if "AF_UNIX" not in str(error):
             raise
         where = tempfile.gettempdir()
         raise InputError(f"TMPDIR: expected a path short enough for a socket; got {where}") from error
     return context
+
+
+@contextlib.contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """What this thread starts never hears of Ctrl-C, which is the parent's to handle, from its first moment on."""
+    resource_tracker.ensure_running()  # or the server starts it, which unblocks Ctrl-C
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
 def start_early(kind: DeviceKindName | None) -> None:

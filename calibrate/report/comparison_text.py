@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,8 @@ from fp8gate.filter.contract.table import Table
 if TYPE_CHECKING:
     from fp8gate.calibrate.comparison.verify import Verification
 
+MARKUP, _BACKSLASH = re.compile(r"[\\`*_{}\[\]<>#|~&]"), r"\\\g<0>"
+"""Characters that CommonMark takes for themselves after a backslash."""
 Format = Literal["text", "markdown"]
 MOST_NAMED = 10  # the most points in a list; the JSON has all of them
 
@@ -31,7 +34,7 @@ def comparison_text(comparisons: Sequence[Comparison], form: Format = "text") ->
     """Say what changed: first how far all points have shifted together, then points, decisions and models."""
     parts = []
     for comparison in comparisons:
-        title = f"{comparison.recipe}: {_name(comparison.before)} -> {_name(comparison.after)}"
+        title = f"{comparison.recipe}: {_name(comparison.before, form)} -> {_name(comparison.after, form)}"
         parts.append(f"### {title}" if form == "markdown" else title)
         parts.append("\n".join(_sentences(comparison)))
         if comparison.changed:
@@ -192,8 +195,10 @@ def _table(rows: Sequence[tuple[object, ...]], headers: Sequence[str], form: For
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github" if form == "markdown" else "simple")
 
 
-def _name(table: Table) -> str:
-    return f"{table.device.name}, torch {table.software.torch}, {table.measured_at:%Y-%m-%d}"
+def _name(table: Table, form: Format) -> str:
+    """Device, torch and day. In Markdown, nothing in a name from a file is markup or HTML."""
+    name = f"{table.device.name}, torch {table.software.torch}"
+    return f"{MARKUP.sub(_BACKSLASH, name) if form == 'markdown' else name}, {table.measured_at:%Y-%m-%d}"
 
 
 def _provenance(table: Table) -> dict[str, str]:

@@ -23,6 +23,7 @@ import msgspec
 from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.calibrate.points.setup import Header, Setup
 from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.plain_yaml import naming
 
 START_ANEW = "--fresh starts a new journal and keeps this one beside it"
 
@@ -162,7 +163,7 @@ class Journal(Generic[_Header, _Record]):
         """All of the line or nothing: part of one would be taken for damage by the next record."""
         size = os.fstat(self._file.fileno()).st_size
         try:
-            with _named(self.path):
+            with naming(self.path):
                 _write_all(self._file, line)
         except OSError:
             with contextlib.suppress(OSError):
@@ -211,7 +212,7 @@ def _open_regular(path: Path) -> Any:
 
 def _write_new(path: Path, content: bytes) -> None:
     """Write a file that is not there yet; on return it is on disk."""
-    with _named(path), open(path, "xb", buffering=0) as file:
+    with naming(path), open(path, "xb", buffering=0) as file:
         _write_all(file, content)
 
 
@@ -220,17 +221,6 @@ def _write_all(file: Any, content: bytes) -> None:
     while content:
         content = content[file.write(content) :]
     os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Any:
-    """Let an OSError, such as that of a full disk, name the file."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            raise type(error)(error.errno, error.strerror, str(path)) from error
-        raise
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -28,7 +28,7 @@ from fp8gate.calibrate.sweep.progress import Observer, make_observer
 from fp8gate.calibrate.sweep.session import JournalLedger, SessionResult, SweepSession
 from fp8gate.calibrate.sweep.sweep_report import SweepReport, make_sweep_report
 from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks, tasks_left
-from fp8gate.calibrate.sweep.table_writing import require_nothing_lost, write_tables
+from fp8gate.calibrate.sweep.table_writing import require_nothing_lost, require_same_device, write_tables
 from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.recipes import Recipe
@@ -125,6 +125,7 @@ def sweep(
     if not wanted:
         raise InputError(f"no point to measure: all {len(capped)} were left out, {next(iter(capped.values()), '')}")
     with DeviceLock(device), SweepJournal(folder, setup, fresh=fresh) as journal:
+        require_same_device(folder, recipes, setup.device.name)
         if not fresh:
             require_nothing_lost(folder, recipes, wanted, journal.records)
         tasks = tasks_left(setup, wanted, recipes, journal.records, seed)

@@ -5,6 +5,7 @@ In: a journal, a folder. Out: `<folder>/<recipe>.yaml`, either for all recipes o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from fp8gate.calibrate.points.setup import Setup
 from fp8gate.calibrate.sweep.grid import union
 from fp8gate.calibrate.sweep.journal import SweepJournal
 from fp8gate.calibrate.sweep.spread import between_devices, control_spread, devices_of, repeat_spread
+from fp8gate.filter.contract import table as contract
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import WITH_NUMBERS, Grid, Table, read_table, write_table
+from fp8gate.filter.contract.table import WITH_NUMBERS, Grid, Table, TableError, read_table
 
 
 def make_table(grid: Grid, recipe: Recipe, setup: Setup, records: Sequence[PointRecord]) -> Table:
@@ -70,6 +72,17 @@ def require_nothing_lost(
                 )
 
 
+def require_same_device(folder: Path, recipes: Sequence[Recipe], device: str) -> None:
+    """Raise InputError, before anything is measured, if a table that is there is of a device of another name.
+
+    Names such as "NVIDIA H200" and "NVIDIA-H200" share a folder, and one must not replace the other.
+    """
+    for path in (folder / f"{recipe}.yaml" for recipe in recipes):
+        with contextlib.suppress(TableError):  # one that cannot be read is dealt with where its points matter
+            if path.exists() and (found := read_table(path).device.name) != device:
+                raise InputError(f"{path}: $.device.name: expected {device!r}, found {found!r}; give another --out")
+
+
 def write_tables(
     folder: Path, grid: Grid, recipes: Sequence[Recipe], journal: SweepJournal, fresh: bool
 ) -> dict[Path, Table]:
@@ -85,8 +98,7 @@ def write_tables(
         if path.exists() and not fresh:
             _require_no_number_lost(table, read_table(path), path, journal.records)
         tables[path] = table if fresh else _with_earlier_axes(table, path)
-    for path, table in tables.items():
-        write_table(table, path)
+    contract.write_tables(tables)
     return tables
 
 

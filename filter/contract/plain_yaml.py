@@ -10,7 +10,7 @@ import contextlib
 import gc
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +45,7 @@ def load_plain_yaml(text: str, *, source: str, error: type[ValueError]) -> Any:
             data = read_yaml(text)
     except yaml.YAMLError as cause:
         raise error(f"{source}: not plain YAML data: {' '.join(str(cause).split())}") from cause
-    require_plain_values(data, source=source, error=error)
+    require_plain_values(data, source=source, error=error, on_one_line=True)
     return data
 
 
@@ -76,23 +76,43 @@ def convert(data: Any, kind: type[Kind], *, source: str, error: type[ValueError]
         raise error(f"{source}: {cause}") from cause
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file. At every moment it holds either the old text or the new one."""
-    import tempfile  # imported here, as code that only reads should not wait for it
+def write_atomically(texts: Mapping[Path, str]) -> None:
+    """Replace all of these files, or none if one of them cannot be. A file holds its old or its new text at any moment.
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    Raises OSError, which names the file. New files have the permissions that the umask leaves.
+    """
+    temporaries: dict[Path, Path] = {}
+    earlier: dict[Path, Path | None] = {}
+    replaced: list[Path] = []
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared table from everyone else
-        os.replace(temporary, path)
+        for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporaries[path] = _beside(path)
+            _write_new(temporaries[path], text)
+            earlier[path] = _linked(path)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+            replaced.append(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for path in replaced:
+            _put_back(path, earlier[path])
         raise
-    _fsync_folder(path.parent)
+    finally:
+        for leftover in (*temporaries.values(), *filter(None, earlier.values())):
+            leftover.unlink(missing_ok=True)
+    for folder in {path.parent for path in texts}:
+        _fsync_folder(folder)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError, such as that of a full disk, name the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def yaml_line(key: str, value: Any) -> str:
@@ -114,6 +134,36 @@ def format_number(value: float | None) -> str:
         return "null"
     text = repr(round_to_measured(value))
     return text if "." in text else text.replace("e", ".0e")
+
+
+def _beside(path: Path) -> Path:
+    """A new name in the same folder."""
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}")
+
+
+def _write_new(path: Path, text: str) -> None:
+    """On return it is on disk."""
+    with naming(path), open(path, "x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _linked(path: Path) -> Path | None:
+    """Another name for the file that is there, under which it can be put back; None if there is none."""
+    other = _beside(path)
+    try:
+        os.link(path, other)
+    except FileNotFoundError:
+        return None
+    return other
+
+
+def _put_back(path: Path, earlier: Path | None) -> None:
+    if earlier is None:
+        path.unlink()
+    else:
+        os.replace(earlier, path)
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -231,7 +231,7 @@ def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write atomically. Raises PlanError, and writes nothing, if the file could not be read again."""
     text = format_plan(plan)
     parse_plan(text, source=str(path))
-    write_atomically(Path(path), text)
+    write_atomically({Path(path): text})
 
 
 def format_plan(plan: Plan) -> str:

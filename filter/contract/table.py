@@ -7,7 +7,7 @@ Try it: python -c "from fp8gate.filter.contract.table import read_table; print(l
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -212,15 +212,21 @@ def parse_table(text: str, *, source: str) -> Table:
     return table
 
 
-def write_table(table: Table, path: str | os.PathLike[str]) -> None:
-    """Write the table atomically: at every moment the file is either the old one or the new one.
+def write_tables(tables: Mapping[Path, Table]) -> None:
+    """Write tables atomically: all or none, and at every moment a file is either the old one or the new one.
 
-    The same measurements give the same bytes. Raises TableError, and writes nothing, if the table could not be read
+    The same measurements give the same bytes. Raises TableError, and writes nothing, if a table could not be read
     again.
     """
-    text = format_table(table)
-    parse_table(text, source=str(path))
-    write_atomically(Path(path), text)
+    texts = {path: format_table(table) for path, table in tables.items()}
+    for path, text in texts.items():
+        parse_table(text, source=str(path))
+    write_atomically(texts)
+
+
+def write_table(table: Table, path: str | os.PathLike[str]) -> None:
+    """Write one table, as `write_tables` does."""
+    write_tables({Path(path): table})
 
 
 def format_table(table: Table) -> str:

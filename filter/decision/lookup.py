@@ -206,13 +206,12 @@ class Lookup:
         return self._search(at)
 
     def _search(self, at: Sizes) -> _Nearest:
-        """The same by a search over all points: outwards on every axis, up to the nearest point found so far.
+        """The same by a search outwards on every axis, up to the nearest point so far. It looks at no point twice.
 
-        It looks at each point once at most, and at each size of m, and of k at an m, that has points. Distances are
-        rounded, so that equal ones compare as equal whatever the order in which they were summed.
+        Distances are rounded, so that equal ones compare as equal whatever the order in which they were summed.
         """
         at_m, at_k, at_n = map(math.log2, at)
-        best: tuple[float, float, Sizes] = (math.inf, math.inf, at)
+        best = (math.inf, math.inf, at)
         gaps: list[tuple[float, Sizes]] = []
         for m_away, by_k in _nearest_first(self._by_m, at_m):
             if round(m_away, DISTANCE_DIGITS) > best[0]:
@@ -224,11 +223,10 @@ class Lookup:
                     away = round(m_away + k_away + n_away, DISTANCE_DIGITS)
                     if away > best[0]:
                         break
-                    sizes = (point.m, point.k, point.n)
                     if point.speedup is None:
-                        gaps.append((away, sizes))
+                        gaps.append((away, (point.m, point.k, point.n)))
                     else:
-                        best = min(best, (away, point.speedup, sizes))
+                        best = min(best, (away, point.speedup, (point.m, point.k, point.n)))
         gap = min((gap for gap in gaps if gap[0] < best[0]), default=None)
         return _Nearest(self._points[best[2]], math.sqrt(best[0]), self._points[gap[1]].status if gap else None)
 

@@ -134,7 +134,7 @@ def config_facts(model: str) -> dict[str, Any]:
         data = read_json(text)
     except ValueError as cause:
         raise ModelError(f"{model}: not plain JSON data: {cause}") from cause
-    require_plain_values(data, source=model, error=ModelError)
+    require_plain_values(data, source=model, error=ModelError, on_one_line=False)
     return convert(data, dict[str, Any], source=model, error=ModelError)
 
 

@@ -15,8 +15,11 @@ Path = tuple[Any, Any] | None
 """The path to a value: (the path to its parent, its key or index). It takes the same memory at any depth."""
 
 
-def require_plain_values(data: Any, *, source: str, error: type[ValueError]) -> None:
-    """Raise `error`, with the source and the field, for a number or a text that is out of bounds. data: no cycles."""
+def require_plain_values(data: Any, *, source: str, error: type[ValueError], on_one_line: bool) -> None:
+    """Raise `error`, with the source and the field, for a number or a text that is out of bounds. data: no cycles.
+
+    on_one_line: texts are printable and on one line, so that no name from a file moves the cursor of a terminal.
+    """
     waiting: list[tuple[Any, Path]] = [(data, None)]
     while waiting:
         value, path = waiting.pop()
@@ -25,7 +28,7 @@ def require_plain_values(data: Any, *, source: str, error: type[ValueError]) -> 
             waiting.extend((key, path) for key in value)
         elif isinstance(value, list):
             waiting.extend((child, (path, i)) for i, child in reversed(list(enumerate(value))))
-        elif problem := _problem(value):
+        elif problem := _problem(value, on_one_line):
             raise error(f"{source}: {field_name(path)}: {problem}")
 
 
@@ -38,11 +41,13 @@ def field_name(path: Path) -> str:
     return "".join(["$", *reversed(steps)])
 
 
-def _problem(value: Any) -> str | None:
+def _problem(value: Any, on_one_line: bool) -> str | None:
     if isinstance(value, (int, float)) and not abs(value) <= MAX_NUMBER:
         return f"expected a finite number, at most {MAX_NUMBER:.3g} either way; found {value:.3g}"
     if isinstance(value, str) and not _is_unicode(value):
         return f"expected Unicode text, found {value!r}"
+    if on_one_line and isinstance(value, str) and not value.isprintable():
+        return f"expected printable text on one line, found {value!r}"
     return None
 
 

@@ -17,7 +17,7 @@ LOOKUP = " ".join((ROOT / "filter" / "decision" / "lookup.py").read_text().split
 def _benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield
-    for name in ("two_sweeps", "against_torchao_rule"):
+    for name in ("two_sweeps", "against_torchao_rule", "grid_density"):
         sys.modules.pop(name, None)
 
 
@@ -50,3 +50,29 @@ def test_what_the_choice_of_lookup_rests_on(min_speedup, texts):
     ours, theirs = ("{}, {} and {} %".format(*losses[lookup]) for lookup in ("interpolate", "nearest"))
     for text in texts:
         assert f"{ours} against {theirs}" in text or f"is {ours}, the nearest point's {theirs}" in text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::fp8gate.StaleTableWarning")
+def test_what_a_coarser_grid_would_cost():
+    import grid_density
+
+    printed = grid_density.compare("NVIDIA H200")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:]]
+    for axis, text in (
+        ("M", "With half of the grid's M left out, interpolation is right for {} (nearest: {})"),
+        ("K", "with half of K for {} ({})"),
+        ("N", "with half of N for {} ({}; `python benchmarks/grid_density.py`)"),
+    ):
+        of_axis = [row for row in rows if row[1] == f"half of {axis}"]
+        shares = (
+            sorted(int(row[4].split("%")[0]) for row in of_axis if row[2] == lookup)
+            for lookup in ("interpolate", "nearest")
+        )
+        assert text.format(*(f"{found[0]} to {found[-1]} %" for found in shares)) in README
+    everything = [row for row in rows if (row[1], row[2]) == ("all", "interpolate")]
+    off, aligned = (
+        "{}, {} and {} %".format(*(round(float(row[column].rstrip("%"))) for row in everything)) for column in (7, 8)
+    )
+    assert f"The predicted speedup itself is within {off} (tensorwise, rowwise, rowwise_with_gw_hp)" in README
+    assert f"and within {aligned} where the tokens are a multiple of 128" in README

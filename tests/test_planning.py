@@ -28,7 +28,8 @@ from fp8gate.calibrate.planning.subject import model_subject, plan_path
 from fp8gate.calibrate.report.plan_text import plan_json, plan_text
 from fp8gate.cli import app
 from fp8gate.filter.contract.devices import cpu_name
-from fp8gate.filter.contract.plan import exceeds_control, format_plan, parse_plan
+from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.plan import exceeds_control, format_plan, parse_plan, write_plan
 from fp8gate.filter.contract.table import Device
 
 CPU = torch.device("cpu")
@@ -258,6 +259,17 @@ def test_a_file_is_named_by_what_is_not_the_default(config, tmp_path, options, n
     asked = {"sequence": None, "tp": 1, "recomputed": False, **options}
     subject = model_subject(str(config), tokens=32, **asked)
     assert plan_path(tmp_path, subject, "rowwise", CPU).name == name
+
+
+def test_a_plan_of_a_device_whose_name_only_looks_alike_is_not_replaced(config, tmp_path):
+    subject = model_subject(str(config), tokens=32, sequence=None, tp=1, recomputed=False)
+    path = plan_path(tmp_path, subject, "rowwise", CPU)
+    other = Device(name=f"{cpu_name()} ", kind="cpu", memory_gib=1.0)
+    write_plan(make_plan(device=other), path)
+    with pytest.raises(InputError, match=r"\$\.device\.name: expected .*; give another --out"):
+        plan_path(tmp_path, subject, "rowwise", CPU)
+    write_plan(make_plan(device=msgspec.structs.replace(other, name=cpu_name())), path)
+    assert plan_path(tmp_path, subject, "rowwise", CPU) == path
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ In: a model's name or its config.json. Out: a `Subject`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from fp8gate.calibrate.arms.decoder_layer import LAYER, layer_blueprint, sequenc
 from fp8gate.calibrate.arms.linear import inductor_settings
 from fp8gate.calibrate.device.registry import describe_device
 from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.plan import PLANS
+from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.plan import PLANS, PlanError, read_plan
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.model.model_config import BUNDLED, config_facts, linear_roles, load_model
 
@@ -56,7 +58,10 @@ def model_subject(model: str, *, tokens: int, sequence: int | None, tp: int, rec
 def plan_path(
     out: Path, subject: Subject, recipe: Recipe, device: torch.device, emulate_precision_casts: bool | None = None
 ) -> Path:
-    """<out>/<device>/plans/<model>-<recipe>-m<tokens>.yaml, with every setting that is not the default."""
+    """<out>/<device>/plans/<model>-<recipe>-m<tokens>.yaml, with every setting that is not the default.
+
+    Raises InputError if a plan of a device whose name only looks alike is there: it would be replaced.
+    """
     settings = inductor_settings(recipe, emulate_precision_casts)
     parts = [subject.name, recipe, f"m{subject.tokens}"]
     parts += [f"s{subject.sequence}"] if subject.sequence not in (None, subject.tokens) else []
@@ -64,7 +69,12 @@ def plan_path(
     parts += ["recomputed"] if subject.blueprint.recomputed else []
     parts += [name for name in settings if name not in RECIPES[recipe].inductor]
     parts += [f"no_{name}" for name in RECIPES[recipe].inductor if name not in settings]
-    return out / device_slug(describe_device(device).name) / PLANS / f"{'-'.join(parts)}.yaml"
+    name = describe_device(device).name
+    path = out / device_slug(name) / PLANS / f"{'-'.join(parts)}.yaml"
+    with contextlib.suppress(PlanError):  # one that cannot be read is replaced
+        if path.exists() and (found := read_plan(path).device.name) != name:
+            raise InputError(f"{path}: $.device.name: expected {name!r}, found {found!r}; give another --out")
+    return path
 
 
 def _name_of(config: Path) -> str:

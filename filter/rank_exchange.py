@@ -120,7 +120,7 @@ class RankExchange:
             while not self._is_done(work):
                 pass
             future.set_result(None)
-        except BaseException as error:  # whoever waits for the future raises it
+        except BaseException as error:  # the thread that waits for the future raises it
             future.set_exception(error)
         with contextlib.suppress(RuntimeError):  # the store may be gone already, with the rank that kept it
             self._see_others_off()

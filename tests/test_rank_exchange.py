@@ -187,7 +187,7 @@ def test_a_call_that_gave_up_asks_the_store_nothing_more(store):
 @pytest.mark.parametrize("text", ["same", "other"])
 @pytest.mark.usefixtures("quick")
 def test_after_a_stop_the_ranks_meet_again_and_hear_no_stale_answer(store, calls, text):
-    """Whatever the stopped call had done, and whoever asks first: an error, or what the ranks ask with now."""
+    """Whatever the stopped call had done, and whichever rank asks first: an error, or what the ranks ask with now."""
     stopping = StoppingStore(store, calls)
     ask(stopping, 0, timeout_s=IMPATIENT_S)
     stopping.goes_on.set()

@@ -95,7 +95,7 @@ def test_nothing_is_measured_twice_but_finalists():
     search(ROLES, [ALL, ALL, BF16_SET], block, RULES)
     screened = [one for call in block.calls[:-1] for one in call]
     assert len(screened) == len(set(screened))
-    assert BF16_SET not in block.visits  # whoever measures visits bf16 in every round
+    assert BF16_SET not in block.visits  # measuring visits bf16 in every round
 
 
 def test_a_pair_is_found_that_neither_half_leads_to():

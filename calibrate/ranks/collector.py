@@ -69,7 +69,7 @@ class Collector:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Raises what went wrong on the thread, unless something has gone wrong here: then the others end soon."""
+        """Raise what went wrong on the thread. If something went wrong here, tell the others to end instead."""
         if error is not None:
             self.store.end(f"rank 0 has ended: {type(error).__name__} {error}")
         self._thread.join(None if error is None else self._limits.dead_s)
@@ -78,7 +78,7 @@ class Collector:
 
     @property
     def remaining(self) -> int:
-        """Tasks dealt out that nobody has measured."""
+        """How many of the tasks dealt out nobody has measured."""
         return len(self._open)
 
     @property
@@ -108,7 +108,7 @@ class Collector:
                 self.store.end(f"rank 0 cannot keep what was measured: {error}")
 
     def _admit(self) -> None:
-        """A process that joins takes the place of an earlier one of its rank."""
+        """Let processes in. One that joins takes the place of an earlier process of its rank."""
         for rank, process in self.store.admit(self._others).items():
             if process not in self._members:
                 for earlier in self._members.values():
@@ -145,14 +145,14 @@ class Collector:
         return True
 
     def _take(self, message: Message, record: PointRecord) -> None:
-        """A task that was dealt out again counts once: its first rank may have been slow rather than dead."""
+        """Keep a record. A task that was dealt out again counts once, as its first rank may have been slow, not dead."""
         if message.task is not None and message.task not in self._open:
             return
         self.ledger.keep(Task(record.shape, repeat=record.repeat), record)
         self._open.discard(-1 if message.task is None else message.task)
 
     def _owners(self) -> dict[int, str | None]:
-        """Of the open tasks that are taken, by number; None: whoever it is has not said so yet."""
+        """Who has taken each open task, by its number; None if that process has not said so yet."""
         taken = self.store.taken()
         return {number: self.store.owner(number) for number in sorted(self._open) if number < taken}
 
@@ -175,9 +175,9 @@ class Collector:
         self.ledger.say(f"rank {member.rank} {why}: its points go to others")
 
     def _deal_again(self, owners: Mapping[int, str | None]) -> None:
-        """What was taken by processes that are not here any more gets new numbers at the end.
+        """Give new numbers, at the end, to tasks whose process is not here any more.
 
-        One may also have died between taking a number and saying so.
+        A process may also have died between taking a number and saying so.
         """
         now = time.monotonic()
         for number, owner in owners.items():
@@ -187,7 +187,10 @@ class Collector:
                 self._deal(self.store.task(number), has_ended=owner is None or self._members[owner].state == "left")
 
     def _deal(self, task: Task, *, has_ended: bool) -> None:
-        """Once more, unless ranks die of it. has_ended: whoever had it stopped in order, or never began."""
+        """Deal a task out again, unless ranks die of it.
+
+        has_ended: the rank that had it stopped in order, or never began.
+        """
         self._deaths[task] += not has_ended
         if self._deaths[task] < MAX_RANK_DEATHS:
             self._open.add(self._count)
@@ -198,7 +201,7 @@ class Collector:
 
 
 class _Member:
-    """A process that takes part, as rank 0 knows it. stuck: it lives, and does nothing."""
+    """A process that takes part, as rank 0 knows it. A stuck one lives and does nothing."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

@@ -53,7 +53,7 @@ class RankTaskQueue(TaskQueue):
 
 
 class RankLedger:
-    """The ledger of a rank: everything goes to rank 0."""
+    """The ledger of a rank: it sends everything to rank 0."""
 
     def __init__(self, store: RankStore, queue: RankTaskQueue) -> None:
         self._store, self._queue = store, queue
@@ -70,7 +70,7 @@ class RankLedger:
 
 @contextlib.contextmanager
 def heartbeat(store: RankStore) -> Iterator[None]:
-    """Show that this rank lives, for as long as it does."""
+    """Show, for as long as the block runs, that this rank lives."""
     stop = threading.Event()
 
     def beat() -> None:

@@ -54,7 +54,7 @@ def join(environment: RankEnvironment) -> Ranks:
 
 @contextlib.contextmanager
 def leading(ranks: Ranks) -> Iterator[None]:
-    """What goes wrong on rank 0 before it leads is the other ranks' error too."""
+    """Tell the other ranks what goes wrong on rank 0, so that they end with the same error."""
     try:
         with watchdog(ranks.store):
             yield
@@ -148,7 +148,7 @@ def _connect(environment: RankEnvironment) -> Any:
 
 
 def _measure(ranks: Ranks, tasks: SweepTasks, device: torch.device, workers: int | None) -> SweepSession:
-    """Take tasks until none is left. A device that fails ends this rank's part, and no other's."""
+    """Take tasks until none is left. A device that fails ends the part of this rank alone."""
     measured_on = kind_of(device).identity(device, ranks.environment.local_rank)
     if workers is None:
         workers = useful_workers(tasks.setup.device, tasks.protocols, ranks.environment.local_world)

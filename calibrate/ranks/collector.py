@@ -145,7 +145,7 @@ class Collector:
         return True
 
     def _take(self, message: Message, record: PointRecord) -> None:
-        """Keep a record. A task that was dealt out again counts once, as its first rank may have been slow, not dead."""
+        """Keep a record. A task that was dealt out again counts once: its first rank may have been slow, not dead."""
         if message.task is not None and message.task not in self._open:
             return
         self.ledger.keep(Task(record.shape, repeat=record.repeat), record)

@@ -127,7 +127,9 @@ def test_a_process_that_dies_is_named_with_its_set(job, tmp_path, at):
     assert active_children() == []
 
 
-@pytest.mark.parametrize("at", ["open", "compile", "load", "visit"])
+@pytest.mark.parametrize(
+    "at", ["compile", *(pytest.param(step, marks=pytest.mark.slow) for step in ("open", "load", "visit"))]
+)
 def test_a_step_that_never_ends_is_ended_within_the_limit(job, tmp_path, at):
     roles = BF16_SET if at == "open" else INNER
     serve = hooked_block(hang_at, tmp_path, at, roles)

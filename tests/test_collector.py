@@ -26,6 +26,7 @@ SHAPES = [LinearShape(16, 16, n) for n in (16, 32, 48)]
 A, B, C = TASKS = [Task(shape) for shape in SHAPES]
 SWEEP = SweepTasks(setup=SETUP, recipes=("tensorwise",), seed=3, tasks=tuple(TASKS))
 MAX_WAIT_S = 60.0  # for anything: it only takes so long where it fails
+SOON_S = 20.0  # less than the other limits of a collector
 SOON_DEAD = RankLimits(dead_s=0.5)
 
 
@@ -562,13 +563,15 @@ def test_what_cannot_be_kept_is_an_error_everywhere(leader, join, collecting, mo
 
 def test_if_rank_0_ends_the_others_do(join, collecting):
     def measure():
-        with collecting(2, SOON_DEAD):
+        with collecting(2, RankLimits(ending_s=0.2)):
             assert other.take() == A
             raise KeyboardInterrupt
 
     other = Rank(join(1))
+    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         measure()
+    assert time.monotonic() < start + SOON_S  # though the other has not left
     assert other.take() is None
     with pytest.raises(InputError, match="rank 0 has ended: KeyboardInterrupt"):
         other.store.require_no_error()

@@ -82,9 +82,14 @@ class Sweeps:
     def wait_for_helpers(self):
         self.wait_until(lambda: self.family()[0])
 
-    def wait_for_imports(self):
-        """Until the fork server is loading what workers need."""
-        self.wait_until(lambda: any("libtorch" in memory_map(pid) for pid in self.family()[0]))
+    def wait_for_import(self, library):
+        """Until the fork server has loaded this library."""
+
+        def has_loaded():
+            servers = [pid for pid in self.family()[0] if "forkserver" in process_file(pid, "cmdline")]
+            return any(library in process_file(pid, "maps") for pid in servers)
+
+        self.wait_until(has_loaded)
 
     def wait_for_workers(self):
         self.wait_until(lambda: len(self.family()[1]) == 2)
@@ -131,9 +136,9 @@ def children(pid):
     return found
 
 
-def memory_map(pid):
+def process_file(pid, name):
     try:
-        return Path(f"/proc/{pid}/maps").read_text()
+        return Path(f"/proc/{pid}/{name}").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return ""
 
@@ -208,9 +213,11 @@ def test_workers_that_are_killed_are_replaced(sweep):
 
 
 @pytest.mark.usefixtures("_heeding_ctrl_c")
-def test_ctrl_c_at_the_start_leaves_nobody_behind(sweep):
+@pytest.mark.parametrize("library", ["msgspec", "libtorch"])
+def test_ctrl_c_at_the_start_leaves_nobody_behind(sweep, library):
+    """While the fork server loads what it imports first, and what it imports for workers."""
     sweep.start()
-    sweep.wait_for_imports()
+    sweep.wait_for_import(library)
     sweep.press_ctrl_c()
     sweep.wait_until_ended()
     sweep.assert_nobody_is_left()

@@ -192,6 +192,7 @@ def test_an_idle_child_has_no_limit(start):
     assert ask(child, "say") == ("say", "a job")
 
 
+@pytest.mark.slow
 def test_an_answer_that_came_in_time_counts_however_late_it_is_read(start):
     """As when the parent was stopped, or loaded what others had compiled."""
     child = start(limits=Limits(step_s=LIMIT_S))

@@ -172,6 +172,7 @@ def test_a_stopped_store_ends_the_waiting(store, calls):
     assert IMPATIENT_S < time.monotonic() - start_s < IMPATIENT_S + 5.0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_call_that_gave_up_asks_the_store_nothing_more(store):
     stopping = StoppingStore(store, 2)

@@ -70,7 +70,7 @@ def be_of_another_kind():
     setup.describe_device = lambda device: msgspec.structs.replace(describe(device), name="CPU of another kind")
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))])
 def test_every_point_is_measured_once_and_one_by_every_rank(ranks, tmp_path, world):
     said = ranks.sweep(world)
     protocol, points = table_in(tmp_path).protocol, journal_points(tmp_path)
@@ -82,6 +82,7 @@ def test_every_point_is_measured_once_and_one_by_every_rank(ranks, tmp_path, wor
     assert (protocol.between is None) == (world == 1)
 
 
+@pytest.mark.slow
 def test_the_same_command_measures_nothing_again(ranks, tmp_path):
     ranks.sweep(2)
     before = journal_points(tmp_path)
@@ -90,6 +91,7 @@ def test_the_same_command_measures_nothing_again(ranks, tmp_path):
     assert journal_points(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_new_measures_its_share_though_all_points_are_there(ranks, tmp_path):
     ranks.sweep(1)
     before = journal_points(tmp_path)
@@ -99,6 +101,7 @@ def test_a_rank_that_is_new_measures_its_share_though_all_points_are_there(ranks
     assert journal_points(tmp_path)[-1] in before
 
 
+@pytest.mark.slow
 def test_what_is_wrong_on_rank_0_is_said_everywhere(ranks):
     ranks.arguments[ranks.arguments.index("--grid") + 1] = "no such grid.yaml"
     for rank in [ranks.start_rank(rank, 2) for rank in range(2)]:
@@ -106,6 +109,7 @@ def test_what_is_wrong_on_rank_0_is_said_everywhere(ranks):
         assert "no such grid.yaml" in rank.said
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_starts_does_not_keep_the_others(ranks, tmp_path):
     only = ranks.start_rank(0, 2, limits=RankLimits(join_s=0.5))
     assert only.exit_code() == 0, only.said
@@ -130,6 +134,7 @@ def test_a_rank_that_is_killed_loses_no_point(ranks, gate, tmp_path):
     assert sorted(set(points)) == SHAPES
 
 
+@pytest.mark.slow
 def test_ranks_of_different_devices_make_no_table(ranks, gate, tmp_path):
     at_first = gate(1)
     leader, other = ranks.start_rank(0, 2, at_first), ranks.start_rank(1, 2, be_of_another_kind)
@@ -142,6 +147,7 @@ def test_ranks_of_different_devices_make_no_table(ranks, gate, tmp_path):
     assert not list((tmp_path / "out").rglob("*.yaml"))
 
 
+@pytest.mark.slow
 def test_without_rank_0_the_others_end_and_a_later_sweep_goes_on(ranks, gate, tmp_path):
     leader, other = ranks.start_rank(0, 2, gate(2)), ranks.start_rank(1, 2)
     wait_for_points(tmp_path, 3, leader)
@@ -156,8 +162,9 @@ def test_without_rank_0_the_others_end_and_a_later_sweep_goes_on(ranks, gate, tm
     assert len(journal_points(tmp_path)) == len(SHAPES) + 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_ranks_and_keeps_what_was_measured(ranks, gate, tmp_path):
-    leader, other = ranks.start_rank(0, 2, gate(2), limits=RankLimits(dead_s=1.0)), ranks.start_rank(1, 2, gate(3))
+    leader, other = ranks.start_rank(0, 2, gate(2), limits=RankLimits(ending_s=0.5)), ranks.start_rank(1, 2, gate(3))
     wait_for_points(tmp_path, 3, leader)
     for rank in (leader, other):
         rank.press_ctrl_c()

@@ -18,9 +18,10 @@ FLAGS = (
 GROUND = {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}
 IMAGES = "return [...document.images].map(i => [i.complete, i.naturalWidth, i.naturalHeight, i.currentSrc, i.alt])"
 
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no browser here: apt-get install chromium chromium-driver"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no browser here: apt-get install chromium chromium-driver"),
+]
 
 
 @pytest.fixture(scope="module")

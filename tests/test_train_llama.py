@@ -70,6 +70,7 @@ def header(llama: ModuleType, *runs: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_every_choice_trains(
     llama: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

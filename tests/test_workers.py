@@ -396,6 +396,13 @@ def test_a_device_that_could_not_be_used_once_is_tried_again(tmp_path):
     assert {type(outcome) for outcome in outcomes} == {Finished}
 
 
+def test_a_worker_whose_command_has_ended_while_it_started_says_what_is_gone(tmp_path):
+    """The lock's file ends with the command. An exception that nobody caught would be on the user's terminal."""
+    job = replace(JOB, timing_lock=tmp_path / "gone")
+    with WorkerPool(job, 1) as pool, pytest.raises(NoChildError, match=r"No such file or directory.*gone"):
+        list(pool.run(TaskQueue(TASKS)))
+
+
 def test_on_a_gpu_a_worker_that_comes_later_touches_it_only_while_nobody_times(monkeypatch, tmp_path):
     class DismissingChannel:
         def receive(self):

@@ -31,11 +31,13 @@ MAX_RANK_DEATHS = 3  # of ranks that held a task: then the task is at fault
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankLimits:
     """Seconds. dead_s: a rank that is silent for so long is taken for dead. join_s: for a rank to join, while others
-    measure. stuck_s: without a word from a rank that holds a task; compiling and measuring one take less."""
+    measure. stuck_s: without a word from a rank that holds a task; compiling and measuring one take less. ending_s: for
+    the other ranks to leave when rank 0 is stopped; torchrun gives it 30."""
 
     dead_s: float = 30.0
     join_s: float = 120.0
     stuck_s: float = 2 * Limits().step_s + 60.0
+    ending_s: float = 5.0
 
 
 class Collector:
@@ -72,7 +74,7 @@ class Collector:
         """Raise what went wrong on the thread. If something went wrong here, tell the others to end instead."""
         if error is not None:
             self.store.end(f"rank 0 has ended: {type(error).__name__} {error}")
-        self._thread.join(None if error is None else self._limits.dead_s)
+        self._thread.join(None if error is None else self._limits.ending_s)
         if self._error and error is None:
             raise self._error
 

@@ -23,7 +23,7 @@ import msgspec
 from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.calibrate.points.setup import Header, Setup
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.plain_yaml import naming
+from fp8gate.filter.contract.plain_yaml import fsync_folder, naming, write_new
 
 START_ANEW = "--fresh starts a new journal and keeps this one beside it"
 
@@ -105,7 +105,7 @@ class Journal(Generic[_Header, _Record]):
         if content:
             now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%f")
             self.set_aside = self.path.with_name(f"{self.path.name}.{now}")
-            _write_new(self.set_aside, content)
+            write_new(self.set_aside, content)
             self._file.truncate(0)
 
     def _content(self) -> bytes:
@@ -121,7 +121,7 @@ class Journal(Generic[_Header, _Record]):
         if not complete:
             self._file.truncate(0)
             self._write(_format(self.setup))
-            _fsync_folder(self.path.parent)
+            fsync_folder(self.path.parent)
             return
         self.had_no_checksums = header.startswith(b"{")
         if self._parse(header, 1, type(self.setup)) != self.setup:
@@ -149,12 +149,12 @@ class Journal(Generic[_Header, _Record]):
         text = b"".join(map(_format, [self.setup, *self.records]))
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            _write_new(temporary, text)
+            write_new(temporary, text)
             os.replace(temporary, self.path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _fsync_folder(self.path.parent)
+        fsync_folder(self.path.parent)
         old, self._file = self._file, _open_regular(self.path)
         self._lock()
         old.close()
@@ -210,23 +210,8 @@ def _open_regular(path: Path) -> Any:
     return os.fdopen(handle, "r+b", buffering=0)  # what could not be written must not come later
 
 
-def _write_new(path: Path, content: bytes) -> None:
-    """Write a file that is not there yet; on return it is on disk."""
-    with naming(path), open(path, "xb", buffering=0) as file:
-        _write_all(file, content)
-
-
 def _write_all(file: Any, content: bytes) -> None:
     """On return it is on disk."""
     while content:
         content = content[file.write(content) :]
     os.fsync(file.fileno())
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make a file's name durable too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

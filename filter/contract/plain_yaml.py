@@ -88,7 +88,7 @@ def write_atomically(texts: Mapping[Path, str]) -> None:
         for path, text in texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             temporaries[path] = _beside(path)
-            _write_new(temporaries[path], text)
+            write_new(temporaries[path], text.encode())
             earlier[path] = _linked(path)
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
@@ -101,7 +101,7 @@ def write_atomically(texts: Mapping[Path, str]) -> None:
         for leftover in (*temporaries.values(), *filter(None, earlier.values())):
             leftover.unlink(missing_ok=True)
     for folder in {path.parent for path in texts}:
-        _fsync_folder(folder)
+        fsync_folder(folder)
 
 
 @contextlib.contextmanager
@@ -113,6 +113,23 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None:
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet; on return it is on disk. Raises OSError, which names the file."""
+    with naming(path), open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Bring the rename to disk, not only the file's content."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def yaml_line(key: str, value: Any) -> str:
@@ -141,14 +158,6 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.urandom(6).hex()}")
 
 
-def _write_new(path: Path, text: str) -> None:
-    """On return it is on disk."""
-    with naming(path), open(path, "x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _linked(path: Path) -> Path | None:
     """Another name for the file that is there, under which it can be put back; None if there is none."""
     other = _beside(path)
@@ -164,12 +173,3 @@ def _put_back(path: Path, earlier: Path | None) -> None:
         path.unlink()
     else:
         os.replace(earlier, path)
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Bring the rename to disk, not only the file's content."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 INNER, OUTER = frozenset({"inner"}), frozenset({"outer"})
 GO_ON = "run the same command to go on"
 TIME_IS_UP = f"the time is up; {GO_ON}"
-LIMIT_S = 2
+LIMIT_S = 4
 TOO_LONG = f"it took more than {LIMIT_S} s to compile or to measure; {GO_ON}"
 KILLED = f"its process was killed by signal 9 (out of memory?); try fewer --workers; {GO_ON}"
 

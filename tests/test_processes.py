@@ -5,6 +5,7 @@ The children are real. A test that asks how long a wait may be sets the limit; e
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -14,12 +15,13 @@ from processes import PATIENCE_S, is_alive, wait_until_gone
 from samples import python
 from serving import FOR_EVER_S, serve_orders, sleep_for_ever
 
-from fp8gate.calibrate.processes.child import Child, ChildDiedError, end_all, wait_for
+from fp8gate.calibrate.processes.child import Child, ChildDiedError, NoChildError, end_all, wait_for
+from fp8gate.calibrate.processes.forkserver import kill_server
 from fp8gate.calibrate.processes.limits import Limits
 from fp8gate.calibrate.processes.messages import Broken
 from fp8gate.filter.contract.errors import InputError, UnfinishedError
 
-LIMIT_S = 1
+LIMIT_S = 2
 STUCK = f"it took more than {LIMIT_S} s to compile or to measure"
 
 
@@ -36,6 +38,10 @@ def start():
     for child in children:
         child.kill()
     end_all(children)
+
+
+def server_pid():
+    return multiprocessing.forkserver._forkserver._forkserver_pid
 
 
 def ask(child, *order):
@@ -200,6 +206,29 @@ def test_an_answer_that_came_in_time_counts_however_late_it_is_read(start):
     time.sleep(2 * LIMIT_S)
     assert wait_for([child]) == [child]
     assert child.receive() == ("say", "a job")
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_is_killed_within_its_limit_and_the_next_child_has_another(start):
+    """However short a step may be: a server that still imports torch is not stuck."""
+    short_steps = Limits(start_s=600.0, step_s=0.01)
+    start()  # the server has imported what it preloads
+    kill_server()
+    start(limits=short_steps)
+    os.kill(server_pid(), signal.SIGSTOP)
+    with pytest.raises(NoChildError, match=f"^the process that starts workers took more than {LIMIT_S} s$"):
+        start(limits=Limits(start_s=LIMIT_S))
+    assert ask(start(), "say") == ("say", "a job")
+
+
+def test_a_server_that_dies_is_said_to_have_died(start, monkeypatch):
+    def dies(process):
+        raise EOFError
+
+    start()
+    monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", dies)
+    with pytest.raises(NoChildError, match=r"^the process that starts workers died; is there enough memory\?$"):
+        start()
 
 
 # --- ends ------------------------------------------------------------------------------------------------------

@@ -44,11 +44,12 @@ class Child:
         self._connection, theirs = context.Pipe()
         self.process = context.Process(target=run_child, args=(theirs, serve, pickled), daemon=True)
         try:
-            with ended_after(limits.step_s, kill_server):
+            with ended_after(limits.start_s, kill_server) as is_late:
                 self.process.start()
         except (EOFError, ConnectionError) as error:
             self._connection.close()
-            raise NoChildError("the process that starts workers died; is there enough memory?") from error
+            how = f"took more than {limits.start_s:.0f} s" if is_late.is_set() else "died; is there enough memory?"
+            raise NoChildError(f"the process that starts workers {how}") from error
         finally:
             theirs.close()
         self.busy_since: float | None = time.monotonic() if starts_busy else None

@@ -10,20 +10,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Seconds. step_s: for one step of a child: to start, to compile, to load, to measure. A child that takes longer is
-    stuck. ending_s: for an idle child to end by itself."""
+    """Seconds. start_s: for the fork server to start a child; the first child waits until the server has imported torch.
+    step_s: for one step of a child: to open its job, to compile, to load, to measure. A child that takes longer is stuck.
+    ending_s: for an idle child to end by itself."""
 
+    start_s: float = 600.0
     step_s: float = 600.0
     ending_s: float = 5.0
 
 
 @contextlib.contextmanager
-def ended_after(seconds: float, end: Callable[[], object]) -> Iterator[None]:
-    """Call `end` on another thread if the block takes longer: it must make the block's call fail."""
-    timer = threading.Timer(seconds, end)
+def ended_after(seconds: float, end: Callable[[], object]) -> Iterator[threading.Event]:
+    """Call `end` on another thread if the block takes longer: it must make the block's call fail.
+
+    Yields an event that is set once the time is up.
+    """
+    is_late = threading.Event()
+
+    def end_late() -> None:
+        is_late.set()
+        end()
+
+    timer = threading.Timer(seconds, end_late)
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield is_late
     finally:
         timer.cancel()

@@ -21,12 +21,12 @@ from against_torchao_rule import DATA, measured_speedups, score
 from tabulate import tabulate
 
 from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.find_table import find_table
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, Table
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, decide
 from fp8gate.filter.decision.lookup import LOOKUPS, Lookup, LookupName
+from fp8gate.filter.locate.find_table import find_table
 
 THINNED = {"all": "", "half of M": "m", "half of K": "k", "half of N": "n", "half of M, K and N": "mkn"}
 TILE = 128

@@ -18,10 +18,11 @@ from statistics import fmean
 from tabulate import tabulate
 
 from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.find_table import find_table, packaged_thresholds
 from fp8gate.filter.contract.plan import PLANS, Plan, Roles, read_plan
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, decide
 from fp8gate.filter.decision.lookup import Lookup
+from fp8gate.filter.locate.find_table import find_table
+from fp8gate.filter.locate.places import packaged_thresholds
 
 MIN_SPEEDUPS = (1.0, 1.02, 1.03, 1.05, 1.1, 1.2)
 

@@ -45,11 +45,11 @@ from fp8gate.calibrate.device.lock import DeviceLock
 from fp8gate.calibrate.device.registry import choose_device, describe_device, describe_software, kind_of
 from fp8gate.calibrate.device.watch import Watch
 from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.find_table import packaged_thresholds
 from fp8gate.filter.contract.plan import PLANS
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.decision.torchao_rule import torchao_converts
+from fp8gate.filter.locate.places import packaged_thresholds
 from fp8gate.filter.model.linear_layer import linears_of
 from fp8gate.filter.model.model_config import BUNDLED, ModelConfig
 

@@ -3,7 +3,8 @@
 It is light: importing it needs only PyYAML and msgspec. A folder imports only from those above it, and the modules
 that lie beside the folders may import from all of them:
 
-    contract/   tables and plans, how they are found and read, and what their words mean
+    contract/   tables and plans, how they are read, and what their words mean
+    locate/     the places where tables and plans lie, and the one that fits a device and recipe
     model/      the linears of a model, their sizes, and the part of each that a rank holds
     decision/   one shape -> an estimate -> a decision with its reason
     explain/    a whole model under one table, for `fp8gate explain`

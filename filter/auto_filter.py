@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from fp8gate.filter.agreement import require_agreement, topics_decided
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.find_table import find_table
 from fp8gate.filter.contract.names import plain_name
 from fp8gate.filter.contract.plan import Plan, load_plan, require_same_training
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
@@ -38,6 +37,7 @@ from fp8gate.filter.findings import (
     UnmatchedPatternWarning,
 )
 from fp8gate.filter.linear_decisions import LinearDecisions
+from fp8gate.filter.locate.find_table import find_table
 from fp8gate.filter.model.linear_layer import grouped_weights, linear_size, linears_of, names_without_linears
 from fp8gate.filter.model.parallel import Parallel
 from fp8gate.filter.plan_decisions import PlanDecisions

@@ -1,4 +1,7 @@
-"""What all tests share: a temporary folder of their own, so that no lock in it is another test run's, or a sweep's."""
+"""What all tests share: a temporary folder and a data folder of their own.
+
+So no lock is another test run's, or a sweep's, and no table or plan is the user's.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ def _own_temporary_folder():
     folder = tempfile.mkdtemp(prefix="fp8gate-")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)
+        patch.setenv("XDG_DATA_HOME", f"{folder}/data")
+        patch.delenv("FP8GATE_THRESHOLDS", raising=False)
         patch.setattr(tempfile, "tempdir", folder)
         yield
     Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=AFTER_MULTIPROCESSING)

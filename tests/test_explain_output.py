@@ -10,8 +10,8 @@ from builders import make_point, make_table, write_folder
 from typer.testing import CliRunner
 
 from fp8gate.cli import app
-from fp8gate.filter.contract.find_table import ENVIRONMENT
 from fp8gate.filter.contract.table import Point
+from fp8gate.filter.locate.places import ENVIRONMENT
 
 CONFIG = {
     "model_type": "llama",

@@ -14,9 +14,10 @@ from torchao.float8 import convert_to_float8_training
 from torchao.float8.float8_linear import Float8Linear
 
 from fp8gate import Parallel, auto_filter
-from fp8gate.filter.contract.find_table import ENVIRONMENT, find_table
 from fp8gate.filter.decision.lookup import Lookup
 from fp8gate.filter.explain.explanation import explain
+from fp8gate.filter.locate.find_table import find_table
+from fp8gate.filter.locate.places import ENVIRONMENT
 from fp8gate.filter.model.model_config import BUNDLED, linear_roles
 from fp8gate.filter.model.parallel import Shards
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from fp8gate.calibrate.arms.blueprint import linears_in
 from fp8gate.calibrate.planning.search import RoleSet
 from fp8gate.calibrate.planning.subject import Subject
-from fp8gate.filter.contract.find_table import find_table
 from fp8gate.filter.contract.names import block_role
 from fp8gate.filter.contract.plan import TableUsed
 from fp8gate.filter.contract.recipes import Recipe
@@ -22,6 +21,7 @@ from fp8gate.filter.contract.table import Table, TableError
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, decide
 from fp8gate.filter.decision.lookup import Lookup
 from fp8gate.filter.decision.torchao_rule import torchao_converts
+from fp8gate.filter.locate.find_table import find_table
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Seconds. start_s: for the fork server to start a child; the first child waits until the server has imported torch.
-    step_s: for one step of a child: to open its job, to compile, to load, to measure. A child that takes longer is stuck.
-    ending_s: for an idle child to end by itself."""
+    """Seconds. start_s: for the fork server to start a child. The first child waits until the server has imported
+    torch. step_s: for one step of a child: to open its job, to compile, to load, to measure. A child that takes longer
+    is stuck. ending_s: for an idle child to end by itself."""
 
     start_s: float = 600.0
     step_s: float = 600.0

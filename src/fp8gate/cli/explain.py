@@ -21,12 +21,12 @@ from fp8gate.cli.options import (
     recipes_of,
 )
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.find_table import find_table
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, Lookup, LookupName
 from fp8gate.filter.explain.explanation import Explanation, explain
 from fp8gate.filter.explain.explanation_text import explanation_json, explanation_text, recipes_json, recipes_text
+from fp8gate.filter.locate.find_table import find_table
 from fp8gate.filter.model.model_config import load_model
 from fp8gate.filter.model.parallel import Parallel, Shards
 

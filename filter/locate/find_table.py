@@ -1,0 +1,148 @@
+"""Find the table for a recipe and device in the places where tables lie.
+
+In: a recipe, a device's name or None for the one here, a place or None for all of them. Out: a table and its file.
+Try it: fp8gate doctor
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from fp8gate.filter.contract.devices import device_slug, local_device_name
+from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.table import Table, TableError, read_table
+from fp8gate.filter.locate.device_names import match_device, suggestions
+from fp8gate.filter.locate.places import Place, places
+
+MAX_NAMED = 20  # devices that an error names; the table of each is read for its name
+
+
+def find_table(
+    recipe: Recipe, *, device: str | None = None, tables: str | os.PathLike[str] | None = None
+) -> tuple[Table, Path]:
+    """The table and the file it came from.
+
+    tables: a thresholds folder, a device's folder or a table file; None searches all `places`. device: a name as people
+    write it, see `match_device`. None means the device of `tables` if that is a file or a device's folder, and
+    otherwise the one that torch sees here, by its exact name.
+    Raises TableError if there is no such table (the message names the devices that have one), if it is not valid, or
+    if it is for another recipe or device. Raises InputError if a name fits several devices, or if no device is named
+    and torch is not installed.
+    """
+    searched = places(tables)
+    if tables is not None or len(searched) == 1:
+        file = _single_file(searched[0].path, recipe)
+        if file:
+            return _checked(read_table(file), file, recipe, device), file
+    name = device or local_device_name()
+    slug = _find_slug(searched, recipe, device) if device else device_slug(name)
+    for place in searched:
+        path = place.path / (slug or device_slug(name)) / f"{recipe}.yaml"
+        if os.path.isfile(path):
+            table = _checked(read_table(path), path, recipe, None)
+            if device_slug(table.device.name) != path.parent.name:
+                raise TableError(f"{path}: $.device.name: expected {name}, found {table.device.name}")
+            _require_this_device(table, path, None if device else name)
+            return table, path
+    raise TableError(_no_table(searched, recipe, name))
+
+
+def table_files(
+    location: str | os.PathLike[str] | None = None, *, device: str | None = None, recipe: Recipe | None = None
+) -> list[Path]:
+    """The files of all tables in a place, or in all `places`, by device and in the order of the recipes.
+
+    location: a thresholds folder, a device's folder or a table file. device: only this device's, named as in
+    `find_table`. A file is among them whatever its name. Raises TableError if a location that is given holds no table.
+    """
+    found: dict[Path, None] = {}
+    for place in places(location):
+        found.update(dict.fromkeys(_files_in(place.path)))
+    files = [file for file in found if recipe is None or file.stem == recipe or os.path.isfile(location or "")]
+    if device is not None:
+        slug = match_device(device, sorted({file.parent.name for file in files}))
+        files = [file for file in files if file.parent.name == slug]
+    if not files and location is not None:
+        raise TableError(
+            f"{location}: expected a table, a device's folder such as thresholds/nvidia-h200, or a folder of those; "
+            "found no table"
+        )
+    return files
+
+
+def measured_devices(folders: Iterable[Path], recipe: Recipe) -> list[str]:
+    """The devices that have a table for this recipe in one of these folders, named as their tables name them.
+
+    A table that cannot be used is named by its path in the folder. Only the first MAX_NAMED tables are read.
+    """
+    paths = sorted({path.parent.name: path for folder in folders for path in folder.glob(f"*/{recipe}.yaml")}.items())
+    more = [f"and {len(paths) - MAX_NAMED} more"] if len(paths) > MAX_NAMED else []
+    return [*(_measured_device(path) for _, path in paths[:MAX_NAMED]), *more]
+
+
+def _single_file(location: Path, recipe: Recipe) -> Path | None:
+    """The table that a place stands for whatever the device: the file itself, or the recipe's in a device's folder."""
+    if not os.path.isdir(location):  # Path.is_dir raises for a path that is too long
+        return location
+    if os.path.isfile(location / f"{recipe}.yaml"):
+        return location / f"{recipe}.yaml"
+    if any(os.path.isfile(location / f"{other}.yaml") for other in RECIPES):
+        raise TableError(f"{location}: no {recipe} table among this device's. {_how_to_measure(recipe)}")
+    return None
+
+
+def _files_in(location: Path) -> Iterator[Path]:
+    if not os.path.isdir(location):
+        yield location
+        return
+    order = {f"{recipe}.yaml": i for i, recipe in enumerate(RECIPES)}
+    own = [path for path in location.glob("*.yaml") if not path.name.startswith(".")]
+    found = own or [path for path in location.glob("*/*.yaml") if path.name in order]
+    yield from sorted(found, key=lambda path: (path.parent, order.get(path.name, len(order)), path.name))
+
+
+def _find_slug(searched: Sequence[Place], recipe: Recipe, device: str) -> str | None:
+    known = {path.parent.name for place in searched for path in place.path.glob(f"*/{recipe}.yaml")}
+    return match_device(device, sorted(known))
+
+
+def _require_this_device(table: Table, path: Path, name: str | None) -> None:
+    """Raises TableError if a name that the driver gave is another device's. None: the user gave the name."""
+    if name is not None and table.device.name != name:
+        raise TableError(
+            f"{path}: $.device.name: expected {name}, found {table.device.name}, another device whose folder has the "
+            "same name; keep the tables of each in a folder of their own, and pass tables=DIR"
+        )
+
+
+def _measured_device(path: Path) -> str:
+    try:
+        return read_table(path).device.name
+    except TableError:
+        return f"{path.parent.name}/{path.name} (no valid table)"
+
+
+def _checked(table: Table, path: Path, recipe: Recipe, device: str | None) -> Table:
+    if table.recipe != recipe:
+        raise TableError(f"{path}: $.recipe: expected {recipe}, found {table.recipe}")
+    if device is not None and match_device(device, [device_slug(table.device.name)]) is None:
+        raise TableError(f"{path}: $.device.name: expected {device}, found {table.device.name}")
+    return table
+
+
+def _no_table(searched: Sequence[Place], recipe: Recipe, device: str) -> str:
+    folders = [place.path for place in searched]
+    known = measured_devices(folders, recipe)
+    slugs = sorted({path.parent.name for folder in folders for path in folder.glob(f"*/{recipe}.yaml")})
+    alike = suggestions(device, slugs)
+    meant = f" Did you mean {' or '.join(alike)}?" if alike else ""
+    return (
+        f"device: no {recipe} table for {device!r} in {', '.join(map(str, folders))}; measured devices: "
+        f"{', '.join(known) or 'none'}.{meant} {_how_to_measure(recipe)}"
+    )
+
+
+def _how_to_measure(recipe: Recipe) -> str:
+    return f"To measure this device, run on it: fp8gate calibrate --recipes {recipe}"

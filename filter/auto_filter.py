@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from fp8gate.filter.agreement import require_agreement, topics_decided
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import plain_name
-from fp8gate.filter.contract.plan import Plan, load_plan, require_same_training
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.contract.table import Table
@@ -40,7 +39,7 @@ from fp8gate.filter.linear_decisions import LinearDecisions
 from fp8gate.filter.locate.find_table import find_table
 from fp8gate.filter.model.linear_layer import grouped_weights, linear_size, linears_of, names_without_linears
 from fp8gate.filter.model.parallel import Parallel
-from fp8gate.filter.plan_decisions import PlanDecisions
+from fp8gate.filter.plan_choice import AUTO, PlanArgument, PlanChoice
 from fp8gate.filter.settings import NOT_PARALLEL, FilterSettings, Recompute, policies
 
 if TYPE_CHECKING:
@@ -55,12 +54,13 @@ OF_WHOLE_MODEL = (UnmatchedPatternWarning, NothingConvertedWarning)  # each chec
 class AutoFilter:
     """Converts only the linears measured to win. `auto_filter` makes it.
 
-    decisions: fqn -> `Decision` of every linear asked about, in that order; a plan's decisions have no speedup of their
-    own. left_alone: names of modules that hold several matrices in one parameter.
+    plans: the plan that decides, if there is one. decisions: fqn -> `Decision` of every linear asked about, in that
+    order; a plan's decisions have no speedup of their own. left_alone: names of modules that hold several matrices in
+    one parameter.
     """
 
     def __init__(
-        self, table: Table, path: Path, settings: FilterSettings, findings: Findings, plan: PlanDecisions | None = None
+        self, table: Table, path: Path, settings: FilterSettings, findings: Findings, plans: PlanChoice
     ) -> None:
         self.table = table
         self.path = path
@@ -69,8 +69,8 @@ class AutoFilter:
         self.left_alone: tuple[str, ...] = ()
         self._saw_all_modules = False
         self._findings = findings
-        self._plan = plan
-        self._linears = LinearDecisions(table, settings, findings, plan)
+        self.plans = plans
+        self._linears = LinearDecisions(table, settings, findings, plans)
 
     def __call__(self, layer: object, fqn: str) -> bool:
         """Whether to convert `layer`, a module or the config of one, known as `fqn` in its model."""
@@ -95,13 +95,18 @@ class AutoFilter:
         answers so far. Only a module shows what the patterns of a parallel plan match beside linears.
         Warns of each finding, or raises all those that are errors as one. Returns all that are not ignored.
         """
+        findings = self.examine(model)
+        self._settle()
+        return findings
+
+    def examine(self, model: Any = None) -> list[Finding]:
+        """The same, but for warnings and errors: the next answer, or `check`, gives those."""
         if model is not None:
             self._forget()
             self._decide_all(model)
         of_whole_model = list(self._find_in_whole_model())
         for finding in of_whole_model:
             self._findings.add(finding)
-        self._settle()
         current = [f for f in self._findings if f.category not in OF_WHOLE_MODEL or f in of_whole_model]
         return sorted(current, key=lambda finding: finding in of_whole_model)
 
@@ -116,7 +121,7 @@ class AutoFilter:
         """
         if not self.decisions:
             raise InputError("agree: nothing is decided yet; call check(model) first")
-        plan = self._plan.plan if self._plan else None
+        plan = self.plans.chosen.plan if self.plans.chosen else None
         decided = topics_decided(self.table, self.settings, plan, self.decisions)
         require_agreement(decided, str(self.path), group, timeout_s)
 
@@ -137,7 +142,7 @@ class AutoFilter:
             self.table,
             self.settings,
             self.decisions,
-            plan_source=self._plan.source if self._plan else None,
+            plans=self.plans,
             notes={
                 "filter_fqns that matched no linear": self.unmatched,
                 "patterns of the parallel plan that matched no linear": self._unmatched_shards(),
@@ -146,9 +151,12 @@ class AutoFilter:
             },
         )
 
-    def report(self) -> str:
-        """Every linear with its local shape, decision and reason, as a table for people, and the summary."""
-        return f"{decisions_text(self.decisions)}\n{self.summary()}"
+    def report(self, *, full: bool = False) -> str:
+        """The linears with their local shapes, decisions and reasons, as a table for people, and the summary.
+
+        Linears that differ by layer indices only share a row. full: every linear has its own.
+        """
+        return f"{decisions_text(self.decisions, full=full)}\n{self.summary()}"
 
     def _forget(self) -> None:
         """Prepare for another model."""
@@ -156,23 +164,27 @@ class AutoFilter:
         self.left_alone, self._saw_all_modules = (), False
         self._findings.forget(keep=StaleTableWarning)
         self._linears.forget()
-        if self._plan:
-            self._plan.forget()
+        self.plans.forget()
 
     def _decide_all(self, model: Any) -> None:
         is_module = hasattr(model, "named_modules")
         sizes = [(fqn, linear_size(layer)) for fqn, layer in (linears_of(model) if is_module else model)]
         linears = [(fqn, size) for fqn, size in sizes if not isinstance(size, str)]
-        self.decisions.update((fqn, self._linears.decide(fqn, size)) for fqn, size in linears)
-        if self._plan:
-            self._plan.decide_blocks(self.decisions)
-            self._linears.forget_linears()
-            self.decisions.update((fqn, self._linears.decide(fqn, size)) for fqn, size in linears)
         if is_module:
             for name in names_without_linears(model):
                 self._linears.shards.style(name)
             self.left_alone = grouped_weights(model)
             self._saw_all_modules = True
+        if self.plans.is_auto:
+            shapes = {fqn: shape for fqn, size in linears if (shape := self._linears.shape_of(fqn, size))}
+            self.plans.look_at(shapes, self.left_alone if is_module else None)
+        self.decisions.update((fqn, self._linears.decide(fqn, size)) for fqn, size in linears)
+        if self.plans.chosen:
+            self.plans.chosen.decide_blocks(self.decisions)
+            self._linears.forget_linears()
+            self.decisions.update((fqn, self._linears.decide(fqn, size)) for fqn, size in linears)
+        for finding in self.plans.findings():
+            self._findings.add(finding)
 
     def _find_in_whole_model(self) -> Iterator[Finding]:
         """The findings that only all answers together show."""
@@ -180,8 +192,8 @@ class AutoFilter:
             yield Finding(UnmatchedPatternWarning, f"filter_fqns: {pattern!r} is in no linear's name")
         for pattern in self._unmatched_shards():
             yield Finding(UnmatchedPatternWarning, f"parallel.plan: {pattern} matched no linear")
-        if self._plan:
-            yield from self._plan.findings(self.decisions)
+        if self.plans.chosen:
+            yield from self.plans.chosen.findings(self.decisions)
         if not any(decision.convert for decision in self.decisions.values()):
             yield Finding(NothingConvertedWarning, f"none of {len(self.decisions)} linears is converted to float8")
 
@@ -206,7 +218,7 @@ def auto_filter(
     min_speedup: float = DEFAULT_MIN_SPEEDUP,
     lookup: LookupName = DEFAULT_LOOKUP,
     tables: str | os.PathLike[str] | None = None,
-    plan: Plan | str | os.PathLike[str] | None = None,
+    plan: PlanArgument = AUTO,
     parallel: Parallel = NOT_PARALLEL,
     recompute: Recompute = "none",
     strict: bool = False,
@@ -230,9 +242,12 @@ def auto_filter(
     (a DTensor) is taken as it is. recompute: the layers under activation checkpointing, whose forward runs twice:
     "none", "full", or a predicate of their names.
 
-    plan: a plan or its file. It decides the roles that it knows, whatever min_speedup is, and the table decides the
-    other linears. Only `check(model)` sees whole blocks. If a block cannot convert all of the plan's set, it takes what
-    was measured of the rest of the set, or the table's answers. Without `check`, every block is taken for a whole one.
+    plan: "auto" lets `check(model)` look for a measured plan among those of this device, recipe and number of tokens:
+    one whose roles, local shapes and recomputation are those of the model's blocks. Without `check`, or if none fits,
+    the table decides. Otherwise it is a plan, its file, the name of the model that it was measured for ("llama3-8b"),
+    or None to do without. A plan decides the roles that it knows, whatever min_speedup is, and the table decides the
+    other linears. If a block cannot convert all of the plan's set, it takes what was measured of the rest of the set,
+    or the table's answers. Without `check`, a plan that is given takes every block for a whole one.
 
     on_stale and the other policies: "ignore", "warn" of or raise ("error") a StaleTableWarning, OutsideGridWarning,
     AmbiguousPointWarning, MissingPointWarning, UnknownShardWarning, PlanMismatchWarning, UnmatchedPatternWarning or
@@ -268,18 +283,12 @@ def auto_filter(
     }
     findings = Findings(policies("error" if strict else "warn", asked))
     table, path = find_table(recipe, device=device, tables=tables)
-    decisions = None
-    measured = [(str(path), table.software, "fp8gate calibrate")]
-    if plan is not None:
-        loaded, source = load_plan(plan)
-        local_tokens = tokens // settings.parallel.cp
-        require_same_training(loaded, source, recipe=recipe, device=table.device.name, tokens=local_tokens)
-        decisions = PlanDecisions(loaded, source, settings.recomputes)
-        measured.append((source, loaded.software, "fp8gate plan"))
-    wants_float8 = AutoFilter(table, path, settings, findings, decisions)
-    for source, software, command in measured:
-        if differences := stale(software):
-            message = f"{source} was measured with {differences}; to measure again: {command}"
-            findings.add(Finding(StaleTableWarning, message))
+    plans = PlanChoice(plan, recipe=recipe, device=table.device.name, settings=settings, tables=tables)
+    wants_float8 = AutoFilter(table, path, settings, findings, plans)
+    if differences := stale(table.software):
+        message = f"{path} was measured with {differences}; to measure again: fp8gate calibrate"
+        findings.add(Finding(StaleTableWarning, message))
+    for finding in plans.findings():
+        findings.add(finding)
     findings.settle()
     return wants_float8

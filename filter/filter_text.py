@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from fp8gate.filter.contract.names import without_indices
+from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.contract.table import Table
 from fp8gate.filter.decision.decide import Decision
+from fp8gate.filter.plan_choice import PlanChoice
 from fp8gate.filter.settings import FilterSettings
 
 
-def decisions_text(decisions: Mapping[str, Decision]) -> str:
-    """Every linear with its local shape, decision and reason."""
-    from tabulate import tabulate  # deciding must work without it
+def decisions_text(decisions: Mapping[str, Decision], *, full: bool) -> str:
+    """The linears with their local shape, decision and reason: those that differ by layer indices only in one row.
 
+    full: every linear in a row of its own.
+    """
+    from fp8gate.filter.terminal_table import render_table  # deciding must work without it
+
+    counts = Counter((fqn if full else without_indices(fqn), decision) for fqn, decision in decisions.items())
     rows = [
-        (fqn, d.m, d.k, d.n, "float8" if d.convert else "bf16", _ratio(d.speedup), d.reason)
-        for fqn, d in decisions.items()
+        (fqn, *(() if full else (count,)), d.m, d.k, d.n, "float8" if d.convert else "bf16", d.speedup_text, d.reason)
+        for (fqn, d), count in counts.items()
     ]
-    headers = ("linear", "m", "k", "n", "train in", "speedup", "reason")
-    return tabulate(rows, headers=headers, disable_numparse=True)
+    headers = ("linear", *(() if full else ("count",)), "m", "k", "n", "train in", "speedup", "reason")
+    return render_table(headers, rows)
 
 
 def summary_text(
@@ -27,31 +34,31 @@ def summary_text(
     settings: FilterSettings,
     decisions: Mapping[str, Decision],
     *,
-    plan_source: str | None,
+    plans: PlanChoice,
     notes: Mapping[str, Sequence[str]],
 ) -> str:
     """How many linears are converted, by which plan or speedup, and what should be known about the others.
 
-    plan_source: what messages call the plan, None without a plan. notes: remark -> the names that it is about; it is
-    left out if there are none.
+    notes: remark -> the names that it is about; it is left out if there are none.
     """
     converted = sum(d.convert for d in decisions.values())
-    outside = sum(d.outside for d in decisions.values())
     least = f"at least {settings.min_speedup:.2f}x"
-    chosen = "by a plan" if plan_source is not None else least
+    chosen = "by a plan" if plans.chosen else least
     sentences = [
         f"converted {converted} of {len(decisions)} linears to float8 {table.recipe} "
         f"({chosen} on {table.device.name} at {settings.tokens} tokens)"
     ]
-    if plan_source is not None:
+    if plans.chosen:
         by_table = dict.fromkeys(without_indices(fqn) for fqn, d in decisions.items() if d.point)
         others = f"; not in it, by the table, {least}: {', '.join(by_table)}" if by_table else ""
-        sentences.append(f"the plan {plan_source}, whatever min_speedup{others}")
-    if outside:
-        sentences.append(f"{outside} lie outside the measured range")
+        sentences.append(f"the plan {plans.chosen.source}, whatever min_speedup{others}")
+    if remark := plans.remark():
+        sentences.append(remark)
+    if outside := [fqn for fqn, d in decisions.items() if d.outside]:
+        names = ", ".join(dict.fromkeys(map(without_indices, outside)))
+        command = f"fp8gate calibrate --model CONFIG.json --tokens {settings.tokens}"
+        sentences.append(f"{len(outside)} lie outside the measured range ({names}); to measure them: {command}")
+    if differences := stale(table.software):
+        sentences.append(f"the table was measured with {differences}; to measure again: fp8gate calibrate")
     sentences += [f"{remark}: {', '.join(names)}" for remark, names in notes.items() if names]
     return "; ".join(sentences)
-
-
-def _ratio(speedup: float | None) -> str:
-    return "" if speedup is None else f"{speedup:.2f}x"

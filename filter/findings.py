@@ -65,7 +65,7 @@ class Findings:
         self._pending: list[Finding] = []
 
     def __iter__(self) -> Iterator[Finding]:
-        return iter(self._known)
+        return iter(dict.fromkeys((*self._known, *self._pending)))
 
     def add(self, finding: Finding) -> None:
         """Keep a finding for the next `settle`. An error is kept, and so raised, each time that it is added."""

@@ -22,7 +22,7 @@ from fp8gate.filter.findings import (
 )
 from fp8gate.filter.model.linear_layer import LinearSize
 from fp8gate.filter.model.parallel import ShardError, Shards
-from fp8gate.filter.plan_decisions import PlanDecisions
+from fp8gate.filter.plan_choice import PlanChoice
 from fp8gate.filter.settings import FilterSettings
 
 
@@ -33,12 +33,12 @@ class LinearDecisions:
     of linears that are taken as whole because nothing says what a rank holds.
     """
 
-    def __init__(self, table: Table, settings: FilterSettings, findings: Findings, plan: PlanDecisions | None) -> None:
+    def __init__(self, table: Table, settings: FilterSettings, findings: Findings, plans: PlanChoice) -> None:
         self.shards = Shards(settings.parallel, settings.tokens)
         self.unknown_shards: dict[str, None] = {}
         self._settings = settings
         self._findings = findings
-        self._plan = plan
+        self._plans = plans
         self._lookup = Lookup(table, settings.lookup)
         self._by_shape: dict[tuple[LinearShape, bool], Decision] = {}
         self._by_linear: dict[tuple[str, LinearSize], Decision] = {}
@@ -46,6 +46,13 @@ class LinearDecisions:
     def decide(self, fqn: str, size: LinearSize) -> Decision:
         """The decision for the linear known as `fqn` in its model."""
         return self._by_linear.get((fqn, size)) or self._decide(fqn, size)
+
+    def shape_of(self, fqn: str, size: LinearSize) -> LinearShape | None:
+        """What a rank multiplies in the linear known as `fqn`; None if it cannot be divided as it should be."""
+        try:
+            return self._local_shape(plain_name(fqn), size)
+        except ShardError:
+            return None
 
     def forget(self) -> None:
         """Prepare for another model."""
@@ -87,7 +94,8 @@ class LinearDecisions:
         return self.shards.part(style, size.in_features, size.out_features)
 
     def _by_plan(self, plain: str, shape: LinearShape) -> Decision | None:
-        answer = self._plan.decide(plain, shape) if self._plan else None
+        plan = self._plans.chosen
+        answer = plan.decide(plain, shape) if plan else None
         if isinstance(answer, Finding):
             self._findings.add(answer)
             return None
@@ -97,7 +105,7 @@ class LinearDecisions:
         decision = self._by_shape.get((shape, recomputed))
         if decision is None:
             decision = decide(shape, self._lookup, min_speedup=self._settings.min_speedup, recomputed=recomputed)
-            if self._plan:
+            if self._plans.chosen:
                 decision = msgspec.structs.replace(decision, reason=f"not in the plan: {decision.reason}")
             self._add_doubts(fqn, decision)
             self._by_shape[shape, recomputed] = decision
@@ -107,7 +115,8 @@ class LinearDecisions:
         is_ambiguous = decision.point is not None and decision.point.status == "ambiguous"
         if not (decision.outside or is_ambiguous or decision.gap):
             return
-        message = f"{fqn}, {decision.shape}: {decision.reason}"
+        number = f"{decision.speedup_text}, " if decision.speedup_text else ""
+        message = f"{fqn}, {decision.shape}: {number}{decision.reason}"
         if decision.outside:
             self._findings.add(Finding(OutsideGridWarning, message))
         if is_ambiguous:

@@ -8,7 +8,7 @@ the sum of what its linears gain.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from fp8gate.filter.contract.names import plain_name, without_indices
@@ -45,6 +45,23 @@ class PlanDecisions:
         self._recomputes = recomputes
         self._by_block: dict[str, _BlockDecision] = {}
         self._unchecked = _BlockDecision(plan.convert, "as a whole, not checked")
+
+    def fits(self, shapes: Mapping[str, LinearShape], left_alone: Collection[str] | None) -> bool:
+        """Whether every block of a model is the one that was measured: its roles, their shapes, its recomputation.
+
+        shapes: what a rank multiplies in each linear of the model, by name. left_alone: names in a block of the modules
+        that hold several matrices in one parameter; None if they are not known.
+        """
+        blocks = self._blocks(shapes)
+        if not blocks or (left_alone is not None and set(left_alone) != set(self.plan.left_alone)):
+            return False
+        return all(self._is_whole(linears, shapes) for linears in blocks.values())
+
+    def _is_whole(self, linears: BlockLinears, shapes: Mapping[str, LinearShape]) -> bool:
+        present = {role for roles in linears.values() for role in roles}
+        if present != self.plan.shapes.keys() or not all(linears.values()):
+            return False
+        return not any(self._mismatch(fqn, roles, shapes[fqn]) for fqn, roles in linears.items())
 
     def forget(self) -> None:
         """Prepare for another model: none of its blocks is decided."""
@@ -145,10 +162,10 @@ class PlanDecisions:
                 return True
         return False
 
-    def _blocks(self, decisions: Decisions) -> dict[str, dict[str, Roles]]:
-        """block -> its linears."""
+    def _blocks(self, linears: Iterable[str]) -> dict[str, dict[str, Roles]]:
+        """block -> its linears, of all linears of a model by name."""
         blocks: defaultdict[str, dict[str, Roles]] = defaultdict(dict)
-        for fqn in decisions:
+        for fqn in linears:
             if place := self.plan.place(fqn):
                 blocks[place.block][fqn] = place.roles
         return blocks

@@ -24,7 +24,9 @@ def decided(
 
 
 def answer(decision: Decision) -> tuple[bool, str]:
-    return decision.convert, decision.reason
+    """Whether it converts, its speedup and its reason."""
+    number = f"{decision.speedup_text}: " if decision.speedup_text else ""
+    return decision.convert, f"{number}{decision.reason}"
 
 
 def test_default_is_five_percent():
@@ -34,12 +36,12 @@ def test_default_is_five_percent():
 @pytest.mark.parametrize(
     ("speedup", "min_speedup", "expected"),
     [
-        (1.5, 1.02, (True, "1.50x (measured)")),
-        (1.02, 1.02, (True, "1.02x (measured)")),
-        (1.01, 1.02, (False, "1.01x, below 1.02x (measured)")),
-        (0.5, 1.02, (False, "0.50x, below 1.02x (measured)")),
-        (0.5, 0.4, (True, "0.50x (measured)")),
-        (1.5, 1.6, (False, "1.50x, below 1.60x (measured)")),
+        (1.5, 1.02, (True, "1.50x: measured")),
+        (1.02, 1.02, (True, "1.02x: measured")),
+        (1.01, 1.02, (False, "1.01x: below 1.02x, measured")),
+        (0.5, 1.02, (False, "0.50x: below 1.02x, measured")),
+        (0.5, 0.4, (True, "0.50x: measured")),
+        (1.5, 1.6, (False, "1.50x: below 1.60x, measured")),
     ],
 )
 def test_converts_from_the_wanted_speedup_on(speedup, min_speedup, expected):
@@ -49,12 +51,12 @@ def test_converts_from_the_wanted_speedup_on(speedup, min_speedup, expected):
 @pytest.mark.parametrize(
     ("speedup", "low", "high", "expected"),
     [
-        (1.0175, 1.0163, 1.0203, (False, "1.0175x, below 1.0200x (measured, bounds 1.0163 to 1.0203 within one run)")),
-        (1.0175, 1.0, 1.04, (False, "1.0175x, below 1.0200x (measured, bounds 1.0000 to 1.0400 within one run)")),
-        (1.021, 1.019, 1.022, (True, "1.0210x (measured, bounds 1.0190 to 1.0220 within one run)")),
-        (1.01, 1.0, 1.03, (False, "1.01x, below 1.02x (measured, bounds 1.00 to 1.03 within one run)")),
-        (1.04, 1.01, 1.05, (True, "1.04x (measured, bounds 1.01 to 1.05 within one run)")),
-        (1.021, 1.0205, 1.022, (True, "1.02x (measured)")),
+        (1.0175, 1.0163, 1.0203, (False, "1.0175x: below 1.0200x, measured, bounds 1.0163 to 1.0203 within one run")),
+        (1.0175, 1.0, 1.04, (False, "1.0175x: below 1.0200x, measured, bounds 1.0000 to 1.0400 within one run")),
+        (1.021, 1.019, 1.022, (True, "1.0210x: measured, bounds 1.0190 to 1.0220 within one run")),
+        (1.01, 1.0, 1.03, (False, "1.01x: below 1.02x, measured, bounds 1.00 to 1.03 within one run")),
+        (1.04, 1.01, 1.05, (True, "1.04x: measured, bounds 1.01 to 1.05 within one run")),
+        (1.021, 1.0205, 1.022, (True, "1.02x: measured")),
     ],
 )
 def test_all_numbers_of_a_reason_have_the_digits_that_tell_them_apart(speedup, low, high, expected):
@@ -78,7 +80,7 @@ def test_indivisible_shape_is_refused_even_where_it_was_measured_to_win(shape, r
 
 @pytest.mark.parametrize("shape", [(16, 16, 16), (48, 80, 112)])
 def test_multiples_of_16_are_judged_by_their_speedup(shape):
-    assert answer(decided(shape, make_point(*shape, 2.0))) == (True, "2.00x (measured)")
+    assert answer(decided(shape, make_point(*shape, 2.0))) == (True, "2.00x: measured")
 
 
 def test_indivisible_comes_before_slow_and_before_failed():
@@ -92,37 +94,37 @@ def test_failed_nearest_point_refuses_however_fast_its_neighbour_is(speedup):
     points = [make_point(32, 64, 128, status="failed"), make_point(32, 64, 512, speedup)]
     assert answer(decided((32, 64, 128), *points)) == (
         False,
-        "float8 failed at the nearest point (nearest (32, 64, 512), outside the measured range, "
-        "a nearer point is failed)",
+        f"{speedup:.2f}x: float8 failed at the nearest point, nearest (32, 64, 512), outside the measured range, "
+        "a nearer point is failed",
     )
 
 
 @pytest.mark.parametrize("status", ["out_of_memory", "unstable"])
 def test_other_gap_is_said_but_decided_by_the_next_point(status):
     points = [make_point(32, 64, 64, 2.0), make_point(32, 64, 128, status=status), make_point(32, 64, 512, 0.5)]
-    provenance = f"(nearest (32, 64, 64), a nearer point is {status})"
-    assert answer(decided((32, 64, 128), *points)) == (True, f"2.00x {provenance}")
-    assert answer(decided((32, 64, 128), *points, min_speedup=3.0)) == (False, f"2.00x, below 3.00x {provenance}")
+    provenance = f"nearest (32, 64, 64), a nearer point is {status}"
+    assert answer(decided((32, 64, 128), *points)) == (True, f"2.00x: {provenance}")
+    assert answer(decided((32, 64, 128), *points, min_speedup=3.0)) == (False, f"2.00x: below 3.00x, {provenance}")
 
 
 def test_failed_point_further_away_does_not_refuse():
     points = [make_point(32, 64, 128, status="failed"), make_point(32, 64, 512, 2.0)]
     assert answer(decided((32, 64, 384), *points)) == (
         True,
-        "2.00x (nearest (32, 64, 512), outside the measured range)",
+        "2.00x: nearest (32, 64, 512), outside the measured range",
     )
 
 
 @pytest.mark.parametrize(
     ("shape", "kind", "reason"),
     [
-        ((32, 64, 128), "nearest", "1.50x (measured)"),
-        ((32, 64, 128), "interpolate", "1.50x (measured)"),
-        ((32, 64, 160), "nearest", "1.50x (nearest (32, 64, 128))"),
-        ((32, 64, 256), "interpolate", "2.12x (interpolated)"),
-        ((32, 64, 496), "nearest", "3.00x (nearest (32, 64, 512), ambiguous)"),
-        ((32, 64, 1024), "nearest", "3.00x (nearest (32, 64, 512), outside the measured range, ambiguous)"),
-        ((64, 64, 256), "interpolate", "2.12x (interpolated, outside the measured range)"),
+        ((32, 64, 128), "nearest", "1.50x: measured"),
+        ((32, 64, 128), "interpolate", "1.50x: measured"),
+        ((32, 64, 160), "nearest", "1.50x: nearest (32, 64, 128)"),
+        ((32, 64, 256), "interpolate", "2.12x: interpolated"),
+        ((32, 64, 496), "nearest", "3.00x: nearest (32, 64, 512), ambiguous"),
+        ((32, 64, 1024), "nearest", "3.00x: nearest (32, 64, 512), outside the measured range, ambiguous"),
+        ((64, 64, 256), "interpolate", "2.12x: interpolated, outside the measured range"),
     ],
 )
 def test_reason_says_where_the_number_is_from(shape, kind, reason):
@@ -140,7 +142,7 @@ def test_decision_keeps_what_it_was_taken_from():
     point = make_point(32, 64, 128, 1.5, spread=1.25)
     assert decided((32, 64, 256), point) == Decision(
         convert=True,
-        reason="1.50x (nearest (32, 64, 128), outside the measured range)",
+        reason="nearest (32, 64, 128), outside the measured range",
         shape=LinearShape(32, 64, 256),
         speedup=1.5,
         speedup_low=1.2,
@@ -195,7 +197,7 @@ def test_recomputation_changes_the_speedup_by_the_factor_of_the_times():
 
 @pytest.mark.parametrize(
     ("recomputed", "expected"),
-    [(False, (True, "1.50x (measured)")), (True, (False, "1.14x, below 1.45x (measured, recomputed)"))],
+    [(False, (True, "1.50x: measured")), (True, (False, "1.14x: below 1.45x, measured, recomputed"))],
 )
 def test_recomputation_can_turn_a_decision(recomputed, expected):
     point = msgspec.structs.replace(timed((100.0, 200.0), (150.0, 50.0)), speedup_low=1.46, speedup_high=1.54)

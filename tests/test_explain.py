@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 
 import msgspec
 import pytest
-from builders import make_point, make_table
+from builders import make_point, make_table, write_file
+from plans import make_plan
 
+from fp8gate import auto_filter
+from fp8gate.filter.contract.plan import Candidate
 from fp8gate.filter.contract.table import Point, TableError
-from fp8gate.filter.decision.lookup import Lookup
 from fp8gate.filter.explain.explanation import Explanation, explain
+from fp8gate.filter.explain.remarks import EVIDENCE, remarks
 from fp8gate.filter.model.model_config import ModelConfig
-from fp8gate.filter.model.parallel import Parallel, ShardError, Shards
+from fp8gate.filter.model.parallel import Parallel, ShardError
 
 TOKENS = 32
 CONFIG = ModelConfig(
@@ -46,11 +51,27 @@ def explained(
     min_speedup: float = 1.02,
     tokens: int = TOKENS,
     recomputed: bool = False,
+    plan=None,
+    filter_fqns=(),
     **degrees: int,
 ) -> Explanation:
-    table = make_table(*points, recipe=recipe)
-    shards = Shards(Parallel(plan="transformers", **degrees), tokens)
-    return explain(config, table, Lookup(table), shards=shards, recomputed=recomputed, min_speedup=min_speedup)
+    with tempfile.TemporaryDirectory() as folder:
+        wants_float8 = auto_filter(
+            recipe,
+            tokens=tokens,
+            tables=write_file(make_table(*points, recipe=recipe), Path(folder) / "table.yaml"),
+            plan=plan,
+            filter_fqns=filter_fqns,
+            min_speedup=min_speedup,
+            parallel=Parallel(plan="transformers", **degrees),
+            recompute="full" if recomputed else "none",
+            on_stale="ignore",
+        )
+        return explain("tiny", config, wants_float8)
+
+
+def times_us(explanation: Explanation) -> dict[str, float]:
+    return {choice.name: choice.us for choice in explanation.choices}
 
 
 def test_every_role_is_decided():
@@ -74,29 +95,32 @@ def test_every_role_is_decided():
     [("tensorwise", TENSORWISE_RULE_US), ("rowwise", ROWWISE_RULE_US), ("rowwise_with_gw_hp", None)],
 )
 def test_times_are_summed_over_all_layers(recipe, rule_us):
-    predicted = explained(recipe=recipe).predicted
-    assert predicted.bf16_us == pytest.approx(BF16_US)
-    assert predicted.all_float8_us == pytest.approx(ALL_FLOAT8_US)
-    assert predicted.torchao_rule_us == (None if rule_us is None else pytest.approx(rule_us))
-    assert predicted.fp8gate_us == pytest.approx(FILTER_US)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "rule"), [("tensorwise", 672 / 632), ("rowwise", 1.0), ("rowwise_with_gw_hp", None)]
-)
-def test_speedups_are_quotients_of_the_sums(recipe, rule):
-    assert explained(recipe=recipe).predicted.speedups() == {
-        "all_float8": pytest.approx(672 / 592),
-        "torchao_rule": None if rule is None else pytest.approx(rule),
-        "fp8gate": pytest.approx(672 / 488),
+    explanation = explained(recipe=recipe)
+    assert times_us(explanation) == {
+        "bf16": pytest.approx(BF16_US),
+        "all float8": pytest.approx(ALL_FLOAT8_US),
+        **({} if rule_us is None else {"torchao's rule": pytest.approx(rule_us)}),
+        "fp8gate, table": pytest.approx(FILTER_US),
     }
+    assert explanation.speedup == pytest.approx(BF16_US / FILTER_US)
 
 
 @pytest.mark.parametrize(
     ("min_speedup", "expected_us"), [(0.5, ALL_FLOAT8_US), (1.3, FILTER_US + 2 * (60 - 48)), (2.5, BF16_US)]
 )
 def test_wanted_speedup_decides_what_is_converted(min_speedup, expected_us):
-    assert explained(min_speedup=min_speedup).predicted.fp8gate_us == pytest.approx(expected_us)
+    assert explained(min_speedup=min_speedup).chosen.us == pytest.approx(expected_us)
+
+
+def test_what_filter_fqns_leave_out_stays_bf16_in_every_choice():
+    explanation = explained(filter_fqns=["lm_head"])
+    assert times_us(explanation) == {
+        "bf16": pytest.approx(BF16_US),
+        "all float8": pytest.approx(ALL_FLOAT8_US + 40),
+        "torchao's rule": pytest.approx(BF16_US),
+        "fp8gate, table": pytest.approx(FILTER_US + 40),
+    }
+    assert explanation.layers[-1].decision.reason == "filter_fqns has 'lm_head'"
 
 
 def test_row_is_what_json_shows():
@@ -109,14 +133,15 @@ def test_row_is_what_json_shows():
         "k": 64,
         "n": 64,
         "convert": False,
+        "table_converts": False,
         "torchao_converts": False,
         "speedup": 0.6,
         "speedup_low": 0.6 / 1.25,
         "speedup_high": 0.6 * 1.25,
-        "reason": "0.60x, below 1.02x (measured)",
+        "reason": "below 1.02x, measured",
     }
     assert (rows["output"]["convert"], rows["output"]["torchao_converts"]) == (True, True)
-    assert rows["output"]["reason"] == "1.50x (measured)"
+    assert rows["output"]["reason"] == "measured"
 
 
 def test_recipe_without_a_rule_shows_none():
@@ -129,11 +154,12 @@ def test_indivisible_layer_stays_bf16_in_every_choice():
     output = explanation.layers[-1]
     assert (output.decision.convert, output.torchao) == (False, False)
     assert output.decision.reason == "n = 2050: not a multiple of 16"
-    predicted = explanation.predicted
-    assert predicted.bf16_us == pytest.approx(BF16_US)
-    assert predicted.all_float8_us == pytest.approx(ALL_FLOAT8_US - 80 + 120)
-    assert predicted.torchao_rule_us == pytest.approx(BF16_US)
-    assert predicted.fp8gate_us == pytest.approx(FILTER_US - 80 + 120)
+    assert times_us(explanation) == {
+        "bf16": pytest.approx(BF16_US),
+        "all float8": pytest.approx(ALL_FLOAT8_US - 80 + 120),
+        "torchao's rule": pytest.approx(BF16_US),
+        "fp8gate, table": pytest.approx(FILTER_US - 80 + 120),
+    }
 
 
 def test_unmeasured_layer_takes_its_time_from_the_work():
@@ -147,12 +173,12 @@ def test_experts_are_noted_and_not_counted():
     explanation = explained(config=mixture)
     assert [layer.linear.role for layer in explanation.layers] == ["wq", "wk", "wv", "wo", "output"]
     assert explanation.note.startswith("the 4 experts of each layer")
-    assert explanation.predicted.bf16_us == pytest.approx(2 * (30 + 18 + 18 + 30) + 120)
+    assert explanation.bf16.us == pytest.approx(2 * (30 + 18 + 18 + 30) + 120)
     assert explained().note is None
 
 
 def test_table_without_numbers_is_an_error():
-    with pytest.raises(TableError, match=r"tensorwise on NVIDIA H200: \$\.points: expected a measured point"):
+    with pytest.raises(TableError, match=r"table\.yaml: \$\.points: expected a measured point"):
         explained(points=[make_point(32, 64, 64, status="failed")])
 
 
@@ -211,9 +237,11 @@ RECOMPUTED_BF16_US = 2 * (40 + 24 + 24 + 40 + 80 + 80 + 80) + 120
 def test_recomputed_forwards_are_counted_in_both_precisions():
     """A forward takes a third of the time in both precisions, so the speedups do not change. The head's runs once."""
     once, twice = explained(), explained(recomputed=True)
-    assert twice.predicted.bf16_us == pytest.approx(RECOMPUTED_BF16_US)
-    assert twice.predicted.fp8gate_us == pytest.approx((FILTER_US - 80) * 4 / 3 + 80)
-    assert [x.decision.speedup for x in twice.layers] == pytest.approx([x.decision.speedup for x in once.layers])
+    assert twice.bf16.us == pytest.approx(RECOMPUTED_BF16_US)
+    assert twice.chosen.us == pytest.approx((FILTER_US - 80) * 4 / 3 + 80)
+    assert [x.decision.speedup for x in twice.layers] == pytest.approx(
+        [x.decision.speedup for x in once.layers], rel=1e-3
+    )
     assert [x.decision.convert for x in twice.layers] == [x.decision.convert for x in once.layers]
 
 
@@ -223,4 +251,86 @@ def test_recomputation_turns_a_decision_where_the_forward_loses():
     once, twice = (explained(points=points, recomputed=r).layers[-2] for r in (False, True))
     assert (once.decision.convert, once.bf16_us, once.fp8_us) == (True, 120.0, pytest.approx(100.0))
     assert (twice.decision.convert, twice.bf16_us, twice.fp8_us) == (False, 160.0, pytest.approx(180.0))
-    assert twice.decision.reason == "0.89x, below 1.02x (measured, recomputed)"
+    assert twice.decision.reason == "below 1.02x, measured, recomputed"
+
+
+# --- a plan, and what is said in words -------------------------------------------------------------------------
+
+ROLES = {
+    "self_attn.q_proj": (TOKENS, 64, 64),
+    "self_attn.k_proj": (TOKENS, 64, 32),
+    "self_attn.v_proj": (TOKENS, 64, 32),
+    "self_attn.o_proj": (TOKENS, 64, 64),
+    "mlp.gate_proj": (TOKENS, 64, 128),
+    "mlp.up_proj": (TOKENS, 64, 128),
+    "mlp.down_proj": (TOKENS, 128, 64),
+}
+
+
+def measured(convert, speedup):
+    return Candidate(convert, 8, 1.0, 1.0, speedup, speedup - 0.01, speedup + 0.01, 1.0, 0.1, "measured")
+
+
+def plan_of(convert, speedup, **fields):
+    """A plan of the whole tiny block, which chose a set and has also measured all float8."""
+    candidates = (measured((), 1.0), measured(convert, speedup), measured(tuple(ROLES), 1.05))
+    torchao = {"tensorwise": ()}[fields.pop("recipe", "tensorwise")]
+    fixed = {"recipe": "tensorwise", "shapes": ROLES, "indivisible": (), "table": None, "torchao": torchao}
+    return make_plan(**fixed, convert=convert, candidates=candidates, control=1.0, **fields)
+
+
+def test_a_plan_decides_and_has_a_row_of_its_own():
+    explanation = explained(plan=plan_of(("mlp.gate_proj", "mlp.up_proj"), 1.2))
+    assert [layer.linear.role for layer in explanation.chosen.converted] == ["w1", "w3", "output"]
+    assert [choice.name for choice in explanation.choices][-2:] == ["fp8gate, table", "fp8gate, plan"]
+    assert explanation.chosen.us == pytest.approx(FILTER_US + 2 * 12)
+    in_block = {choice.name: choice.in_block and choice.in_block.speedup for choice in explanation.choices}
+    assert in_block == {
+        "bf16": 1.0,
+        "all float8": 1.05,
+        "torchao's rule": 1.0,
+        "fp8gate, table": None,
+        "fp8gate, plan": 1.2,
+    }
+
+
+def test_a_row_ahead_of_the_plan_has_its_sentence():
+    plan, behind, *_ = remarks(explained(plan=plan_of(("mlp.gate_proj", "mlp.up_proj"), 1.2)))
+    assert plan == "The plan decides, measured in the compiled block of tiny: of tiny"
+    assert behind == (
+        f"By the sum of single linears, fp8gate, table takes {1 - FILTER_US / (FILTER_US + 24):.1%} less time. Inside "
+        "the compiled block, where casts fuse with their neighbours, the plan's set runs at 1.200x, fp8gate, table was "
+        "not measured."
+    )
+
+
+def test_a_row_ahead_of_the_table_has_its_sentence_with_the_evidence():
+    behind, nothing, unplanned = remarks(explained(min_speedup=2.5))
+    assert nothing == "None of 8 linears is converted to float8"
+    assert behind == (
+        f"By the sum of single linears, all float8 takes {1 - ALL_FLOAT8_US / BF16_US:.1%} less time, as it also "
+        "converts w1 (2.00x), w3 (2.00x), w2 (1.25x), output (1.50x), which fp8gate leaves in bf16: they are below "
+        f"2.50x (--min-speedup) or have no sure number. {EVIDENCE}"
+    )
+    assert unplanned.endswith("To measure one: fp8gate plan tiny --recipe tensorwise --tokens 32")
+
+
+def test_the_winner_needs_no_sentence():
+    assert len(list(remarks(explained()))) == 1  # no plan was measured
+
+
+def test_outside_the_grid_one_line_has_the_command():
+    outside, _ = remarks(explained(config=msgspec.structs.replace(CONFIG, vocab_size=3072)))
+    assert outside.startswith("Outside the measured range, where the border's answer counts: output. To measure")
+    assert outside.endswith(": fp8gate calibrate --model tiny --tokens 32")
+
+
+@pytest.mark.parametrize(("tokens", "is_far"), [(TOKENS * 8, False), (TOKENS * 8 + 8, True), (TOKENS // 8 - 1, True)])
+def test_far_outside_the_grid_is_an_error_and_no_number(tokens, is_far):
+    if not is_far:
+        assert explained(tokens=tokens).bf16.us == pytest.approx(8 * BF16_US)
+        return
+    with pytest.raises(TableError) as caught:
+        explained(tokens=tokens)
+    assert "too far outside of what was measured, more than 8 times: wq" in str(caught.value)
+    assert str(caught.value).endswith(f"run on it: fp8gate calibrate --model tiny --tokens {tokens}")

@@ -10,6 +10,7 @@ from builders import make_point, make_table, write_folder
 from typer.testing import CliRunner
 
 from fp8gate.cli import app
+from fp8gate.filter.contract import software_check
 from fp8gate.filter.contract.table import Point
 from fp8gate.filter.locate.places import ENVIRONMENT
 
@@ -32,8 +33,10 @@ def points(feed_forward: float, output: float = 2.0) -> list[Point]:
 
 
 @pytest.fixture(autouse=True)
-def _no_environment(monkeypatch):
+def _nothing_is_stale(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.setattr(software_check, "_installed", lambda package: None)
+    monkeypatch.setattr(software_check, "_driver", lambda: None)
 
 
 @pytest.fixture
@@ -96,8 +99,13 @@ def test_json_has_the_sums_of_a_ranks_times(explained_json):
         "bf16_us": pytest.approx(15 * 300),
         "all_float8_us": pytest.approx(8 * 600 + 6 * 200 + 150),
         "torchao_rule_us": pytest.approx(15 * 300),
+        "table_us": pytest.approx(8 * 300 + 6 * 200 + 150),
+        "plan_us": None,
         "fp8gate_us": pytest.approx(8 * 300 + 6 * 200 + 150),
         "speedup": {
+            "bf16": 1.0,
+            "table": pytest.approx(4500 / 3750),
+            "plan": None,
             "all_float8": pytest.approx(4500 / 6150),
             "torchao_rule": pytest.approx(1.0),
             "fp8gate": pytest.approx(4500 / 3750),
@@ -110,7 +118,7 @@ def test_recomputation_counts_every_forward_but_the_heads_twice(explained_json, 
     shown = explained_json({"rowwise": points(1.5)}, "--recipe", "rowwise", "--tp", "2", "--recompute", recompute)
     assert shown["recompute"] == recompute
     assert shown["predicted"]["bf16_us"] == pytest.approx(bf16_us)
-    is_recomputed = [row["reason"].endswith(", recomputed)") for row in shown["layers"]]
+    is_recomputed = [row["reason"].endswith(", recomputed") for row in shown["layers"]]
     assert is_recomputed == [recompute == "full"] * 7 + [False]
 
 
@@ -132,9 +140,9 @@ def test_title_says_what_is_not_the_default(explained, options, tokens, title):
 
 def test_text_shows_every_role_of_a_rank_and_what_each_choice_is_worth(explained):
     text = explained({"tensorwise": points(1.5)}, "--recipe", "tensorwise", "--tp", "2")
-    _, roles, choices = text.split("\n\n")
+    _, roles, choices, unplanned = text.split("\n\n")
     header, _, *rows = cells(roles)
-    assert header == ["role", "linear", "count", "m", "k", "n", "train in", "speedup", "reason"]
+    assert header == ["role", "linear", "count", "m", "k", "n", "train in", "alone", "reason"]
     assert [(row[0], *row[2:8]) for row in rows] == [
         ("wq", "2", "32", "64", "32", "bf16", "0.50x"),
         ("wk", "2", "32", "64", "16", "bf16", "0.50x"),
@@ -149,8 +157,10 @@ def test_text_shows_every_role_of_a_rank_and_what_each_choice_is_worth(explained
         ["bf16", "4.5", "1.000x"],
         ["all float8", "6.2", "0.732x"],
         ["torchao's rule", "4.5", "1.000x"],
-        ["this filter", "3.8", "1.200x"],
+        ["fp8gate, table", "3.8", "1.200x"],
     ]
+    assert unplanned.startswith("No measured plan of this block decides. To measure one: fp8gate plan ")
+    assert unplanned.endswith("config.json --recipe tensorwise --tokens 32 --tp 2\n")
 
 
 def test_recipe_without_a_rule_says_so(explained, explained_json):
@@ -162,13 +172,15 @@ def test_recipe_without_a_rule_says_so(explained, explained_json):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--tp", "3"], "model.layers.*.self_attn.q_proj: tp = 3 does not divide n = 64 (colwise)"),
+        (["--tp", "3"], "--tp: expected a divisor of the 4 heads of {config} ($.num_attention_heads); got 3"),
+        (["--tp", "4"], "--tp: expected a divisor of the 2 heads of {config} ($.num_key_value_heads); got 4"),
         (["--cp", "3"], "parallel.cp: expected a divisor of tokens = 32; got 3"),
         (["--min-speedup", "0"], "--min-speedup: expected a ratio above 0, such as 1.05; got 0.0"),
     ],
 )
-def test_bad_input_is_one_clear_line(explain, options, complaint):
+def test_bad_input_is_one_clear_line(explain, tmp_path, options, complaint):
     result = explain({"rowwise": points(2.0)}, "--recipe", "rowwise", *options)
+    complaint = complaint.format(config=tmp_path / "config.json")
     assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"fp8gate: {complaint}\n")
 
 
@@ -210,7 +222,7 @@ def test_json_of_all_has_every_recipe_as_it_is_alone(explained_json):
     together = explained_json(ROWWISE_WINS, "--recipe", "all", "--tp", "2", "--recompute", "full")
     for recipe, shown in together["recipes"].items():
         alone = explained_json(ROWWISE_WINS, "--recipe", recipe, "--tp", "2", "--recompute", "full")
-        assert shown == {key: alone[key] for key in ("recipe", "device", "layers", "predicted", "note")}
+        assert shown == {key: value for key, value in alone.items() if key in shown}
         assert {*alone} - {*shown} == {"model", "tokens", "tp", "cp", "recompute"}
     assert list(together["recipes"]) == ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
@@ -225,34 +237,40 @@ def test_only_ratios_are_compared(explained_json):
 
 
 def test_text_ranks_the_recipes_most_accurate_first(explained):
-    title, table, sentence = explained(ROWWISE_WINS, "--recipe", "all", "--tp", "2").split("\n\n")
+    title, table, sentence, _ = explained(ROWWISE_WINS, "--recipe", "all", "--tp", "2").split("\n\n")
     assert title.endswith("config.json, 32 tokens, tp 2, NVIDIA H200")
     header, _, *rows = cells(table)
     assert header == [
         "recipe, most accurate first",
-        "float8 where it wins",
+        "float8",
+        "by the",
         "predicted ms",
         "speedup",
         "slower than fastest",
     ]
     assert rows == [
-        ["rowwise_with_gw_hp", "w1, w3, w2, output", "4.0", "1.111x", "17.4%"],
-        ["rowwise", "w1, w3, w2, output", "3.5", "1.304x", "0.0%"],
-        ["tensorwise", "w1, w3, w2, output", "3.8", "1.200x", "8.7%"],
+        ["rowwise_with_gw_hp", "w1, w3, w2, output", "table", "4.0", "1.111x", "17.4%"],
+        ["rowwise", "w1, w3, w2, output", "table", "3.5", "1.304x", "0.0%"],
+        ["tensorwise", "w1, w3, w2, output", "table", "3.8", "1.200x", "8.7%"],
     ]
-    assert sentence == "rowwise is the fastest; rowwise_with_gw_hp, the most accurate, takes 17.4% longer.\n"
+    assert sentence == (
+        "rowwise is the fastest by the sum of the linears; rowwise_with_gw_hp, the most accurate, takes 17.4% longer."
+    )
 
 
 def test_text_where_the_most_accurate_is_the_fastest(explained):
     for tables in (ACCURATE_WINS, ALL_TIED):
-        *_, sentence = explained(tables, "--recipe", "all", "--tp", "2").split("\n\n")
-        assert sentence == "rowwise_with_gw_hp is the fastest.\n"
+        _, _, sentence, unplanned = explained(tables, "--recipe", "all", "--tp", "2").split("\n\n")
+        assert sentence == "rowwise_with_gw_hp is the fastest by the sum of the linears."
+        assert unplanned.startswith(
+            "No measured plan of this block decides with rowwise_with_gw_hp, rowwise, tensorwise."
+        )
 
 
 def test_text_where_nothing_wins(explained):
     tables = dict.fromkeys(ROWWISE_WINS, points(0.9, output=0.9))
-    _, table, _ = explained(tables, "--recipe", "all", "--tp", "2").split("\n\n")
-    assert [row[1:] for row in cells(table)[2:]] == [["none", "4.5", "1.000x", "0.0%"]] * 3
+    _, table, *_ = explained(tables, "--recipe", "all", "--tp", "2").split("\n\n")
+    assert [row[1:] for row in cells(table)[2:]] == [["none", "table", "4.5", "1.000x", "0.0%"]] * 3
 
 
 def test_all_recipes_need_a_table_each(explain):

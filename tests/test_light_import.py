@@ -53,9 +53,9 @@ def test_deciding_from_a_file_loads_nothing_heavy(table_path):
     assert loaded_after(DECIDE.format(path=str(table_path))) & HEAVY == set()
 
 
-def test_only_the_report_loads_tabulate(table_path):
+def test_only_the_report_loads_rich(table_path):
     code = DECIDE.format(path=str(table_path)) + "wants_float8.report()"
-    assert loaded_after(code) & HEAVY == {"tabulate"}
+    assert loaded_after(code) & HEAVY == {"rich"}
 
 
 def test_asking_for_the_local_device_loads_torch():

@@ -14,9 +14,7 @@ from torchao.float8 import convert_to_float8_training
 from torchao.float8.float8_linear import Float8Linear
 
 from fp8gate import Parallel, auto_filter
-from fp8gate.filter.decision.lookup import Lookup
 from fp8gate.filter.explain.explanation import explain
-from fp8gate.filter.locate.find_table import find_table
 from fp8gate.filter.locate.places import ENVIRONMENT
 from fp8gate.filter.model.model_config import BUNDLED, linear_roles
 from fp8gate.filter.model.parallel import Shards
@@ -66,10 +64,9 @@ def checked(model, **parallel):
 
 def explained(tp):
     """name with layer indices as * -> the decision that `fp8gate explain` shows."""
-    table, _ = find_table("rowwise", device="NVIDIA H200")
-    shards = Shards(Parallel(tp=tp, plan="transformers"), TOKENS)
-    layers = explain(CONFIG, table, Lookup(table), shards=shards, recomputed=False, min_speedup=1.05).layers
-    return {layer.linear.fqn: layer.decision for layer in layers}
+    parallel = Parallel(tp=tp, plan="transformers")
+    asked = auto_filter("rowwise", tokens=TOKENS, device="NVIDIA H200", parallel=parallel, **NOT_ON_THE_GRID)
+    return {layer.linear.fqn: layer.decision for layer in explain("llama3-70b", CONFIG, asked).layers}
 
 
 def by_name(decisions):

@@ -415,7 +415,7 @@ def test_decision_is_at_the_local_tokens(wants_float8):
     asked = wants_float8(tokens=256, parallel=Parallel(cp=4))
     assert asked(nn.Linear(64, 128), "w1")
     assert answers(asked) == {"w1": ((64, 64, 128), True)}
-    assert asked.decisions["w1"].reason == "2.00x (measured)"
+    assert asked.decisions["w1"].reason == "measured"
 
 
 @pytest.mark.parametrize(
@@ -424,12 +424,12 @@ def test_decision_is_at_the_local_tokens(wants_float8):
         (3, (64, 128), "tp = 3 does not divide n = 128 (colwise)"),
         (16, (64, 128), "n = 8: not a multiple of 16"),
         (2, (64, 16), "n = 8: not a multiple of 16"),
-        (2, (64, 256), "2.00x (measured)"),
+        (2, (64, 256), "measured"),
     ],
 )
 def test_local_part_that_float8_cannot_compute_is_refused(wants_float8, tp, size, reason):
     asked = wants_float8(parallel=Parallel(tp=tp, plan={"w1": "colwise"}))
-    assert asked(nn.Linear(*size), "w1") is (reason == "2.00x (measured)")
+    assert asked(nn.Linear(*size), "w1") is (reason == "measured")
     assert asked.decisions["w1"].reason == reason
 
 

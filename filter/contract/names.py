@@ -13,6 +13,9 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _OUTER_WRAPPER = "module"
 """DistributedDataParallel puts this part in front of every name."""
 
+_BLOCK = re.compile(r"((?:model\.|language_model\.)*layers\.(?:\d+|\*))\.")
+"""No other prefix: vision towers have layers too."""
+
 _HUGGING_FACE = {
     "attention": "self_attn",
     "feed_forward": "mlp",
@@ -45,6 +48,15 @@ def without_wrappers(names: list[str]) -> list[str]:
 def without_indices(fqn: str) -> str:
     """The name with layer indices as *: "layers.3.mlp.w1" -> "layers.*.mlp.w1"."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", fqn)
+
+
+def split_block(fqn: str) -> tuple[str, str] | None:
+    """The block that a module is in, and its name in there: "model.layers.3.mlp.w1" -> ("model.layers.3", "mlp.w1").
+
+    None if it is in no block. Its name is without wrappers. Its layer index may be *.
+    """
+    found = _BLOCK.match(fqn)
+    return (found[1], fqn[found.end() :]) if found else None
 
 
 def block_role(name_in_block: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -16,7 +15,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 
 from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.names import hugging_face_name, plain_name
+from fp8gate.filter.contract.names import hugging_face_name, plain_name, split_block
 from fp8gate.filter.contract.plain_yaml import (
     convert,
     format_number,
@@ -37,7 +36,6 @@ CandidateStatus = Literal["measured", "out_of_memory", "failed"]
 PLANS = "plans"  # the folder beside a device's tables
 
 _TWO_IN_ONE = {"wkv": ("wk", "wv")}  # torchtitan builds both from one config; its fused wqkv is a single product
-_BLOCK = re.compile(r"((?:model\.|language_model\.)*layers\.\d+)\.")  # no other prefix: vision towers have layers too
 
 
 class PlanError(FileError):
@@ -157,8 +155,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         name = plain_name(fqn)
         if roles := self._roles(name):
             return PlaceInBlock("", roles)
-        found = _BLOCK.match(name)
-        return PlaceInBlock(found[1], self._roles(name[found.end() :])) if found else None
+        found = split_block(name)
+        return PlaceInBlock(found[0], self._roles(found[1])) if found else None
 
     def alike(self, fqn: str) -> str | None:
         """The role that a name ends with, for linears in no block. None if it ends with none."""

@@ -35,7 +35,8 @@ Size = Annotated[int, msgspec.Meta(gt=0, le=MAX_SIZE)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 DeviceKindName = Literal["cuda", "cpu"]
 """The kinds of device that can be measured, as torch names them."""
-Status = Literal["measured", "ambiguous", "out_of_memory", "unstable", "failed"]
+Status = Literal["measured", "ambiguous", "out_of_memory", "unstable", "failed", "noisy"]
+"""noisy: the point was timed, but its times are noise: its bounds are too wide, or measurements of it disagree."""
 WITH_NUMBERS: tuple[Status, ...] = ("measured", "ambiguous")
 EstimateKind = Literal["paired_rounds", "quotient_of_times"]
 QUOTIENT_TOLERANCE: dict[EstimateKind, float] = {"quotient_of_times": 0.005, "paired_rounds": 0.10}
@@ -147,7 +148,8 @@ class Point(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
     Times are in microseconds, each the median of the samples of one arm in one direction. speedup: bf16 time / float8
     time of forward plus backward, as `SweepProtocol.estimate` says. speedup_low, speedup_high: its bounds at the
-    protocol's confidence, for what varies within one run.
+    protocol's confidence, for what varies within one run. Where every point is measured twice, as on a CPU, they cover
+    both measurements too.
     """
 
     m: Size

@@ -19,8 +19,9 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """Whether one linear is converted to float8, and why.
 
     speedup and its bounds: float8 against bf16 for `shape`, which is (m, k, n) as one rank holds the linear. They are
-    None if no number was needed, or if the table has none. point, distance, outside, gap: see `Estimate`. planned: a
-    plan decided. Its reason then gives the speedup of the whole block.
+    None if no number was needed, or if the table has none. digits: after the point of the speedup, as many as show on
+    which side of `min_speedup` it is. reason: does not repeat the speedup. point, distance, outside, gap: see
+    `Estimate`. planned: a plan decided. Its reason then gives the speedup of the whole block.
     """
 
     convert: bool
@@ -29,11 +30,17 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
+    digits: int = 2
     point: Point | None = None
     distance: float | None = None
     outside: bool = False
     gap: Status | None = None
     planned: bool = False
+
+    @property
+    def speedup_text(self) -> str:
+        """ "1.04x", or nothing without a speedup."""
+        return "" if self.speedup is None else f"{self.speedup:.{self.digits}f}x"
 
     @property
     def m(self) -> int | None:
@@ -56,6 +63,9 @@ def decide(shape: LinearShape, lookup: Lookup, *, min_speedup: float, recomputed
     estimate = lookup(shape)
     if estimate is None:
         return Decision(convert=False, shape=shape, reason="the table holds no measured point")
+    if estimate.is_far_outside:
+        away = f"{2**estimate.octaves_outside:.0f} times outside what was measured: too far to tell"
+        return Decision(convert=False, shape=shape, reason=away, point=estimate.point, outside=True)
     return _judge(shape, estimate.recomputed() if recomputed else estimate, min_speedup)
 
 
@@ -63,14 +73,14 @@ def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decisi
     wins = estimate.speedup >= min_speedup
     has_failed = estimate.gap == "failed"
     digits = _digits(estimate, min_speedup)
-    below = "" if wins else f", below {min_speedup:.{digits}f}x"
-    verdict = f"{estimate.speedup:.{digits}f}x{below}"
+    verdict = [] if wins else [f"below {min_speedup:.{digits}f}x"]
     if has_failed:
-        verdict = "float8 failed at the nearest point"  # a fast neighbour does not make a wrong result right
+        verdict = ["float8 failed at the nearest point"]  # a fast neighbour does not make a wrong result right
     return Decision(
         convert=wins and not has_failed,
-        reason=f"{verdict} ({_provenance(estimate, min_speedup)})",
+        reason=", ".join([*verdict, *_provenance(estimate, min_speedup)]),
         shape=shape,
+        digits=digits,
         speedup=estimate.speedup,
         speedup_low=estimate.speedup_low,
         speedup_high=estimate.speedup_high,
@@ -93,8 +103,8 @@ def _straddles(estimate: Estimate, min_speedup: float) -> bool:
     return estimate.speedup_low < min_speedup <= estimate.speedup_high
 
 
-def _provenance(estimate: Estimate, min_speedup: float) -> str:
-    """How the number was found: "measured", "nearest (8192, 4096, 1024)", "interpolated, outside the grid"."""
+def _provenance(estimate: Estimate, min_speedup: float) -> list[str]:
+    """How the number was found: "measured", or "nearest (8192, 4096, 1024)", or "interpolated", and its doubts."""
     if estimate.distance == 0:
         parts = ["measured"]
     elif estimate.interpolated:
@@ -114,4 +124,4 @@ def _provenance(estimate: Estimate, min_speedup: float) -> str:
         parts.append("recomputed")
     if estimate.gap:
         parts.append(f"a nearer point is {estimate.gap}")
-    return ", ".join(parts)
+    return parts

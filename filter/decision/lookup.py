@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache, cached_property
-from operator import itemgetter, mul
-from typing import Literal, NamedTuple, TypeVar, get_args
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from operator import mul
+from typing import Literal, NamedTuple, get_args
 
 import msgspec
 
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Point, Status, Table
+from fp8gate.filter.decision.axis import DISTANCE_DIGITS, Axis, nearest_first
 
 LookupName = Literal["nearest", "interpolate"]
 LOOKUPS: tuple[LookupName, ...] = get_args(LookupName)
@@ -29,10 +30,11 @@ loses. Over 110 shapes off the grid of one NVIDIA H200 its mean loss is 0.05, 0.
 is what the layers below 1.05 would gain by themselves, whatever the lookup.
 Source: `python benchmarks/against_torchao_rule.py --min-speedup 1.0`, and LOG.md."""
 
-T = TypeVar("T")
 Sizes = tuple[int, int, int]
 TIE_OCTAVES = 1e-9  # distances that differ by less are equal
-DISTANCE_DIGITS = 9  # to which squared distances in octaves are rounded, so that equal ones compare as equal
+MAX_OCTAVES_OUTSIDE = 3.0
+"""Farther outside of what was measured, the border's answer says nothing: eight times as large in one dimension. Heads
+of large vocabularies lie within it (262144 rows of a weight, where 32768 were measured)."""
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +43,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     point: the nearest measured point. distance: how far it is, in octaves (Euclidean, log2 per axis; 0 = exact,
     1 = one dimension twice as large). outside: the shape was not measured and is outside the measured part of the grid
     (without a grid, outside of all points). gap: the status of an even nearer point that has no numbers, or None.
+    octaves_outside: how far the shape is outside of the sizes that were measured (Euclidean, as for distance).
     from_tokens: a smaller number of tokens whose speedup is used, because the shape's own tokens were not measured
     around its k and n; or None. forwards: how often the forward runs.
     """
@@ -57,8 +60,13 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     outside: bool
     gap: Status | None
     interpolated: bool
+    octaves_outside: float = 0.0
     from_tokens: int | None = None
     forwards: int = 1
+
+    @property
+    def is_far_outside(self) -> bool:
+        return self.octaves_outside > MAX_OCTAVES_OUTSIDE
 
     @property
     def bf16_us(self) -> float:
@@ -100,8 +108,8 @@ class Lookup:
         self._estimate: Callable[[LinearShape], Estimate] = self._nearest if kind == "nearest" else self._interpolate
         self._points: dict[Sizes, Point] = {(p.m, p.k, p.n): p for p in table.points}
         self._logs = {at: tuple(map(math.log, _numbers(p))) for at, p in self._points.items() if p.speedup is not None}
-        self._grid = tuple(map(_Axis, (table.grid.m, table.grid.k, table.grid.n)))
-        self._everywhere = tuple(_Axis(sizes) for sizes in zip(*self._points, strict=True))
+        self._grid = tuple(map(Axis, (table.grid.m, table.grid.k, table.grid.n)))
+        self._everywhere = tuple(Axis(sizes) for sizes in zip(*self._points, strict=True))
         on_grid = [
             at for at in self._logs if all(size in axis.sizes for size, axis in zip(at, self._grid, strict=True))
         ]
@@ -185,6 +193,7 @@ class Lookup:
             outside=not is_inside,
             gap=nearest.gap,
             interpolated=interpolated,
+            octaves_outside=0.0 if is_inside else self._octaves_outside(shape),
             from_tokens=from_tokens,
         )
 
@@ -213,13 +222,13 @@ class Lookup:
         at_m, at_k, at_n = map(math.log2, at)
         best = (math.inf, math.inf, at)
         gaps: list[tuple[float, Sizes]] = []
-        for m_away, by_k in _nearest_first(self._by_m, at_m):
+        for m_away, by_k in nearest_first(self._by_m, at_m):
             if round(m_away, DISTANCE_DIGITS) > best[0]:
                 break
-            for k_away, by_n in _nearest_first(by_k, at_k):
+            for k_away, by_n in nearest_first(by_k, at_k):
                 if round(m_away + k_away, DISTANCE_DIGITS) > best[0]:
                     break
-                for n_away, point in _nearest_first(by_n, at_n):
+                for n_away, point in nearest_first(by_n, at_n):
                     away = round(m_away + k_away + n_away, DISTANCE_DIGITS)
                     if away > best[0]:
                         break
@@ -242,6 +251,13 @@ class Lookup:
         sizes = (shape.m, shape.k, shape.n)
         return any(not low <= size <= high for size, (low, high) in zip(sizes, self._range, strict=True))
 
+    def _octaves_outside(self, shape: LinearShape) -> float:
+        sizes = (shape.m, shape.k, shape.n)
+        away = (
+            math.log2(max(low / size, size / high, 1.0)) for size, (low, high) in zip(sizes, self._range, strict=True)
+        )
+        return math.hypot(*away)
+
 
 class _Nearest(NamedTuple):
     """The nearest measured point. See `Estimate` for the fields."""
@@ -250,47 +266,6 @@ class _Nearest(NamedTuple):
     distance: float
     gap: Status | None
     outside: bool = False
-
-
-class _Axis:
-    """The sizes along one dimension, ascending, and the distances between them in octaves."""
-
-    def __init__(self, sizes: Iterable[int]) -> None:
-        self.sizes = sorted(set(sizes))
-        self._log2 = [(math.log2(size), size) for size in self.sizes]
-        self.bracket = cache(self._bracket)  # a model's layers share their tokens and most of their sizes
-        self.nearest = cache(self._nearest)
-
-    def _bracket(self, size: int) -> tuple[int, list[tuple[int, float]]]:
-        """The size, moved to the border if it is outside of the axis, and the axis' sizes on both sides of it."""
-        inside = min(max(size, self.sizes[0]), self.sizes[-1]) if self.sizes else size
-        return inside, self._around(inside)
-
-    def _around(self, size: int) -> list[tuple[int, float]]:
-        """The sizes on both sides with their weights in log2. A single one if the size is on the axis; none outside."""
-        i = bisect_right(self._log2, (math.log2(size), size))
-        if i and self.sizes[i - 1] == size:
-            return [(size, 1.0)]
-        if not 0 < i < len(self.sizes):
-            return []
-        (low_log2, low), (high_log2, high) = self._log2[i - 1 : i + 1]
-        share = (math.log2(size) - low_log2) / (high_log2 - low_log2)
-        return [(low, 1.0 - share), (high, share)]
-
-    def _nearest(self, size: int) -> tuple[int, float]:
-        """The nearest size with its squared distance. The size is 0 if two are equally near."""
-        at = math.log2(size)
-        i = bisect_right(self._log2, (at, size))
-        sides = [((log2 - at) ** 2, other) for log2, other in self._log2[max(i - 1, 0) : i + 1]]
-        if len(sides) == 2 and round(sides[0][0] - sides[1][0], DISTANCE_DIGITS) == 0:
-            return 0, 0.0
-        away, other = min(sides)
-        return other, away
-
-
-def _nearest_first(items: Sequence[tuple[float, T]], at: float) -> list[tuple[float, T]]:
-    """Items, each behind its place in octaves, by their squared distance from `at`."""
-    return sorted((((place - at) ** 2, item) for place, item in items), key=itemgetter(0))
 
 
 def _numbers(point: Point) -> list[float]:

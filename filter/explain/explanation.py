@@ -1,40 +1,45 @@
 """Explain what the filter would do to a model, and what that is worth. It needs a config and a table, but no GPU.
 
-In: a `ModelConfig`, a `Table`, and how the model is divided. Out: an `Explanation`.
+In: a `ModelConfig` and a filter. Out: an `Explanation`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fp8gate.filter.contract.names import is_head
+from fp8gate.filter.auto_filter import AutoFilter
+from fp8gate.filter.contract.plan import Candidate
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Table, TableError
 from fp8gate.filter.decision.decide import Decision, decide
-from fp8gate.filter.decision.lookup import Lookup
+from fp8gate.filter.decision.lookup import MAX_OCTAVES_OUTSIDE, Estimate, Lookup
 from fp8gate.filter.decision.torchao_rule import torchao_converts
+from fp8gate.filter.findings import Finding
 from fp8gate.filter.model.model_config import LinearRole, ModelConfig, linear_roles, not_linear, role_shape
 from fp8gate.filter.model.parallel import Shards
+from fp8gate.filter.plan_decisions import PlanDecisions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerExplanation:
-    """One kind of linear: the shape that a rank holds, its decision, and its times.
+    """One kind of linear: the shape that a rank holds, what decides about it, and its times by the table.
 
-    torchao: whether torchao's rule would convert it, None if torchao has no rule for the recipe.
+    decision: the filter's. by_table: what the table alone would decide. torchao: whether torchao's rule would convert
+    it, None if torchao has no rule for the recipe.
     """
 
     linear: LinearRole
     shape: LinearShape
     decision: Decision
+    by_table: Decision
     torchao: bool | None
     bf16_us: float
     fp8_us: float
 
     def row(self) -> dict[str, Any]:
         """The row of the JSON output: names, local shape, answer and reason."""
-        decision = self.decision
         return {
             "role": self.linear.role,
             "fqn": self.linear.fqn,
@@ -42,99 +47,174 @@ class LayerExplanation:
             "m": self.shape.m,
             "k": self.shape.k,
             "n": self.shape.n,
-            "convert": decision.convert,
+            "convert": self.decision.convert,
+            "table_converts": self.by_table.convert,
             "torchao_converts": self.torchao,
-            "speedup": decision.speedup,
-            "speedup_low": decision.speedup_low,
-            "speedup_high": decision.speedup_high,
-            "reason": decision.reason,
+            "speedup": self.by_table.speedup,
+            "speedup_low": self.by_table.speedup_low,
+            "speedup_high": self.by_table.speedup_high,
+            "reason": self.decision.reason,
         }
+
+
+Chooses = Callable[[LayerExplanation], bool]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Predicted:
-    """Predicted times of all linears of a rank: forward + backward of one microbatch, in microseconds.
+class Choice:
+    """One way to choose what to convert, and what it is worth.
 
-    They are sums of the table's times. What fusion in a compiled model adds or takes away is not in them.
-    torchao_rule_us: None if torchao has no rule for the recipe.
+    us: forward + backward of all linears of a rank for one microbatch, in microseconds: a sum of the table's times,
+    without what fusion in a compiled model adds or takes away. in_block: the plan's measurement of this choice inside
+    the compiled block, if there is a plan and it measured this set.
     """
 
-    bf16_us: float
-    all_float8_us: float
-    torchao_rule_us: float | None
-    fp8gate_us: float
-
-    def speedups(self) -> dict[str, float | None]:
-        """The quotient of the bf16 sum and the sum of each choice."""
-        torchao = self.torchao_rule_us
-        return {
-            "all_float8": self.bf16_us / self.all_float8_us,
-            "torchao_rule": None if torchao is None else self.bf16_us / torchao,
-            "fp8gate": self.bf16_us / self.fp8gate_us,
-        }
+    name: str
+    converted: tuple[LayerExplanation, ...]
+    us: float
+    in_block: Candidate | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
-    """The decisions and the predicted times of a model under one table. note: what they leave out, or None."""
+    """What a filter decides about a model, and what other choices are worth.
 
+    choices: bf16 first, the filter's last; torchao's rule is left out for a recipe without one. plan: the plan that
+    decides, None if the table does. plan_command, measure_command: what measures a plan, and the shapes. findings: what
+    should be known before the decisions are trusted. note: what the times leave out, or None.
+    """
+
+    model: str
     table: Table
     layers: list[LayerExplanation]
-    predicted: Predicted
+    choices: list[Choice]
+    plan: PlanDecisions | None
+    plan_command: str
+    measure_command: str
+    min_speedup: float
+    findings: list[Finding]
     note: str | None
 
+    @property
+    def chosen(self) -> Choice:
+        """What the filter chooses."""
+        return self.choices[-1]
 
-def explain(
-    config: ModelConfig, table: Table, lookup: Lookup, *, shards: Shards, recomputed: bool, min_speedup: float
-) -> Explanation:
+    @property
+    def bf16(self) -> Choice:
+        return self.choices[0]
+
+    @property
+    def speedup(self) -> float:
+        """Of what the filter chooses over bf16, by the table's sums."""
+        return self.bf16.us / self.chosen.us
+
+    def choice(self, name: str) -> Choice | None:
+        return next((choice for choice in self.choices if choice.name == name), None)
+
+
+BF16, ALL, RULE, TABLE, PLAN = "bf16", "all float8", "torchao's rule", "fp8gate, table", "fp8gate, plan"
+
+
+def explain(model: str, config: ModelConfig, wants_float8: AutoFilter) -> Explanation:
     """Decide every kind of linear of a model as one rank holds it, and sum the times of each choice.
 
-    recomputed: every forward except the head's runs twice. Raises TableError if the table holds no number at all, and
-    ShardError if a layer cannot be divided.
+    model: its name or file, for commands. Raises TableError if the table holds no number at all, or none near enough to
+    one of the model's shapes, and ShardError if a layer cannot be divided.
     """
-    layers = [_explain_layer(linear, table, lookup, shards, recomputed, min_speedup) for linear in linear_roles(config)]
-    notes = [note for note in (not_linear(config), _unknown_shards(config, shards)) if note]
-    return Explanation(table=table, layers=layers, predicted=_predict(layers), note="; ".join(notes) or None)
+    settings = wants_float8.settings
+    shards, lookup = Shards(settings.parallel, settings.tokens), Lookup(wants_float8.table, settings.lookup)
+    linears = linear_roles(config)
+    shapes = [role_shape(linear, shards) for linear in linears]
+    findings = wants_float8.examine([(linear.fqn, linear) for linear in linears])
+    estimates = _estimates(model, linears, shapes, lookup, wants_float8)
+    layers = [
+        _explain_layer(linear, shape, estimate, lookup, wants_float8)
+        for linear, shape, estimate in zip(linears, shapes, estimates, strict=True)
+    ]
+    plan = wants_float8.plans.chosen
+    return Explanation(
+        model=model,
+        table=wants_float8.table,
+        layers=layers,
+        choices=list(_choices(layers, plan)),
+        plan=plan,
+        plan_command=wants_float8.plans.command(model),
+        measure_command=_measure_command(model, wants_float8),
+        min_speedup=settings.min_speedup,
+        findings=findings,
+        note=not_linear(config),
+    )
 
 
-def _unknown_shards(config: ModelConfig, shards: Shards) -> str | None:
-    unknown = [linear.fqn for linear in linear_roles(config) if shards.style(linear.fqn) is None]
-    return f"in no pattern of the parallel plan, taken as whole: {', '.join(unknown)}" if unknown else None
+def _estimates(
+    model: str, linears: list[LinearRole], shapes: list[LinearShape], lookup: Lookup, wants_float8: AutoFilter
+) -> list[Estimate]:
+    """The table's estimates of all linears. Raises TableError if there is none, or if one is too far outside."""
+    found = [estimate for shape in shapes if (estimate := lookup(shape))]
+    if len(found) < len(shapes):
+        raise TableError(f"{wants_float8.path}: $.points: expected a measured point, found none")
+    far = [
+        f"{linear.role} {shape}"
+        for linear, shape, estimate in zip(linears, shapes, found, strict=True)
+        if estimate.is_far_outside
+    ]
+    if far:
+        raise TableError(
+            f"{wants_float8.path}: too far outside of what was measured, more than {2**MAX_OCTAVES_OUTSIDE:.0f} times: "
+            f"{', '.join(far)}. To measure these shapes on {wants_float8.table.device.name}, run on it: "
+            f"{_measure_command(model, wants_float8)}"
+        )
+    return found
+
+
+def _measure_command(model: str, wants_float8: AutoFilter) -> str:
+    parallel, tokens = wants_float8.settings.parallel, wants_float8.settings.tokens
+    tp = f" --tp {parallel.tp}" if parallel.tp > 1 else ""
+    return f"fp8gate calibrate --model {model} --tokens {tokens // parallel.cp}{tp}"
 
 
 def _explain_layer(
-    linear: LinearRole, table: Table, lookup: Lookup, shards: Shards, recomputed: bool, min_speedup: float
+    linear: LinearRole, shape: LinearShape, estimate: Estimate, lookup: Lookup, wants_float8: AutoFilter
 ) -> LayerExplanation:
-    shape = role_shape(linear, shards)
-    recomputed = recomputed and not is_head(linear.fqn)
-    estimate = lookup(shape)
-    if estimate is None:
-        raise TableError(f"{table.recipe} on {table.device.name}: $.points: expected a measured point, found none")
-    if recomputed:
-        estimate = estimate.recomputed()
+    settings = wants_float8.settings
+    recomputed = settings.recomputes(linear.fqn)
+    estimate = estimate.recomputed() if recomputed else estimate
+    stays = shape.indivisible() or any(pattern in linear.fqn for pattern in settings.filter_fqns)
+    sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
+    decision = by_table = wants_float8.decisions[linear.fqn]
+    if decision.planned:
+        by_table = decide(shape, lookup, min_speedup=settings.min_speedup, recomputed=recomputed)
     return LayerExplanation(
         linear=linear,
         shape=shape,
-        decision=decide(shape, lookup, min_speedup=min_speedup, recomputed=recomputed),
-        torchao=torchao_converts(table.recipe, in_features=linear.in_features, out_features=linear.out_features),
+        decision=decision,
+        by_table=by_table,
+        torchao=torchao_converts(wants_float8.table.recipe, **sizes),
         bf16_us=estimate.bf16_us,
-        # every choice leaves a layer in bf16 that float8 cannot compute
-        fp8_us=estimate.bf16_us if shape.indivisible() else estimate.fp8_us,
+        # every choice leaves a layer in bf16 that float8 cannot compute or that the user leaves out
+        fp8_us=estimate.bf16_us if stays else estimate.fp8_us,
     )
 
 
-def _predict(layers: list[LayerExplanation]) -> Predicted:
-    has_rule = all(layer.torchao is not None for layer in layers)
-    return Predicted(
-        bf16_us=_total(layers, [False] * len(layers)),
-        all_float8_us=_total(layers, [True] * len(layers)),
-        torchao_rule_us=_total(layers, [bool(layer.torchao) for layer in layers]) if has_rule else None,
-        fp8gate_us=_total(layers, [layer.decision.convert for layer in layers]),
-    )
+def _choices(layers: list[LayerExplanation], plan: PlanDecisions | None) -> Iterator[Choice]:
+    ways: list[tuple[str, Chooses]] = [(BF16, lambda layer: False), (ALL, lambda layer: True)]
+    if all(layer.torchao is not None for layer in layers):
+        ways.append((RULE, lambda layer: bool(layer.torchao)))
+    ways.append((TABLE, lambda layer: layer.by_table.convert))
+    if plan:
+        ways.append((PLAN, lambda layer: layer.decision.convert))
+    for name, chooses in ways:
+        converted = tuple(layer for layer in layers if chooses(layer))
+        total = sum(layer.linear.count * (layer.fp8_us if layer in converted else layer.bf16_us) for layer in layers)
+        yield Choice(name=name, converted=converted, us=total, in_block=_in_block(converted, plan))
 
 
-def _total(layers: list[LayerExplanation], converted: list[bool]) -> float:
-    return sum(
-        layer.linear.count * (layer.fp8_us if convert else layer.bf16_us)
-        for layer, convert in zip(layers, converted, strict=True)
-    )
+def _in_block(converted: tuple[LayerExplanation, ...], plan: PlanDecisions | None) -> Candidate | None:
+    """The plan's measurement of the roles that are converted."""
+    if plan is None:
+        return None
+    places = [plan.plan.place(layer.linear.fqn) for layer in converted if not layer.shape.indivisible()]
+    roles = {role for place in places if place for role in place.roles}
+    found = plan.plan.candidate(tuple(role for role in plan.plan.shapes if role in roles))
+    return found if found and found.speedup is not None else None

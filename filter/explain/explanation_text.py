@@ -5,36 +5,42 @@ In: `Explanation`s of one model. Out: a text, or plain data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tabulate import tabulate
-
+from fp8gate.filter.contract.plan import Candidate
 from fp8gate.filter.contract.recipes import MOST_ACCURATE_FIRST, Recipe
-from fp8gate.filter.explain.explanation import Explanation
+from fp8gate.filter.explain.explanation import ALL, BF16, PLAN, RULE, TABLE, Explanation
+from fp8gate.filter.explain.remarks import remarks, shared_remarks
+from fp8gate.filter.terminal_table import Align, render_table
+
+JSON_NAMES = {BF16: "bf16", ALL: "all_float8", RULE: "torchao_rule", TABLE: "table", PLAN: "plan"}
 
 
 def explanation_json(title: Mapping[str, Any], explanation: Explanation) -> dict[str, Any]:
     """One explanation as plain data. title: what was asked (model, tokens, degrees); it comes first, unchanged."""
-    predicted = explanation.predicted
+    choices = {name: explanation.choice(choice) for choice, name in JSON_NAMES.items()}
+    choices["fp8gate"] = explanation.chosen
+    plan = explanation.plan
     return {
         **title,
         "recipe": explanation.table.recipe,
         "device": explanation.table.device.name,
+        "plan": None if plan is None else {"file": plan.source, "model": plan.plan.model, "convert": plan.plan.convert},
         "layers": [layer.row() for layer in explanation.layers],
         "predicted": {
-            "bf16_us": predicted.bf16_us,
-            "all_float8_us": predicted.all_float8_us,
-            "torchao_rule_us": predicted.torchao_rule_us,
-            "fp8gate_us": predicted.fp8gate_us,
-            "speedup": predicted.speedups(),
+            **{f"{name}_us": choice.us if choice else None for name, choice in choices.items()},
+            "speedup": {name: explanation.bf16.us / one.us if one else None for name, one in choices.items()},
         },
+        "in_block": {name: _in_block_json(one.in_block) for name, one in choices.items() if one and one.in_block},
+        "findings": [{"category": one.category.__name__, "message": one.message} for one in explanation.findings],
+        "remarks": list(remarks(explanation)),
         "note": explanation.note,
     }
 
 
 def explanation_text(title: str, explanation: Explanation) -> str:
-    """A table of every kind of linear with its decision, then a table of what each choice is worth."""
+    """A table of every kind of linear with its decision, what each choice is worth, and what should be known."""
     table, software = explanation.table, explanation.table.software
     rows = [
         (
@@ -43,20 +49,20 @@ def explanation_text(title: str, explanation: Explanation) -> str:
             layer.linear.count,
             *(layer.shape.m, layer.shape.k, layer.shape.n),
             "float8" if layer.decision.convert else "bf16",
-            "" if layer.decision.speedup is None else f"{layer.decision.speedup:.2f}x",
+            layer.by_table.speedup_text,
             layer.decision.reason,
         )
         for layer in explanation.layers
     ]
-    headers = ("role", "linear", "count", "m", "k", "n", "train in", "speedup", "reason")
+    headers = ("role", "linear", "count", "m", "k", "n", "train in", "alone", "reason")
     parts = [
         f"{title}, {table.recipe}, {table.device.name} "
         f"(torch {software.torch}, torchao {software.torchao}, measured {table.measured_at:%Y-%m-%d})",
-        tabulate(rows, headers=headers, disable_numparse=True),
-        _predicted_text(explanation),
+        render_table(headers, rows),
+        _choices_text(explanation),
+        *remarks(explanation),
+        *([explanation.note] if explanation.note else []),
     ]
-    if explanation.note:
-        parts.append(explanation.note)
     return "\n\n".join(parts)
 
 
@@ -73,56 +79,66 @@ def recipes_json(title: Mapping[str, Any], explanations: Mapping[Recipe, Explana
 def recipes_text(title: str, explanations: Mapping[Recipe, Explanation]) -> str:
     """The recipes side by side, the most accurate first, each with the layers that the filter converts."""
     ranked = [recipe for recipe in MOST_ACCURATE_FIRST if recipe in explanations]
-    rows = []
-    for recipe in ranked:
-        predicted, layers = explanations[recipe].predicted, explanations[recipe].layers
-        converted = [layer.linear.role for layer in layers if layer.decision.convert]
-        rows.append(
-            (
-                recipe,
-                ", ".join(converted) or "none",
-                f"{predicted.fp8gate_us / 1e3:.1f}",
-                f"{_speedup(explanations[recipe]):.3f}x",
-                f"{slower(explanations, recipe):.1%}",
-            )
-        )
-    headers = ("recipe, most accurate first", "float8 where it wins", "predicted ms", "speedup", "slower than fastest")
-    align = ("left", "left", "right", "right", "right")
-    table = tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
+    headers = ["recipe, most accurate first", "float8", "by the", "predicted ms", "speedup", "slower than fastest"]
+    rows = [list(_recipe_row(recipe, explanations)) for recipe in ranked]
+    if any(explanation.plan for explanation in explanations.values()):
+        headers.append("measured in the block")
+        for recipe, row in zip(ranked, rows, strict=True):
+            row.append(_in_block_text(explanations[recipe].chosen.in_block))
     best, device = fastest(explanations), next(iter(explanations.values())).table.device.name
-    sentence = f"{best} is the fastest"
+    sentence = f"{best} is the fastest by the sum of the linears"
     if best != ranked[0]:
         sentence += f"; {ranked[0]}, the most accurate, takes {slower(explanations, ranked[0]):.1%} longer"
-    return f"{title}, {device}\n\n{table}\n\n{sentence}."
+    align: list[Align] = ["left"] * 3 + ["right"] * 4
+    tables = [f"{title}, {device}", render_table(headers, rows, align=align[: len(headers)])]
+    return "\n\n".join([*tables, f"{sentence}.", *shared_remarks({recipe: explanations[recipe] for recipe in ranked})])
+
+
+def _recipe_row(recipe: Recipe, explanations: Mapping[Recipe, Explanation]) -> Iterator[str]:
+    explanation = explanations[recipe]
+    yield recipe
+    yield ", ".join(layer.linear.role for layer in explanation.chosen.converted) or "none"
+    yield "plan" if explanation.plan else "table"
+    yield f"{explanation.chosen.us / 1e3:.1f}"
+    yield f"{explanation.speedup:.3f}x"
+    yield f"{slower(explanations, recipe):.1%}"
 
 
 def fastest(explanations: Mapping[Recipe, Explanation]) -> Recipe:
-    """The fastest recipe. Of equally fast ones it is the most accurate."""
+    """The fastest recipe by its speedup over bf16: each recipe has its own bf16 times, so only ratios compare.
+
+    Of equally fast ones it is the most accurate.
+    """
     ranked = [recipe for recipe in MOST_ACCURATE_FIRST if recipe in explanations]
-    return max(ranked, key=lambda recipe: _speedup(explanations[recipe]))
+    return max(ranked, key=lambda recipe: explanations[recipe].speedup)
 
 
 def slower(explanations: Mapping[Recipe, Explanation], recipe: Recipe) -> float:
     """How much longer the linears take than with the fastest recipe, as a share of that time."""
-    return _speedup(explanations[fastest(explanations)]) / _speedup(explanations[recipe]) - 1
+    return explanations[fastest(explanations)].speedup / explanations[recipe].speedup - 1
 
 
-def _speedup(explanation: Explanation) -> float:
-    """The filter's speedup over bf16. Each recipe has its own bf16 times, so only ratios can be compared."""
-    return explanation.predicted.bf16_us / explanation.predicted.fp8gate_us
+def _choices_text(explanation: Explanation) -> str:
+    headers = ["linears, forward + backward", "predicted ms", "speedup"]
+    if explanation.plan:
+        headers.append("measured in the block")
+    align: list[Align] = ["left", "right", "right", "right"]
+    return render_table(headers, list(_choice_rows(explanation)), align=align[: len(headers)])
 
 
-def _predicted_text(explanation: Explanation) -> str:
-    predicted, speedups = explanation.predicted, explanation.predicted.speedups()
-    choices = [
-        ("bf16", predicted.bf16_us, 1.0),
-        ("all float8", predicted.all_float8_us, speedups["all_float8"]),
-        ("torchao's rule", predicted.torchao_rule_us, speedups["torchao_rule"]),
-        ("this filter", predicted.fp8gate_us, speedups["fp8gate"]),
-    ]
-    rows = [
-        (name, "no rule" if us is None else f"{us / 1e3:.1f}", "" if ratio is None else f"{ratio:.3f}x")
-        for name, us, ratio in choices
-    ]
-    headers = ("linears, forward + backward", "predicted ms", "speedup")
-    return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "right"))
+def _choice_rows(explanation: Explanation) -> Iterator[tuple[str, ...]]:
+    for choice in explanation.choices:
+        row = (choice.name, f"{choice.us / 1e3:.1f}", f"{explanation.bf16.us / choice.us:.3f}x")
+        yield (*row, _in_block_text(choice.in_block) or "not measured") if explanation.plan else row
+        if choice.name == ALL and explanation.choice(RULE) is None:
+            yield (RULE, "no rule", "", *([""] if explanation.plan else []))
+
+
+def _in_block_text(candidate: Candidate | None) -> str:
+    return f"{candidate.speedup:.3f}x" if candidate and candidate.speedup else ""
+
+
+def _in_block_json(candidate: Candidate | None) -> dict[str, float | None]:
+    assert candidate, "asked only where there is one"
+    numbers = {"speedup": candidate.speedup, "speedup_low": candidate.speedup_low}
+    return {**numbers, "speedup_high": candidate.speedup_high}

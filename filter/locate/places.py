@@ -36,6 +36,15 @@ def places(tables: str | os.PathLike[str] | None = None) -> list[Place]:
     return list(_default_places())
 
 
+def shown(path: str | os.PathLike[str]) -> str:
+    """A file as messages show it: from the working directory on, or from the place on that it lies in."""
+    file = Path(path)
+    for folder, what in ((Path.cwd(), ""), *((place.path, f" ({place.what})") for place in _default_places())):
+        if file.is_relative_to(folder):
+            return f"{file.relative_to(folder)}{what}"
+    return str(path)
+
+
 def default_out() -> Path:
     """Where `calibrate` and `plan` write unless told otherwise, and where the filter then finds it.
 

@@ -124,6 +124,18 @@ def _heads_problem(config: ModelConfig) -> str | None:
     return None
 
 
+def require_divisible(model: str, config: ModelConfig, tp: int) -> None:
+    """Raises ShardError if tensor parallelism of this degree would cut through heads of attention.
+
+    model: what messages call it. Every rank holds whole heads, of queries and of keys.
+    """
+    fields = {"num_attention_heads": config.num_attention_heads}
+    fields["num_key_value_heads"] = config.num_key_value_heads or config.num_attention_heads
+    for field, heads in fields.items():
+        if heads % tp:
+            raise ShardError(f"--tp: expected a divisor of the {heads} heads of {model} ($.{field}); got {tp}")
+
+
 def config_facts(model: str) -> dict[str, Any]:
     """Everything that the config.json of `load_model` says, as plain data.
 

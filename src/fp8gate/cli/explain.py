@@ -5,11 +5,13 @@ Try it: fp8gate explain llama3-8b --recipe rowwise --tokens 8192 --device "NVIDI
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated, Any
 
 import typer
 
 from fp8gate.cli.options import (
+    FilterFqnsOption,
     JsonOption,
     MinSpeedupOption,
     ModelArgument,
@@ -17,18 +19,21 @@ from fp8gate.cli.options import (
     Recompute,
     TablesOption,
     TokensOption,
+    patterns_of,
     print_json,
     recipes_of,
 )
-from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.auto_filter import auto_filter
+from fp8gate.filter.contract.errors import EXIT_FOUND, InputError
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
-from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, Lookup, LookupName
+from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
 from fp8gate.filter.explain.explanation import Explanation, explain
 from fp8gate.filter.explain.explanation_text import explanation_json, explanation_text, recipes_json, recipes_text
-from fp8gate.filter.locate.find_table import find_table
-from fp8gate.filter.model.model_config import load_model
-from fp8gate.filter.model.parallel import Parallel, Shards
+from fp8gate.filter.findings import FilterWarning
+from fp8gate.filter.model.model_config import load_model, require_divisible
+from fp8gate.filter.model.parallel import Parallel
+from fp8gate.filter.plan_choice import AUTO
 
 
 def explain_command(
@@ -41,37 +46,58 @@ def explain_command(
         Recompute, typer.Option(help="full: activation checkpointing runs the blocks' forwards twice.")
     ] = "none",
     device: Annotated[
-        str | None,
-        typer.Option(help="Device name, such as 'NVIDIA H200'; by default the one here (asks torch)."),
+        str | None, typer.Option(help="A measured device, such as H200; by default the one here (asks torch).")
     ] = None,
     tables: TablesOption = None,
+    plan: Annotated[
+        str,
+        typer.Option(help="auto: the measured plan that fits; none; a bundled model's name; or a plan's file."),
+    ] = AUTO,
+    filter_fqns: FilterFqnsOption = "",
     lookup: Annotated[
         LookupName,
         typer.Option(help="Interpolate between the measured points around a shape, or take the nearest one."),
     ] = DEFAULT_LOOKUP,
     min_speedup: MinSpeedupOption = DEFAULT_MIN_SPEEDUP,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with code 1 if there is anything to know before trusting this.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which linears of a model would be converted, why, and what it is worth. Needs no GPU."""
+    """Say which linears of a model would be converted, why, and what it is worth. Needs no GPU.
+
+    It asks the filter that training code uses: the measured plan that fits the model's block decides, else the table.
+
+    For example: fp8gate explain llama3-70b --recipe rowwise --tokens 8192 --tp 8 --device H200
+    """
     if not min_speedup > 0:
         raise InputError(f"--min-speedup: expected a ratio above 0, such as {DEFAULT_MIN_SPEEDUP}; got {min_speedup}")
     asked = {"model": model, "tokens": tokens, "tp": tp, "cp": cp, "recompute": recompute}
-    config, shards = load_model(model), Shards(Parallel(tp=tp, cp=cp, plan="transformers"), tokens)
+    config = load_model(model)
+    require_divisible(model, config, tp)
     explanations: dict[Recipe, Explanation] = {}
     for name in recipes_of(recipe):
-        table, _ = find_table(name, device=device, tables=tables)
-        explanations[name] = explain(
-            config,
-            table,
-            Lookup(table, lookup),
-            shards=shards,
-            recomputed=recompute == "full",
-            min_speedup=min_speedup,
-        )
+        with warnings.catch_warnings():  # an explanation says itself what is doubtful
+            warnings.simplefilter("ignore", FilterWarning)
+            wants_float8 = auto_filter(
+                name,
+                tokens=tokens,
+                device=device,
+                filter_fqns=patterns_of(filter_fqns),
+                min_speedup=min_speedup,
+                lookup=lookup,
+                tables=tables,
+                plan=None if plan == "none" else plan,
+                parallel=Parallel(tp=tp, cp=cp, plan="transformers"),
+                recompute=recompute,
+            )
+            explanations[name] = explain(model, config, wants_float8)
     if recipe == "all":
         _print_recipes(asked, explanations, as_json)
     else:
         _print_one(asked, explanations[recipe], as_json)
+    if strict and any(explanation.findings for explanation in explanations.values()):
+        raise typer.Exit(EXIT_FOUND)
 
 
 def _print_one(asked: dict[str, Any], explanation: Explanation, as_json: bool) -> None:

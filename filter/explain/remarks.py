@@ -1,0 +1,91 @@
+"""What an explanation has to say in words: which plan decides, what is doubtful, and why another choice looks faster.
+
+In: an `Explanation`. Out: sentences, each with the command that settles it where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.software_check import stale
+from fp8gate.filter.explain.explanation import BF16, PLAN, Choice, Explanation
+from fp8gate.filter.findings import OutsideGridWarning, StaleTableWarning
+from fp8gate.filter.locate.places import shown
+
+EVIDENCE = (
+    "A layer near 1.0x gains little by itself and can slow its neighbours down inside a compiled block: in eight plans "
+    "of an NVIDIA H200, the set from 1.02x on took 2.9 % more of the block's time than the plan's (mean; worst 7.8 %), "
+    "the set from 1.05x on 1.0 % (worst 2.7 %)."
+)
+"""Source: `python benchmarks/plan_choices.py`, its second table, which a test compares."""
+
+
+def remarks(explanation: Explanation) -> Iterator[str]:
+    """The sentences about one explanation, the most important first."""
+    plan = explanation.plan
+    if plan:
+        yield f"The plan decides, measured in the compiled block of {plan.plan.model}: {shown(plan.source)}"
+    if faster := _faster_by_sums(explanation):
+        yield _why_behind(explanation, faster, is_brief=False)
+    yield from _doubts(explanation)
+    if plan is None:
+        yield f"No measured plan of this block decides. To measure one: {explanation.plan_command}"
+
+
+def shared_remarks(explanations: Mapping[Recipe, Explanation]) -> Iterator[str]:
+    """The sentences about several recipes side by side: why another choice looks faster, and every doubt once."""
+    for recipe, explanation in explanations.items():
+        if faster := _faster_by_sums(explanation):
+            yield f"{recipe}: {_why_behind(explanation, faster, is_brief=True)}"
+    yield from dict.fromkeys(doubt for explanation in explanations.values() for doubt in _doubts(explanation))
+    if unplanned := [recipe for recipe, explanation in explanations.items() if explanation.plan is None]:
+        command = explanations[unplanned[0]].plan_command
+        which = f"No measured plan of this block decides with {', '.join(unplanned)}"
+        yield f"{which}. To measure one: {command}"
+
+
+def _faster_by_sums(explanation: Explanation) -> Choice | None:
+    """The choice whose predicted time is lowest, if it is below that of the filter's choice."""
+    best = min(explanation.choices, key=lambda choice: choice.us)
+    return best if best.us < explanation.chosen.us * (1 - 1e-9) else None
+
+
+def _why_behind(explanation: Explanation, faster: Choice, *, is_brief: bool) -> str:
+    chosen = explanation.chosen
+    less = f"By the sum of single linears, {faster.name} takes {1 - faster.us / chosen.us:.1%} less time"
+    if chosen.name == PLAN:
+        return f"{less}. {_measured_instead(chosen, faster)}"
+    skipped = [layer for layer in faster.converted if layer not in chosen.converted and layer.fp8_us < layer.bf16_us]
+    layers = ", ".join(f"{layer.linear.role} ({layer.by_table.speedup_text or 'no number'})" for layer in skipped)
+    sentence = f"{less}, as it also converts {layers}, which fp8gate leaves in bf16: {_threshold(explanation)}."
+    return sentence if is_brief else f"{sentence} {EVIDENCE}"
+
+
+def _measured_instead(chosen: Choice, faster: Choice) -> str:
+    assert chosen.in_block, "a plan's own set was measured"
+    gains = f"the plan's set runs at {chosen.in_block.speedup:.3f}x"
+    if faster.name == BF16:
+        return f"Inside the compiled block, where casts fuse with their neighbours, {gains}."
+    other = f"{faster.name} at {faster.in_block.speedup:.3f}x" if faster.in_block else f"{faster.name} was not measured"
+    return f"Inside the compiled block, where casts fuse with their neighbours, {gains}, {other}."
+
+
+def _threshold(explanation: Explanation) -> str:
+    return f"they are below {explanation.min_speedup:.2f}x (--min-speedup) or have no sure number"
+
+
+def _doubts(explanation: Explanation) -> Iterator[str]:
+    """What makes the decisions less than certain, in one line a kind."""
+    outside = [layer.linear.role for layer in explanation.layers if layer.by_table.outside]
+    if outside:
+        yield (
+            f"Outside the measured range, where the border's answer counts: {', '.join(outside)}. To measure these "
+            f"shapes: {explanation.measure_command}"
+        )
+    if differences := stale(explanation.table.software):
+        device = explanation.table.device.name
+        yield f"Measured with {differences}. To measure again, on {device}: fp8gate calibrate"
+    for finding in explanation.findings:
+        if finding.category not in (OutsideGridWarning, StaleTableWarning):
+            yield f"{finding.message[0].upper()}{finding.message[1:]}"

@@ -1,0 +1,139 @@
+"""Choose the measured plan that decides: the one that the user gives, or the one whose block is the model's own.
+
+In: the argument `plan`, and what the training does. Out: `PlanDecisions`, at once or when a model is looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
+
+from fp8gate.filter.contract.names import plain_name, split_block
+from fp8gate.filter.contract.plan import Plan, PlanError, load_plan, require_same_training
+from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.software_check import stale
+from fp8gate.filter.findings import Finding, PlanMismatchWarning, StaleTableWarning
+from fp8gate.filter.locate.find_plan import FoundPlan, find_plans, is_model_name, plan_files
+from fp8gate.filter.plan_decisions import PlanDecisions
+from fp8gate.filter.settings import FilterSettings
+
+AUTO = "auto"
+PlanArgument = Plan | str | os.PathLike[str] | None
+"""A plan, its file, the name of the model that it was measured for, "auto" for the one that fits, None for none."""
+
+
+class PlanChoice:
+    """The plan that decides, and the plans that may turn out to be it.
+
+    chosen: a plan that was given, or that fits the model that `look_at` saw last; None if the table decides all.
+    is_auto: `look_at` chooses. candidates: the plans of this device, recipe and number of tokens, the newest first.
+    """
+
+    def __init__(
+        self,
+        plan: PlanArgument,
+        *,
+        recipe: Recipe,
+        device: str,
+        settings: FilterSettings,
+        tables: str | os.PathLike[str] | None,
+    ) -> None:
+        """device: its full name, as its table has it. tables: as in `find_table`.
+
+        Raises PlanError for a plan that is not valid or not for this training, and for a model without such a plan.
+        """
+        self.is_auto = plan == AUTO
+        self.chosen: PlanDecisions | None = None
+        self.candidates: list[PlanDecisions] = []
+        self._problems: list[str] = []
+        self._has_looked = False
+        self._settings = settings
+        self._training = _Training(recipe, device, settings.tokens // settings.parallel.cp)
+        if plan is None:
+            return
+        if not self.is_auto and not (isinstance(plan, str) and is_model_name(plan)):
+            self.chosen = self._given(plan)
+            return
+        found, self._problems = find_plans(**self._training._asdict(), tables=tables)
+        if self.is_auto:
+            self.candidates = [self._decisions(one.plan, str(one.file)) for one in found]
+        else:
+            self.chosen = self._named(str(plan), found, tables)
+
+    def look_at(self, shapes: Mapping[str, LinearShape], left_alone: Collection[str] | None) -> None:
+        """Choose for a model, if nothing was given. shapes: of all its linears, by name. left_alone: see `fits`."""
+        self._has_looked = True
+        if self.is_auto:
+            places = None if left_alone is None else [split_block(plain_name(fqn)) for fqn in left_alone]
+            inner = None if places is None else {place[1] for place in places if place}
+            self.chosen = next((plan for plan in self.candidates if plan.fits(shapes, inner)), None)
+
+    def forget(self) -> None:
+        """Prepare for another model."""
+        self._has_looked = False
+        if self.is_auto:
+            self.chosen = None
+        elif self.chosen:
+            self.chosen.forget()
+
+    def remark(self) -> str | None:
+        """Why the table decides, where a plan could; None if a plan decides or none was wanted."""
+        if self.chosen or not self.is_auto:
+            return None
+        if not self._has_looked:
+            count = len(self.candidates)
+            return f"{count} measured plans may fit: check(model) chooses one" if count else None
+        return f"no measured plan fits this model; to measure one: {self.command('CONFIG.json')}"
+
+    def command(self, model: str) -> str:
+        """The command that measures a plan for this training. model: a bundled model's name, or a config's path."""
+        tp, recompute = self._settings.parallel.tp, self._settings.recompute
+        options = f" --tp {tp}" if tp > 1 else ""
+        options += " --recompute full" if recompute == "full" else ""
+        return f"fp8gate plan {model} --recipe {self._training.recipe} --tokens {self._training.tokens}{options}"
+
+    def findings(self) -> Iterator[Finding]:
+        """The chosen plan's age, and files that are no valid plans."""
+        for problem in self._problems:
+            yield Finding(PlanMismatchWarning, f"{problem}; this file is left out")
+        if self.chosen and (differences := stale(self.chosen.plan.software)):
+            source = self.chosen.source
+            yield Finding(
+                StaleTableWarning, f"{source} was measured with {differences}; to measure again: fp8gate plan"
+            )
+
+    def _given(self, plan: Plan | str | os.PathLike[str]) -> PlanDecisions:
+        loaded, source = load_plan(plan)
+        require_same_training(loaded, source, **self._training._asdict())
+        return self._decisions(loaded, source)
+
+    def _named(self, model: str, found: list[FoundPlan], tables: str | os.PathLike[str] | None) -> PlanDecisions:
+        settings = self._settings
+        recompute = settings.recompute if isinstance(settings.recompute, str) else None
+        for one in found:
+            plan = one.plan
+            if (plan.model, plan.tp) == (model, settings.parallel.tp) and recompute in (None, plan.recompute):
+                return self._decisions(plan, str(one.file))
+        raise PlanError(self._no_plan(model, tables))
+
+    def _no_plan(self, model: str, tables: str | os.PathLike[str] | None) -> str:
+        asked, tp = self._training, self._settings.parallel.tp
+        known = ", ".join(file.stem for file in plan_files(tables, device=asked.device)) or "none"
+        divided = f", tp {tp}" if tp > 1 else ""
+        return (
+            f"plan: no plan of {model!r} for {asked.recipe} at {asked.tokens} tokens{divided} on {asked.device}; plans "
+            f"of this device: {known}. To measure one, run on it: {self.command(model)}"
+        )
+
+    def _decisions(self, plan: Plan, source: str) -> PlanDecisions:
+        return PlanDecisions(plan, source, self._settings.recomputes)
+
+
+class _Training(NamedTuple):
+    """What a plan must have been measured for. tokens: on one rank."""
+
+    recipe: Recipe
+    device: str
+    tokens: int

@@ -43,8 +43,7 @@ def gains(plans: list[Plan]) -> str:
     """The gain of each choice in the block of each plan, as a Markdown table."""
     rows = []
     for plan in plans:
-        everything = tuple(role for role in plan.shapes if role not in plan.indivisible)
-        sets = (everything, plan.torchao, table_choice(plan, DEFAULT_MIN_SPEEDUP), plan.convert)
+        sets = (plan.possible, plan.torchao, table_choice(plan, DEFAULT_MIN_SPEEDUP), plan.convert)
         cells = ["" if roles is None else gain(plan, roles) for roles in sets]
         names = ", ".join(role.rpartition(".")[2] for role in plan.convert)
         tp = f" TP {plan.tp}" if plan.tp > 1 else ""

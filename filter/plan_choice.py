@@ -68,7 +68,9 @@ class PlanChoice:
         if self.is_auto:
             places = None if left_alone is None else [split_block(plain_name(fqn)) for fqn in left_alone]
             inner = None if places is None else {place[1] for place in places if place}
-            self.chosen = next((plan for plan in self.candidates if plan.fits(shapes, inner)), None)
+            self.chosen = next(
+                (plan for plan in self.candidates if plan.fits(shapes, inner, self._settings.leaves_out)), None
+            )
 
     def forget(self) -> None:
         """Prepare for another model."""

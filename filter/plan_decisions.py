@@ -46,14 +46,26 @@ class PlanDecisions:
         self._by_block: dict[str, _BlockDecision] = {}
         self._unchecked = _BlockDecision(plan.convert, "as a whole, not checked")
 
-    def fits(self, shapes: Mapping[str, LinearShape], left_alone: Collection[str] | None) -> bool:
+    def fits(
+        self,
+        shapes: Mapping[str, LinearShape],
+        left_alone: Collection[str] | None,
+        leaves_out: Callable[[str], bool] = lambda fqn: False,
+    ) -> bool:
         """Whether every block of a model is the one that was measured: its roles, their shapes, its recomputation.
 
         shapes: what a rank multiplies in each linear of the model, by name. left_alone: names in a block of the modules
-        that hold several matrices in one parameter; None if they are not known.
+        that hold several matrices in one parameter; None if they are not known. leaves_out: whether the user leaves a
+        linear in bf16; a plan that left out others does not fit.
         """
         blocks = self._blocks(shapes)
         if not blocks or (left_alone is not None and set(left_alone) != set(self.plan.left_alone)):
+            return False
+        if any(
+            set(roles) & set(self.plan.left_out) and not leaves_out(fqn)
+            for linears in blocks.values()
+            for fqn, roles in linears.items()
+        ):
             return False
         return all(self._is_whole(linears, shapes) for linears in blocks.values())
 

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.names import is_head
+from fp8gate.filter.contract.names import is_head, plain_name
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
 from fp8gate.filter.findings import POLICIES, FilterWarning, Policy
@@ -43,6 +43,10 @@ class FilterSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise InputError(f"parallel: expected a fp8gate.Parallel; got {self.parallel!r}")
         if self.recompute not in ("none", "full") and not callable(self.recompute):
             raise InputError(f"recompute: expected none, full or a predicate of names; got {self.recompute!r}")
+
+    def leaves_out(self, fqn: str) -> bool:
+        """Whether one of `filter_fqns` is in a linear's name."""
+        return any(pattern in plain_name(fqn) for pattern in self.filter_fqns)
 
     def recomputes(self, fqn: str) -> bool:
         """Whether the forward of the linear of this name, without wrappers, runs twice."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -13,10 +14,11 @@ from plans import make_plan
 
 from fp8gate import auto_filter
 from fp8gate.filter.contract.plan import Candidate
+from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.table import Point, TableError
 from fp8gate.filter.explain.explanation import Explanation, explain
 from fp8gate.filter.explain.remarks import EVIDENCE, remarks
-from fp8gate.filter.model.model_config import ModelConfig
+from fp8gate.filter.model.model_config import BUNDLED, ModelConfig
 from fp8gate.filter.model.parallel import Parallel, ShardError
 
 TOKENS = 32
@@ -313,6 +315,41 @@ def test_a_row_ahead_of_the_table_has_its_sentence_with_the_evidence():
         f"2.50x (--min-speedup) or have no sure number. {EVIDENCE}"
     )
     assert unplanned.endswith("To measure one: fp8gate plan tiny --recipe tensorwise --tokens 32")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("model", BUNDLED)
+def test_no_committed_number_shows_fp8gate_behind_without_its_sentence(model, recipe):
+    config = BUNDLED[model]
+    for tp, tokens, recompute in itertools.product((1, 2, 4, 8), (1024, 8192, 16384), ("none", "full")):
+        wants_float8 = auto_filter(
+            recipe,
+            tokens=tokens,
+            device="NVIDIA H200",
+            parallel=Parallel(tp=tp, plan="transformers"),
+            recompute=recompute,
+            **dict.fromkeys(("on_stale", "on_outside", "on_ambiguous", "on_nothing", "on_plan"), "ignore"),
+        )
+        explanation = explain(model, config, wants_float8)
+        is_behind = min(times_us(explanation).values()) < explanation.chosen.us * (1 - 1e-9)
+        said = [remark for remark in remarks(explanation) if remark.startswith("By the sum of single linears")]
+        assert len(said) == is_behind
+
+
+def test_the_evidence_is_what_the_benchmark_prints(monkeypatch):
+    """The mean and the worst loss of the table's sets against the plans', from the committed plans of an H200."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import plan_choices
+
+    plans = list(plan_choices.packaged_plans("NVIDIA H200"))
+    lines = plan_choices.losses(plans).splitlines()[2:]
+    rows = {row[0]: row for row in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
+    (mean_low, worst_low), (mean, worst) = (
+        [cell.replace("%", " %") for cell in rows[least][-2:]] for least in ("1.02", "1.05")
+    )
+    assert len(plans) == 8
+    assert f"took {mean_low} more of the block's time than the plan's (mean; worst {worst_low})" in EVIDENCE
+    assert f"the set from 1.05x on {mean} (worst {worst})" in EVIDENCE
 
 
 def test_the_winner_needs_no_sentence():

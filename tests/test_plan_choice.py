@@ -199,6 +199,13 @@ def test_the_age_of_a_plan_that_fits_is_found(folder, monkeypatch):
         wants_float8.check([(fqn, layer(*size)) for fqn, size in LAYERS.items()])
 
 
+@pytest.mark.parametrize(("filter_fqns", "fits"), [([], False), (["gate_proj"], True), (["q_proj"], False)])
+def test_a_plan_that_left_roles_out_fits_who_leaves_them_out_too(folder, filter_fqns, fits):
+    write(folder, left_out=("mlp.gate_proj",))
+    _, wants_float8 = converted(folder, filter_fqns=filter_fqns, on_plan="ignore")
+    assert (wants_float8.plans.chosen is not None) == fits
+
+
 # --- a name, a file, none --------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import gc
 import json
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -21,10 +22,10 @@ from fp8gate.calibrate.device.cpu import Cpu
 from fp8gate.calibrate.planning import plan_block
 from fp8gate.calibrate.planning.block_worker import BlockBench, Done, PlanJob
 from fp8gate.calibrate.planning.block_worker_pool import StoppedError
-from fp8gate.calibrate.planning.plan_block import plan
+from fp8gate.calibrate.planning.plan_block import plan, plan_subject
 from fp8gate.calibrate.planning.plan_protocol import make_protocol
 from fp8gate.calibrate.planning.search import BF16_SET
-from fp8gate.calibrate.planning.subject import model_subject, plan_path
+from fp8gate.calibrate.planning.subject import Subject, model_subject, plan_path
 from fp8gate.calibrate.report.plan_text import plan_json, plan_text
 from fp8gate.cli import app
 from fp8gate.filter.contract.devices import cpu_name
@@ -158,10 +159,27 @@ def test_what_float8_cannot_compute_is_left_out():
     assert not any("1" in one.convert for one in found.candidates)
 
 
+def test_roles_that_are_to_stay_in_bf16_are_in_no_set_and_in_the_file():
+    subject = Subject(
+        name="tiny",
+        blueprint=Blueprint.of(Block(), [block_input()], recomputed=False),
+        whole=dict.fromkeys(("inner", "outer"), (32, 64)),
+        tokens=16,
+        filter_fqns=("layers.*.inner",),
+    )
+    found = plan_subject(subject, recipe="rowwise", protocol=PROTOCOL)
+    assert (found.left_out, found.possible) == (("inner",), ("outer",))
+    assert not any("inner" in one.convert for one in found.candidates)
+    assert parse_plan(format_plan(found), source="it").left_out == ("inner",)
+    assert "without_inner" in plan_path(Path("thresholds"), subject, "rowwise", CPU).name
+    assert "left in bf16 as asked: inner" in plan_text(found)
+    assert "left_out" not in format_plan(msgspec.structs.replace(found, left_out=()))
+
+
 def test_a_block_that_float8_cannot_compute_is_an_error():
     ten_rows = torch.randn(10, 32, dtype=torch.bfloat16, requires_grad=True)
     with pytest.raises(
-        ValueError, match="block: expected a linear with dimensions that are multiples of 16; found none"
+        ValueError, match="block: expected a linear that may be converted, with multiples of 16; found none"
     ):
         plan(Block(), [ten_rows], recipe="rowwise", protocol=PROTOCOL)
 

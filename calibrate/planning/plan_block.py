@@ -85,9 +85,9 @@ def plan_subject(
     device = device or choose_device(None)
     protocol = protocol or make_protocol(device, recipe)
     setup = _setup(subject, recipe, device, protocol)
-    roles = [role for role, shape in subject.blueprint.shapes.items() if not shape.indivisible()]
+    roles = subject.possible
     if not roles:
-        raise InputError("block: expected a linear with dimensions that are multiples of 16; found none")
+        raise InputError("block: expected a linear that may be converted, with multiples of 16; found none")
     if exhaustive and len(roles) > FEW_ROLES:
         raise InputError(f"exhaustive: expected at most {FEW_ROLES} roles, {2**FEW_ROLES} sets; got {len(roles)}")
     answer = TableAnswer.of(subject, recipe, setup.device.name, tables, say)
@@ -151,13 +151,14 @@ def _make_plan(
     return Plan(
         **header,
         measured_at=datetime.now(timezone.utc).replace(microsecond=0),
-        indivisible=tuple(role for role in setup.shapes if role not in roles),
+        indivisible=tuple(role for role, shape in subject.blueprint.shapes.items() if shape.indivisible()),
         left_alone=grouped_weights(subject.blueprint.template),
         table=answer.table,
         torchao=answer.torchao,
         control=control,
         convert=rounds.in_order(chosen),
         exhaustive=exhaustive,
+        left_out=subject.left_out,
         candidates=tuple(candidates),
     )
 

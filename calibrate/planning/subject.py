@@ -25,7 +25,11 @@ from fp8gate.filter.model.model_config import BUNDLED, config_facts, linear_role
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """What is planned. name: of the model. whole: (in_features, out_features) of each role before it is divided."""
+    """What is planned.
+
+    name: of the model. whole: (in_features, out_features) of each role before it is divided. filter_fqns: roles with
+    one of these in their name, as it is in a whole model, stay in bf16.
+    """
 
     name: str
     blueprint: Blueprint
@@ -33,9 +37,30 @@ class Subject:
     tokens: int
     sequence: int | None = None
     tp: int = 1
+    filter_fqns: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The roles that `filter_fqns` leave in bf16."""
+        names = {role: f"{LAYER}{role}" for role in self.blueprint.shapes}
+        return tuple(role for role, name in names.items() if any(pattern in name for pattern in self.filter_fqns))
+
+    @property
+    def possible(self) -> tuple[str, ...]:
+        """The roles that can be converted."""
+        shapes = self.blueprint.shapes
+        return tuple(role for role in shapes if role not in self.left_out and not shapes[role].indivisible())
 
 
-def model_subject(model: str, *, tokens: int, sequence: int | None, tp: int, recomputed: bool) -> Subject:
+def model_subject(
+    model: str,
+    *,
+    tokens: int,
+    sequence: int | None,
+    tp: int,
+    recomputed: bool,
+    filter_fqns: tuple[str, ...] = (),
+) -> Subject:
     """A model's decoder layer as one rank holds it. model: a bundled name, or the path of a config.json.
 
     Raises ModelError or BlockError for a model that cannot be planned, or sizes that do not divide.
@@ -52,6 +77,7 @@ def model_subject(model: str, *, tokens: int, sequence: int | None, tp: int, rec
         tokens=tokens,
         sequence=length,
         tp=tp,
+        filter_fqns=filter_fqns,
     )
 
 
@@ -66,6 +92,7 @@ def plan_path(
     parts = [subject.name, recipe, f"m{subject.tokens}"]
     parts += [f"s{subject.sequence}"] if subject.sequence not in (None, subject.tokens) else []
     parts += [f"tp{subject.tp}"] if subject.tp > 1 else []
+    parts += [f"without_{'_'.join(role.rpartition('.')[2] for role in subject.left_out)}"] if subject.left_out else []
     parts += ["recomputed"] if subject.blueprint.recomputed else []
     parts += [name for name in settings if name not in RECIPES[recipe].inductor]
     parts += [f"no_{name}" for name in RECIPES[recipe].inductor if name not in settings]
@@ -79,4 +106,6 @@ def plan_path(
 
 def _name_of(config: Path) -> str:
     """The model of a config.json has the name of its folder, as Hugging Face keeps them."""
+    if config.is_dir():
+        return config.absolute().name
     return config.absolute().parent.name if config.stem == "config" else config.stem

@@ -38,7 +38,7 @@ class TableAnswer:
         cls, subject: Subject, recipe: Recipe, device: str, tables: Path | None, say: Callable[[str], None]
     ) -> TableAnswer:
         shapes = subject.blueprint.shapes
-        possible = [role for role, shape in shapes.items() if not shape.indivisible()]
+        possible = subject.possible
         rule = {role: _torchao(recipe, subject.whole[role]) for role in possible}
         torchao = None if None in rule.values() else tuple(role for role, convert in rule.items() if convert)
         guesses = [frozenset(possible)] if torchao is None else [frozenset(torchao), frozenset(possible)]

@@ -18,6 +18,7 @@ from fp8gate.calibrate.planning.block_worker import Done, Visit
 from fp8gate.calibrate.planning.block_worker_pool import BlockWorkerDiedError, BlockWorkerPool, StoppedError
 from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET, RoleSet
 from fp8gate.calibrate.planning.visit_journal import PlanJournal, VisitRecord
+from fp8gate.calibrate.sweep.progress import Steps
 from fp8gate.filter.contract.plan import CandidateStatus
 
 MAX_ATTEMPTS = 2  # calls in which a set may fail: memory may have been taken the first time
@@ -45,6 +46,7 @@ class VisitRounds:
         self._others: set[str] = set()
         self._visits: defaultdict[RoleSet, dict[int, tuple[float, float]]] = defaultdict(dict)
         self._round = 0
+        self._steps = Steps(0)
         self._start, self._until = start, until
         self._spent_s: defaultdict[str, float] = defaultdict(float)
         failures = Counter(frozenset(record.convert) for record in journal.records if record.status != "measured")
@@ -55,6 +57,7 @@ class VisitRounds:
 
     def __call__(self, candidates: Sequence[RoleSet], visits: int) -> dict[RoleSet, tuple[float, ...]]:
         """Raises StoppedError when the time is up or the GPU slows down again and again, BlockWorkerDiedError."""
+        self._steps = Steps(self._count(candidates, visits))
         while lacking := [one for one in candidates if self._lacks(one, visits)]:
             new = [one for one in dict.fromkeys([BF16_SET, *lacking]) if one not in self._loaded]
             if new:
@@ -90,22 +93,28 @@ class VisitRounds:
     def _lacks(self, one: RoleSet, visits: int) -> bool:
         return one not in self.failed and len(self.log_ratios(one)) < visits
 
+    def _count(self, candidates: Sequence[RoleSet], visits: int) -> int:
+        """How many visits are to come: those that the sets lack, and as many of bf16 as there will be rounds."""
+        lacking = {one: visits - len(self.log_ratios(one)) for one in candidates if self._lacks(one, visits)}
+        rounds = max(lacking.values(), default=0)
+        return sum(count for one, count in lacking.items() if one != BF16_SET) + rounds
+
     def _load(self, new: Sequence[RoleSet]) -> None:
         """Compile together, load one by one. Raises StoppedError when the time is up."""
-        begin = time.monotonic()
+        begin, steps = time.monotonic(), Steps(len(new))
         try:
             self._require_time()
-            for i, (one, answer) in enumerate(self.pool.compile(new), start=1):
+            for one, answer in self.pool.compile(new):
                 self._spend("waiting for compilers", begin)
                 self._require_time()
                 begin = time.monotonic()
                 loaded = self.pool.load(one) if isinstance(answer, Done) else answer
                 self._spend("loading and tuning", begin)
-                begin = time.monotonic()
+                begin, left = time.monotonic(), steps.one_more()
                 if isinstance(loaded, Done):
                     self._loaded.add(one)
                     self.errors[one] = loaded.error
-                    self.say(f"{self._elapsed()} ready {i} of {len(new)}: {self._name(one)}")
+                    self.say(f"{self._elapsed()} ready {steps.done} of {steps.total}{left}: {self._name(one)}")
                 elif isinstance(loaded, Failure):
                     self._fail(one, loaded)
                 self._require_bf16()
@@ -154,7 +163,9 @@ class VisitRounds:
             is_limited=answer.is_limited,
         )
         ms = (answer.fwd_us + answer.bwd_us) / 1e3
-        self.say(f"{self._elapsed()} round {self._round}: {ms:.3f} ms {self._name(one)}")
+        left = self._steps.one_more()
+        count = f"visit {self._steps.done} of {self._steps.total}{left}"
+        self.say(f"{self._elapsed()} round {self._round}, {count}: {ms:.3f} ms {self._name(one)}")
 
     def _undisturbed(self, one: RoleSet) -> Visit | Failure:
         slowdown = None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from tabulate import tabulate
 
 from fp8gate.filter.contract.plan import Candidate, Plan, Roles
+from fp8gate.filter.terminal_table import Align, render_table
 
 MAX_CANDIDATES = 8  # how many more are shown beside the choices; the file has all of them
 
@@ -31,13 +31,15 @@ def plan_text(plan: Plan) -> str:
     rows = [_row(name, candidate) for name, candidate in named.items()]
     rows += [_row("", candidate) for candidate in others]
     headers = ("choice", "float8", "block ms", "speedup", "low", "high", "by the table", "visits")
-    align = ("left", "left", *["right"] * 6)
+    align: tuple[Align, ...] = ("left", "left", *("right",) * 6)
     parts = [
         f"{', '.join(title)}, {plan.device.name} "
         f"(torch {software.torch}, torchao {software.torchao}, measured {plan.measured_at:%Y-%m-%d})",
-        tabulate(rows, headers=headers, disable_numparse=True, colalign=align),
+        render_table(headers, rows, align=align),
         f"{len(plan.candidates)} sets measured; float8: {', '.join(plan.convert) or 'none'}",
     ]
+    if plan.left_out:
+        parts.append(f"left in bf16 as asked: {', '.join(plan.left_out)}")
     if plan.indivisible:
         parts.append(f"no multiples of 16, left in bf16: {', '.join(plan.indivisible)}")
     if plan.left_alone:
@@ -50,7 +52,7 @@ def choices(plan: Plan) -> dict[str, Candidate | None]:
 
     None if there is no such answer, or if the plan did not measure that set.
     """
-    everything = tuple(role for role in plan.shapes if role not in plan.indivisible)
+    everything = plan.possible
     sets: dict[str, Roles | None] = {
         "bf16": (),
         "all float8": everything,

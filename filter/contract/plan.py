@@ -124,7 +124,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     roles that float8 cannot compute. left_alone: modules of the block that hold several matrices in one parameter, such
     as experts. table: None if there was no table. torchao: the roles that torchao's rule converts, None for a recipe
     without a rule. control: the speedup of bf16 over itself, compiled and loaded a second time; None if that failed. A
-    set is chosen only if it gains more. exhaustive: every set was measured.
+    set is chosen only if it gains more. exhaustive: every set was measured. left_out: roles that were to stay in bf16;
+    the file has them only if there are any.
     """
 
     schema_: Literal[1] = 1
@@ -147,6 +148,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     control: Positive | None
     convert: Roles
     exhaustive: bool
+    left_out: Roles = ()
     columns: tuple[str, ...] = COLUMNS
     candidates: tuple[Candidate, ...]
 
@@ -171,6 +173,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if names[0] not in known and last in _TWO_IN_ONE:
             names = [hugging_face_name(f"{parent}.{part}") for part in _TWO_IN_ONE[last]]
         return tuple(known[name] for name in names) if all(name in known for name in names) else ()
+
+    @property
+    def possible(self) -> Roles:
+        """The roles that could be converted."""
+        return tuple(role for role in self.shapes if role not in (*self.indivisible, *self.left_out))
 
     def shape(self, role: str) -> LinearShape:
         return LinearShape(*self.shapes[role])
@@ -236,6 +243,8 @@ def format_plan(plan: Plan) -> str:
     """The file's text: keys in a fixed order, one shape or candidate a line, rounded numbers."""
     header = msgspec.to_builtins(plan)
     del header["candidates"]
+    if not plan.left_out:
+        del header["left_out"]
     lines = [f"{key}:\n{_shapes(plan)}" if key == "shapes" else yaml_line(key, value) for key, value in header.items()]
     return "".join(lines) + "candidates:\n" + "".join(map(_format_candidate, plan.candidates))
 
@@ -257,7 +266,8 @@ def _check(plan: Plan, source: str) -> None:
     if not plan.shapes:
         raise PlanError(f"{source}: $.shapes: expected at least one role")
     table = () if plan.table is None else plan.table.convert
-    for field, roles in (("indivisible", plan.indivisible), ("torchao", plan.torchao or ()), ("table.convert", table)):
+    fields = {"indivisible": plan.indivisible, "torchao": plan.torchao or (), "table.convert": table}
+    for field, roles in {**fields, "left_out": plan.left_out}.items():
         _check_roles(plan, roles, f"{source}: $.{field}")
     seen: set[Roles] = set()
     for i, candidate in enumerate(plan.candidates):

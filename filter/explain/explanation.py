@@ -180,7 +180,7 @@ def _explain_layer(
     settings = wants_float8.settings
     recomputed = settings.recomputes(linear.fqn)
     estimate = estimate.recomputed() if recomputed else estimate
-    stays = shape.indivisible() or any(pattern in linear.fqn for pattern in settings.filter_fqns)
+    stays = shape.indivisible() or settings.leaves_out(linear.fqn)
     sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
     decision = by_table = wants_float8.decisions[linear.fqn]
     if decision.planned:

@@ -89,7 +89,7 @@ def recipes_text(title: str, explanations: Mapping[Recipe, Explanation]) -> str:
     sentence = f"{best} is the fastest by the sum of the linears"
     if best != ranked[0]:
         sentence += f"; {ranked[0]}, the most accurate, takes {slower(explanations, ranked[0]):.1%} longer"
-    align: list[Align] = ["left"] * 3 + ["right"] * 4
+    align: list[Align] = ["left", "left", "left", "right", "right", "right", "right"]
     tables = [f"{title}, {device}", render_table(headers, rows, align=align[: len(headers)])]
     return "\n\n".join([*tables, f"{sentence}.", *shared_remarks({recipe: explanations[recipe] for recipe in ranked})])
 

@@ -5,7 +5,6 @@ Try it: fp8gate plan llama3-8b --recipe rowwise --tokens 8192
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,20 +12,24 @@ import typer
 from fp8gate.cli.options import (
     MEASURING_PACKAGES,
     DeviceOption,
+    FilterFqnsOption,
     JsonOption,
     ModelArgument,
+    OutOption,
     RecipeOrAll,
     Recompute,
     ResumeOption,
     TablesOption,
     TokensOption,
     WorkersOption,
+    patterns_of,
     print_json,
     recipes_of,
     require,
     start_measuring,
 )
 from fp8gate.filter.contract.plan import write_plan
+from fp8gate.filter.locate.places import default_out
 
 PLANNING_PACKAGES = (*MEASURING_PACKAGES, "transformers")
 
@@ -44,10 +47,11 @@ def plan_command(
         bool | None,
         typer.Option(help="Inductor's setting for float8 sets; by default as torchtitan sets it: for rowwise only."),
     ] = None,
+    filter_fqns: FilterFqnsOption = "",
     exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Measure every set of roles.")] = False,
     device: DeviceOption = None,
     tables: TablesOption = None,
-    out: Annotated[Path, typer.Option(help="Folder for <device>/plans/ and its journals.")] = Path("thresholds"),
+    out: OutOption = None,
     resume: ResumeOption = True,
     stop_after: Annotated[
         float | None, typer.Option(min=0, help="Minutes for each recipe; then stop, to go on when run again.")
@@ -69,11 +73,18 @@ def plan_command(
     from fp8gate.calibrate.planning.subject import model_subject, plan_path
     from fp8gate.calibrate.report.plan_text import plan_json, plan_text
 
-    subject = model_subject(model, tokens=tokens, sequence=sequence, tp=tp, recomputed=recompute == "full")
+    subject = model_subject(
+        model,
+        tokens=tokens,
+        sequence=sequence,
+        tp=tp,
+        recomputed=recompute == "full",
+        filter_fqns=tuple(patterns_of(filter_fqns)),
+    )
     torch_device = choose_device(device)
     plans = {}
     for name in recipes_of(recipe):
-        path = plan_path(out, subject, name, torch_device, emulate_precision_casts)
+        path = plan_path(out or default_out(), subject, name, torch_device, emulate_precision_casts)
         plans[path] = plan_subject(
             subject,
             recipe=name,

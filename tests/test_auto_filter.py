@@ -302,6 +302,16 @@ def test_summary_says_what_is_outside_and_what_matched_nothing(table_path):
     )
 
 
+def test_summary_says_that_the_table_is_stale_and_what_cures_it(table_path, monkeypatch):
+    monkeypatch.setattr(stale_module, "_installed", {"torch": "9.9.0"}.get)
+    wants_float8 = auto_filter("rowwise", tokens=TOKENS, tables=table_path, on_stale="ignore")
+    summary = wants_float8.summary()
+    assert re.search(
+        r"the table was measured with torch \S+, here 9\.9\.0.*; to measure again: fp8gate calibrate$", summary
+    )
+    assert wants_float8.report().endswith(summary)
+
+
 def test_summary_before_anything_was_asked(wants_float8):
     assert wants_float8.summary().startswith("converted 0 of 0 linears")
 

@@ -206,3 +206,20 @@ def test_recomputation_can_turn_a_decision(recomputed, expected):
 
 def test_indivisible_shape_is_refused_with_recomputation_too():
     assert decided((32, 64, 100), make_point(32, 64, 100), recomputed=True).reason == "n = 100: not a multiple of 16"
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_far"),
+    [((256, 64, 128), False), ((272, 64, 128), True), ((32, 64, 16), False), ((32, 1024, 128), True)],
+)
+def test_far_outside_of_what_was_measured_nothing_is_converted(shape, is_far):
+    decision = decided(shape, make_point(32, 64, 128, 2.0))
+    assert (decision.convert, decision.outside) == (not is_far, True)
+    assert (decision.speedup is None) == is_far
+    assert ("times outside what was measured: too far to tell" in decision.reason) == is_far
+
+
+def test_outside_along_two_dimensions_is_farther_than_along_one():
+    inside_of_each = (32 * 6, 64 * 6, 128)
+    assert "16 times outside" not in decided((32 * 6, 64, 128), make_point(32, 64, 128, 2.0)).reason
+    assert decided(inside_of_each, make_point(32, 64, 128, 2.0)).reason.startswith("13 times outside")

@@ -308,7 +308,7 @@ def test_a_row_ahead_of_the_plan_has_its_sentence():
 
 def test_a_row_ahead_of_the_table_has_its_sentence_with_the_evidence():
     behind, nothing, unplanned = remarks(explained(min_speedup=2.5))
-    assert nothing == "None of 8 linears is converted to float8"
+    assert nothing == "none of 8 linears is converted to float8"
     assert behind == (
         f"By the sum of single linears, all float8 takes {1 - ALL_FLOAT8_US / BF16_US:.1%} less time, as it also "
         "converts w1 (2.00x), w3 (2.00x), w2 (1.25x), output (1.50x), which fp8gate leaves in bf16: they are below "

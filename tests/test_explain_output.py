@@ -7,10 +7,12 @@ import re
 
 import pytest
 from builders import make_point, make_table, write_folder
+from plans import make_plan
 from typer.testing import CliRunner
 
 from fp8gate.cli import app
 from fp8gate.filter.contract import software_check
+from fp8gate.filter.contract.plan import Candidate, write_plan
 from fp8gate.filter.contract.table import Point
 from fp8gate.filter.locate.places import ENVIRONMENT
 
@@ -189,6 +191,86 @@ def test_bad_option_is_a_usage_error(explain, options):
     result = explain({"rowwise": points(2.0)}, "--recipe", "rowwise", *options)
     assert result.exit_code == 2
     assert options[0] in result.stderr
+
+
+def test_what_filter_fqns_leave_out_stays_bf16_and_a_pattern_that_matches_nothing_is_said(explained):
+    text = explained({"rowwise": points(2.0)}, "--recipe", "rowwise", "--tp", "2", "--filter-fqns", "mlp, nobody")
+    rows = {row[0]: row for row in cells(text.split("\n\n")[1])[2:]}
+    assert {role for role, row in rows.items() if "float8" in row} == {"output"}
+    assert rows["w1"][-1] == "filter_fqns has 'mlp'"
+    assert "filter_fqns: 'nobody' is in no linear's name" in text
+
+
+def test_strict_ends_with_code_1_where_there_is_something_to_know(explain):
+    tables = {"rowwise": points(2.0)}
+    assert explain(tables, "--recipe", "rowwise", "--tp", "2", "--strict").exit_code == 0
+    doubtful = explain(tables, "--recipe", "rowwise", "--tp", "2", "--strict", "--filter-fqns", "nobody")
+    assert (doubtful.exit_code, doubtful.stderr) == (1, "")
+    assert "nobody" in doubtful.stdout
+    assert explain(tables, "--recipe", "rowwise", "--tp", "2", "--filter-fqns", "nobody").exit_code == 0
+
+
+def test_far_outside_of_the_table_is_an_error_with_the_command(explain):
+    result = explain({"rowwise": points(2.0)}, "--recipe", "rowwise", tokens=8192)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert (
+        "rowwise.yaml: too far outside of what was measured, more than 8 times: wq (8192, 64, 64)" in result.stderr
+    )
+    assert "run on it: fp8gate calibrate --model" in result.stderr
+
+
+@pytest.fixture
+def plan_file(tmp_path):
+    """A plan that converts wq of a rank of two, and measured all float8 as well."""
+    shapes = dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), (32, 64, 64))
+    attention = {"q_proj": (32, 64, 32), "k_proj": (32, 64, 16), "v_proj": (32, 64, 16), "o_proj": (32, 32, 64)}
+    shapes = {**{f"self_attn.{role}": shape for role, shape in attention.items()}, **shapes}
+    speedups = {(): 1.0, ("self_attn.q_proj",): 1.1, tuple(shapes): 1.05}
+    candidates = tuple(
+        Candidate(roles, 8, 1.0, 1.0, found, found - 0.01, found + 0.01, 1.0, 0.1, "measured")
+        for roles, found in speedups.items()
+    )
+    fields = {"indivisible": (), "left_alone": (), "table": None, "torchao": None, "tp": 2}
+    plan = make_plan(**fields, shapes=shapes, convert=("self_attn.q_proj",), candidates=candidates)
+    path = tmp_path / "tables" / "nvidia-h200" / "plans" / "tiny-rowwise-m32-tp2.yaml"
+    path.parent.mkdir(parents=True)
+    write_plan(plan, path)
+    return path
+
+
+@pytest.mark.parametrize("how", ["auto", "by name", "by file"])
+def test_a_plan_that_fits_decides_and_has_its_row(explained, plan_file, how):
+    options = {"auto": [], "by name": ["--plan", "tiny"], "by file": ["--plan", str(plan_file)]}[how]
+    text = explained({"rowwise": points(2.0)}, "--recipe", "rowwise", "--tp", "2", *options)
+    _, roles, choices, which, behind = text.split("\n\n")
+    assert {row[0] for row in cells(roles)[2:] if "float8" in row} == {"wq", "output"}
+    assert [(row[0], row[-1]) for row in cells(choices)[2:]] == [
+        ("bf16", "1.000x"),
+        ("all float8", "1.050x"),
+        ("torchao's rule", "1.000x"),
+        ("fp8gate, table", "not measured"),
+        ("fp8gate, plan", "1.100x"),
+    ]
+    assert which == f"The plan decides, measured in the compiled block of tiny: {plan_file}"
+    assert behind.startswith("By the sum of single linears, fp8gate, table takes")
+
+
+def test_a_plan_can_be_left_out(explained, plan_file):
+    text = explained({"rowwise": points(2.0)}, "--recipe", "rowwise", "--tp", "2", "--plan", "none")
+    assert "fp8gate, plan" not in text
+
+
+def test_json_names_the_plan_and_what_it_measured(explained_json, plan_file):
+    shown = explained_json({"rowwise": points(2.0)}, "--recipe", "rowwise", "--tp", "2")
+    assert shown["plan"] == {"file": str(plan_file), "model": "tiny", "convert": ["self_attn.q_proj"]}
+    assert {name: numbers["speedup"] for name, numbers in shown["in_block"].items()} == {
+        "bf16": 1.0,
+        "all_float8": 1.05,
+        "torchao_rule": 1.0,
+        "plan": 1.1,
+        "fp8gate": 1.1,
+    }
+    assert shown["predicted"]["fp8gate_us"] == shown["predicted"]["plan_us"] > shown["predicted"]["table_us"]
 
 
 # --- all recipes -----------------------------------------------------------------------------------------------

@@ -88,4 +88,4 @@ def _doubts(explanation: Explanation) -> Iterator[str]:
         yield f"Measured with {differences}. To measure again, on {device}: fp8gate calibrate"
     for finding in explanation.findings:
         if finding.category not in (OutsideGridWarning, StaleTableWarning):
-            yield f"{finding.message[0].upper()}{finding.message[1:]}"
+            yield finding.message

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fp8gate.calibrate.comparison.table_paths import read_tables
 from fp8gate.calibrate.report.map_figures import SOURCE
-from fp8gate.calibrate.report.page import tables_hash
+from fp8gate.calibrate.report.page.pictures import tables_hash
+from fp8gate.filter.contract.table import read_table
+from fp8gate.filter.locate.find_table import table_files
 
 ROOT = Path(__file__).parent.parent
 FIGURES = sorted((ROOT / "docs" / "figures").glob("*.png"))
@@ -19,7 +20,7 @@ MAX_BYTES = 300_000
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda path: path.name)
 def test_a_committed_picture_shows_the_committed_tables(figure):
-    tables = read_tables(ROOT / "thresholds" / "nvidia-h200").values()
+    tables = map(read_table, table_files(ROOT / "thresholds" / "nvidia-h200"))
     assert Image.open(figure).text == {SOURCE: tables_hash(tables)}, "the tables have changed: make figures"
     assert figure.stat().st_size < MAX_BYTES
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 
-import numpy as np
 import pytest
 from builders import make_point, make_table
+from contrast import contrast
 from matplotlib.colors import to_rgb
 from PIL import Image
 
 from fp8gate.calibrate.comparison.usual_models import PlacedLayer
-from fp8gate.calibrate.report.map_figures import SOURCE, THEMES, draw_numbers, draw_side_by_side
-from fp8gate.calibrate.report.map_panel import COLOUR_LIMIT, INK, SHADES, LayerGroup, colour_of, short_size
+from fp8gate.calibrate.report.colour_scale import ColourScale
+from fp8gate.calibrate.report.map_figures import SOURCE, THEMES, draw_numbers, draw_side_by_side, legend_entries
+from fp8gate.calibrate.report.map_panel import LayerGroup, has_line, short_size
 from fp8gate.calibrate.report.speedup_map import speedup_maps
 
 SHAPES = [(m, k, n) for m in (1024, 8192) for k in (1024, 4096) for n in (1024, 4096)]
@@ -23,6 +24,9 @@ LAYERS = [
 ]
 
 
+SCALE = ColourScale()
+
+
 def maps(recipe="rowwise", speedup=1.5, shapes=SHAPES):
     return speedup_maps(make_table(*(make_point(*at, speedup * at[2] / 4096) for at in shapes), recipe=recipe))
 
@@ -31,25 +35,15 @@ def opened(png):
     return Image.open(io.BytesIO(png))
 
 
-def luminance(colour):
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
-    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def contrast(one, other):
-    dark, light = sorted(map(luminance, (one, other)))
-    return (light + 0.05) / (dark + 0.05)
-
-
 @pytest.fixture(scope="module")
 def numbers():
     """The pictures of `maps()`, by theme."""
-    return draw_numbers("t", maps(), "abc")
+    return draw_numbers("t", maps(), "abc", SCALE)
 
 
 def test_the_same_maps_give_the_same_bytes_and_other_maps_do_not(numbers):
-    assert draw_numbers("t", maps(), "abc") == numbers
-    assert draw_numbers("t", maps(speedup=1.6), "abc") != numbers
+    assert draw_numbers("t", maps(), "abc", SCALE) == numbers
+    assert draw_numbers("t", maps(speedup=1.6), "abc", SCALE) != numbers
 
 
 def test_a_picture_says_which_tables_it_shows_and_nothing_of_when(numbers):
@@ -69,27 +63,48 @@ def test_both_themes_show_the_same_maps_on_their_own_ground(numbers):
 def test_recipes_with_other_tokens_and_layers_beyond_the_border_can_be_drawn():
     groups = [LayerGroup(name="a model", layers=LAYERS, named=True), LayerGroup(name="b", layers=LAYERS, named=False)]
     by_recipe = {"rowwise": maps(), "rowwise_with_gw_hp": maps("rowwise_with_gw_hp", shapes=SHAPES[4:])}
-    pngs = draw_side_by_side("t", by_recipe, [1024, 8192], groups, "s")
+    pngs = draw_side_by_side("t", by_recipe, [1024, 8192], groups, "s", SCALE)
     assert set(pngs) == {"light", "dark"}
-    assert pngs != draw_side_by_side("t", by_recipe, [1024, 8192], [], "s")
+    assert pngs != draw_side_by_side("t", by_recipe, [1024, 8192], [], "s", SCALE)
+
+
+def test_stacked_maps_are_narrow_and_long():
+    by_recipe = {"rowwise": maps(), "rowwise_with_gw_hp": maps("rowwise_with_gw_hp")}
+    wide, narrow = (
+        opened(draw_side_by_side("t", by_recipe, [8192], [], "s", SCALE, stacked=stacked)["light"])
+        for stacked in (False, True)
+    )
+    assert narrow.width < 0.6 * wide.width
+    assert narrow.height > 1.3 * wide.height
+
+
+def test_the_scale_of_colours_counts():
+    narrow, wide = (draw_numbers("t", maps(speedup=0.2), "s", scale) for scale in (SCALE, ColourScale(limit=20.0)))
+    assert narrow != wide
+
+
+@pytest.mark.parametrize(
+    ("speedup", "lines"),
+    [
+        (1.5, ["filter converts (1.05)", "break-even (1.0)"]),
+        (1.02, ["break-even (1.0)"]),  # of the larger n; the smaller has a quarter of it
+        (0.9, []),
+        (9.0, []),
+    ],
+)
+def test_the_legend_names_the_lines_that_a_map_has(speedup, lines):
+    map_ = maps(speedup=speedup, shapes=SHAPES[:4])[1024]
+    named = list(legend_entries([map_], []))
+    assert [name for name in named if "1.0" in name] == [name for name in named if any(line in name for line in lines)]
+    assert len([name for name in named if "1.0" in name]) == len(lines)
+
+
+def test_a_map_without_any_measured_part_has_no_line():
+    assert not has_line(maps(shapes=[(16, 32, 48)])[16], 1.0)
 
 
 def test_a_single_point_can_be_drawn():
-    assert opened(draw_numbers("t", maps(shapes=[(16, 32, 48)]), "s")["dark"]).width > 100
-
-
-def test_colours_are_neutral_at_break_even_and_opposite_around_it():
-    red, _, blue = colour_of(0.6)
-    assert red > blue + 0.2
-    red, _, blue = colour_of(1 / 0.6)
-    assert blue > red + 0.2
-    assert np.ptp(colour_of(1.0)) < 0.03
-    assert colour_of(0.1) == colour_of(1 / COLOUR_LIMIT)
-
-
-def test_text_reads_on_every_colour_of_a_map():
-    speedups = np.geomspace(1 / COLOUR_LIMIT, COLOUR_LIMIT, 4 * SHADES)
-    assert min(contrast(colour_of(speedup), to_rgb(INK)) for speedup in speedups) > 4.5  # WCAG 2, AA
+    assert opened(draw_numbers("t", maps(shapes=[(16, 32, 48)]), "s", SCALE)["dark"]).width > 100
 
 
 @pytest.mark.parametrize(("size", "text"), [(512, "512"), (1024, "1K"), (32768, "32K"), (1536, "1536")])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from contextlib import contextmanager
 
 import pytest
 from builders import make_point, make_table, write_folder
+from contrast import AA, contrast
 
-from fp8gate.calibrate.report.page import write_report
+from fp8gate.calibrate.report.page.write_page import write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
@@ -94,13 +97,72 @@ def test_pictures_and_ground_follow_the_mode(browser, page):
     assert not shown["light"] & shown["dark"]
 
 
-@pytest.mark.parametrize("width", [400, 1400])
-def test_nothing_is_wider_than_the_window(browser, page, width):
-    opened(browser, page)
+@contextmanager
+def window(browser, width):
+    """The page in a window of this width."""
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    yield
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("width", [360, 500, 1400])
+def test_nothing_is_wider_than_the_window(browser, page, width):
+    """Tables and wide pictures scroll in boxes of their own, also when everything is open."""
+    opened(browser, page)
+    browser.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
+    with window(browser, width):
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        texts = "[...document.querySelectorAll('p, li, h1, h2, h3, summary')]"
+        assert browser.execute_script(f"return {texts}.filter(e => e.scrollWidth > innerWidth).length") == 0
+
+
+@pytest.mark.parametrize("width", [500, 1400])
+def test_the_verdict_comes_first_and_fits(browser, page, width):
+    opened(browser, page)
+    with window(browser, width):
+        first = "return [document.querySelector('section').id, document.querySelector('table').className]"
+        assert browser.execute_script(first) == ["verdict", "verdict"]
+        box = "const b = document.querySelector('table.verdict').parentElement; return [b.scrollWidth, b.clientWidth]"
+        needed, shown = browser.execute_script(box)
+        assert needed <= shown
+        text = browser.execute_script("return document.querySelector('#verdict').innerText")
+        assert "llama3-8b" in text
+        assert "predicted from the table" in text
+
+
+def test_a_narrow_window_has_an_overview_of_its_own_that_is_not_scaled_down(browser, page):
+    opened(browser, page)
+    shown = {}
+    for width in (500, 1400):
+        with window(browser, width):
+            opened(browser, page)
+            natural, drawn = browser.execute_script(
+                "const i = document.images[0]; return [i.naturalWidth, i.getBoundingClientRect().width]"
+            )
+            shown[width] = natural
+            assert drawn > 0.75 * natural or width == 1400
+    assert shown[500] < 700 < shown[1400]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_has_contrast(browser, page, scheme):
+    opened(browser, page, scheme)
+    browser.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
+    pairs = browser.execute_script(
+        """const ground = e => { const c = getComputedStyle(e).backgroundColor;
+             return c === 'rgba(0, 0, 0, 0)' && e.parentElement ? ground(e.parentElement) : c };
+           return [...new Set([...document.querySelectorAll('p, li, th, td, a, summary, .note, .muted')].map(
+             e => getComputedStyle(e).color + ' on ' + ground(e)))]"""
+    )
+    assert len(pairs) >= 5
+    for pair in pairs:
+        ink, ground = (rgb(colour) for colour in pair.split(" on "))
+        assert contrast(ink, ground) > AA, pair
+
+
+def rgb(css):
+    return [int(part) / 255 for part in re.findall(r"\d+", css)[:3]]
 
 
 def test_this_would_notice_a_picture_from_elsewhere(browser, page, tmp_path):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from builders import DEVICE, PROTOCOL, make_point, make_table, write_file, write_folder
@@ -10,15 +14,19 @@ from msgspec.structs import replace
 from PIL import Image
 from typer.testing import CliRunner
 
+import fp8gate
 from fp8gate.calibrate.report.map_figures import SOURCE
-from fp8gate.calibrate.report.page import by_device, quality, tables_hash, write_report
+from fp8gate.calibrate.report.page.pictures import tables_hash
+from fp8gate.calibrate.report.page.table_facts import STATUSES_WITHOUT_NUMBERS, quality, status_legend
+from fp8gate.calibrate.report.page.write_page import by_device, write_report
 from fp8gate.cli import app, options
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.table import Grid, Spread, TableError, read_table
 from fp8gate.filter.decision.torchao_rule import torchao_converts
 
 SHAPES = [(m, k, n) for m in (1024, 8192) for k in (1024, 4096) for n in (1024, 4096)]
-PICTURES = ("overview", "tokens", "rowwise")
+POINT = make_table(make_point(1024, 4096, 4096))  # quick to draw
+PICTURES = ("overview", "overview-narrow", "tokens", "rowwise")
 
 
 def table(recipe="rowwise", speedup=1.5, **fields):
@@ -48,7 +56,36 @@ def test_the_page_needs_nothing_beside_it(report):
     html = (report / "index.html").read_text()
     assert not re.search(r"https?://|\.png|@import|<script", html)
     assert len(re.findall(r'(?:src|srcset)="data:image/png;base64,', html)) == 2 * len(PICTURES)
+    assert html.count("<img") == len(PICTURES) - 1  # a narrow picture takes the place of the wide one
     assert html.count("<img") == len(re.findall(r'<img [^>]*alt="[^"]+"', html))
+
+
+def test_the_verdict_is_the_first_section(report):
+    html = (report / "index.html").read_text()
+    assert re.search(r"<section id=\"([\w-]+)\"", html)[1] == "verdict"
+    assert html.index("predicted from the table") < html.index("How to read the maps")
+
+
+def test_the_numbers_of_the_maps_are_text_too(report):
+    html = (report / "index.html").read_text()
+    assert len(re.findall(r"<summary>rowwise, \d+ tokens: the numbers as text</summary>", html)) == 2
+    assert html.count('<td class="number"><b>1.50</b></td>') == len(SHAPES)
+    assert '<th scope="row">4096</th>' in html
+
+
+def test_where_float8_never_wins_the_page_says_so_once_and_shows_how_much(tmp_path):
+    slow = make_table(*(make_point(m, k, n, k / 10**5) for m, k, n in SHAPES))
+    write_report([write_file(slow, tmp_path / "rowwise.yaml")], tmp_path / "out")
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert html.count("float8 never wins here") == 1
+    assert "the darkest red is\n0.01x, white is 1.0." in html
+    assert len(set(re.findall(r'coloured" style="background: (rgb[^"]+)"', html))) > 1
+
+
+def test_every_status_without_numbers_is_explained(report):
+    html = (report / "index.html").read_text()
+    assert len(status_legend()) == len(STATUSES_WITHOUT_NUMBERS) >= 3
+    assert all(f"<b>{short}</b>: {words}" in html for short, words in status_legend().items())
 
 
 def test_what_tables_say_is_text_and_no_markup(report):
@@ -120,7 +157,7 @@ def test_two_tables_of_one_recipe_and_device_are_refused(tmp_path):
 
 
 def test_the_command_says_what_it_wrote(run, tmp_path):
-    folder = write_folder(tmp_path / "tables", table()) / "nvidia-h200"
+    folder = write_folder(tmp_path / "tables", POINT) / "nvidia-h200"
     result = run(folder, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0] == f"wrote {tmp_path / 'out' / 'index.html'}"
@@ -130,7 +167,7 @@ def test_the_command_says_what_it_wrote(run, tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        (None, "expected a table, or a folder of tables such as thresholds/nvidia-h200; found none"),
+        (None, "a.yaml: "),
         ("schema: 2\n", "$.schema: expected 1"),
     ],
 )
@@ -152,9 +189,71 @@ def test_a_folder_that_cannot_be_written_is_exit_code_2(run, tmp_path):
     assert str(path) in result.stderr
 
 
+def test_a_thresholds_folder_with_one_device_is_that_device(run, tmp_path):
+    result = run(write_folder(tmp_path / "tables", POINT), "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "nvidia-h200-rowwise-dark.png").exists()
+
+
+def test_a_thresholds_folder_with_several_devices_is_refused_with_the_command_for_each(run, tmp_path):
+    elsewhere = table(device=replace(DEVICE, name="NVIDIA B200"))
+    folder = write_folder(tmp_path / "tables", table(), elsewhere)
+    result = run(folder, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"{folder}: expected the tables of one device, found nvidia-b200, nvidia-h200;" in result.stderr
+    for device in ("nvidia-b200", "nvidia-h200"):
+        assert f"fp8gate report {folder / device} --out {tmp_path / 'out'}" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_tables_is_exit_code_2(run, tmp_path):
+    result = run(tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "found no table" in result.stderr
+
+
+DRAW_WITHOUT = """
+import sys
+for name in ("torch", "torchao", "triton", "pandas", "pynvml"):
+    sys.modules[name] = None  # as if it were not installed
+from fp8gate.cli import app
+app(["report", {path!r}, "--out", {out!r}], standalone_mode=False)
+"""
+
+
+def test_it_draws_where_only_the_report_extra_is_installed(tmp_path):
+    path, out = write_file(POINT, tmp_path / "rowwise.yaml"), tmp_path / "out"
+    done = run_fresh(DRAW_WITHOUT.format(path=str(path), out=str(out)))
+    assert done.returncode == 0, done.stderr
+    assert (out / "index.html").exists()
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import fp8gate.cli.report
+import fp8gate.calibrate.report as report
+names = [found.name for found in pkgutil.walk_packages(report.__path__, report.__name__ + ".")]
+for name in names:
+    importlib.import_module(name)
+print(len(names), sorted({"torch", "torchao", "triton"} & sys.modules.keys()))
+"""
+
+
+def test_nothing_that_reports_imports_torch():
+    count, loaded = run_fresh(IMPORT_ALL).stdout.split(maxsplit=1)
+    assert int(count) > 10
+    assert loaded.strip() == "[]"
+
+
+def run_fresh(code):
+    """A fresh Python that runs `code`."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(fp8gate.__file__).parents[1])}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("missing", ["jinja2", "matplotlib"])
 def test_without_the_extra_it_says_what_to_install(run, monkeypatch, tmp_path, missing):
     monkeypatch.setattr(options, "find_spec", lambda name: None if name == missing else object())
     result = run(tmp_path)
     assert result.exit_code == 2
-    assert result.stderr == f"fp8gate: report needs {missing}: pip install 'fp8gate[calibrate]'\n"
+    assert result.stderr == f"fp8gate: report needs {missing}: pip install 'fp8gate[report]'\n"

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from builders import make_point, make_table
 
-from fp8gate.calibrate.report.speedup_map import MARGIN, SAMPLES, Mark, map_tokens, samples, speedup_maps, without_row
+from fp8gate.calibrate.report.speedup_map import (
+    MARGIN,
+    SAMPLES,
+    Mark,
+    map_tokens,
+    samples,
+    short_status,
+    speedup_maps,
+    without_row,
+)
 from fp8gate.filter.contract.table import Grid, TableError
 
 SIZES = (1024, 2048, 4096, 8192)
@@ -72,6 +81,10 @@ def test_a_point_without_a_row_was_too_large_or_not_asked_for():
 def test_every_status_has_its_mark(point, text, short):
     mark = speedup_maps(make_table(point, make_point(1024, 1024, 1024)))[1024].marks[0]
     assert (mark.text, mark.short, mark.speedup) == (text, short, point.speedup)
+
+
+def test_a_status_without_a_short_form_is_written_as_it_is():
+    assert short_status("noisy_host") == "noisy host"
 
 
 def test_torchaos_line_runs_just_beyond_the_last_size_it_refuses():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fp8gate.calibrate.comparison.usual_models import placed_models
+from fp8gate.calibrate.comparison.usual_models import placed_models, shown_models
+from fp8gate.filter.contract.shapes import LinearShape
 
 
 def placed(model):
@@ -17,6 +18,12 @@ def test_roles_of_the_same_sizes_are_one_layer():
         (14336, 4096): (("w2",), 1),
         (4096, 128256): (("output",), 1),
     }
+
+
+def test_every_shown_model_has_its_layers_and_its_linears_by_name():
+    assert [model.name for model in shown_models()] == list(placed_models())
+    divided = next(model for model in shown_models() if model.name == "llama3-70b, TP 8")
+    assert divided.shapes(1024)["model.layers.*.self_attn.o_proj"] == LinearShape(1024, 1024, 8192)
 
 
 def test_what_is_usually_divided_is_there_whole_too():

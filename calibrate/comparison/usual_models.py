@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.model.model_config import BUNDLED, ModelConfig, linear_roles, role_shape
 from fp8gate.filter.model.parallel import Parallel, Shards
 
@@ -22,23 +23,43 @@ class PlacedLayer:
     tp: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShownModel:
+    """A bundled model at one tensor parallel degree. name: states the degree if it is not 1."""
+
+    name: str
+    config: ModelConfig
+    tp: int
+
+    def shapes(self, tokens: int) -> dict[str, LinearShape]:
+        """What a rank multiplies in each linear, by its name with layer indices as *."""
+        shards = Shards(Parallel(tp=self.tp, plan="transformers"), tokens)
+        return {linear.fqn: role_shape(linear, shards) for linear in linear_roles(self.config)}
+
+
+def shown_models() -> list[ShownModel]:
+    """Each bundled model as a whole, and those that are usually divided like that too."""
+    degrees = [(model, tp) for model, usual in MODEL_TP.items() for tp in sorted({1, usual})]
+    return [ShownModel(name=_name(model, tp), config=BUNDLED[model], tp=tp) for model, tp in degrees]
+
+
 def usual_models() -> list[tuple[str, ModelConfig, Shards]]:
     """The bundled models as a rank holds them. The name states the degree if it is not 1."""
     return [(_name(model, tp), BUNDLED[model], _shards(tp)) for model, tp in MODEL_TP.items()]
 
 
 def placed_models() -> dict[str, list[PlacedLayer]]:
-    """The layers of each bundled model. A model that is usually divided is there as a whole too."""
-    degrees = [(model, tp) for model, usual in MODEL_TP.items() for tp in sorted({1, usual})]
-    return {_name(model, tp): _placed(BUNDLED[model], tp) for model, tp in degrees}
+    """The layers of each of `shown_models`."""
+    return {model.name: _placed(model) for model in shown_models()}
 
 
-def _placed(config: ModelConfig, tp: int) -> list[PlacedLayer]:
+def _placed(model: ShownModel) -> list[PlacedLayer]:
     roles: dict[tuple[int, int], list[str]] = {}
-    for linear in linear_roles(config):
-        shape = role_shape(linear, _shards(tp))
+    shapes = model.shapes(MODEL_TOKENS)
+    for linear in linear_roles(model.config):
+        shape = shapes[linear.fqn]
         roles.setdefault((shape.k, shape.n), []).append(linear.role)
-    return [PlacedLayer(roles=tuple(names), k=k, n=n, tp=tp) for (k, n), names in roles.items()]
+    return [PlacedLayer(roles=tuple(names), k=k, n=n, tp=model.tp) for (k, n), names in roles.items()]
 
 
 def _shards(tp: int) -> Shards:

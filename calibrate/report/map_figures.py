@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
@@ -22,19 +25,22 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from fp8gate.calibrate.report.colour_scale import ColourScale, colours
 from fp8gate.calibrate.report.map_panel import (
+    BREAK_EVEN,
+    CONVERTS,
     HALO,
+    HALO_WIDTH,
     HATCH,
     INK,
     RULE_COLOUR,
     SYMBOLS,
     LayerGroup,
-    colour_norm,
-    colours,
     draw_isolines,
     draw_layers,
     draw_map,
     draw_marks,
+    has_line,
 )
 from fp8gate.calibrate.report.speedup_map import SpeedupMap
 from fp8gate.filter.contract.recipes import Recipe
@@ -43,10 +49,13 @@ DPI = 140
 PANEL_IN = (3.4, 2.9)  # side by side; a README shows three of them 1000 pixels wide
 NUMBERS_PANEL_IN = (4.6, 3.5)  # wide enough for nine numbers in a row
 COLOURS = 256  # in a picture: this takes a third of the bytes, and the eye sees no difference
-BAR_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 THIN_HATCHES = rc_context({"hatch.linewidth": 0.4, "hatch.color": INK})  # thin, because numbers stand on them
 KMEANS = 1000  # how many pixels may still change colour when it ends: without it, some shades of the scale are off
-MIN_WIDTH_IN, LEGEND_COLUMNS = 8.5, 3  # what the title and the legend need
+WIDE_IN, LEGEND_COLUMNS = 8.5, 3  # what as many columns in the legend and the bar's long label need
+TITLE_SIZE, TITLE_SIZE_NARROW = 11.0, 9.5
+TITLE_CHARACTERS = 120.0  # bold letters of size 1 in an inch
+BAR_LABEL = "bf16 is faster  ←   speedup: bf16 time / float8 time, forward + backward   →  float8 is faster"
+BAR_LABEL_NARROW = "bf16 is faster  ←   speedup   →  float8 is faster"
 NO_RULE = "torchao has no rule for this recipe"
 SOURCE = "Source"  # the text field of a PNG that says which tables it shows
 
@@ -69,29 +78,43 @@ Panels = npt.NDArray[np.object_]
 
 @THIN_HATCHES
 def draw_side_by_side(
-    title: str, maps: Maps, tokens: Sequence[int], groups: Sequence[LayerGroup], source: str
+    title: str,
+    maps: Maps,
+    tokens: Sequence[int],
+    groups: Sequence[LayerGroup],
+    source: str,
+    scale: ColourScale,
+    *,
+    stacked: bool = False,
 ) -> dict[str, bytes]:
-    """Draw a column for each recipe and a row for each m, with labelled lines and with the models' layers."""
-    figure, panels = _figure(title, (len(tokens), len(maps)), PANEL_IN)
-    for row, m in zip(panels, tokens, strict=True):
+    """Draw a column for each recipe and a row for each m, with labelled lines and with the models' layers.
+
+    stacked: one column for all, for narrow screens.
+    """
+    shape = (len(tokens) * len(maps), 1) if stacked else (len(tokens), len(maps))
+    figure, panels = _figure(title, shape, PANEL_IN)
+    for row, m in zip(panels.reshape(len(tokens), len(maps)), tokens, strict=True):
         for ax, (recipe, of_recipe) in zip(row, maps.items(), strict=True):
             ax.set_title(f"{recipe}, {m} tokens", fontsize=9)
-            if m not in of_recipe:
-                ax.set_axis_off()
-                continue
-            draw_map(ax, of_recipe[m])
-            draw_isolines(ax, of_recipe[m])
-            draw_marks(ax, of_recipe[m], with_numbers=False)
-            draw_layers(ax, of_recipe[m], groups)
-            if of_recipe[m].torchao is None:
-                style = {"ha": "right", "fontsize": 7, "style": "italic", "color": INK}
-                ax.text(0.98, 0.03, NO_RULE, transform=ax.transAxes, **style)
-    _finish(figure, panels, [map_ for by_m in maps.values() for map_ in by_m.values()], groups)
+            _draw_panel(ax, of_recipe.get(m), groups, scale)
+    _finish(figure, panels, [map_ for by_m in maps.values() for map_ in by_m.values()], groups, scale)
     return _pngs(figure, source)
 
 
+def _draw_panel(ax: Axes, map_: SpeedupMap | None, groups: Sequence[LayerGroup], scale: ColourScale) -> None:
+    if map_ is None:
+        ax.set_axis_off()
+        return
+    draw_map(ax, map_, scale)
+    draw_isolines(ax, map_)
+    draw_marks(ax, map_, with_numbers=False)
+    draw_layers(ax, map_, groups)
+    if map_.torchao is None:
+        ax.text(0.98, 0.03, NO_RULE, transform=ax.transAxes, ha="right", fontsize=7, style="italic", color=INK)
+
+
 @THIN_HATCHES
-def draw_numbers(title: str, maps: Mapping[int, SpeedupMap], source: str) -> dict[str, bytes]:
+def draw_numbers(title: str, maps: Mapping[int, SpeedupMap], source: str, scale: ColourScale) -> dict[str, bytes]:
     """Draw one recipe with a map for each m. Each point shows its number, or why it has none."""
     columns = min(len(maps), 3)
     figure, panels = _figure(title, (-(-len(maps) // columns), columns), NUMBERS_PANEL_IN)
@@ -99,71 +122,94 @@ def draw_numbers(title: str, maps: Mapping[int, SpeedupMap], source: str) -> dic
         ax.set_axis_off()
     for ax, map_ in zip(panels.flat, maps.values(), strict=False):
         ax.set_title(f"{map_.m} tokens", fontsize=9)
-        draw_map(ax, map_)
+        draw_map(ax, map_, scale)
         draw_marks(ax, map_, with_numbers=True)
-    _finish(figure, panels, list(maps.values()), [])
+    _finish(figure, panels, list(maps.values()), [], scale)
     return _pngs(figure, source)
 
 
 def _figure(title: str, shape: tuple[int, int], panel_in: tuple[float, float]) -> tuple[Figure, Panels]:
     rows, columns = shape
-    size = (max(MIN_WIDTH_IN, panel_in[0] * columns + 0.5), panel_in[1] * rows + 1.6)
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    figure.suptitle(title, fontsize=11, fontweight="bold", parse_math=False)
+    width = panel_in[0] * columns + 0.5
+    figure = Figure(figsize=(width, panel_in[1] * rows + 1.6), dpi=DPI, layout="constrained")
+    size = TITLE_SIZE_NARROW if _is_narrow(figure) else TITLE_SIZE
+    lines = textwrap.wrap(title, width=int(width * TITLE_CHARACTERS / size))
+    figure.suptitle("\n".join(lines), fontsize=size, fontweight="bold", parse_math=False)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _finish(figure: Figure, panels: Panels, maps: Sequence[SpeedupMap], groups: Sequence[LayerGroup]) -> None:
-    """Add the names of the axes, the scale of colours, and the legend."""
-    rows = len(panels)
+def _finish(
+    figure: Figure, panels: Panels, maps: Sequence[SpeedupMap], groups: Sequence[LayerGroup], scale: ColourScale
+) -> None:
+    """Add the names of the axes, the bar of colours, and the legend."""
     for ax in panels[:, 0]:
         ax.set_ylabel("k = in_features", fontsize=8)
     for ax in panels[-1]:
         ax.set_xlabel("n = out_features", fontsize=8)
+    _add_bar(figure, panels, scale)
+    _add_legend(figure, maps, groups)
+
+
+def _add_bar(figure: Figure, panels: Panels, scale: ColourScale) -> None:
+    rows = len(panels)
+    narrow = _is_narrow(figure)
     bar = figure.colorbar(
-        ScalarMappable(colour_norm(), colours()),
+        ScalarMappable(scale.norm, colours()),
         ax=panels,
         location="bottom",
-        aspect=60,
-        shrink=0.7,
+        aspect=30 if narrow else 60,
+        shrink=0.95 if narrow else 0.7,
         fraction=0.12 / rows,
         pad=0.04 / rows,
         extend="both",
     )
-    bar.set_ticks([math.log2(tick) for tick in BAR_TICKS], labels=[f"{tick:g}" for tick in BAR_TICKS])
-    bar.set_label(
-        "bf16 is faster  ←   speedup: bf16 time / float8 time, forward + backward   →  float8 is faster",
-        fontsize=9,
-    )
+    bar.set_ticks([math.log2(tick) for tick in scale.ticks], labels=[f"{tick:g}" for tick in scale.ticks])
+    bar.set_label(BAR_LABEL_NARROW if narrow else BAR_LABEL, fontsize=8 if narrow else 9)
     bar.ax.tick_params(labelsize=8)
-    _add_legend(figure, maps, groups)
+
+
+def _is_narrow(figure: Figure) -> bool:
+    return float(figure.get_figwidth()) < WIDE_IN
 
 
 def _add_legend(figure: Figure, maps: Sequence[SpeedupMap], groups: Sequence[LayerGroup]) -> None:
     """Explain the lines, hatches and symbols that the maps have. The ground is light in both themes, like the maps'."""
-    halo = [withStroke(linewidth=4.4, foreground=HALO)]
-    entries: dict[str, Line2D | Patch] = {
-        "break-even (1.0)": Line2D([], [], color=INK, linewidth=2.4, path_effects=halo),
-    }
+    entries = legend_entries(maps, groups)
+    if not entries:
+        return
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=1 if _is_narrow(figure) else LEGEND_COLUMNS,
+        fontsize=8,
+        facecolor="#f2f2f2",
+        framealpha=1.0,
+        labelcolor=INK,
+    )
+
+
+def legend_entries(maps: Sequence[SpeedupMap], groups: Sequence[LayerGroup]) -> dict[str, Line2D | Patch]:
+    """The lines, hatches and symbols that these maps have, by what they mean."""
+    entries: dict[str, Line2D | Patch] = {}
+    if any(has_line(map_, CONVERTS) for map_ in maps):
+        entries[f"float8 from here on: the filter converts ({CONVERTS:g})"] = _line(2.4, INK, "solid")
+    if any(has_line(map_, BREAK_EVEN) for map_ in maps):
+        entries["break-even (1.0)"] = _line(1.4, INK, "dotted")
     if any(map_.torchao is not None for map_ in maps):
-        rule = Line2D([], [], color=RULE_COLOUR, linewidth=2.4, linestyle="dashed", path_effects=halo)
-        entries["torchao's rule: float8 above and to the right"] = rule
+        entries["torchao's rule: float8 above and to the right"] = _line(2.4, RULE_COLOUR, "dashed")
     if any(map_.stands_in.any() for map_ in maps):
         entries["not measured here (cap: too large): others stand in"] = Patch(
             facecolor="none", hatch=HATCH, linewidth=0
         )
     for symbol, group in zip(SYMBOLS, groups, strict=False):
         entries[group.name] = Line2D([], [], color=HALO, marker=symbol, markeredgecolor=INK, linestyle="none")
-    figure.legend(
-        entries.values(),
-        entries.keys(),
-        loc="outside lower center",
-        ncols=LEGEND_COLUMNS,
-        fontsize=8,
-        facecolor="#f2f2f2",
-        framealpha=1.0,
-        labelcolor=INK,
-    )
+    return entries
+
+
+def _line(width: float, color: str, style: Literal["solid", "dotted", "dashed"]) -> Line2D:
+    halo = [withStroke(linewidth=width + HALO_WIDTH, foreground=HALO)]
+    return Line2D([], [], color=color, linewidth=width, linestyle=style, path_effects=halo)
 
 
 def _pngs(figure: Figure, source: str) -> dict[str, bytes]:

@@ -23,12 +23,13 @@ from fp8gate.filter.decision.torchao_rule import torchao_converts
 MARGIN = 0.5  # octaves beyond the outermost points, so that the text at these points is on the map
 SAMPLES = 8  # per octave: interpolation between the points is bilinear, so lines are exact except at their corners
 CAPPED, UNMEASURED = "cap", "-"
-SHORT: dict[Status, str] = {"out_of_memory": "oom", "unstable": "unst", "failed": "fail"}
+SHORT = {"out_of_memory": "oom", "unstable": "unst", "failed": "fail"}
+"""How the maps write a status without numbers. Others are written as they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """The text at one (k, n): "1.31", "1.00?" if ambiguous, or why there is no speedup: oom, unst, fail, cap, -.
+    """The text at one (k, n): "1.31", "1.00?" if ambiguous, or why there is no speedup: its status, cap, -.
 
     cap and - stand where the table has no row for a shape of the grid: cap if a sweep leaves the shape out as too
     large, - if nobody asked for it.
@@ -125,9 +126,14 @@ def _marks(table: Table, m: int) -> Iterable[Mark]:
         yield Mark(k=k, n=n, text=why)
 
 
+def short_status(status: Status) -> str:
+    """A status without numbers, as the maps write it."""
+    return SHORT.get(status, status.replace("_", " "))
+
+
 def _text(point: Point) -> str:
     if point.speedup is None:
-        return SHORT[point.status]
+        return short_status(point.status)
     return f"{point.speedup:.2f}{'?' if point.status == 'ambiguous' else ''}"
 
 

@@ -45,6 +45,11 @@ def shown(path: str | os.PathLike[str]) -> str:
     return str(path)
 
 
+def is_searched(folder: Path) -> bool:
+    """Whether tables in a thresholds folder are found without being told, once they are there."""
+    return os.path.realpath(folder) in {os.path.realpath(path) for path in (default_out(), *(p.path for p in places()))}
+
+
 def default_out() -> Path:
     """Where `calibrate` and `plan` write unless told otherwise, and where the filter then finds it.
 

@@ -1,0 +1,86 @@
+"""What a table says about itself: how far to trust its numbers, and what measured them. Pure.
+
+In: the tables of one device. Out: texts by the name of the fact.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+
+from fp8gate.calibrate.report.speedup_map import CAPPED, UNMEASURED, map_tokens, short_status, without_row
+from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.table import WITH_NUMBERS, Spread, Status, Table
+
+TablesByRecipe = Mapping[Recipe, tuple[Path, Table]]
+
+STATUS_WORDS = {
+    "out_of_memory": "the device had too little memory",
+    "unstable": "the device did not hold its speed",
+    "failed": "the measurement failed, or its result was wrong",
+    "noisy": "repeats disagree too much to call it a number",
+}
+STATUSES_WITHOUT_NUMBERS = tuple(status for status in get_args(Status) if status not in WITH_NUMBERS)
+
+
+def status_legend() -> dict[str, str]:
+    """How the maps write each status without numbers -> what it means."""
+    return {
+        short_status(status): STATUS_WORDS.get(status, f"no number: {status.replace('_', ' ')}")
+        for status in STATUSES_WITHOUT_NUMBERS
+    }
+
+
+def quality(table: Table) -> dict[str, str]:
+    """How far the numbers can be trusted, as the table states it."""
+    statuses = Counter(point.status for point in table.points)
+    missing = [f"{count} {status}" for status, count in sorted(statuses.items()) if status not in WITH_NUMBERS]
+    on_maps = set(map_tokens(table))
+    holes = Counter(why for m in on_maps for why in without_row(table, m).values())
+    protocol = table.protocol
+    return {
+        "points": str(len(table.points)),
+        "ambiguous (?): its own run could not tell it from 1.0": str(statuses["ambiguous"]),
+        "within the spread (95th percentile) of 1.0: another sweep may differ": _count_near(table),
+        "without a number": ", ".join(missing) or "0",
+        "left out as too large (cap), not asked for (-)": f"{holes[CAPPED]}, {holes[UNMEASURED]}",
+        "on no map: their tokens are not the grid's": str(sum(point.m not in on_maps for point in table.points)),
+        "again by another process": _spread(protocol.spread),
+        "on several devices": _spread(protocol.between) if protocol.devices > 1 else "one device",
+        "bf16 against itself": f"{_spread(protocol.controls)}; measured again beyond {protocol.control:.1%} and chance",
+    }
+
+
+def _count_near(table: Table) -> str:
+    spread = table.protocol.spread
+    if spread is None:
+        return "not known"
+    return str(sum(point.speedup is not None and abs(point.speedup - 1) <= spread.p95 for point in table.points))
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return "not measured"
+    return (
+        f"{spread.points} points, {spread.median:.1%} apart (median), {spread.p95:.1%} (95th percentile), "
+        f"{spread.worst:.1%} (worst)"
+    )
+
+
+def provenance(files: TablesByRecipe) -> dict[str, tuple[str, ...]]:
+    """For each field, its value in the table of each recipe, or a single value if all tables have the same."""
+    facts = [_facts(path, table) for path, table in files.values()]
+    values = {name: tuple(fact.get(name, "") for fact in facts) for name in dict.fromkeys(n for f in facts for n in f)}
+    return {name: each[:1] if len(set(each)) == 1 else each for name, each in values.items()}
+
+
+def _facts(path: Path, table: Table) -> dict[str, str]:
+    facts = {"file": path.name, "measured at": f"{table.measured_at:%Y-%m-%d %H:%M %Z}"}
+    for part in (table.device, table.software, table.protocol):
+        fields: dict[str, Any] = msgspec.to_builtins(part)
+        facts |= {name: str(value) for name, value in fields.items() if name not in ("spread", "controls", "between")}
+    return facts

@@ -1,0 +1,134 @@
+"""Write the page: index.html, which needs nothing else, and its pictures as files.
+
+In: table files or folders. Out: a folder.
+Try it: fp8gate report thresholds/nvidia-h200 --out report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from fp8gate.calibrate.comparison.usual_models import placed_models
+from fp8gate.calibrate.report.colour_scale import USUAL_LIMIT, colour_scale
+from fp8gate.calibrate.report.page.layer_rows import LayerRow, layer_rows
+from fp8gate.calibrate.report.page.number_tables import NumberTable, number_table
+from fp8gate.calibrate.report.page.pictures import DevicePictures, Picture, tables_hash, usual_tokens
+from fp8gate.calibrate.report.page.table_facts import TablesByRecipe, provenance, quality, status_legend
+from fp8gate.calibrate.report.page.verdict import DeviceVerdict, Verdict
+from fp8gate.calibrate.report.speedup_map import map_tokens, speedup_maps
+from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.table import Table, TableError, read_table
+from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
+from fp8gate.filter.decision.lookup import Lookup
+from fp8gate.filter.locate.find_table import table_files
+
+PAGE, TEMPLATE = "index.html", "page.html.jinja"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipeSection:
+    """One recipe of a device: the picture with the number of every point, and the same numbers as text."""
+
+    picture: Picture
+    numbers: tuple[NumberTable, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceSection:
+    """Everything about one device. limit: the speedup of the last colour, if it is not the usual one."""
+
+    name: str
+    verdict: Verdict
+    limit: float | None
+    overview: Picture
+    all_tokens: Picture
+    recipes: dict[Recipe, RecipeSection]
+    quality: dict[Recipe, dict[str, str]]
+    provenance: dict[str, tuple[str, ...]]
+    tokens: dict[Recipe, tuple[int, ...]]
+    models: dict[str, list[LayerRow]]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [self.overview, self.all_tokens, *(recipe.picture for recipe in self.recipes.values())]
+
+
+def write_report(paths: Iterable[Path], out: Path) -> list[Path]:
+    """Write the page and its pictures. Returns the files, the page first.
+
+    Raises TableError for a table that cannot be read or drawn, or for two tables of one device and recipe, and OSError
+    if `out` cannot be written.
+    """
+    devices = by_device(paths)
+    out.mkdir(parents=True, exist_ok=True)
+    sections = [_section(device, tables) for device, tables in devices.items()]
+    files = {PAGE: render(sections).encode()}
+    for picture in (picture for section in sections for picture in section.pictures):
+        files |= picture.files()
+    for name, content in files.items():
+        (out / name).write_bytes(content)
+    return [out / name for name in files]
+
+
+def by_device(paths: Iterable[Path]) -> dict[str, TablesByRecipe]:
+    """The tables of each device, in the order of the recipes. Raises TableError for two of one device and recipe."""
+    found: dict[str, dict[Recipe, tuple[Path, Table]]] = {}
+    for file in (file for path in paths for file in table_files(path)):
+        table = read_table(file)
+        of_device = found.setdefault(table.device.name, {})
+        if table.recipe in of_device:
+            other = of_device[table.recipe][0]
+            raise TableError(
+                f"{file}: $.recipe: expected one table of {table.recipe} on {table.device.name}; {other} is another: "
+                "fp8gate diff compares two"
+            )
+        of_device[table.recipe] = file, table
+    return {
+        device: {recipe: tables[recipe] for recipe in RECIPES if recipe in tables} for device, tables in found.items()
+    }
+
+
+def _section(device: str, files: TablesByRecipe) -> DeviceSection:
+    tables = {recipe: table for recipe, (_, table) in files.items()}
+    lookups = {recipe: Lookup(table) for recipe, table in tables.items()}
+    maps = {recipe: speedup_maps(table) for recipe, table in tables.items()}
+    scale = colour_scale([p.speedup for table in tables.values() for p in table.points if p.speedup is not None])
+    tokens = {recipe: map_tokens(table) for recipe, table in tables.items()}
+    usual = usual_tokens(m for of_recipe in tokens.values() for m in of_recipe)
+    draw = DevicePictures(device, maps, scale, tables_hash(tables.values()))
+    return DeviceSection(
+        name=device,
+        verdict=DeviceVerdict(device, files, lookups, usual).make(),
+        limit=None if scale.limit == USUAL_LIMIT else scale.limit,
+        overview=draw.overview(),
+        all_tokens=draw.all_tokens(),
+        recipes={
+            recipe: RecipeSection(picture=draw.numbers(recipe), numbers=tuple(map(number_table, of_recipe.values())))
+            for recipe, of_recipe in maps.items()
+        },
+        quality={recipe: quality(table) for recipe, table in tables.items()},
+        provenance=provenance(files),
+        tokens=tokens,
+        models={model: layer_rows(layers, tables, lookups, scale) for model, layers in placed_models().items()},
+    )
+
+
+def render(sections: Sequence[DeviceSection]) -> str:
+    """The page's HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fp8gate.calibrate.report.page", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(TEMPLATE).render(
+        sections=sections,
+        min_speedup=DEFAULT_MIN_SPEEDUP,
+        without_rule=[recipe for recipe, facts in RECIPES.items() if facts.torchao_skips is None],
+        statuses=status_legend(),
+    )

@@ -1,6 +1,6 @@
 # make calibrate   measure this machine's GPU (or CPU) and write thresholds/<device>/<recipe>.yaml
 # make verify      measure a sample of the committed tables again: do they still hold here?
-# make docs        write docs/cli.md from every command's --help
+# make docs        write what docs/ and README.md show of the program anew, and build the pages in site/
 # make figures     draw the README's pictures again, after thresholds/nvidia-h200 has changed
 # make test        run the tests, but for the slow ones
 # make test-slow   run the slow tests: torchrun, kills, compilers, examples
@@ -33,6 +33,9 @@ verify: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(PY) docs/cli.py
+	$(PY) docs/schema.py
+	$(PY) docs/blocks.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir site
 
 figures: $(INSTALLED)
 	$(PY) -m fp8gate report thresholds/nvidia-h200 --out report

@@ -6,7 +6,7 @@ every rank measures the repeats. The first point of each process takes long to c
 Loading a point takes longer for every pair of its dimensions that its machine has not tuned kernels for. The ranks of a
 machine share what has been tuned. All costs come from the journal of one sweep (benchmarks/data/*.csv).
 
-Run it: python benchmarks/scaling.py [--ranks 1 8 64 512]    (docs/scaling.md says what it means)
+Run it: python benchmarks/scaling.py [--ranks 1 8 64 512]    (docs/many-gpus.md says what it means)
 A journal's costs: python benchmarks/scaling.py --journal JOURNAL > benchmarks/data/nvidia-h200-costs.csv
 """
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
+from documents import ROOT, page_text
 
-ROOT = Path(__file__).parents[1]
-README = " ".join((ROOT / "README.md").read_text().split())
+COMPARISON, LIMITS = page_text("comparison.md"), page_text("limits.md")
 LOOKUP = " ".join((ROOT / "filter" / "decision" / "lookup.py").read_text().split())
 
 
@@ -30,13 +29,13 @@ def test_how_far_two_sweeps_agree():
     flips = re.search(r"^(\d+) decisions at ([\d.]+) flip:", printed, flags=re.M)
     rounded = (f"{float(percent.rstrip('%')):.1f} %" for percent in (median, p95, worst))
     within = "{} (median), {} (95th percentile) and {} (worst)".format(*rounded)
-    assert f"agree within {within} over {speedups} speedups" in README
-    assert f"in all but {flips[1]} decisions at {flips[2]} (" in README
-    assert f"{covered.rstrip('%')} % of one sweep's speedups lie within the other's bounds" in README
+    assert f"agree within {within} over {speedups} speedups" in LIMITS
+    assert f"in all but {flips[1]} decisions at {flips[2]} (" in LIMITS
+    assert f"{covered.rstrip('%')} % of one sweep's speedups lie within the other's bounds" in LIMITS
 
 
 @pytest.mark.filterwarnings("ignore::fp8gate.StaleTableWarning")
-@pytest.mark.parametrize(("min_speedup", "texts"), [(1.0, [README, LOOKUP]), (1.05, [LOOKUP])])
+@pytest.mark.parametrize(("min_speedup", "texts"), [(1.0, [COMPARISON, LOOKUP]), (1.05, [LOOKUP])])
 def test_what_the_choice_of_lookup_rests_on(min_speedup, texts):
     import against_torchao_rule
 
@@ -69,10 +68,10 @@ def test_what_a_coarser_grid_would_cost():
             sorted(int(row[4].split("%")[0]) for row in of_axis if row[2] == lookup)
             for lookup in ("interpolate", "nearest")
         )
-        assert text.format(*(f"{found[0]} to {found[-1]} %" for found in shares)) in README
+        assert text.format(*(f"{found[0]} to {found[-1]} %" for found in shares)) in COMPARISON
     everything = [row for row in rows if (row[1], row[2]) == ("all", "interpolate")]
     off, aligned = (
         "{}, {} and {} %".format(*(round(float(row[column].rstrip("%"))) for row in everything)) for column in (7, 8)
     )
-    assert f"The predicted speedup itself is within {off} (tensorwise, rowwise, rowwise_with_gw_hp)" in README
-    assert f"and within {aligned} where the tokens are a multiple of 128" in README
+    assert f"The predicted speedup itself is within {off} (tensorwise, rowwise, rowwise_with_gw_hp)" in COMPARISON
+    assert f"and within {aligned} where the tokens are a multiple of 128" in COMPARISON

@@ -1,174 +1,205 @@
-"""The README tells the truth: its snippets run, its commands parse, its outputs are what the commands print."""
+"""README.md, CONTRIBUTING.md and docs/ tell the truth: snippets run, commands parse, outputs are what is printed."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import sys
-import types
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
-from torch import nn
+from documents import ROOT, Configs, LinearConfig, script, torchtitan_interface
 from torchao.float8.float8_linear import Float8Linear
 from typer.main import get_command
-from typer.testing import CliRunner
 
-from fp8gate import StaleTableWarning
 from fp8gate.cli import app
-from fp8gate.filter.contract import find_table
+from fp8gate.filter.findings import FilterWarning
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-COMMANDS = [
-    line[2:] for block in re.findall(r"```console\n(.*?)```", README, flags=re.S) for line in block.splitlines()
-]
+if sys.version_info >= (3, 11):
+    import tomllib
 
+blocks = script("blocks")
+TEXTS: dict[str, str] = {str(path.relative_to(ROOT)): path.read_text() for path in blocks.PAGES}
+README = TEXTS["README.md"]
+TRAINING_CODE = TEXTS["docs/training-code.md"]
+SNIPPETS = [(name, i, source) for name, page in TEXTS.items() for i, source in enumerate(blocks.fences(page, "python"))]
+COMMANDS = {command: name for name, page in TEXTS.items() for command in blocks.commands(page)}
+OPTIONAL = ("accelerate",)
+MAX_LINES = 150  # what a stranger reads
 
-@pytest.fixture(autouse=True)
-def on_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(find_table, "local_device_name", lambda: "NVIDIA H200")
-
-
-def marked(name: str) -> str:
-    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, flags=re.S)
-    assert found, name
-    return found[1].replace("```\n", "")
+ignored_warnings = pytest.mark.filterwarnings(f"ignore::{FilterWarning.__module__}.FilterWarning")
 
 
-@pytest.mark.filterwarnings(f"ignore::{StaleTableWarning.__module__}.StaleTableWarning")
-def test_the_torchao_snippet_converts_only_the_winner(capsys: pytest.CaptureFixture[str]) -> None:
-    model = nn.ModuleDict(
-        {"w1": nn.Linear(4096, 14336, bias=False, device="meta"), "wk": nn.Linear(4096, 1024, device="meta")}
-    )
-    exec(SNIPPETS[0], {"model": model})
-    assert isinstance(model["w1"], Float8Linear)
-    assert not isinstance(model["wk"], Float8Linear)
-    assert "converted 1 of 2 linears" in capsys.readouterr().out
+needs_tomllib = pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
 
 
-@dataclass
-class LinearConfig:
-    in_features: int
-    out_features: int
+def project() -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return found
 
 
-class Converter:
-    """torchtitan's interface: a nested Config that builds its class, and a filter on linear configs."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config:
-        _owner: ClassVar[type]
-        recipe_name: str = "rowwise"
-        filter_fqns: list[str] = field(default_factory=list)
-
-        def build(self) -> Converter:
-            converter: Converter = self._owner(config=self)
-            return converter
-
-    def __init_subclass__(cls) -> None:
-        if "Config" in cls.__dict__:
-            cls.Config._owner = cls
-
-    def __init__(self, config: Config) -> None:
-        self.filter_fn = lambda config, fqn: True
-
-    def convert(self, configs: Configs) -> list[str]:
-        return [fqn for fqn, config in configs.items() if self.filter_fn(config, fqn)]
+def snippet(page: str, containing: str) -> str:
+    (found,) = (source for source in blocks.fences(page, "python") if containing in source)
+    return found
 
 
-Converter.Config._owner = Converter
+def run(source: str) -> tuple[dict[str, Any], str]:
+    with torchtitan_interface():
+        return blocks.run_snippet(source)
 
 
-class Configs(dict[str, LinearConfig]):
-    """torchtitan's config tree, flat."""
-
-    def traverse(self, cls: type) -> Iterator[tuple[str, LinearConfig, None, str]]:
-        assert cls is LinearConfig
-        yield from ((fqn, config, None, fqn) for fqn, config in self.items())
+def test_a_stranger_reads_the_readme_to_its_end() -> None:
+    assert len(README.splitlines()) <= MAX_LINES
 
 
-@pytest.mark.filterwarnings(f"ignore::{StaleTableWarning.__module__}.StaleTableWarning")
-def test_the_torchtitan_snippet_converts_only_the_winner(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module = types.ModuleType("torchtitan.components.quantization.float8")
-    module.Float8LinearConverter = Converter  # type: ignore[attr-defined]
-    linear = types.ModuleType("torchtitan.models.common.linear")
-    linear.Linear = types.SimpleNamespace(Config=LinearConfig)  # type: ignore[attr-defined]
-    parents = ("", ".components", ".components.quantization", ".models", ".models.common")
-    for name in (f"torchtitan{parent}" for parent in parents):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    for leaf in (module, linear):
-        monkeypatch.setitem(sys.modules, leaf.__name__, leaf)
-    namespace: dict[str, Any] = {}
-    exec(SNIPPETS[1], namespace)
+@ignored_warnings
+@pytest.mark.parametrize(("page", "i", "source"), SNIPPETS, ids=lambda value: str(value)[:40].splitlines()[0])
+def test_every_snippet_runs(page: str, i: int, source: str) -> None:
+    for package in OPTIONAL:
+        if package in source and find_spec(package) is None:
+            pytest.skip(f"not installed: {package}")
+    run(source)
+
+
+@ignored_warnings
+@pytest.mark.parametrize("page", [README, TRAINING_CODE, TEXTS["docs/getting-started.md"]])
+def test_the_torchao_snippet_converts_only_what_wins(page: str) -> None:
+    source = next(source for source in blocks.fences(page, "python") if "convert_to_float8_training(model" in source)
+    namespace, printed = run(source)
+    modules = dict(namespace["model"].named_modules())
+    assert isinstance(modules["model.layers.0.mlp.up_proj"], Float8Linear)
+    assert not isinstance(modules["model.layers.0.self_attn.v_proj"], Float8Linear)
+    converted = sum(isinstance(module, Float8Linear) for module in modules.values())
+    assert f"converted {converted} of 225 linears" in printed
+
+
+@ignored_warnings
+def test_the_torchtitan_snippet_converts_only_the_winner(capsys: pytest.CaptureFixture[str]) -> None:
+    namespace, _ = run(snippet(TRAINING_CODE, "GatedFloat8Converter"))
     configs = Configs(w1=LinearConfig(4096, 14336), wk=LinearConfig(4096, 1024), lm_head=LinearConfig(4096, 128256))
-    converter = namespace["GatedFloat8Converter"].Config(tokens=8192, filter_fqns=["lm_head"]).build()
-    assert converter.convert(configs) == ["w1"]
+    with blocks.on_the_measured_device():
+        converter = namespace["GatedFloat8Converter"].Config(tokens=8192, filter_fqns=["lm_head"]).build()
+        assert converter.convert(configs) == ["w1"]
     assert "converted 1 of 3 linears" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("model", "name"), [("llama3-8b", "explain"), ("llama3-70b", "explain-tp")])
-def test_the_explain_output_is_what_the_command_prints(model: str, name: str) -> None:
-    command = next(c for c in COMMANDS if c.startswith(f"fp8gate explain {model}"))
-    result = CliRunner().invoke(app, shlex.split(command)[1:])
-    assert result.exit_code == 0
-    assert result.output == marked(name)
-
-
-@pytest.mark.filterwarnings(f"ignore::{StaleTableWarning.__module__}.StaleTableWarning")
+@ignored_warnings
 def test_the_parallel_snippet_refuses_what_loses_on_a_rank() -> None:
-    namespace: dict[str, Any] = {}
-    exec(SNIPPETS[2], namespace)
-    wants_float8 = namespace["wants_float8"]
+    wants_float8 = run(snippet(TRAINING_CODE, "ColwiseParallel()"))[0]["wants_float8"]
     assert not wants_float8(LinearConfig(8192, 8192), "layers.3.attention.wq")
     decision = wants_float8.decisions["layers.3.attention.wq"]
     assert (decision.m, decision.k, decision.n) == (4096, 8192, 1024)
 
 
-@pytest.mark.filterwarnings(f"ignore::{StaleTableWarning.__module__}.StaleTableWarning")
-def test_the_comparison_is_what_the_benchmark_prints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from against_torchao_rule import compare
-
-    assert compare("NVIDIA H200") + "\n" == marked("against_torchao_rule")
+def test_a_wrong_snippet_is_found() -> None:
+    with pytest.raises(TypeError):
+        run("from fp8gate import auto_filter\nauto_filter('rowwise', token=8192)")
 
 
-def test_the_gains_of_plans_are_what_the_benchmark_prints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from plan_choices import gains, packaged_plans
+@pytest.mark.filterwarnings("ignore::fp8gate.StaleTableWarning")
+@pytest.mark.parametrize("name", blocks.BLOCKS)
+def test_a_block_is_what_is_printed(name: str) -> None:
+    (page,) = (page for page in TEXTS.values() if f"<!-- {name} -->" in page)
+    assert blocks.rewritten(page, [name]) == page, f"run: make docs, or python docs/blocks.py {name}"
 
-    assert gains(list(packaged_plans("NVIDIA H200"))) + "\n" == marked("plan_choices")
+
+def test_every_block_is_known_and_on_one_page() -> None:
+    found = [match["name"] for page in TEXTS.values() for match in blocks.BLOCK.finditer(page)]
+    assert sorted(found) == sorted(blocks.BLOCKS)
 
 
-def test_the_end_to_end_table_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from train_llama_output import headline
-
-    files = sorted((ROOT / "benchmarks" / "data" / "train-llama").glob("*.jsonl"))
-    assert headline(files) + "\n" == marked("train_llama")
+def test_a_block_is_made_anew_and_the_rest_of_the_page_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(blocks.BLOCKS, "counted", lambda above: f"{len(above)}\n")
+    page = "one\n<!-- counted -->\nold\n<!-- /counted -->\ntwo <!-- other -->\nkept\n<!-- /other -->\n"
+    assert blocks.rewritten(page, ["counted"]) == page.replace("old", "4")
 
 
 def test_the_row_shown_is_in_the_committed_table() -> None:
-    row = re.search(r"^  - \[8192, 4096, 1024, .*\]$", README, flags=re.M)
+    row = re.search(r"^  - \[8192, 4096, 1024, .*\]$", TEXTS["docs/table-format.md"], flags=re.M)
     assert row
     assert row[0] in (ROOT / "thresholds" / "nvidia-h200" / "rowwise.yaml").read_text().splitlines()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "ARGS=" in c])
-def test_the_arguments_passed_through_make_are_options(command: str) -> None:
-    arguments = shlex.split(next(word for word in shlex.split(command) if word.startswith("ARGS="))[5:])
-    calibrate = get_command(app).commands["calibrate"]  # type: ignore[attr-defined]
-    calibrate.make_context("calibrate", arguments)
+def arguments_of_fp8gate(command: str) -> list[str] | None:
+    """What a command shown in a document gives to fp8gate, directly, under torchrun or by make; None if nothing."""
+    words = shlex.split(command)
+    if "fp8gate" in words[:1]:
+        return words[1:]
+    if "-m" in words and words[words.index("-m") + 1] == "fp8gate":
+        return words[words.index("-m") + 2 :]
+    passed_on = [word[5:] for word in words if word.startswith("ARGS=")]
+    return [words[1], *shlex.split(passed_on[0])] if words[0] == "make" and passed_on else None
+
+
+OF_FP8GATE = [command for command in COMMANDS if arguments_of_fp8gate(command)]
+
+
+@pytest.mark.parametrize("command", OF_FP8GATE)
+def test_a_command_shown_has_these_options(command: str) -> None:
+    name, *arguments = arguments_of_fp8gate(command) or []
+    get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+
+
+def test_every_way_of_starting_it_is_among_them() -> None:
+    starts = {shlex.split(command)[0] for command in OF_FP8GATE}
+    assert starts == {"fp8gate", "make", "torchrun", "srun"}
 
 
 def test_every_make_target_shown_exists() -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
-    shown = {shlex.split(c)[1] for c in COMMANDS if c.startswith("make ")}
-    assert shown == {"calibrate", "test", "verify"}
-    assert shown <= targets
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    shown = {shlex.split(command)[1] for command in COMMANDS if command.startswith("make ")}
+    assert {"calibrate", "test", "verify", "check"} <= shown <= targets
+    readme = [command for command in blocks.commands(README) if command.startswith("make ")]
+    assert readme == ["make calibrate", "make test"]
+
+
+def test_every_script_shown_exists() -> None:
+    shown = {word for page in TEXTS.values() for word in re.findall(r"\b(?:benchmarks|examples|docs)/[\w-]+\.py", page)}
+    assert len(shown) > 5
+    assert [name for name in shown if not (ROOT / name).is_file()] == []
+
+
+def extras_shown() -> set[str]:
+    return {
+        extra
+        for page in TEXTS.values()
+        for extras in re.findall(r"'\.\[([\w,]+)\]'", page)
+        for extra in extras.split(",")
+    }
+
+
+@needs_tomllib
+def test_every_extra_shown_exists() -> None:
+    assert {"calibrate", "models"} <= extras_shown() <= set(project()["optional-dependencies"])
+
+
+@needs_tomllib
+def test_the_requirements_are_those_that_pip_checks() -> None:
+    assert project()["requires-python"] == ">=3.10"
+    assert "| Python | 3.10 or newer |" in README
+    assert {"torch>=2.11,<2.14", "torchao>=0.18"} <= set(project()["optional-dependencies"]["calibrate"])
+    assert "| torch | 2.11 to 2.13, " in README
+    assert "| torchao | 0.18 or newer |" in README
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if "/" not in name])
+def test_every_link_of_a_page_outside_of_docs_leads_somewhere(name: str) -> None:
+    """Those inside docs/ are checked by mkdocs."""
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)|(?:src|srcset)=\"([^\"]+)\"", TEXTS[name])
+    targets = [target for found in links for target in found if target and "://" not in target]
+    assert targets
+    assert [target for target in targets if not (ROOT / target).is_file()] == []
+
+
+def test_the_headline_numbers_are_those_of_the_comparison() -> None:
+    comparison = (ROOT / "docs" / "comparison.md").read_text()
+    assert re.search(r"^\| H200 tables, interpolated \|.*\| 38 of 38, ", comparison, flags=re.M)
+    assert re.search(r"^\| torchao's rule \|.*\| 27 of 38, ", comparison, flags=re.M)
+    line = " ".join(README.split())
+    assert f"right for {27 / 38:.0%}".replace("%", " %") in line
+    plans = (ROOT / "docs" / "plans.md").read_text()
+    assert re.search(r"llama3-70b TP 8 \| rowwise .*\+3.2% \(8\) .*\+7.4% \(8\)", plans)
+    assert "gains 7.4 % over bf16 on one H200, where torchao's rule gains 3.2 %" in line
+    assert re.search(r"\| rowwise    \| plan .*\+6.7% .*\+0.2% ", plans)
+    assert "trains 6.7 % faster than in bf16, and only 0.2 % faster than by torchao's rule" in line

@@ -1,4 +1,4 @@
-"""The simulated sweeps: small ones that can be counted by hand, and the table in docs/scaling.md."""
+"""The simulated sweeps: small ones that can be counted by hand, and the table in docs/many-gpus.md."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def test_the_table_in_the_docs_is_what_the_script_prints(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import scaling
 
-    marked = re.search(r"<!-- scaling -->\n(.*?)\n<!-- /scaling -->", (ROOT / "docs" / "scaling.md").read_text(), re.S)
+    marked = re.search(
+        r"<!-- scaling -->\n(.*?)\n<!-- /scaling -->", (ROOT / "docs" / "many-gpus.md").read_text(), re.S
+    )
     assert marked
     costs = scaling.read_costs(scaling.COSTS)
     assert scaling.report(costs, [1, 8, 64, 512]) == marked[1]

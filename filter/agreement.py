@@ -43,6 +43,7 @@ def topics_decided(
         "table": _digest(format_table(table)),
         "recipe": table.recipe,
         "tokens": settings.tokens,
+        "rows": {f"rows[{pattern!r}]": str(count) for pattern, count in settings.rows.items()},
         "min_speedup": float(settings.min_speedup),
         "lookup": settings.lookup,
         "filter_fqns": sorted(set(settings.filter_fqns)),

@@ -8,7 +8,7 @@ Try it: python -c "from fp8gate import auto_filter; print(auto_filter('rowwise',
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +22,18 @@ from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, Decision
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
 from fp8gate.filter.filter_text import decisions_text, summary_text
 from fp8gate.filter.findings import (
-    AmbiguousPointWarning,
     FilterWarning,
     Finding,
     Findings,
-    MissingPointWarning,
     NothingConvertedWarning,
-    OutsideGridWarning,
-    PlanMismatchWarning,
     Policy,
     StaleTableWarning,
-    UnknownShardWarning,
     UnmatchedPatternWarning,
 )
 from fp8gate.filter.linear_decisions import LinearDecisions
 from fp8gate.filter.locate.find_table import find_table
 from fp8gate.filter.model.linear_layer import grouped_weights, linear_size, linears_of, names_without_linears
+from fp8gate.filter.model.observe import ExampleInputs, observe
 from fp8gate.filter.model.parallel import Parallel
 from fp8gate.filter.plan_choice import AUTO, PlanArgument, PlanChoice
 from fp8gate.filter.settings import NOT_PARALLEL, FilterSettings, Recompute, policies
@@ -88,21 +84,27 @@ class AutoFilter:
             f"{len(self.table.points)} points from {self.path}>"
         )
 
-    def check(self, model: Any = None) -> list[Finding]:
+    def check(self, model: Any = None, *, example_inputs: ExampleInputs = None) -> list[Finding]:
         """Say everything that should be known about the answers for a model, before any layer is converted.
 
         model: an nn.Module, or (fqn, layer or config) pairs. Earlier answers are forgotten first. None checks the
         answers so far. Only a module shows what the patterns of a parallel plan match beside linears.
+        example_inputs: what the model is called with for one microbatch: a tuple of arguments, a mapping of keyword
+        arguments, or a list of these, whose fewest rows count. Only shapes and dtypes matter. The forward then runs
+        once without computing, on a copy without data, and shows the rows that each linear multiplies.
         Warns of each finding, or raises all those that are errors as one. Returns all that are not ignored.
+        Raises ObserveError, an InputError, if the forward cannot run without data.
         """
-        findings = self.examine(model)
+        findings = self.examine(model, example_inputs=example_inputs)
         self._settle()
         return findings
 
-    def examine(self, model: Any = None) -> list[Finding]:
+    def examine(self, model: Any = None, *, example_inputs: ExampleInputs = None) -> list[Finding]:
         """The same, but for warnings and errors: the next answer, or `check`, gives those."""
+        observation = None if example_inputs is None else observe(model, example_inputs)
         if model is not None:
             self._forget()
+            self._linears.rows.observation = observation
             self._decide_all(model)
         of_whole_model = list(self._find_in_whole_model())
         for finding in of_whole_model:
@@ -190,6 +192,8 @@ class AutoFilter:
         """The findings that only all answers together show."""
         for pattern in self.unmatched:
             yield Finding(UnmatchedPatternWarning, f"filter_fqns: {pattern!r} is in no linear's name")
+        for pattern in self._linears.rows.unmatched:
+            yield Finding(UnmatchedPatternWarning, f"rows: {pattern!r} matched no linear")
         for pattern in self._unmatched_shards():
             yield Finding(UnmatchedPatternWarning, f"parallel.plan: {pattern} matched no linear")
         if self.plans.chosen:
@@ -213,6 +217,7 @@ def auto_filter(
     recipe: Recipe,
     *,
     tokens: int,
+    rows: Mapping[str, int] | None = None,
     device: str | None = None,
     filter_fqns: Sequence[str] = (),
     min_speedup: float = DEFAULT_MIN_SPEEDUP,
@@ -227,6 +232,8 @@ def auto_filter(
     on_ambiguous: Policy | None = None,
     on_missing: Policy | None = None,
     on_unknown_shard: Policy | None = None,
+    on_unknown_rows: Policy | None = None,
+    on_not_plain: Policy | None = None,
     on_plan: Policy | None = None,
     on_unmatched: Policy | None = None,
     on_nothing: Policy | None = None,
@@ -234,13 +241,15 @@ def auto_filter(
     """A `module_filter_fn` for torchao's `convert_to_float8_training`, and a `filter_fn` for torchtitan.
 
     recipe: the float8 recipe trained with. tokens: rows of each linear's input per microbatch (batch x sequence), as
-    one data parallel rank has them, before context parallelism divides them. device: as the driver names it; None asks
-    torch for the local one. filter_fqns: linears whose name contains one of these are never converted. min_speedup:
-    convert from this measured bf16 / float8 time ratio on. lookup: "interpolate" between the measured points around a
-    shape, or take the "nearest" one. tables: a table file or a folder of tables, searched before FP8GATE_THRESHOLDS and
-    the packaged tables. parallel: how tensor and context parallelism divide the model; a weight that is already divided
-    (a DTensor) is taken as it is. recompute: the layers under activation checkpointing, whose forward runs twice:
-    "none", "full", or a predicate of their names.
+    one data parallel rank has them, before context parallelism divides them. rows: for linears that multiply another
+    number: pattern of names -> rows, such as {"*.experts.*": 256}; of several that match, the last counts. device: a
+    measured device as people write it, such as "H200"; None asks torch for the local one. filter_fqns: linears whose
+    name contains one of these are never converted. min_speedup: convert from this measured bf16 / float8 time ratio on.
+    lookup: "interpolate" between the measured points around a shape, or take the "nearest" one. tables: a thresholds
+    folder, a device's folder or a table file; None searches FP8GATE_THRESHOLDS, or the checkout, the user's folder and
+    the package. parallel: how tensor and context parallelism divide the model; a weight that is already divided (a
+    DTensor) is taken as it is. recompute: the layers under activation checkpointing, whose forward runs twice: "none",
+    "full", or a predicate of their names.
 
     plan: "auto" lets `check(model)` look for a measured plan among those of this device, recipe and number of tokens:
     one whose roles, local shapes and recomputation are those of the model's blocks. Without `check`, or if none fits,
@@ -249,10 +258,9 @@ def auto_filter(
     other linears. If a block cannot convert all of the plan's set, it takes what was measured of the rest of the set,
     or the table's answers. Without `check`, a plan that is given takes every block for a whole one.
 
-    on_stale and the other policies: "ignore", "warn" of or raise ("error") a StaleTableWarning, OutsideGridWarning,
-    AmbiguousPointWarning, MissingPointWarning, UnknownShardWarning, PlanMismatchWarning, UnmatchedPatternWarning or
-    NothingConvertedWarning, in this order. None raises if `strict`, else warns. `auto_filter` itself gives the
-    StaleTableWarning. Only `check` gives the last two and what a plan's blocks convert together; any question gives the
+    on_stale and the other policies: "ignore", "warn" of or raise ("error") the category that `POLICY_OF` names. None
+    raises if `strict`, else warns. `auto_filter` itself gives the StaleTableWarning. Only `check` gives an
+    UnmatchedPatternWarning, a NothingConvertedWarning and what a plan's blocks convert together; any question gives the
     others.
 
     Raises InputError (a ValueError) for arguments out of range, TableError (an InputError) if there is no valid table
@@ -265,6 +273,7 @@ def auto_filter(
         raise InputError(f"filter_fqns: expected a list of strings; got the string {filter_fqns!r}")
     settings = FilterSettings(
         tokens=tokens,
+        rows=dict(rows or {}),
         filter_fqns=tuple(filter_fqns),
         min_speedup=min_speedup,
         lookup=lookup,
@@ -272,14 +281,16 @@ def auto_filter(
         recompute=recompute,
     )
     asked = {
-        "on_stale": (StaleTableWarning, on_stale),
-        "on_outside": (OutsideGridWarning, on_outside),
-        "on_ambiguous": (AmbiguousPointWarning, on_ambiguous),
-        "on_missing": (MissingPointWarning, on_missing),
-        "on_unknown_shard": (UnknownShardWarning, on_unknown_shard),
-        "on_plan": (PlanMismatchWarning, on_plan),
-        "on_unmatched": (UnmatchedPatternWarning, on_unmatched),
-        "on_nothing": (NothingConvertedWarning, on_nothing),
+        "on_stale": on_stale,
+        "on_outside": on_outside,
+        "on_ambiguous": on_ambiguous,
+        "on_missing": on_missing,
+        "on_unknown_shard": on_unknown_shard,
+        "on_unknown_rows": on_unknown_rows,
+        "on_not_plain": on_not_plain,
+        "on_plan": on_plan,
+        "on_unmatched": on_unmatched,
+        "on_nothing": on_nothing,
     }
     findings = Findings(policies("error" if strict else "warn", asked))
     table, path = find_table(recipe, device=device, tables=tables)

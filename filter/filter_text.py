@@ -16,17 +16,25 @@ from fp8gate.filter.settings import FilterSettings
 def decisions_text(decisions: Mapping[str, Decision], *, full: bool) -> str:
     """The linears with their local shape, decision and reason: those that differ by layer indices only in one row.
 
-    full: every linear in a row of its own.
+    full: every linear in a row of its own. Where rows come from is said if some are not the tokens.
     """
     from fp8gate.filter.terminal_table import render_table  # deciding must work without it
 
     counts = Counter((fqn if full else without_indices(fqn), decision) for fqn, decision in decisions.items())
-    rows = [
-        (fqn, *(() if full else (count,)), d.m, d.k, d.n, "float8" if d.convert else "bf16", d.speedup_text, d.reason)
-        for (fqn, d), count in counts.items()
-    ]
-    headers = ("linear", *(() if full else ("count",)), "m", "k", "n", "train in", "speedup", "reason")
-    return render_table(headers, rows)
+    columns = {
+        "linear": [fqn for fqn, _ in counts],
+        "count": list(counts.values()),
+        "rows from": [d.rows_from for _, d in counts],
+        **{size: [getattr(d, size) for _, d in counts] for size in ("m", "k", "n")},
+        "train in": ["float8" if d.convert else "bf16" for _, d in counts],
+        "speedup": [d.speedup_text for _, d in counts],
+        "reason": [d.reason for _, d in counts],
+    }
+    if full:
+        del columns["count"]
+    if all(d.rows_from == "tokens" for d in decisions.values()):
+        del columns["rows from"]
+    return render_table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
 def summary_text(

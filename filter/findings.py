@@ -32,6 +32,14 @@ class MissingPointWarning(FilterWarning):
     """The point nearest to a layer's shape has no numbers: it failed, did not fit into memory, or was unstable."""
 
 
+class NotPlainLinearWarning(FilterWarning):
+    """A linear is left in bf16, as converting it would change what the model computes, or break it."""
+
+
+class UnknownRowsWarning(FilterWarning):
+    """A linear is taken to multiply all tokens, which is doubtful."""
+
+
 class UnknownShardWarning(FilterWarning):
     """Neither the parallel plan nor the weight says which part of a linear a rank holds."""
 

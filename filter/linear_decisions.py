@@ -17,11 +17,14 @@ from fp8gate.filter.findings import (
     Finding,
     Findings,
     MissingPointWarning,
+    NotPlainLinearWarning,
     OutsideGridWarning,
+    UnknownRowsWarning,
     UnknownShardWarning,
 )
 from fp8gate.filter.model.linear_layer import LinearSize
 from fp8gate.filter.model.parallel import ShardError, Shards
+from fp8gate.filter.model.rows import Rows
 from fp8gate.filter.plan_choice import PlanChoice
 from fp8gate.filter.settings import FilterSettings
 
@@ -39,8 +42,9 @@ class LinearDecisions:
         self._settings = settings
         self._findings = findings
         self._plans = plans
+        self.rows = Rows(settings.tokens, settings.rows)
         self._lookup = Lookup(table, settings.lookup)
-        self._by_shape: dict[tuple[LinearShape, bool], Decision] = {}
+        self._by_shape: dict[tuple[LinearShape, bool, bool], Decision] = {}
         self._by_linear: dict[tuple[str, LinearSize], Decision] = {}
 
     def decide(self, fqn: str, size: LinearSize) -> Decision:
@@ -49,8 +53,12 @@ class LinearDecisions:
 
     def shape_of(self, fqn: str, size: LinearSize) -> LinearShape | None:
         """What a rank multiplies in the linear known as `fqn`; None if it cannot be divided as it should be."""
+        plain = plain_name(fqn)
+        count = self.rows.of(plain)
+        if size.refused or count.refused or size.is_frozen:
+            return None
         try:
-            return self._local_shape(plain_name(fqn), size)
+            return self._local_shape(plain, size, count.rows)
         except ShardError:
             return None
 
@@ -58,6 +66,7 @@ class LinearDecisions:
         """Prepare for another model."""
         self.unknown_shards = {}
         self.shards.forget()
+        self.rows.forget()
         self.forget_answers()
 
     def forget_answers(self) -> None:
@@ -71,18 +80,28 @@ class LinearDecisions:
 
     def _decide(self, fqn: str, size: LinearSize) -> Decision:
         plain = plain_name(fqn)
+        count = self.rows.of(plain)
         try:
-            shape = self._local_shape(plain, size)
+            shape = self._local_shape(plain, size, count.rows)
         except ShardError as error:
             return Decision(convert=False, reason=str(error))
         for pattern in self._settings.filter_fqns:
             if pattern in plain:
                 return Decision(convert=False, shape=shape, reason=f"filter_fqns has {pattern!r}")
-        decision = self._by_plan(plain, shape) or self._by_table(fqn, shape, self._settings.recomputes(plain))
+        if refused := size.refused or count.refused:
+            self._findings.add(Finding(NotPlainLinearWarning, f"{without_indices(plain)}: {refused}; left in bf16"))
+            return Decision(convert=False, shape=shape, reason=refused)
+        if count.doubt:
+            stated = f"taken as {count.rows}, all tokens; say rows={{{without_indices(plain)!r}: ROWS}}"
+            self._findings.add(Finding(UnknownRowsWarning, f"{without_indices(plain)}: {count.doubt}; {stated}"))
+        decision = None if size.is_frozen else self._by_plan(plain, shape)
+        decision = decision or self._by_table(fqn, shape, self._settings.recomputes(plain), size.is_frozen)
+        if count.source != "tokens":
+            decision = msgspec.structs.replace(decision, rows_from=count.source)
         self._by_linear[fqn, size] = decision
         return decision
 
-    def _local_shape(self, plain: str, size: LinearSize) -> LinearShape:
+    def _local_shape(self, plain: str, size: LinearSize, rows: int) -> LinearShape:
         style = self.shards.style(plain)
         unknown = size.unknown or ("no pattern of the parallel plan names it" if style is None else "")
         if size.is_local:
@@ -91,7 +110,7 @@ class LinearDecisions:
             name = without_indices(plain)
             self.unknown_shards[name] = None
             self._findings.add(Finding(UnknownShardWarning, f"{name}: {unknown}; taken as whole on every rank"))
-        return self.shards.part(style, size.in_features, size.out_features)
+        return self.shards.part(style, size.in_features, size.out_features, rows)
 
     def _by_plan(self, plain: str, shape: LinearShape) -> Decision | None:
         plan = self._plans.chosen
@@ -101,14 +120,15 @@ class LinearDecisions:
             return None
         return answer
 
-    def _by_table(self, fqn: str, shape: LinearShape, recomputed: bool) -> Decision:
-        decision = self._by_shape.get((shape, recomputed))
+    def _by_table(self, fqn: str, shape: LinearShape, recomputed: bool, is_frozen: bool) -> Decision:
+        decision = self._by_shape.get((shape, recomputed, is_frozen))
         if decision is None:
-            decision = decide(shape, self._lookup, min_speedup=self._settings.min_speedup, recomputed=recomputed)
+            least = self._settings.min_speedup
+            decision = decide(shape, self._lookup, min_speedup=least, recomputed=recomputed, is_frozen=is_frozen)
             if self._plans.chosen:
                 decision = msgspec.structs.replace(decision, reason=f"not in the plan: {decision.reason}")
             self._add_doubts(fqn, decision)
-            self._by_shape[shape, recomputed] = decision
+            self._by_shape[shape, recomputed, is_frozen] = decision
         return decision
 
     def _add_doubts(self, fqn: str, decision: Decision) -> None:

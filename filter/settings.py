@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import msgspec
@@ -11,8 +11,23 @@ from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import is_head, plain_name
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
-from fp8gate.filter.findings import POLICIES, FilterWarning, Policy
+from fp8gate.filter.findings import (
+    POLICIES,
+    AmbiguousPointWarning,
+    FilterWarning,
+    MissingPointWarning,
+    NothingConvertedWarning,
+    NotPlainLinearWarning,
+    OutsideGridWarning,
+    PlanMismatchWarning,
+    Policy,
+    StaleTableWarning,
+    UnknownRowsWarning,
+    UnknownShardWarning,
+    UnmatchedPatternWarning,
+)
 from fp8gate.filter.model.parallel import Parallel
+from fp8gate.filter.model.rows import require_row_counts
 
 NOT_PARALLEL = Parallel()
 
@@ -26,6 +41,7 @@ class FilterSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The arguments of `auto_filter` that change decisions. Raises InputError for a value that is out of range."""
 
     tokens: int
+    rows: dict[str, int] = {}
     filter_fqns: tuple[str, ...] = ()
     min_speedup: float = DEFAULT_MIN_SPEEDUP
     lookup: LookupName = DEFAULT_LOOKUP
@@ -35,6 +51,7 @@ class FilterSettings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
             raise InputError(f"tokens: expected rows per microbatch, an integer of at least 1; got {self.tokens!r}")
+        require_row_counts(self.rows)
         if not self.min_speedup > 0:
             raise InputError(
                 f"min_speedup: expected a ratio above 0, such as {DEFAULT_MIN_SPEEDUP}; got {self.min_speedup!r}"
@@ -55,14 +72,27 @@ class FilterSettings(msgspec.Struct, frozen=True, kw_only=True):
         return self.recompute == "full" and not is_head(fqn)
 
 
-def policies(
-    default: Policy, asked: dict[str, tuple[type[FilterWarning], Policy | None]]
-) -> dict[type[FilterWarning], Policy]:
-    """The policy of every category. asked: argument's name -> (its category, the policy asked for or None).
+POLICY_OF: dict[str, type[FilterWarning]] = {
+    "on_stale": StaleTableWarning,
+    "on_outside": OutsideGridWarning,
+    "on_ambiguous": AmbiguousPointWarning,
+    "on_missing": MissingPointWarning,
+    "on_unknown_shard": UnknownShardWarning,
+    "on_unknown_rows": UnknownRowsWarning,
+    "on_not_plain": NotPlainLinearWarning,
+    "on_plan": PlanMismatchWarning,
+    "on_unmatched": UnmatchedPatternWarning,
+    "on_nothing": NothingConvertedWarning,
+}
+"""The arguments of `auto_filter` that say what happens with each category of findings."""
+
+
+def policies(default: Policy, asked: Mapping[str, Policy | None]) -> dict[type[FilterWarning], Policy]:
+    """The policy of every category. asked: by the names of `POLICY_OF`; None means the default.
 
     Raises InputError, naming the argument, for an unknown policy.
     """
-    for name, (_, policy) in asked.items():
+    for name, policy in asked.items():
         if policy is not None and policy not in POLICIES:
             raise InputError(f"{name}: expected one of {', '.join(POLICIES)}; got {policy!r}")
-    return {category: policy or default for category, policy in asked.values()}
+    return {category: asked[name] or default for name, category in POLICY_OF.items()}

@@ -20,10 +20,12 @@ from fp8gate import (
     Finding,
     MissingPointWarning,
     NothingConvertedWarning,
+    NotPlainLinearWarning,
     OutsideGridWarning,
     Parallel,
     PlanMismatchWarning,
     StaleTableWarning,
+    UnknownRowsWarning,
     UnknownShardWarning,
     UnmatchedPatternWarning,
     auto_filter,
@@ -74,8 +76,10 @@ def make_filter(tmp_path):
     return make
 
 
-def pairs(*sizes):
-    return [(f"w{i}", LinearConfig(*size)) for i, size in enumerate(sizes, start=1)]
+def pairs(*layers):
+    """Layers with names: w1, w2, ... for a size; a name and a size, or a name and a module, as they are."""
+    named = [layer if isinstance(layer[0], str) else (f"w{i}", layer) for i, layer in enumerate(layers, start=1)]
+    return [(name, LinearConfig(*layer) if isinstance(layer, tuple) else layer) for name, layer in named]
 
 
 def warned_of(ask):
@@ -124,6 +128,21 @@ CASES = {
         ({"parallel": Parallel(tp=2, plan={"w1": "colwise"})}, [(64, 256), WINNER]),
         r"w2: no pattern of the parallel plan names it; taken as whole on every rank",
         ({"parallel": Parallel(tp=2, plan={"w1": "colwise", "w2": "replicated"})}, [(64, 256), WINNER]),
+    ),
+    "unknown rows": (
+        UnknownRowsWarning,
+        "on_unknown_rows",
+        ({}, [("layers.0.experts.1.w1", WINNER)]),
+        r"layers\.\*\.experts\.\*\.w1: an expert sees only the tokens that are routed to it; taken as 32, all tokens; "
+        r"say rows=\{'layers\.\*\.experts\.\*\.w1': ROWS\}",
+        ({"rows": {"*.experts.*": 32}}, [("layers.0.experts.1.w1", WINNER)]),
+    ),
+    "not plain": (
+        NotPlainLinearWarning,
+        "on_not_plain",
+        ({}, [WINNER, ("attention.out_proj", nn.MultiheadAttention(64, 2).out_proj)]),
+        r"attention\.out_proj: nn\.MultiheadAttention reads its weight and never calls it; left in bf16",
+        ({"filter_fqns": ["out_proj"]}, [WINNER, ("attention.out_proj", nn.MultiheadAttention(64, 2).out_proj)]),
     ),
     "a plan of other layers": (
         PlanMismatchWarning,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
+RowSource = Literal["tokens", "observed", "stated"]
+"""What says how many rows a linear multiplies: the tokens of a microbatch, a forward that was observed, or the user."""
 FLOAT8_MULTIPLE = 16
 """torch._scaled_mm takes float8 operands only with dimensions that are multiples of 16 (one 16-byte vector)."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.shapes import LinearShape, RowSource
 from fp8gate.filter.contract.table import Point, Status
 from fp8gate.filter.decision.lookup import Estimate, Lookup
 
@@ -21,7 +21,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     speedup and its bounds: float8 against bf16 for `shape`, which is (m, k, n) as one rank holds the linear. They are
     None if no number was needed, or if the table has none. digits: after the point of the speedup, as many as show on
     which side of `min_speedup` it is. reason: does not repeat the speedup. point, distance, outside, gap: see
-    `Estimate`. planned: a plan decided. Its reason then gives the speedup of the whole block.
+    `Estimate`. rows_from: what says how many rows the linear multiplies. planned: a plan decided. Its reason then gives
+    the speedup of the whole block.
     """
 
     convert: bool
@@ -35,6 +36,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     distance: float | None = None
     outside: bool = False
     gap: Status | None = None
+    rows_from: RowSource = "tokens"
     planned: bool = False
 
     @property
@@ -55,8 +57,13 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
         return self.shape.n if self.shape else None
 
 
-def decide(shape: LinearShape, lookup: Lookup, *, min_speedup: float, recomputed: bool = False) -> Decision:
-    """Choose float8 only if it was measured to win by `min_speedup`. recomputed: the layer's forward runs twice."""
+def decide(
+    shape: LinearShape, lookup: Lookup, *, min_speedup: float, recomputed: bool = False, is_frozen: bool = False
+) -> Decision:
+    """Choose float8 only if it was measured to win by `min_speedup`.
+
+    recomputed: the layer's forward runs twice. is_frozen: its weight needs no gradient.
+    """
     indivisible = shape.indivisible()
     if indivisible:
         return Decision(convert=False, shape=shape, reason=f"{indivisible}: not a multiple of 16")
@@ -66,7 +73,8 @@ def decide(shape: LinearShape, lookup: Lookup, *, min_speedup: float, recomputed
     if estimate.is_far_outside:
         away = f"{2**estimate.octaves_outside:.0f} times outside what was measured: too far to tell"
         return Decision(convert=False, shape=shape, reason=away, point=estimate.point, outside=True)
-    return _judge(shape, estimate.recomputed() if recomputed else estimate, min_speedup)
+    estimate = estimate.recomputed() if recomputed else estimate
+    return _judge(shape, estimate.frozen() if is_frozen else estimate, min_speedup)
 
 
 def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decision:
@@ -122,6 +130,8 @@ def _provenance(estimate: Estimate, min_speedup: float) -> list[str]:
         parts.append(f"bounds {estimate.speedup_low:.{digits}f} to {estimate.speedup_high:.{digits}f} within one run")
     if estimate.forwards > 1:
         parts.append("recomputed")
+    if estimate.is_frozen:
+        parts.append("at least, as the weight is frozen")
     if estimate.gap:
         parts.append(f"a nearer point is {estimate.gap}")
     return parts

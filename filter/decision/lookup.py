@@ -45,7 +45,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     (without a grid, outside of all points). gap: the status of an even nearer point that has no numbers, or None.
     octaves_outside: how far the shape is outside of the sizes that were measured (Euclidean, as for distance).
     from_tokens: a smaller number of tokens whose speedup is used, because the shape's own tokens were not measured
-    around its k and n; or None. forwards: how often the forward runs.
+    around its k and n; or None. forwards: how often the forward runs. is_frozen: the weight needs no gradient.
     """
 
     speedup: float
@@ -63,6 +63,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     octaves_outside: float = 0.0
     from_tokens: int | None = None
     forwards: int = 1
+    is_frozen: bool = False
 
     @property
     def is_far_outside(self) -> bool:
@@ -92,6 +93,27 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
             speedup_low=self.speedup_low * change,
             speedup_high=self.speedup_high * change,
             forwards=2,
+        )
+
+    def frozen(self) -> Estimate:
+        """The estimate where the weight needs no gradient: what float8 gains at least, as the table has no such column.
+
+        In bf16 both gradients take the same FLOP, so half of the backward is left. In float8 the product that is left
+        out takes at least half of its bf16 time, a quarter of the bf16 backward, and its casts are not counted.
+        """
+        bf16_bwd_us = self.bf16_bwd_us / 2
+        fp8_bwd_us = max(self.fp8_bwd_us - self.bf16_bwd_us / 4, self.fp8_bwd_us / 2)
+        before = self.bf16_us / (self.forwards * self.fp8_fwd_us + self.fp8_bwd_us)
+        after = (self.forwards * self.bf16_fwd_us + bf16_bwd_us) / (self.forwards * self.fp8_fwd_us + fp8_bwd_us)
+        change = after / before
+        return msgspec.structs.replace(
+            self,
+            speedup=self.speedup * change,
+            speedup_low=self.speedup_low * change,
+            speedup_high=self.speedup_high * change,
+            bf16_bwd_us=bf16_bwd_us,
+            fp8_bwd_us=fp8_bwd_us,
+            is_frozen=True,
         )
 
 

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fp8gate.filter.contract.names import without_indices
+from fp8gate.filter.model.plain_linear import why_not_plain
 
 _NOT_PRODUCTS = ("embedding_dim", "nf", "normalized_shape")
 """Attributes of layers that have a 2-D weight and yet are no candidates for float8. nn.Embedding looks rows up, norms
 scale, and the Conv1D of transformers stores its weight transposed and is no nn.Linear, so torchao cannot convert it."""
+
+ALREADY_FLOAT8 = "already float8"
 
 _TENSOR_PARALLEL = ("tp", "tensor", "tensor_parallel")
 """Names of mesh dimensions that divide layers."""
@@ -21,13 +24,16 @@ class LinearSize(NamedTuple):
     """The sizes of a linear layer.
 
     is_local: they are those of one rank's part, which no parallel plan divides again. unknown: why it is not known
-    whether they are; empty if it is known.
+    whether they are; empty if it is known. refused: why this linear must not be converted, whatever its size, or "".
+    is_frozen: its weight needs no gradient.
     """
 
     in_features: int
     out_features: int
     is_local: bool = False
     unknown: str = ""
+    refused: str = ""
+    is_frozen: bool = False
 
 
 def linear_size(layer: object) -> LinearSize | str:
@@ -38,7 +44,15 @@ def linear_size(layer: object) -> LinearSize | str:
     the sizes are those of the local part. torchao's Float8Linear is already converted, and so no candidate.
     """
     if _is_float8(type(layer)):
-        return "already float8"
+        return ALREADY_FLOAT8
+    size = _size(layer)
+    if isinstance(size, str):
+        return size
+    weight = getattr(layer, "weight", None)
+    return size._replace(refused=why_not_plain(layer), is_frozen=getattr(weight, "requires_grad", True) is False)
+
+
+def _size(layer: object) -> LinearSize | str:
     weight = getattr(layer, "weight", None)
     if hasattr(weight, "placements") and (local := _local_size(layer, weight)):
         return local

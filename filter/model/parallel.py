@@ -156,7 +156,7 @@ class Shards:
     def __init__(self, parallel: Parallel, tokens: int) -> None:
         if tokens % parallel.cp:
             raise InputError(f"parallel.cp: expected a divisor of tokens = {tokens}; got {parallel.cp}")
-        self._tp = parallel.tp
+        self._tp, self._cp = parallel.tp, parallel.cp
         self._tokens = tokens // parallel.cp
         self._patterns = parallel.patterns()
         self._by_last: dict[str, list[Pattern]] = {}  # few patterns have the same last part as a name
@@ -170,9 +170,13 @@ class Shards:
         """The part of the linear `fqn` that one rank multiplies. Raises ShardError if the degree does not divide it."""
         return self.part(self.style(fqn), in_features, out_features)
 
-    def part(self, style: Style | None, in_features: int, out_features: int) -> LinearShape:
-        """A rank's part under this style; all of it under None. Raises ShardError if the degree does not divide it."""
-        return divided(style or "replicated", self._tp, LinearShape(self._tokens, in_features, out_features))
+    def part(self, style: Style | None, in_features: int, out_features: int, rows: int | None = None) -> LinearShape:
+        """A rank's part under this style; all of it under None. Raises ShardError if the degree does not divide it.
+
+        rows: of the linear's input, before context parallelism divides them; None for the tokens.
+        """
+        local = self._tokens if rows is None else -(-rows // self._cp)
+        return divided(style or "replicated", self._tp, LinearShape(local, in_features, out_features))
 
     def forget(self) -> None:
         """Prepare for another model: no pattern has matched."""

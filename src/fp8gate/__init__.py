@@ -15,12 +15,15 @@ from fp8gate.filter.findings import (
     Finding,
     MissingPointWarning,
     NothingConvertedWarning,
+    NotPlainLinearWarning,
     OutsideGridWarning,
     PlanMismatchWarning,
     StaleTableWarning,
+    UnknownRowsWarning,
     UnknownShardWarning,
     UnmatchedPatternWarning,
 )
+from fp8gate.filter.model.observe import ObserveError
 from fp8gate.filter.model.parallel import Parallel, ShardError
 
 __version__ = "0.1.0"
@@ -32,7 +35,9 @@ __all__ = [
     "FilterWarning",
     "Finding",
     "MissingPointWarning",
+    "NotPlainLinearWarning",
     "NothingConvertedWarning",
+    "ObserveError",
     "OutsideGridWarning",
     "Parallel",
     "Plan",
@@ -43,6 +48,7 @@ __all__ = [
     "Recompute",
     "ShardError",
     "StaleTableWarning",
+    "UnknownRowsWarning",
     "UnknownShardWarning",
     "Table",
     "TableError",

@@ -1,0 +1,376 @@
+"""Looking at a model: rows and calls of its linears, without data, memory, or a trace left in the model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from builders import make_point, make_table, write_file
+from torch import nn
+from torch.nn import functional as F
+from torchao.float8 import convert_to_float8_training
+
+from fp8gate import (
+    NotPlainLinearWarning,
+    ObserveError,
+    Parallel,
+    UnknownRowsWarning,
+    UnmatchedPatternWarning,
+    auto_filter,
+)
+from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.model.observe import ObservedLinear, observe
+
+WIDTH = 64
+
+
+class Experts(nn.Module):
+    """Each expert is an nn.Linear that sees the tokens that are routed to it, as the data say."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 2)
+        self.experts = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])
+
+    def forward(self, x):
+        chosen = self.router(x).argmax(-1)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            at = (chosen == i).nonzero().squeeze(-1)
+            out = out.index_add(0, at, expert(x[at]))
+        return out
+
+
+class Model(nn.Module):
+    def __init__(self, *, experts=False):
+        super().__init__()
+        self.embed = nn.Embedding(32, WIDTH)
+        self.modulation = nn.Linear(WIDTH, 2 * WIDTH)
+        self.mlp = nn.Linear(WIDTH, WIDTH)
+        self.twice = nn.Linear(WIDTH, WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.never = nn.Linear(WIDTH, WIDTH)
+        self.moe = Experts() if experts else None
+        self.register_buffer("seen", torch.zeros(1))
+        self.calls = 0
+
+    def forward(self, ids, condition):
+        self.calls += 1
+        self.seen += 1
+        x = self.embed(ids)
+        scale, shift = self.modulation(condition).chunk(2, dim=-1)
+        x = self.mlp(x * scale[:, None] + shift[:, None])
+        x = self.twice(self.twice(x[:, ::2]))
+        x = self.attention(x, x, x)[0]
+        return self.moe(x.flatten(0, 1)) if self.moe is not None else x
+
+
+IDS, CONDITION = torch.zeros(4, 32, dtype=torch.long), torch.zeros(4, WIDTH)
+SEEN = {
+    "modulation": ObservedLinear(calls=1, rows=4),
+    "mlp": ObservedLinear(calls=1, rows=128),
+    "twice": ObservedLinear(calls=2, rows=64),
+    "attention.out_proj": ObservedLinear(is_read=True),
+    "never": ObservedLinear(),
+}
+
+
+def test_rows_and_calls_are_those_of_a_real_forward():
+    assert observe(Model(), (IDS, CONDITION)).linears == SEEN
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_model_and_inputs_may_be_on_the_meta_device(device):
+    with torch.device(device):
+        model = Model()
+    inputs = {"ids": IDS.to("meta"), "condition": CONDITION.to(device)}
+    assert observe(model, inputs).linears == SEEN
+
+
+def test_nothing_of_the_model_changes():
+    model = Model()
+    model.eval()
+    before, state = copy.deepcopy(vars(model)), copy.deepcopy(model.state_dict())
+    parameters = [id(p) for p in model.parameters()]
+    called = []
+    model.mlp.register_forward_pre_hook(lambda *_: called.append("mlp"))
+    rng = torch.get_rng_state()
+    observe(model, (IDS, CONDITION))
+    assert (model.calls, model.training, called, vars(model).keys()) == (0, False, [], before.keys())
+    assert [id(p) for p in model.parameters()] == parameters
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.get_default_dtype() == torch.float32
+    assert called == []
+    model(IDS, CONDITION)
+    assert called == ["mlp"]
+
+
+def test_no_memory_is_taken():
+    """A head of 16 GiB, and an activation of 64 GiB."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2**16, 2**16), nn.Linear(2**16, 2**17))
+    found = observe(model, torch.empty(2**18, 2**16, device="meta"))
+    assert [linear.rows for linear in found.linears.values()] == [2**18, 2**18]
+
+
+def test_what_depends_on_the_data_is_not_known():
+    linears = observe(Model(experts=True), (IDS, CONDITION)).linears
+    assert linears["moe.router"] == ObservedLinear(calls=1, rows=64)
+    assert linears["moe.experts.0"] == linears["moe.experts.1"] == ObservedLinear(calls=1, rows=None)
+
+
+def test_of_several_microbatches_the_fewest_rows_count():
+    short, long = (IDS[:, :8], CONDITION), {"ids": IDS, "condition": CONDITION}
+    linears = observe(Model(), [long, short]).linears
+    assert (linears["mlp"].rows, linears["twice"].rows, linears["modulation"].rows) == (32, 16, 4)
+    assert linears["never"] == ObservedLinear()
+
+
+class OnlyLong(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.always, self.long = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.long(self.always(x)) if len(x) > 8 else self.always(x)
+
+
+def test_a_linear_that_only_some_microbatches_reach_counts_by_those():
+    linears = observe(OnlyLong(), [torch.zeros(4, WIDTH), torch.zeros(16, WIDTH)]).linears
+    assert linears == {"always": ObservedLinear(calls=1, rows=4), "long": ObservedLinear(calls=1, rows=16)}
+
+
+class NeedsData(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.linear(x) if x.sum().item() > 0 else x
+
+
+def test_a_forward_that_needs_data_is_an_error_that_says_what_to_do():
+    with pytest.raises(ObserveError) as caught:
+        observe(NeedsData(), torch.zeros(4, WIDTH))
+    assert "the forward cannot be run without data (" in str(caught.value)
+    assert str(caught.value).endswith("say the rows instead: rows={pattern: number}")
+    with pytest.raises(ObserveError, match=r"TypeError: .*forward\(\)"):
+        observe(NeedsData(), ())
+
+
+@pytest.mark.parametrize("inputs", [[], 3, "ids"])
+def test_inputs_that_are_none_are_an_error(inputs):
+    with pytest.raises(InputError, match=r"^example_inputs: expected "):
+        observe(Model(), inputs)
+
+
+# --- decisions -------------------------------------------------------------------------------------------------
+
+SIZES = {(WIDTH, 2 * WIDTH), (WIDTH, WIDTH), (WIDTH, 16)}
+LOSES_BELOW = 64
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Float8 wins from 64 rows on, in layers of all sizes."""
+    points = [make_point(m, k, n, 2.0 if m >= LOSES_BELOW else 0.5) for m in (16, 32, 64, 128) for k, n in SIZES]
+    return write_file(make_table(*points), tmp_path / "rowwise.yaml")
+
+
+def asked(table, *, tokens=128, **options):
+    return auto_filter("rowwise", tokens=tokens, tables=table, plan=None, **options)
+
+
+def quietly(check, *args, **options):
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        return check(*args, **options)
+
+
+def test_the_observed_rows_decide(table):
+    wants_float8 = asked(table)
+    quietly(wants_float8.check, Model(), example_inputs=([IDS, CONDITION] and (IDS, CONDITION)))
+    rows = {fqn: (d.m, d.convert, d.rows_from) for fqn, d in wants_float8.decisions.items() if d.speedup}
+    assert rows == {"mlp": (128, True, "observed"), "twice": (64, True, "observed")}
+    assert wants_float8.decisions["modulation"].reason == "m = 4: not a multiple of 16"
+    assert wants_float8.decisions["never"].reason == "the example inputs never reach it"
+    reason = wants_float8.decisions["attention.out_proj"].reason
+    assert reason == "nn.MultiheadAttention reads its weight and never calls it"
+
+
+class ReadsItsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fused, self.called = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.called(F.linear(x, self.fused.weight))
+
+
+def test_a_linear_whose_weight_is_read_by_others_is_refused(table):
+    wants_float8 = asked(table)
+    with pytest.warns(NotPlainLinearWarning, match=r"^fused: its weight is read and it is never called as a module"):
+        wants_float8.check(ReadsItsWeight(), example_inputs=torch.zeros(128, WIDTH))
+    assert {fqn: d.convert for fqn, d in wants_float8.decisions.items()} == {"fused": False, "called": True}
+
+
+def test_what_the_user_states_counts_before_what_was_observed(table):
+    wants_float8 = asked(table, rows={"m*": 64, "mlp": 32, "mo*": 128})
+    quietly(wants_float8.check, Model(), example_inputs=(IDS, CONDITION))
+    found = {fqn: (d.m, d.convert, d.rows_from) for fqn, d in wants_float8.decisions.items() if d.speedup}
+    assert found == {
+        "modulation": (128, True, "stated"),
+        "mlp": (32, False, "stated"),
+        "twice": (64, True, "observed"),
+    }
+
+
+def test_the_report_says_where_rows_came_from(table):
+    wants_float8 = asked(table, rows={"mlp": 32})
+    quietly(wants_float8.check, Model(), example_inputs=(IDS, CONDITION))
+    lines = wants_float8.report().splitlines()
+    assert "rows from" in lines[0]
+    assert "stated" in next(line for line in lines if line.startswith("mlp"))
+    assert "observed" in next(line for line in lines if line.startswith("twice"))
+    unobserved = asked(table)
+    quietly(unobserved.check, nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+    assert "rows from" not in unobserved.report()
+
+
+def test_context_parallelism_divides_observed_rows(table):
+    wants_float8 = asked(table, parallel=Parallel(cp=2))
+    quietly(wants_float8.check, Model(), example_inputs=(IDS, CONDITION))
+    assert {fqn: d.m for fqn, d in wants_float8.decisions.items()} == {
+        "modulation": 2,
+        "mlp": 64,
+        "twice": 32,
+        "attention.out_proj": 64,
+        "never": 64,
+    }
+
+
+def test_rows_that_depend_on_the_data_are_said_and_can_be_stated(table):
+    wants_float8 = asked(table)
+    with pytest.warns(UnknownRowsWarning, match=r"^moe\.experts\.\*: its rows depend on the data; taken as 128, all"):
+        wants_float8.check(Model(experts=True), example_inputs=(IDS, CONDITION))
+    stated = asked(table, rows={"*.experts.*": 32}, on_unknown_rows="error")
+    quietly(stated.check, Model(experts=True), example_inputs=(IDS, CONDITION))
+    assert stated.decisions["moe.experts.0"].m == 32
+
+
+def test_a_pattern_that_matches_nothing_is_found(table):
+    with pytest.warns(UnmatchedPatternWarning, match=r"^rows: 'moe\.\*' matched no linear$"):
+        asked(table, rows={"moe.*": 32, "0": 64}).check(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, "8"])
+def test_rows_that_are_no_count_are_refused(table, count):
+    with pytest.raises(InputError, match=r"^rows\['a'\]: expected rows per microbatch, an integer of at least 1; got"):
+        asked(table, rows={"a": count})
+
+
+# --- linears that are not plain --------------------------------------------------------------------------------
+
+
+class Zero(nn.Linear):
+    def forward(self, x):
+        return 0 * F.linear(x, self.weight)
+
+
+class Plain(nn.Linear):
+    pass
+
+
+def packed():
+    linear = nn.Linear(WIDTH, WIDTH, bias=False)
+    linear.weight = nn.Parameter(torch.zeros(WIDTH, WIDTH, dtype=torch.uint8), requires_grad=False)
+    return linear
+
+
+def patched():
+    linear = nn.Linear(WIDTH, WIDTH)
+    linear.forward = lambda x: x
+    return linear
+
+
+NOT_PLAIN = {
+    "a subclass": (lambda: Zero(WIDTH, WIDTH), "Zero has a forward of its own, which conversion would drop"),
+    "packed": (packed, "its weight is of torch.uint8"),
+    "old weight_norm": (
+        lambda: nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH)),
+        "its weight is computed from other parameters, as by weight_norm",
+    ),
+    "weight_norm": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)),
+        "its weight is computed from other parameters, as by weight_norm",
+    ),
+    "patched": (patched, "its forward was replaced, which conversion would drop"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(("make", "reason"), NOT_PLAIN.values(), ids=NOT_PLAIN)
+def test_what_is_no_plain_linear_is_left_alone_and_said(table, make, reason):
+    model = nn.ModuleDict({"it": make(), "plain": Plain(WIDTH, WIDTH)})
+    wants_float8 = asked(table)
+    with pytest.warns(NotPlainLinearWarning, match=rf"^it: {reason}; left in bf16$"):
+        wants_float8.check(model)
+    assert {fqn: d.convert for fqn, d in wants_float8.decisions.items()} == {"it": False, "plain": True}
+    assert wants_float8.decisions["it"].reason == reason
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_after_conversion_a_model_computes_what_it_did(table):
+    """Within what float8 itself changes: 3 bits of mantissa, here in one product of 64 terms."""
+    torch.manual_seed(0)
+    kinds = {name.replace(" ", "_"): make() for name, (make, _) in NOT_PLAIN.items() if name != "packed"}
+    model = nn.ModuleDict({**kinds, "attention": nn.MultiheadAttention(WIDTH, 2), "plain": Plain(WIDTH, WIDTH)})
+    x = torch.randn(128, WIDTH)
+
+    def outputs():
+        found = {name: layer(x) for name, layer in model.items() if name != "attention"}
+        return {**found, "attention": model["attention"](x, x, x)[0]}
+
+    before = outputs()
+    wants_float8 = asked(table)
+    quietly(wants_float8.check, model)
+    convert_to_float8_training(model, module_filter_fn=wants_float8)
+    after = outputs()
+    assert type(model["plain"]).__name__ == "Float8Linear"
+    for name, value in before.items():
+        error = (after[name] - value).norm() / value.norm().clamp(min=1e-6)
+        assert error < (0.1 if name == "plain" else 1e-6), name
+
+
+def test_a_frozen_weight_is_decided_without_its_gradient(table, tmp_path):
+    """bf16: 100 + 200 us; float8: 100 + 100 us. Frozen: bf16 200 us, float8 at most 100 + 50 us."""
+    from fp8gate.filter.contract.table import Point
+
+    point = Point(128, WIDTH, WIDTH, 100.0, 200.0, 100.0, 100.0, 1.5, 1.5, 1.5, "measured")
+    path = write_file(make_table(point), tmp_path / "frozen.yaml")
+    linear = nn.Linear(WIDTH, WIDTH, bias=False)
+    wants_float8 = asked(path)
+    wants_float8.check([("trained", linear), ("frozen", copy.deepcopy(linear).requires_grad_(False))])
+    assert wants_float8.decisions["trained"].speedup == pytest.approx(1.5)
+    assert wants_float8.decisions["frozen"].speedup == pytest.approx(200 / 150)
+    assert wants_float8.decisions["frozen"].reason == "measured, at least, as the weight is frozen"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["experts.0.w1", "pooler", "pooler.dense", "modulation.linear", "time_embedding.linear_1", "adaLN_modulation.1"],
+)
+def test_names_for_which_all_tokens_are_doubtful_are_found(table, name):
+    wants_float8 = asked(table)
+    with pytest.warns(UnknownRowsWarning):
+        wants_float8.check([(name, nn.Linear(WIDTH, WIDTH)), ("layers.0.mlp.w1", nn.Linear(WIDTH, WIDTH))])
+    assert wants_float8.decisions[name].convert
+
+
+def test_ordinary_names_raise_no_doubt(table):
+    wants_float8 = asked(table, strict=True)
+    names = ("layers.0.mlp.w1", "model.layers.1.self_attn.q_proj", "shared_expert.w1", "lm_head", "h.0.attn.c_attn")
+    wants_float8.check([(name, nn.Linear(WIDTH, WIDTH)) for name in names])

@@ -133,11 +133,11 @@ class LinearDecisions:
 
     def _add_doubts(self, fqn: str, decision: Decision) -> None:
         is_ambiguous = decision.point is not None and decision.point.status == "ambiguous"
-        if not (decision.outside or is_ambiguous or decision.gap):
+        if not (decision.is_unsure or is_ambiguous or decision.gap):
             return
         number = f"{decision.speedup_text}, " if decision.speedup_text else ""
         message = f"{fqn}, {decision.shape}: {number}{decision.reason}"
-        if decision.outside:
+        if decision.is_unsure:
             self._findings.add(Finding(OutsideGridWarning, message))
         if is_ambiguous:
             self._findings.add(Finding(AmbiguousPointWarning, message))

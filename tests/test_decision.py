@@ -150,6 +150,7 @@ def test_decision_keeps_what_it_was_taken_from():
         point=point,
         distance=1.0,
         outside=True,
+        is_unsure=True,
     )
 
 

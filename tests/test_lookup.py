@@ -15,7 +15,9 @@ from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, Point
 from fp8gate.filter.decision import lookup as lookup_module
-from fp8gate.filter.decision.lookup import DISTANCE_DIGITS, Estimate, Lookup
+from fp8gate.filter.decision.axis import DISTANCE_DIGITS
+from fp8gate.filter.decision.estimate import Estimate
+from fp8gate.filter.decision.lookup import Lookup
 
 
 def look_up(shape: tuple[int, int, int], *points: Point, kind: str = "nearest", **fields: object) -> Estimate:
@@ -249,16 +251,48 @@ def test_measured_point_off_the_grid_is_not_interpolated_over():
     assert look_up((16, 16, 32), *grid_points, kind="interpolate", grid=grid).speedup == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("n", "border", "bf16_us"), [(8, 0.5, 15.0), (128, 2.0, 240.0)])
-def test_interpolation_outside_keeps_the_speedup_of_the_border(n, border, bf16_us):
+@pytest.mark.parametrize(
+    ("n", "speedup", "trend", "bf16_us"), [(8, 0.25, 0.5, 15.0), (4, 0.125, 0.25, 7.5), (128, 2.0, 1.0, 240.0)]
+)
+def test_outside_the_speedup_goes_on_falling_and_never_rises(n, speedup, trend, bf16_us):
+    """It falls by half per octave towards 16 columns, and rises towards 64."""
     points = [
         make_point(16, 16, 16, 0.5, bf16_us=(10.0, 20.0)),
         make_point(16, 16, 64, 2.0, bf16_us=(40.0, 80.0)),
     ]
     estimate = look_up((16, 16, n), *points, kind="interpolate")
     assert (estimate.outside, estimate.interpolated) == (True, True)
-    assert estimate.speedup == pytest.approx(border)
+    assert (estimate.speedup, estimate.trend) == (pytest.approx(speedup), pytest.approx(trend))
     assert estimate.bf16_us == pytest.approx(bf16_us)
+    assert estimate.fp8_us == pytest.approx(bf16_us / speedup)
+
+
+@pytest.mark.parametrize("kind", ["nearest", "interpolate"])
+def test_fewer_rows_than_were_measured_are_never_said_to_win(kind):
+    """The measured trend of an H200's w1 of Llama 3 8B: 1.34 at 2048 tokens, 1.10 at 1024."""
+    points = [make_point(m, 4096, 14336, speedup) for m, speedup in ((1024, 1.10), (2048, 1.34), (4096, 1.45))]
+    below = [look_up((m, 4096, 14336), *points, kind=kind) for m in (512, 256, 128)]
+    assert [one.speedup for one in below] == pytest.approx([1.10 * (1.10 / 1.34) ** octaves for octaves in (1, 2, 3)])
+    assert all(one.is_unsure(1.05) and one.outside for one in below)
+    assert look_up((64, 4096, 14336), *points, kind=kind).is_far_outside
+
+
+def test_the_answer_outside_is_sure_where_border_and_trend_agree():
+    falling = [make_point(16, 16, 16, 1.5), make_point(16, 16, 32, 2.0)]
+    outside = look_up((16, 16, 8), *falling, kind="interpolate")
+    assert outside.speedup == pytest.approx(1.125)
+    assert (outside.is_unsure(1.05), outside.is_unsure(1.2), outside.is_unsure(1.6)) == (False, True, False)
+
+
+def test_without_a_second_size_there_is_no_trend():
+    outside = look_up((16, 16, 8), make_point(16, 16, 16, 1.5), kind="interpolate")
+    assert (outside.speedup, outside.trend, outside.is_unsure(1.05)) == (1.5, None, True)
+
+
+def test_where_the_largest_were_not_measured_fewer_tokens_tell_the_trend():
+    points = [make_point(m, 16, n, 2.0 - n / 64) for m in (16, 32) for n in (16, 32, 64) if (m, n) != (32, 64)]
+    outside = look_up((32, 16, 128), *points, kind="interpolate")
+    assert outside.trend == pytest.approx(1.0 / 1.5)
 
 
 def test_interpolation_outside_on_one_axis_still_interpolates_on_the_others():
@@ -382,5 +416,6 @@ def test_interpolation_stays_between_its_corners(values, m, k, n):
     lookup = Lookup(make_table(*(make_point(*sizes, by_shape[sizes]) for sizes in grid)), "interpolate")
     corners = [by_shape[sizes] for sizes in itertools.product(around(m), around(k), around(n))]
     estimate = lookup(LinearShape(m, k, n))
-    assert min(corners) * (1 - 1e-9) <= estimate.speedup <= max(corners) * (1 + 1e-9)
+    assert 0 < estimate.trend <= 1
+    assert min(corners) * (1 - 1e-9) <= estimate.speedup / estimate.trend <= max(corners) * (1 + 1e-9)
     assert estimate.speedup_low <= estimate.speedup <= estimate.speedup_high

@@ -17,7 +17,8 @@ from fp8gate.calibrate.sweep.grid import too_large
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import FLOAT8_MULTIPLE, LinearShape
 from fp8gate.filter.contract.table import WITH_NUMBERS, Point, Status, Table, TableError
-from fp8gate.filter.decision.lookup import Estimate, Lookup
+from fp8gate.filter.decision.estimate import Estimate
+from fp8gate.filter.decision.lookup import Lookup
 from fp8gate.filter.decision.torchao_rule import torchao_converts
 
 MARGIN = 0.5  # octaves beyond the outermost points, so that the text at these points is on the map

@@ -6,7 +6,8 @@ import msgspec
 
 from fp8gate.filter.contract.shapes import LinearShape, RowSource
 from fp8gate.filter.contract.table import Point, Status
-from fp8gate.filter.decision.lookup import Estimate, Lookup
+from fp8gate.filter.decision.estimate import Estimate
+from fp8gate.filter.decision.lookup import Lookup
 
 DEFAULT_MIN_SPEEDUP = 1.05
 """A layer that wins by little is better left alone: it saves little of its block's time, but changes what the layers
@@ -21,8 +22,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     speedup and its bounds: float8 against bf16 for `shape`, which is (m, k, n) as one rank holds the linear. They are
     None if no number was needed, or if the table has none. digits: after the point of the speedup, as many as show on
     which side of `min_speedup` it is. reason: does not repeat the speedup. point, distance, outside, gap: see
-    `Estimate`. rows_from: what says how many rows the linear multiplies. planned: a plan decided. Its reason then gives
-    the speedup of the whole block.
+    `Estimate`. is_unsure: outside, and the answer may be another than the border's. rows_from: what says how many rows
+    the linear multiplies. planned: a plan decided. Its reason then gives the speedup of the whole block.
     """
 
     convert: bool
@@ -35,6 +36,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     point: Point | None = None
     distance: float | None = None
     outside: bool = False
+    is_unsure: bool = False
     gap: Status | None = None
     rows_from: RowSource = "tokens"
     planned: bool = False
@@ -72,7 +74,7 @@ def decide(
         return Decision(convert=False, shape=shape, reason="the table holds no measured point")
     if estimate.is_far_outside:
         away = f"{2**estimate.octaves_outside:.0f} times outside what was measured: too far to tell"
-        return Decision(convert=False, shape=shape, reason=away, point=estimate.point, outside=True)
+        return Decision(convert=False, shape=shape, reason=away, point=estimate.point, outside=True, is_unsure=True)
     estimate = estimate.recomputed() if recomputed else estimate
     return _judge(shape, estimate.frozen() if is_frozen else estimate, min_speedup)
 
@@ -95,6 +97,7 @@ def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decisi
         point=estimate.point,
         distance=estimate.distance,
         outside=estimate.outside,
+        is_unsure=estimate.is_unsure(min_speedup),
         gap=estimate.gap,
     )
 
@@ -125,7 +128,7 @@ def _provenance(estimate: Estimate, min_speedup: float) -> list[str]:
         parts.append("outside the measured range")
     if estimate.point.status == "ambiguous":
         parts.append("ambiguous")
-    if _straddles(estimate, min_speedup):
+    if _straddles(estimate, min_speedup) and not estimate.outside:
         digits = _digits(estimate, min_speedup)
         parts.append(f"bounds {estimate.speedup_low:.{digits}f} to {estimate.speedup_high:.{digits}f} within one run")
     if estimate.forwards > 1:

@@ -13,12 +13,11 @@ from functools import cached_property
 from operator import mul
 from typing import Literal, NamedTuple, get_args
 
-import msgspec
-
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Point, Status, Table
 from fp8gate.filter.decision.axis import DISTANCE_DIGITS, Axis, nearest_first
+from fp8gate.filter.decision.estimate import Estimate
 
 LookupName = Literal["nearest", "interpolate"]
 LOOKUPS: tuple[LookupName, ...] = get_args(LookupName)
@@ -32,89 +31,6 @@ Source: `python benchmarks/against_torchao_rule.py --min-speedup 1.0`, and LOG.m
 
 Sizes = tuple[int, int, int]
 TIE_OCTAVES = 1e-9  # distances that differ by less are equal
-MAX_OCTAVES_OUTSIDE = 3.0
-"""Farther outside of what was measured, the border's answer says nothing: eight times as large in one dimension. Heads
-of large vocabularies lie within it (262144 rows of a weight, where 32768 were measured)."""
-
-
-class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """Forward + backward of one shape, from the table. Times are in microseconds.
-
-    point: the nearest measured point. distance: how far it is, in octaves (Euclidean, log2 per axis; 0 = exact,
-    1 = one dimension twice as large). outside: the shape was not measured and is outside the measured part of the grid
-    (without a grid, outside of all points). gap: the status of an even nearer point that has no numbers, or None.
-    octaves_outside: how far the shape is outside of the sizes that were measured (Euclidean, as for distance).
-    from_tokens: a smaller number of tokens whose speedup is used, because the shape's own tokens were not measured
-    around its k and n; or None. forwards: how often the forward runs. is_frozen: the weight needs no gradient.
-    """
-
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-    bf16_fwd_us: float
-    bf16_bwd_us: float
-    fp8_fwd_us: float
-    fp8_bwd_us: float
-    point: Point
-    distance: float
-    outside: bool
-    gap: Status | None
-    interpolated: bool
-    octaves_outside: float = 0.0
-    from_tokens: int | None = None
-    forwards: int = 1
-    is_frozen: bool = False
-
-    @property
-    def is_far_outside(self) -> bool:
-        return self.octaves_outside > MAX_OCTAVES_OUTSIDE
-
-    @property
-    def bf16_us(self) -> float:
-        return self.forwards * self.bf16_fwd_us + self.bf16_bwd_us
-
-    @property
-    def fp8_us(self) -> float:
-        """The bf16 time over the speedup, and so consistent with the decision, unlike the sum of the float8 medians."""
-        return self.bf16_us / self.speedup
-
-    def recomputed(self) -> Estimate:
-        """The estimate under activation checkpointing, which runs the forward twice in both precisions.
-
-        The speedup and its bounds change by the same factor as the quotient of the summed times.
-        """
-        once, twice = (
-            (n * self.bf16_fwd_us + self.bf16_bwd_us) / (n * self.fp8_fwd_us + self.fp8_bwd_us) for n in (1, 2)
-        )
-        change = twice / once
-        return msgspec.structs.replace(
-            self,
-            speedup=self.speedup * change,
-            speedup_low=self.speedup_low * change,
-            speedup_high=self.speedup_high * change,
-            forwards=2,
-        )
-
-    def frozen(self) -> Estimate:
-        """The estimate where the weight needs no gradient: what float8 gains at least, as the table has no such column.
-
-        In bf16 both gradients take the same FLOP, so half of the backward is left. In float8 the product that is left
-        out takes at least half of its bf16 time, a quarter of the bf16 backward, and its casts are not counted.
-        """
-        bf16_bwd_us = self.bf16_bwd_us / 2
-        fp8_bwd_us = max(self.fp8_bwd_us - self.bf16_bwd_us / 4, self.fp8_bwd_us / 2)
-        before = self.bf16_us / (self.forwards * self.fp8_fwd_us + self.fp8_bwd_us)
-        after = (self.forwards * self.bf16_fwd_us + bf16_bwd_us) / (self.forwards * self.fp8_fwd_us + fp8_bwd_us)
-        change = after / before
-        return msgspec.structs.replace(
-            self,
-            speedup=self.speedup * change,
-            speedup_low=self.speedup_low * change,
-            speedup_high=self.speedup_high * change,
-            bf16_bwd_us=bf16_bwd_us,
-            fp8_bwd_us=fp8_bwd_us,
-            is_frozen=True,
-        )
 
 
 class Lookup:
@@ -202,9 +118,10 @@ class Lookup:
         is_fewer = measured_at.m < shape.m and interpolated and measured_at.m < self._grid[0].bracket(shape.m)[0]
         from_tokens = measured_at.m if is_fewer else None
         is_inside = nearest.distance == 0 or not (is_fewer or nearest.outside or self._outside(shape))
+        trend = 1.0 if is_inside else self._trend(shape)
         return Estimate(
-            speedup=speedup,
-            speedup_low=low,
+            speedup=speedup * (trend or 1.0),
+            speedup_low=low * (trend or 1.0),
             speedup_high=high,
             bf16_fwd_us=bf16_fwd_us * work,
             bf16_bwd_us=bf16_bwd_us * work,
@@ -216,8 +133,44 @@ class Lookup:
             gap=nearest.gap,
             interpolated=interpolated,
             octaves_outside=0.0 if is_inside else self._octaves_outside(shape),
+            trend=trend,
             from_tokens=from_tokens,
         )
+
+    def _trend(self, shape: LinearShape) -> float | None:
+        """The `trend` of an estimate: along each axis that the shape is outside of, that of the two outermost sizes."""
+        sizes = (shape.m, shape.k, shape.n)
+        falls = 0.0
+        for i, (axis, size) in enumerate(zip(self._grid, sizes, strict=True)):
+            if axis.sizes and axis.sizes[0] <= size <= axis.sizes[-1]:
+                continue
+            if len(axis.sizes) < 2:
+                return None
+            border, inner = axis.sizes[:2] if size < axis.sizes[0] else axis.sizes[:-3:-1]
+            slope = self._slope(i, border, inner, sizes)
+            if slope is None:
+                return None
+            falls += min(0.0, slope) * abs(math.log2(size / border))
+        return math.exp(falls)
+
+    def _slope(self, i: int, border: int, inner: int, sizes: Sizes) -> float | None:
+        """By how much ln of the speedup rises per octave towards the border of axis `i`, at the shape's other sizes.
+
+        Where the largest were not measured, at the most tokens for which both were. None if there are none.
+        """
+        on_m = self._grid[0]
+        most, around_m = on_m.bracket(sizes[0])
+        fewer: list[Sequence[tuple[int, float]]] = [[(m, 1.0)] for m in reversed(on_m.sizes) if m < most]
+        for tokens in [around_m, *(fewer if i else [])]:
+            ends = []
+            for end in (border, inner):
+                around = [axis.bracket(size)[1] for axis, size in zip(self._grid, sizes, strict=True)]
+                around[0] = list(tokens)
+                around[i] = [(end, 1.0)]
+                ends.append(self._blend(*around))
+            if ends[0] and ends[1]:
+                return math.log(ends[0][0] / ends[1][0]) / abs(math.log2(border / inner))
+        return None
 
     def _find_nearest(self, shape: LinearShape) -> _Nearest:
         """The nearest point with numbers, and the status of a nearer point without numbers.

@@ -14,7 +14,8 @@ from fp8gate.filter.contract.plan import Candidate
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Table, TableError
 from fp8gate.filter.decision.decide import Decision, decide
-from fp8gate.filter.decision.lookup import MAX_OCTAVES_OUTSIDE, Estimate, Lookup
+from fp8gate.filter.decision.estimate import MAX_OCTAVES_OUTSIDE, Estimate
+from fp8gate.filter.decision.lookup import Lookup
 from fp8gate.filter.decision.torchao_rule import torchao_converts
 from fp8gate.filter.findings import Finding
 from fp8gate.filter.model.model_config import LinearRole, ModelConfig, linear_roles, not_linear, role_shape

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8gate.filter.agreement import require_agreement, topics_decided
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.names import plain_name
+from fp8gate.filter.contract.names import is_head, plain_name, without_indices
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.contract.table import Table
@@ -32,7 +32,8 @@ from fp8gate.filter.findings import (
 )
 from fp8gate.filter.linear_decisions import LinearDecisions
 from fp8gate.filter.locate.find_table import find_table
-from fp8gate.filter.model.linear_layer import grouped_weights, linear_size, linears_of, names_without_linears
+from fp8gate.filter.model.linear_layer import linear_size
+from fp8gate.filter.model.model_linears import ModelLinears, model_linears
 from fp8gate.filter.model.observe import ExampleInputs, observe
 from fp8gate.filter.model.parallel import Parallel
 from fp8gate.filter.plan_choice import AUTO, PlanArgument, PlanChoice
@@ -51,8 +52,7 @@ class AutoFilter:
     """Converts only the linears measured to win. `auto_filter` makes it.
 
     plans: the plan that decides, if there is one. decisions: fqn -> `Decision` of every linear asked about, in that
-    order; a plan's decisions have no speedup of their own. left_alone: names of modules that hold several matrices in
-    one parameter.
+    order; a plan's decisions have no speedup of their own.
     """
 
     def __init__(
@@ -62,8 +62,7 @@ class AutoFilter:
         self.path = path
         self.settings = settings
         self.decisions: dict[str, Decision] = {}
-        self.left_alone: tuple[str, ...] = ()
-        self._saw_all_modules = False
+        self._model = ModelLinears()
         self._findings = findings
         self.plans = plans
         self._linears = LinearDecisions(table, settings, findings, plans)
@@ -128,6 +127,11 @@ class AutoFilter:
         require_agreement(decided, str(self.path), group, timeout_s)
 
     @property
+    def left_alone(self) -> tuple[str, ...]:
+        """Names of modules that hold several matrices in one parameter, layer indices as *."""
+        return self._model.left_alone or ()
+
+    @property
     def unmatched(self) -> tuple[str, ...]:
         """The patterns of `filter_fqns` that are in no name asked about so far."""
         names = [plain_name(fqn) for fqn in self.decisions]
@@ -150,6 +154,8 @@ class AutoFilter:
                 "patterns of the parallel plan that matched no linear": self._unmatched_shards(),
                 "taken as whole on every rank, for want of a pattern": tuple(self.unknown_shards),
                 "no linears, left in bf16": self.left_alone,
+                "products that are no nn.Linear, left in bf16": self._model.other_products or (),
+                "already converted": tuple(dict.fromkeys(map(without_indices, self._model.already_float8))),
             },
         )
 
@@ -163,23 +169,19 @@ class AutoFilter:
     def _forget(self) -> None:
         """Prepare for another model."""
         self.decisions.clear()
-        self.left_alone, self._saw_all_modules = (), False
+        self._model = ModelLinears()
         self._findings.forget(keep=StaleTableWarning)
         self._linears.forget()
         self.plans.forget()
 
     def _decide_all(self, model: Any) -> None:
-        is_module = hasattr(model, "named_modules")
-        sizes = [(fqn, linear_size(layer)) for fqn, layer in (linears_of(model) if is_module else model)]
-        linears = [(fqn, size) for fqn, size in sizes if not isinstance(size, str)]
-        if is_module:
-            for name in names_without_linears(model):
-                self._linears.shards.style(name)
-            self.left_alone = grouped_weights(model)
-            self._saw_all_modules = True
+        self._model = model_linears(model)
+        for name in self._model.without_linears or ():
+            self._linears.shards.style(name)
+        linears = self._model.linears
         if self.plans.is_auto:
             shapes = {fqn: shape for fqn, size in linears if (shape := self._linears.shape_of(fqn, size))}
-            self.plans.look_at(shapes, self.left_alone if is_module else None)
+            self.plans.look_at(shapes, self._model.left_alone)
         self.decisions.update((fqn, self._linears.decide(fqn, size)) for fqn, size in linears)
         if self.plans.chosen:
             self.plans.chosen.decide_blocks(self.decisions)
@@ -191,18 +193,19 @@ class AutoFilter:
     def _find_in_whole_model(self) -> Iterator[Finding]:
         """The findings that only all answers together show."""
         for pattern in self.unmatched:
-            yield Finding(UnmatchedPatternWarning, f"filter_fqns: {pattern!r} is in no linear's name")
+            if not is_head(pattern):  # a pipeline stage may be without the head
+                yield Finding(UnmatchedPatternWarning, f"filter_fqns: {pattern!r} is in no linear's name")
         for pattern in self._linears.rows.unmatched:
             yield Finding(UnmatchedPatternWarning, f"rows: {pattern!r} matched no linear")
         for pattern in self._unmatched_shards():
             yield Finding(UnmatchedPatternWarning, f"parallel.plan: {pattern} matched no linear")
         if self.plans.chosen:
             yield from self.plans.chosen.findings(self.decisions)
-        if not any(decision.convert for decision in self.decisions.values()):
+        if not self._model.already_float8 and not any(decision.convert for decision in self.decisions.values()):
             yield Finding(NothingConvertedWarning, f"none of {len(self.decisions)} linears is converted to float8")
 
     def _unmatched_shards(self) -> tuple[str, ...]:
-        return self._linears.shards.unmatched(of_linears=not self._saw_all_modules)
+        return self._linears.shards.unmatched(of_linears=self._model.without_linears is None)
 
     def _settle(self) -> None:
         """Warn or raise. After an error the answers are forgotten, so that the same question raises it again."""

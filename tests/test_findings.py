@@ -634,7 +634,18 @@ def test_where_python_makes_warnings_errors_none_is_lost(make_filter):
 
 
 @pytest.mark.parametrize(
-    "wrapped", ["module.w1", "_orig_mod.w1", "module._orig_mod.w1", "_checkpoint_wrapped_module.w1"]
+    "wrapped",
+    [
+        "module.w1",
+        "_orig_mod.w1",
+        "module._orig_mod.w1",
+        "_orig_mod.module.w1",
+        "_forward_module.module.w1",
+        "_checkpoint_wrapped_module.w1",
+        "base_model.model.w1",
+        "base_model.model.w1.base_layer",
+        "module.base_model.model._orig_mod.w1.base_layer",
+    ],
 )
 def test_names_are_matched_without_wrappers(make_filter, wrapped):
     asked = make_filter(filter_fqns=["w1"], recompute=lambda fqn: fqn == "w1")

@@ -307,7 +307,10 @@ NOT_PLAIN = {
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)),
         "its weight is computed from other parameters, as by weight_norm",
     ),
-    "patched": (patched, "its forward was replaced, which conversion would drop"),
+    "patched": (
+        patched,
+        "its forward was replaced, as by transformers' tensor parallelism, and conversion would drop that",
+    ),
 }
 
 
@@ -374,3 +377,100 @@ def test_ordinary_names_raise_no_doubt(table):
     wants_float8 = asked(table, strict=True)
     names = ("layers.0.mlp.w1", "model.layers.1.self_attn.q_proj", "shared_expert.w1", "lm_head", "h.0.attn.c_attn")
     wants_float8.check([(name, nn.Linear(WIDTH, WIDTH)) for name in names])
+
+
+# --- what else a model has -------------------------------------------------------------------------------------
+
+
+class Conv1D(nn.Module):
+    """As in transformers' GPT-2: a product whose weight is stored transposed."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.zeros(nx, nf))
+
+
+def test_products_that_are_no_linears_are_named_in_the_summary(table):
+    model = nn.ModuleDict({"c": Conv1D(WIDTH, WIDTH), "embed": nn.Embedding(8, 8), "a": nn.Linear(WIDTH, WIDTH)})
+    model["attention"], model["norm"] = nn.MultiheadAttention(WIDTH, 2), nn.LayerNorm(WIDTH)
+    wants_float8 = asked(table, on_not_plain="ignore")
+    wants_float8.check(model)
+    assert "products that are no nn.Linear, left in bf16: c, attention" in wants_float8.summary()
+    wants_float8.check(nn.ModuleDict({"a": nn.Linear(WIDTH, WIDTH)}))
+    assert "no nn.Linear" not in wants_float8.summary()
+
+
+@pytest.mark.parametrize(("shape", "is_grouped"), [((1, 1, 8), False), ((1, 16, 8), False), ((2, 8, 8), True)])
+def test_class_tokens_and_positions_are_no_experts(table, shape, is_grouped):
+    model = nn.ModuleDict({"a": nn.Linear(WIDTH, WIDTH)})
+    model.cls_token = nn.Parameter(torch.zeros(shape))
+    wants_float8 = asked(table)
+    wants_float8.check(model)
+    assert (wants_float8.left_alone != ()) == is_grouped
+
+
+def test_a_check_after_the_conversion_says_so(table):
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2)])})
+    wants_float8 = asked(table, strict=True)
+    wants_float8.check(model)
+    convert_to_float8_training(model, module_filter_fn=wants_float8)
+    assert wants_float8.check(model) == []
+    assert "already converted: layers.*" in wants_float8.summary()
+
+
+@pytest.mark.parametrize(("pattern", "is_missed"), [("lm_head", False), ("output", False), ("layers.9", True)])
+def test_a_pipeline_stage_may_be_without_the_head(table, pattern, is_missed):
+    wants_float8 = asked(table, filter_fqns=[pattern], on_unmatched="error")
+    model = nn.ModuleDict({"a": nn.Linear(WIDTH, WIDTH)})
+    if is_missed:
+        with pytest.raises(UnmatchedPatternWarning, match=r"^filter_fqns: 'layers\.9' is in no linear's name$"):
+            wants_float8.check(model)
+    else:
+        assert wants_float8.check(model) == []
+
+
+# --- small inputs, by the tables of an H200 --------------------------------------------------------------------
+
+
+def on_h200(model, *, tokens=8192, **options):
+    """What `check` finds, with what it converts."""
+    wants_float8 = auto_filter("tensorwise", tokens=tokens, device="H200", on_stale="ignore", **options)
+    findings = quietly(wants_float8.check, model)
+    return {fqn: d.convert for fqn, d in wants_float8.decisions.items()}, [f.message for f in findings]
+
+
+def wide(*size, **options):
+    return nn.Linear(*size, bias=False, device="meta", **options)
+
+
+def test_linears_of_few_rows_are_doubted_and_can_be_stated():
+    model = nn.ModuleDict(
+        {
+            "experts": nn.ModuleList([wide(7168, 2048)] * 2),
+            "modulation": wide(3072, 18432),
+            "pooler": wide(4096, 4096),
+        }
+    )
+    _, messages = on_h200(model)
+    assert [message.split(":")[0] for message in messages] == ["experts.*", "modulation", "pooler"]
+    stated = {"experts.*": 256, "modulation": 16, "pooler": 4}
+    converted, messages = on_h200(model, rows=stated, on_outside="ignore", on_nothing="ignore")
+    assert (any(converted.values()), messages) == (False, [])
+
+
+@pytest.mark.parametrize("tokens", [16, 512, 1024, 2048])
+def test_few_tokens_are_never_said_to_win_where_none_were_measured(tokens):
+    converted, messages = on_h200(nn.ModuleDict({"a": wide(4096, 14336)}), tokens=tokens, on_nothing="ignore")
+    assert converted["a"] == (tokens >= 1024)
+    assert any("outside" in message for message in messages) == (tokens < 1024)
+
+
+def test_strict_holds_for_a_narrow_linear_and_a_large_head():
+    """Both lie outside the measured range, and border and trend agree."""
+    assert on_h200(nn.ModuleDict({"a": wide(4096, 14336), "b": wide(4096, 16)}), strict=True) == (
+        {"a": True, "b": False},
+        [],
+    )
+    model = nn.ModuleDict({"lm_head": wide(4096, 128_256)})
+    assert on_h200(model, strict=True) == ({"lm_head": True}, [])

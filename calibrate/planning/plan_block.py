@@ -33,7 +33,7 @@ from fp8gate.calibrate.processes.run_folder import run_folder
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plan import Candidate, Plan, PlanProtocol, exceeds_control
 from fp8gate.filter.contract.recipes import Recipe
-from fp8gate.filter.model.linear_layer import grouped_weights
+from fp8gate.filter.model.model_linears import grouped_weights
 
 FEW_ROLES = 7  # of a Llama block: 128 sets
 

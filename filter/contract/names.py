@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""torch.compile, activation checkpointing and FSDP put these parts into module names."""
-_OUTER_WRAPPER = "module"
-"""DistributedDataParallel puts this part in front of every name."""
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "base_layer")
+"""torch.compile, activation checkpointing, FSDP, Lightning and PEFT put these parts into module names."""
+_OUTER_WRAPPERS = (("module",), ("base_model", "model"))
+"""DistributedDataParallel and DeepSpeed put the first of these in front of every name, PEFT the second."""
 
 _BLOCK = re.compile(r"((?:model\.|language_model\.)*layers\.(?:\d+|\*))\.")
 """No other prefix: vision towers have layers too."""
@@ -34,10 +34,16 @@ _TORCHTITAN_ONLY = "qkv_linear"
 
 def plain_name(fqn: str) -> str:
     """A layer's name as the model's author wrote it, without the parts that wrappers put into it."""
-    if "._" not in fqn and not fqn.startswith(("_", _OUTER_WRAPPER)):
+    if "._" not in fqn and not fqn.startswith(("_", "module.", "base_model.")) and not fqn.endswith(".base_layer"):
         return fqn  # most names have no wrapper: not splitting them saves a microsecond
-    names = fqn.split(".")
-    return ".".join(without_wrappers(names[1:] if names[0] == _OUTER_WRAPPER else names))
+    return ".".join(_without_outer_wrappers(without_wrappers(fqn.split("."))))
+
+
+def _without_outer_wrappers(names: list[str]) -> list[str]:
+    for outer in _OUTER_WRAPPERS:
+        if len(names) > len(outer) and tuple(names[: len(outer)]) == outer:
+            return _without_outer_wrappers(names[len(outer) :])
+    return names
 
 
 def without_wrappers(names: list[str]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from fp8gate.filter.contract.names import without_indices
 from fp8gate.filter.model.plain_linear import why_not_plain
 
 _NOT_PRODUCTS = ("embedding_dim", "nf", "normalized_shape")
@@ -116,27 +115,9 @@ def linears_of(module: Any, fqn: str = "") -> Iterator[tuple[str, Any]]:
     """
     for name, child in module.named_children():
         yield from linears_of(child, f"{fqn}.{name}" if fqn else name)
-    if _is_torch_linear(type(module)):
+    if is_torch_linear(type(module)):
         yield fqn, module
 
 
-def grouped_weights(model: Any) -> tuple[str, ...]:
-    """Names of modules that hold several matrices in one parameter, such as grouped experts. Layer indices are *."""
-    grouped = (
-        fqn
-        for fqn, module in model.named_modules()
-        if any(p.ndim == 3 for p in module.parameters(recurse=False)) and not hasattr(module, "kernel_size")
-    )
-    return tuple(dict.fromkeys(map(without_indices, grouped)))
-
-
-def names_without_linears(model: Any) -> Iterator[str]:
-    """Names that a parallel plan may contain beside linears: modules without an nn.Linear, and all parameters."""
-    for name, module in model.named_modules():
-        if not any(_is_torch_linear(type(inner)) for inner in module.modules()):
-            yield name
-    yield from (name for name, _ in model.named_parameters())
-
-
-def _is_torch_linear(cls: type) -> bool:
+def is_torch_linear(cls: type) -> bool:
     return any((c.__module__, c.__name__) == ("torch.nn.modules.linear", "Linear") for c in cls.__mro__)

@@ -30,7 +30,7 @@ def why_not_plain(layer: object) -> str:
     if reason := _own_forward(cls, base):
         return reason
     if "forward" in vars(layer):
-        return "its forward was replaced, which conversion would drop"
+        return "its forward was replaced, as by transformers' tensor parallelism, and conversion would drop that"
     dtype = str(getattr(parameters["weight"], "dtype", ""))
     return "" if dtype in WEIGHT_DTYPES else f"its weight is of {dtype}"
 

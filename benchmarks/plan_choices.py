@@ -18,7 +18,8 @@ from statistics import fmean
 from tabulate import tabulate
 
 from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.plan import PLANS, Plan, Roles, read_plan
+from fp8gate.filter.contract.plan import PLANS, Plan, read_plan
+from fp8gate.filter.contract.role_names import Roles
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, decide
 from fp8gate.filter.decision.lookup import Lookup
 from fp8gate.filter.locate.find_table import find_table

@@ -175,7 +175,7 @@ class AutoFilter:
         self.plans.forget()
 
     def _decide_all(self, model: Any) -> None:
-        self._model = model_linears(model)
+        self._model = model_linears(model, with_other_names=self._linears.shards.has_patterns)
         for name in self._model.without_linears or ():
             self._linears.shards.style(name)
         linears = self._model.linears

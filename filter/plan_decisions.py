@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from fp8gate.filter.contract.names import plain_name, without_indices
-from fp8gate.filter.contract.plan import Plan, Roles, exceeds_control
+from fp8gate.filter.contract.plan import Plan, exceeds_control
+from fp8gate.filter.contract.role_names import RoleNames, Roles
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.findings import Finding, PlanMismatchWarning
@@ -42,6 +43,8 @@ class PlanDecisions:
 
     def __init__(self, plan: Plan, source: str, recomputes: Callable[[str], bool]) -> None:
         self.plan, self.source = plan, source
+        self._names = RoleNames(plan.shapes)
+        self._fitting: set[tuple[Roles, LinearShape, str]] = set()
         self._recomputes = recomputes
         self._by_block: dict[str, _BlockDecision] = {}
         self._unchecked = _BlockDecision(plan.convert, "as a whole, not checked")
@@ -84,7 +87,7 @@ class PlanDecisions:
 
         If the linear could be mistaken for one of the plan's, a finding says why it is another, and the table decides.
         """
-        place = self.plan.place(fqn)
+        place = self._names.place(fqn)
         if place is None or not place.roles:
             return self._unknown(fqn, in_block=place is not None)
         if mismatch := self._mismatch(fqn, place.roles, shape):
@@ -144,6 +147,8 @@ class PlanDecisions:
     def _mismatch(self, fqn: str, roles: Roles, shape: LinearShape) -> Finding | None:
         """Why this linear is not the one that the plan measured under its roles."""
         recompute = "full" if self._recomputes(plain_name(fqn)) else "none"
+        if (roles, shape, recompute) in self._fitting:  # the layers of a model are alike
+            return None
         shapes = [(f"shapes.{role}", shape, self.plan.shape(role)) for role in roles]
         for field, actual, measured in (*shapes, ("recompute", recompute, self.plan.recompute)):
             if actual != measured:
@@ -153,6 +158,7 @@ class PlanDecisions:
         if converted and len(converted) < len(roles):
             expected = f"expected all or none of {_listed(roles)}, as {without_indices(fqn)} is both"
             return self._finding(f"$.convert: {expected}; found {_listed(converted)}; the table decides")
+        self._fitting.add((roles, shape, recompute))
         return None
 
     def _unknown(self, fqn: str, *, in_block: bool) -> Finding | None:
@@ -160,7 +166,7 @@ class PlanDecisions:
 
         That is so for a linear in a block, and for one elsewhere whose name ends with a role. It is not for a head.
         """
-        role = self.plan.alike(fqn)
+        role = self._names.alike(fqn)
         if not in_block and role is None:
             return None
         why = "is none of its roles" if in_block else f"is not named (model.)layers.<i>.{role}"
@@ -178,7 +184,7 @@ class PlanDecisions:
         """block -> its linears, of all linears of a model by name."""
         blocks: defaultdict[str, dict[str, Roles]] = defaultdict(dict)
         for fqn in linears:
-            if place := self.plan.place(fqn):
+            if place := self._names.place(fqn):
                 blocks[place.block][fqn] = place.roles
         return blocks
 

@@ -67,7 +67,9 @@ def _render(headers: list[str], rows: list[list[str]], align: list[Align], width
     kept = [index for index in range(len(headers)) if index not in below]
     if _total([least[index] for index in kept]) > width and len(headers) > 2:
         return _render_in_parts(headers, rows, align, least, width)
-    widths = _shrink([natural[index] for index in kept], [least[index] for index in kept], width)
+    texts = [max(least[index], _natural_width("", columns[index])) for index in kept]
+    widths = _shrink([natural[index] for index in kept], texts, width)  # headers wrap before texts do
+    widths = _shrink(widths, [least[index] for index in kept], width)
     notes = [[(headers[index], row[index]) for index in below if row[index]] for row in rows]
     return _lines(
         [headers[index] for index in kept],
@@ -190,11 +192,14 @@ def _natural_width(header: str, column: list[str]) -> int:
 
 
 def _least_width(header: str, column: list[str]) -> int:
-    """The width of the longest number, name and word of the header; a longer text wraps."""
-    text = WHOLE_NAME if _is_names(column) else NARROWEST
-    words = [_cell_len(word) for word in header.split()]
-    cells = [_cell_len(cell) if NUMBER.fullmatch(cell) else min(_natural_width("", [cell]), text) for cell in column]
-    return max([0, *words, *cells])
+    """The width of the longest number and of the longest word, up to where long texts and names wrap."""
+    longest_text = WHOLE_NAME if _is_names(column) else NARROWEST
+    texts = [cell for cell in column if not NUMBER.fullmatch(cell)]
+    numbers = [_cell_len(cell) for cell in column if NUMBER.fullmatch(cell)]
+    is_long = any(_natural_width("", [text]) > longest_text for text in texts)
+    words = [min(_cell_len(word), longest_text) for text in texts for word in text.split()]
+    headers = [_cell_len(word) for word in header.split()]
+    return max([0, *headers, *numbers, *words, longest_text if is_long else 0])
 
 
 def _usual_align(column: list[str]) -> Align:

@@ -8,6 +8,7 @@ from plans import CANDIDATES, make_plan
 
 from fp8gate.filter.contract.names import block_role
 from fp8gate.filter.contract.plan import Candidate, PlanError, format_plan, parse_plan, read_plan, write_plan
+from fp8gate.filter.contract.role_names import RoleNames
 from fp8gate.filter.contract.shapes import LinearShape
 
 
@@ -126,8 +127,8 @@ def test_a_plan_of_torchtitans_names_knows_hugging_faces():
 
 
 def test_a_name_in_no_block_may_be_like_a_role():
-    assert make_plan().alike("model.vision_tower.layers.0.self_attn.q_proj") == Q
-    assert make_plan().alike("model.other_self_attn.q_proj") is None
+    assert RoleNames(make_plan().shapes).alike("model.vision_tower.layers.0.self_attn.q_proj") == Q
+    assert RoleNames(make_plan().shapes).alike("model.other_self_attn.q_proj") is None
 
 
 def test_a_bare_feed_forwards_roles_are_no_experts():

@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 
-from fp8gate.filter.contract.plan import Candidate, Plan, Roles
+from fp8gate.filter.contract.plan import Candidate, Plan
+from fp8gate.filter.contract.role_names import Roles
 from fp8gate.filter.terminal_table import Align, render_table
 
 MAX_CANDIDATES = 8  # how many more are shown beside the choices; the file has all of them

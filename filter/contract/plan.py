@@ -10,12 +10,11 @@ import math
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import msgspec
 
 from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.names import hugging_face_name, plain_name, split_block
 from fp8gate.filter.contract.plain_yaml import (
     convert,
     format_number,
@@ -27,30 +26,17 @@ from fp8gate.filter.contract.plain_yaml import (
 )
 from fp8gate.filter.contract.reading.messages import FileError
 from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.role_names import PlaceInBlock, RoleNames, Roles
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Device, Positive, Size, Software
 
-Roles = tuple[str, ...]
 CandidateStatus = Literal["measured", "out_of_memory", "failed"]
 
 PLANS = "plans"  # the folder beside a device's tables
 
-_TWO_IN_ONE = {"wkv": ("wk", "wv")}  # torchtitan builds both from one config; its fused wqkv is a single product
-
 
 class PlanError(FileError):
     """A plan that cannot be used; the message names the file, the field and what was expected there."""
-
-
-class PlaceInBlock(NamedTuple):
-    """Where a linear is in a model: in which block, and what the plan calls it there.
-
-    block: such as "model.layers.3", or "" if the model itself is the block. roles: empty if the plan does not know the
-    linear, and two for a linear that a plan knows as two, such as torchtitan's wkv.
-    """
-
-    block: str
-    roles: Roles
 
 
 class PlanProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -154,25 +140,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def place(self, fqn: str) -> PlaceInBlock | None:
         """Where a linear is in a whole model of Hugging Face or torchtitan. None if it is in no block."""
-        name = plain_name(fqn)
-        if roles := self._roles(name):
-            return PlaceInBlock("", roles)
-        found = split_block(name)
-        return PlaceInBlock(found[0], self._roles(found[1])) if found else None
-
-    def alike(self, fqn: str) -> str | None:
-        """The role that a name ends with, for linears in no block. None if it ends with none."""
-        name = hugging_face_name(plain_name(fqn))
-        return next((role for role in self.shapes if name.endswith(f".{hugging_face_name(role)}")), None)
-
-    def _roles(self, name_in_block: str) -> Roles:
-        """The roles of a linear by its name within a block. Empty if the plan lacks one of them."""
-        known = {hugging_face_name(role): role for role in self.shapes}
-        parent, _, last = name_in_block.rpartition(".")
-        names = [hugging_face_name(name_in_block)]
-        if names[0] not in known and last in _TWO_IN_ONE:
-            names = [hugging_face_name(f"{parent}.{part}") for part in _TWO_IN_ONE[last]]
-        return tuple(known[name] for name in names) if all(name in known for name in names) else ()
+        return RoleNames(self.shapes).place(fqn)
 
     @property
     def possible(self) -> Roles:

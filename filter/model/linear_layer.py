@@ -44,23 +44,18 @@ def linear_size(layer: object) -> LinearSize | str:
     """
     if _is_float8(type(layer)):
         return ALREADY_FLOAT8
-    size = _size(layer)
-    if isinstance(size, str):
-        return size
     weight = getattr(layer, "weight", None)
-    return size._replace(refused=why_not_plain(layer), is_frozen=getattr(weight, "requires_grad", True) is False)
-
-
-def _size(layer: object) -> LinearSize | str:
-    weight = getattr(layer, "weight", None)
+    is_frozen = getattr(weight, "requires_grad", True) is False
     if hasattr(weight, "placements") and (local := _local_size(layer, weight)):
-        return local
+        return local._replace(refused=why_not_plain(layer), is_frozen=is_frozen)
     in_features, out_features = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
     if isinstance(in_features, int) and isinstance(out_features, int):
-        return LinearSize(in_features, out_features) if in_features and out_features else "of no size yet"
+        if not (in_features and out_features):
+            return "of no size yet"
+        return LinearSize(in_features, out_features, False, "", why_not_plain(layer), is_frozen)
     shape: Any = getattr(weight, "shape", ())
     if len(shape) == 2 and not any(hasattr(layer, attribute) for attribute in _NOT_PRODUCTS):
-        return LinearSize(int(shape[1]), int(shape[0]))
+        return LinearSize(int(shape[1]), int(shape[0]), False, "", why_not_plain(layer), is_frozen)
     return "not a linear layer"
 
 
@@ -119,5 +114,11 @@ def linears_of(module: Any, fqn: str = "") -> Iterator[tuple[str, Any]]:
         yield fqn, module
 
 
+_LINEAR: dict[type, bool] = {}
+
+
 def is_torch_linear(cls: type) -> bool:
-    return any((c.__module__, c.__name__) == ("torch.nn.modules.linear", "Linear") for c in cls.__mro__)
+    """Whether this is torch's nn.Linear or a subclass, without importing torch."""
+    if cls not in _LINEAR:
+        _LINEAR[cls] = any((c.__module__, c.__name__) == ("torch.nn.modules.linear", "Linear") for c in cls.__mro__)
+    return _LINEAR[cls]

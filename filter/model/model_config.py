@@ -6,6 +6,7 @@ model, with its count and sizes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,7 @@ class LinearRole:
     out_features: int
 
 
+CONFIG = "config.json"
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 """Model types that have the same linears: they differ in biases and norms only."""
 MIXTURE = ("mixtral",)
@@ -98,10 +100,10 @@ BUNDLED = BundledModels()
 
 
 def load_model(model: str) -> ModelConfig:
-    """The config of a bundled model, by name, or of a config.json, by path.
+    """The config of a bundled model, by name, or of a config.json, by its path or by that of its folder.
 
-    Raises ModelError if it is neither, if the config lacks a field, is of a type whose linears are not known, or has
-    sizes that do not go together.
+    Raises ModelError if it is none of these, if the config lacks a field, is of a type whose linears are not known, or
+    has sizes that do not go together.
     """
     config = convert(config_facts(model), ModelConfig, source=model, error=ModelError)
     if config.model_type not in (*DENSE, *MIXTURE):
@@ -155,9 +157,13 @@ def _config_json(model: str) -> str:
         from importlib import resources  # takes longer to import than all of fp8gate
 
         return (resources.files("fp8gate.filter.model") / "bundled" / f"{model}.json").read_text(encoding="utf-8")
+    is_folder = os.path.isdir(model)
+    path = os.path.join(model, CONFIG) if is_folder else model
     try:
-        return read_utf8(model, at_most=MAX_BYTES)
+        return read_utf8(path, at_most=MAX_BYTES)
     except UnreadableError as error:
+        if is_folder:
+            raise ModelError(f"model: expected a {CONFIG} in the folder; {path}: {error}") from error
         names = ", ".join(BUNDLED)
         raise ModelError(f"model: expected a config.json or one of {names}; got {model!r} ({error})") from error
 

@@ -5,7 +5,7 @@ In: an nn.Module, or names with layers or their configs. Out: a `ModelLinears`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from fp8gate.filter.contract.names import without_indices
@@ -27,8 +27,8 @@ class ModelLinears(NamedTuple):
     without_linears: tuple[str, ...] | None = None
 
 
-def model_linears(model: Any) -> ModelLinears:
-    """Look through an nn.Module, or through (fqn, layer or config) pairs."""
+def model_linears(model: Any, *, with_other_names: bool) -> ModelLinears:
+    """Look through an nn.Module, or through (fqn, layer or config) pairs. with_other_names: find `without_linears`."""
     is_module = hasattr(model, "named_modules")
     sizes = [(fqn, linear_size(layer)) for fqn, layer in (linears_of(model) if is_module else model)]
     found = ModelLinears(
@@ -39,36 +39,36 @@ def model_linears(model: Any) -> ModelLinears:
         return found
     return found._replace(
         left_alone=grouped_weights(model),
-        other_products=other_products(model),
-        without_linears=tuple(names_without_linears(model)),
+        other_products=_unique_names(model, _multiplies),
+        without_linears=tuple(_names_without_linears(model)) if with_other_names else (),
     )
 
 
 def grouped_weights(model: Any) -> tuple[str, ...]:
     """Names of modules that hold several matrices in one parameter, such as grouped experts. Layer indices are *."""
-    grouped = (
-        fqn
-        for fqn, module in model.named_modules()
-        if any(p.ndim == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False))
-        and not hasattr(module, "kernel_size")
-    )
-    return tuple(dict.fromkeys(map(without_indices, grouped)))
+    return _unique_names(model, _is_grouped)
 
 
-def other_products(model: Any) -> tuple[str, ...]:
-    """Names of modules that multiply by a matrix and are no nn.Linear, such as Conv1D. Layer indices are *."""
-    found = (fqn for fqn, module in model.named_modules() if _multiplies(module))
-    return tuple(dict.fromkeys(map(without_indices, found)))
+def _unique_names(model: Any, is_meant: Callable[[Any], bool]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(without_indices(fqn) for fqn, module in model.named_modules() if is_meant(module)))
+
+
+def _is_grouped(module: Any) -> bool:
+    """A first dimension of 1 is that of class tokens and positions."""
+    grouped = any(p is not None and p.ndim == 3 and p.shape[0] > 1 for p in module._parameters.values())
+    return grouped and not hasattr(module, "kernel_size")
 
 
 def _multiplies(module: Any) -> bool:
-    if is_torch_linear(type(module)) or any(hasattr(module, mark) for mark in ("embedding_dim", "kernel_size")):
+    """Whether it holds a matrix and is neither an nn.Linear nor an embedding or a convolution."""
+    matrices = (module._parameters.get(name) for name in ("weight", "in_proj_weight"))
+    if not any(p is not None and p.ndim == 2 and min(p.shape) > 1 for p in matrices):
         return False
-    matrices = (p for name, p in module.named_parameters(recurse=False) if name in ("weight", "in_proj_weight"))
-    return any(p.ndim == 2 and min(p.shape) > 1 for p in matrices)
+    is_other = any(hasattr(module, mark) for mark in ("embedding_dim", "kernel_size"))
+    return not (is_other or is_torch_linear(type(module)))
 
 
-def names_without_linears(model: Any) -> Iterator[str]:
+def _names_without_linears(model: Any) -> Iterator[str]:
     """Names that a parallel plan may contain beside linears: modules without an nn.Linear, and all parameters."""
     for name, module in model.named_modules():
         if not any(is_torch_linear(type(inner)) for inner in module.modules()):

@@ -178,6 +178,10 @@ class Shards:
         local = self._tokens if rows is None else -(-rows // self._cp)
         return divided(style or "replicated", self._tp, LinearShape(local, in_features, out_features))
 
+    @property
+    def has_patterns(self) -> bool:
+        return bool(self._patterns)
+
     def forget(self) -> None:
         """Prepare for another model: no pattern has matched."""
         self._matched.clear()

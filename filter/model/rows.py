@@ -44,9 +44,15 @@ class Rows:
         self._tokens = tokens
         self._stated = stated
         self._matched: set[str] = set()
+        self._known: dict[str, RowCount] = {}
         self.observation: Observation | None = None
 
     def of(self, name: str) -> RowCount:
+        if name not in self._known:
+            self._known[name] = self._find(name)
+        return self._known[name]
+
+    def _find(self, name: str) -> RowCount:
         if matching := [pattern for pattern in self._stated if fnmatchcase(name, pattern)]:
             self._matched.update(matching)
             return RowCount(self._stated[matching[-1]], "stated")
@@ -58,6 +64,7 @@ class Rows:
     def forget(self) -> None:
         """Prepare for another model."""
         self._matched.clear()
+        self._known.clear()
         self.observation = None
 
     @property

@@ -1,0 +1,56 @@
+"""The roles of a plan in a whole model: which block a linear is in, and what the plan calls it there. Pure.
+
+In: a plan's roles, a linear's name in a model of Hugging Face or torchtitan. Out: a `PlaceInBlock`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import NamedTuple
+
+from fp8gate.filter.contract.names import hugging_face_name, plain_name, split_block
+
+Roles = tuple[str, ...]
+
+_TWO_IN_ONE = {"wkv": ("wk", "wv")}  # torchtitan builds both from one config; its fused wqkv is a single product
+
+
+class PlaceInBlock(NamedTuple):
+    """Where a linear is in a model: in which block, and what the plan calls it there.
+
+    block: such as "model.layers.3", or "" if the model itself is the block. roles: empty if the plan does not know the
+    linear, and two for a linear that a plan knows as two, such as torchtitan's wkv.
+    """
+
+    block: str
+    roles: Roles
+
+
+class RoleNames:
+    """Finds the roles of linears. The layers of a model share their names within a block, so each is found once."""
+
+    def __init__(self, roles: Iterable[str]) -> None:
+        self._known = {hugging_face_name(role): role for role in roles}
+        self._roles = cache(self._find_roles)
+
+    def place(self, fqn: str) -> PlaceInBlock | None:
+        """Where a linear is. None if it is in no block."""
+        name = plain_name(fqn)
+        if found := split_block(name):
+            return PlaceInBlock(found[0], self._roles(found[1]))
+        roles = self._roles(name)
+        return PlaceInBlock("", roles) if roles else None
+
+    def alike(self, fqn: str) -> str | None:
+        """The role that a name ends with, for linears in no block. None if it ends with none."""
+        name = hugging_face_name(plain_name(fqn))
+        return next((role for known, role in self._known.items() if name.endswith(f".{known}")), None)
+
+    def _find_roles(self, name_in_block: str) -> Roles:
+        """The roles of a linear by its name within a block. Empty if the plan lacks one of them."""
+        parent, _, last = name_in_block.rpartition(".")
+        names = [hugging_face_name(name_in_block)]
+        if names[0] not in self._known and last in _TWO_IN_ONE:
+            names = [hugging_face_name(f"{parent}.{part}") for part in _TWO_IN_ONE[last]]
+        return tuple(self._known[name] for name in names) if all(name in self._known for name in names) else ()

@@ -1,10 +1,11 @@
 """Hugging Face Accelerate and Trainer: the filter as `module_filter_func` of AORecipeKwargs.
 
-On a GPU that has been calibrated, with a Llama 3 8B's widths:
     python examples/accelerate_trainer.py accelerate
     python examples/accelerate_trainer.py trainer
-Without a GPU both run on the CPU, float8 included. By default Accelerate leaves the first and the last linear in bf16.
-Your own filter replaces that default, so name these linears in `filter_fqns` if they should stay in bf16.
+take two layers of a Llama 3 8B's widths. Without a GPU they decide by the tables of an NVIDIA H200 and train nothing,
+which takes no memory; see torchao_convert.py for a tiny model that trains on a CPU. By default Accelerate leaves the
+first and the last linear in bf16. Your own filter replaces that default, so name these linears in `filter_fqns` if they
+should stay in bf16.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AORecipeKwargs
+from example_options import make_parser, parse, say_that_nothing_is_trained
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -26,7 +28,9 @@ COMPILER = "inductor" if torch.cuda.is_available() else "no"  # the casts are fa
 
 
 def main() -> None:
-    args = arguments()
+    parser = make_parser(__doc__)
+    parser.add_argument("framework", choices=FRAMEWORKS, nargs="?", default="accelerate")
+    args = parse(parser)
     config = LlamaConfig(
         hidden_size=args.dim,
         intermediate_size=args.hidden,
@@ -44,9 +48,13 @@ def main() -> None:
     )
     with torch.device("meta"):
         wants_float8.check(LlamaForCausalLM(config))  # the model has no weights yet
+    if not args.steps:
+        print(wants_float8.report())
+        say_that_nothing_is_trained()
+        return
     model = LlamaForCausalLM(config)
     ids = torch.randint(args.vocab, (args.steps, args.batch, args.sequence))
-    {"accelerate": with_accelerate, "trainer": with_trainer}[args.framework](model, ids, recipe(args, wants_float8))
+    FRAMEWORKS[args.framework](model, ids, recipe(args, wants_float8))
     print(wants_float8.report())
     print(f"{sum(isinstance(m, Float8Linear) for m in model.modules())} Float8Linear in the model")
 
@@ -93,20 +101,7 @@ def with_trainer(model: LlamaForCausalLM, ids: torch.Tensor, recipe: AORecipeKwa
     print(f"step {result.global_step - 1}: loss {result.training_loss:.4f} on average")
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("framework", choices=["accelerate", "trainer"])
-    parser.add_argument("--recipe", default="rowwise")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--sequence", type=int, default=8192)
-    parser.add_argument("--dim", type=int, default=4096)
-    parser.add_argument("--hidden", type=int, default=14336)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--vocab", type=int, default=128256)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--device", help="whose table to use, such as 'NVIDIA H200'; default: this machine's")
-    parser.add_argument("--tables", help="a table, or a folder of tables; default: those that come with fp8gate")
-    return parser.parse_args()
+FRAMEWORKS = {"accelerate": with_accelerate, "trainer": with_trainer}
 
 
 if __name__ == "__main__":

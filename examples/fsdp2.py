@@ -1,18 +1,22 @@
 """Plain FSDP2: every rank decides, the ranks check that they agree, then each converts and shards.
 
-On two GPUs that have been calibrated, with a Llama 3 8B's widths:
-    torchrun --nproc-per-node 2 examples/fsdp2.py
+It needs torchrun, with as many processes as there are GPUs:
+    torchrun --nproc-per-node=2 examples/fsdp2.py
+takes two layers of a Llama 3 8B's widths. Without a GPU the ranks speak over gloo, decide by the tables of an NVIDIA
+H200 and train nothing, which takes no memory; see torchao_convert.py for a tiny model that trains on a CPU.
 FSDP divides what is stored, not what is multiplied. So the filter is asked about each layer at its whole size, and
-`tokens` are those of one rank. Without a GPU the example runs on the CPU, over gloo.
+`tokens` are those of one rank.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 import torch
 import torch.distributed as dist
+from example_options import make_parser, parse, say_that_nothing_is_trained
 from small_llama import Llama
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -24,7 +28,9 @@ from fp8gate import auto_filter
 
 
 def main() -> None:
-    args = arguments()
+    args = parse(make_parser(__doc__))
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit("fsdp2.py needs torchrun: torchrun --nproc-per-node=2 examples/fsdp2.py")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -33,10 +39,13 @@ def main() -> None:
         with torch.device("meta"):
             model = Llama(dim=args.dim, hidden=args.hidden, layers=args.layers, vocab=args.vocab)
         convert(model, args)  # before sharding, as torchao wants it
-        shard(model, mesh)
-        model.to_empty(device=device)
-        model.init_weights()
-        train(model, device, args)
+        if args.steps:
+            shard(model, mesh)
+            model.to_empty(device=device)
+            model.init_weights()
+            train(model, device, args)
+        elif dist.get_rank() == 0:
+            say_that_nothing_is_trained()
     finally:
         dist.destroy_process_group()
 
@@ -77,21 +86,6 @@ def train(model: Llama, device: str, args: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad()
         print(f"rank {dist.get_rank()}, step {step}: loss {loss.item():.4f}")
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="rowwise")
-    parser.add_argument("--batch", type=int, default=1, help="sequences per rank")
-    parser.add_argument("--sequence", type=int, default=8192)
-    parser.add_argument("--dim", type=int, default=4096)
-    parser.add_argument("--hidden", type=int, default=14336)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--vocab", type=int, default=128256)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--device", help="whose table to use, such as 'NVIDIA H200'; default: this machine's")
-    parser.add_argument("--tables", help="a table, or a folder of tables; default: those that come with fp8gate")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

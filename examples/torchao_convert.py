@@ -1,9 +1,9 @@
-"""torchao: ask about a model before it has weights, convert it, train a step.
+"""torchao: ask about a model before it has weights, convert it, train two steps.
 
-On a GPU that has been calibrated, with a Llama 3 8B's widths:
     python examples/torchao_convert.py
-Convert by the table of another device, without training:
-    python examples/torchao_convert.py --device "NVIDIA H200" --steps 0
+takes two layers of a Llama 3 8B's widths. Without a GPU it decides by the tables of an NVIDIA H200 and trains nothing,
+which takes no memory. A tiny model trains on a CPU too, by a table that has its sizes:
+    python examples/torchao_convert.py --dim 64 --hidden 256 --vocab 512 --sequence 64 --steps 2 --tables TABLE
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from example_options import make_parser, parse, say_that_nothing_is_trained
 from small_llama import Llama
 from torch.nn import functional as F
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -20,7 +21,7 @@ from fp8gate import auto_filter
 
 
 def main() -> None:
-    args = arguments()
+    args = parse(make_parser(__doc__))
     with torch.device("meta"):
         model = Llama(dim=args.dim, hidden=args.hidden, layers=args.layers, vocab=args.vocab).to(torch.bfloat16)
 
@@ -38,6 +39,8 @@ def main() -> None:
     print(f"{sum(isinstance(m, Float8Linear) for m in model.modules())} Float8Linear in the model")
     if args.steps:
         train(model, args)
+    else:
+        say_that_nothing_is_trained()
 
 
 def train(model: Llama, args: argparse.Namespace) -> None:
@@ -55,21 +58,6 @@ def train(model: Llama, args: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad()
         print(f"step {step}: loss {loss.item():.4f}")
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="rowwise")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--sequence", type=int, default=8192)
-    parser.add_argument("--dim", type=int, default=4096)
-    parser.add_argument("--hidden", type=int, default=14336)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--vocab", type=int, default=128256)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--device", help="whose table to use, such as 'NVIDIA H200'; default: this machine's")
-    parser.add_argument("--tables", help="a table, or a folder of tables; default: those that come with fp8gate")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ sizes are those of the whole model, and `parallel` divides them. In your own con
         "8B", converters=[GatedFloat8Converter.Config(tokens=8192, model_compile_enabled=True)]
     )
 
-Show what it would convert, without a GPU:
-    python examples/torchtitan_converter.py --flavor 70B --tp 8 --device "NVIDIA H200" --emulate
+    python examples/torchtitan_converter.py --flavor 70B --tp 8
+shows what it would convert, and trains nothing. Without a GPU it decides by the tables of an NVIDIA H200.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import logging
 import sys
 from dataclasses import dataclass, field
 
+from example_options import HAS_GPU, add_table_options, parse
 from torchtitan.components.quantization.float8 import Float8Linear, Float8LinearConverter
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.llama3 import model_registry
@@ -67,6 +68,7 @@ class GatedFloat8Converter(Float8LinearConverter):
 
 def main() -> None:
     args = arguments()
+    emulate = args.emulate or not HAS_GPU
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     converter = GatedFloat8Converter.Config(
         recipe_name=args.recipe,
@@ -75,8 +77,8 @@ def main() -> None:
         parallel=Parallel(tp=args.tp, cp=args.cp, plan="torchtitan"),
         device=args.device,
         tables=args.tables,
-        emulate=args.emulate,
-        model_compile_enabled=not args.emulate,
+        emulate=emulate,
+        model_compile_enabled=not emulate,
     )
     model_config = model_registry(args.flavor, converters=[converter]).model
     linears = list(model_config.traverse(Linear.Config))
@@ -91,10 +93,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--cp", type=int, default=1)
-    parser.add_argument("--emulate", action="store_true", help="where there is no GPU with float8")
-    parser.add_argument("--device", help="whose table to use, such as 'NVIDIA H200'; default: this machine's")
-    parser.add_argument("--tables", help="a table, or a folder of tables; default: those that come with fp8gate")
-    return parser.parse_args()
+    parser.add_argument("--emulate", action="store_true", help="for a GPU without float8; always without a GPU")
+    add_table_options(parser)
+    return parse(parser)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from fp8gate.filter.linear_decisions import LinearDecisions
 from fp8gate.filter.locate.find_table import find_table
 from fp8gate.filter.model.linear_layer import linear_size
 from fp8gate.filter.model.model_linears import ModelLinears, model_linears
-from fp8gate.filter.model.observe import ExampleInputs, observe
+from fp8gate.filter.model.observe import ExampleInputs, Observation, observe
 from fp8gate.filter.model.parallel import Parallel
 from fp8gate.filter.plan_choice import AUTO, PlanArgument, PlanChoice
 from fp8gate.filter.settings import NOT_PARALLEL, FilterSettings, Recompute, policies
@@ -98,9 +98,15 @@ class AutoFilter:
         self._settle()
         return findings
 
-    def examine(self, model: Any = None, *, example_inputs: ExampleInputs = None) -> list[Finding]:
-        """The same, but for warnings and errors: the next answer, or `check`, gives those."""
-        observation = None if example_inputs is None else observe(model, example_inputs)
+    def examine(
+        self, model: Any = None, *, example_inputs: ExampleInputs = None, observation: Observation | None = None
+    ) -> list[Finding]:
+        """The same, but for warnings and errors: the next answer, or `check`, gives those.
+
+        observation: of a forward that has run already.
+        """
+        if example_inputs is not None:
+            observation = observe(model, example_inputs)
         if model is not None:
             self._forget()
             self._linears.rows.observation = observation

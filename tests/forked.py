@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from samples import journal_points, quick_points
+from samples import NEVER_NOISE, journal_points, quick_points
 
 from fp8gate.calibrate.device import cpu
 from fp8gate.calibrate.device.cpu import Cpu
@@ -160,10 +160,10 @@ def run_script(path: Path, *arguments: object) -> None:
 
 
 def prepare() -> None:
-    """Points take milliseconds, and no control is off."""
+    """Points take milliseconds, no control is off, and none is noise."""
     torch.set_num_threads(1)
     cpu.FLUSH_BYTES = 2**16
-    Cpu.defaults = dataclasses.replace(Cpu.defaults, control=9.0)
+    Cpu.defaults = dataclasses.replace(Cpu.defaults, control=9.0, noise=NEVER_NOISE)
     setup.POINT_SETTLE_S, setup.POINT_RUN_S, setup.NEAR_S = 0.0, 0.0, 0.001
     session.WorkerPool = functools.partial(WorkerPool, serve=serve_quick_points)  # type: ignore[misc]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from fp8gate.calibrate.device.kind import NoiseLimits
 from fp8gate.calibrate.points.point_record import CONTROL, ArmRecord, PointRecord, Stages
 from fp8gate.calibrate.points.setup import Setup
 from fp8gate.calibrate.sweep.journal import content_of
@@ -43,6 +46,8 @@ PROTOCOL = SweepProtocol(
     near_s=0.4,
     control=0.2,
 )
+NEVER_NOISE = NoiseLimits(width=math.inf, apart=math.inf, waited=math.inf, measures_twice=False)
+"""Points of milliseconds, on a machine that others use too, are mostly noise."""
 TABLE_PROTOCOL = msgspec.structs.replace(PROTOCOL, estimate="quotient_of_times")
 """PROTOCOL, as a table that is made from records states it."""
 PROTOCOLS = dict.fromkeys(RECIPES, PROTOCOL)
@@ -108,7 +113,8 @@ def python(*args: str, **environment: str) -> subprocess.Popen[str]:
 
 @contextlib.contextmanager
 def quick_points() -> Iterator[None]:
-    """Points measured in this process take milliseconds: little is flushed, and no thread waits for another.
+    """Points measured in this process take milliseconds: little is flushed, and no thread waits for another. None is
+    noise.
 
     A process started with `python(..., OMP_NUM_THREADS="1")` has the same set-up.
     """
@@ -116,11 +122,13 @@ def quick_points() -> Iterator[None]:
 
     from fp8gate.calibrate.device import cpu
 
-    threads, flush_bytes = torch.get_num_threads(), cpu.FLUSH_BYTES
+    threads, flush_bytes, defaults = torch.get_num_threads(), cpu.FLUSH_BYTES, cpu.Cpu.defaults
     torch.set_num_threads(1)
+    cpu.Cpu.defaults = dataclasses.replace(defaults, noise=NEVER_NOISE)
     cpu.FLUSH_BYTES = 2**16
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         cpu.FLUSH_BYTES = flush_bytes
+        cpu.Cpu.defaults = defaults

@@ -105,6 +105,7 @@ def loaded_after(*args: str) -> set[str]:
     [
         ["--help"],
         ["calibrate", "--help"],
+        ["verify", "--files"],
         ["explain", "llama3-8b", "--recipe", "all", "--tokens", "8192", "--device", "NVIDIA H200"],
     ],
 )

@@ -99,7 +99,7 @@ def test_failed_nearest_point_refuses_however_fast_its_neighbour_is(speedup):
     )
 
 
-@pytest.mark.parametrize("status", ["out_of_memory", "unstable"])
+@pytest.mark.parametrize("status", ["out_of_memory", "unstable", "noisy"])
 def test_other_gap_is_said_but_decided_by_the_next_point(status):
     points = [make_point(32, 64, 64, 2.0), make_point(32, 64, 128, status=status), make_point(32, 64, 512, 0.5)]
     provenance = f"nearest (32, 64, 64), a nearer point is {status}"
@@ -211,7 +211,7 @@ def test_indivisible_shape_is_refused_with_recomputation_too():
 
 @pytest.mark.parametrize(
     ("shape", "is_far"),
-    [((256, 64, 128), False), ((272, 64, 128), True), ((32, 64, 16), False), ((32, 1024, 128), True)],
+    [((320, 64, 128), False), ((336, 64, 128), True), ((32, 64, 16), False), ((32, 1024, 128), True)],
 )
 def test_far_outside_of_what_was_measured_nothing_is_converted(shape, is_far):
     decision = decided(shape, make_point(32, 64, 128, 2.0))

@@ -19,7 +19,9 @@ from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.table import Point, TableError
 from fp8gate.filter.explain.explanation import Explanation, explain
 from fp8gate.filter.explain.remarks import EVIDENCE, remarks
-from fp8gate.filter.model.model_config import BUNDLED, ModelConfig
+from fp8gate.filter.model.describe import describe_model
+from fp8gate.filter.model.described_model import DescribedModel
+from fp8gate.filter.model.model_config import BUNDLED, ModelConfig, linear_roles, not_linear
 from fp8gate.filter.model.parallel import Parallel, ShardError
 
 TOKENS = 32
@@ -70,7 +72,11 @@ def explained(
             recompute="full" if recomputed else "none",
             on_stale="ignore",
         )
-        return explain("tiny", config, wants_float8)
+        return explain(describe(config), wants_float8)
+
+
+def describe(config: ModelConfig) -> DescribedModel:
+    return DescribedModel(name="tiny", linears=tuple(linear_roles(config)), note=not_linear(config))
 
 
 def times_us(explanation: Explanation) -> dict[str, float]:
@@ -322,7 +328,6 @@ def test_a_row_ahead_of_the_table_has_its_sentence_with_the_evidence():
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("model", BUNDLED)
 def test_no_committed_number_shows_fp8gate_behind_without_its_sentence(model, recipe):
-    config = BUNDLED[model]
     for tp, tokens, recompute in itertools.product((1, 2, 4, 8), (1024, 8192, 16384), ("none", "full")):
         wants_float8 = auto_filter(
             recipe,
@@ -332,7 +337,7 @@ def test_no_committed_number_shows_fp8gate_behind_without_its_sentence(model, re
             recompute=recompute,
             **dict.fromkeys(("on_stale", "on_outside", "on_ambiguous", "on_nothing", "on_plan"), "ignore"),
         )
-        explanation = explain(model, config, wants_float8)
+        explanation = explain(describe_model(model, tokens), wants_float8)
         is_behind = min(times_us(explanation).values()) < explanation.chosen.us * (1 - 1e-9)
         said = [remark for remark in remarks(explanation) if remark.startswith("By the sum of single linears")]
         assert len(said) == is_behind
@@ -364,12 +369,12 @@ def test_outside_the_grid_one_line_has_the_command():
     assert outside.endswith(": fp8gate calibrate --model tiny --tokens 32")
 
 
-@pytest.mark.parametrize(("tokens", "is_far"), [(TOKENS * 8, False), (TOKENS * 8 + 8, True), (TOKENS // 8 - 1, True)])
+@pytest.mark.parametrize(("tokens", "is_far"), [(TOKENS * 10, False), (TOKENS * 10 + 16, True)])
 def test_far_outside_the_grid_is_an_error_and_no_number(tokens, is_far):
     if not is_far:
-        assert explained(tokens=tokens).bf16.us == pytest.approx(8 * BF16_US)
+        assert explained(tokens=tokens).bf16.us == pytest.approx(10 * BF16_US)
         return
     with pytest.raises(TableError) as caught:
         explained(tokens=tokens)
-    assert "too far outside of what was measured, more than 8 times: wq" in str(caught.value)
+    assert "too far outside of what was measured, more than 10 times: wq" in str(caught.value)
     assert str(caught.value).endswith(f"run on it: fp8gate calibrate --model tiny --tokens {tokens}")

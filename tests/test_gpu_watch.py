@@ -275,3 +275,9 @@ def test_a_lock_that_leads_elsewhere_is_refused_and_not_written_to(temporary):
     with pytest.raises(InputError, match="expected a file of its own"), DeviceLock(CPU):
         pass
     assert elsewhere.read_text() == "mine"
+
+
+def test_only_a_processors_timings_are_disturbed_by_waiting_for_one(nvml):
+    assert GpuWatch(CUDA).waited_s() is None
+    waited_s = CpuWatch().waited_s()
+    assert waited_s is None or waited_s >= 0.0  # None where the system does not tell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from builders import make_point, make_table, write_file
 from samples import CPU, GPU, replaced
 
 from fp8gate.calibrate.device.registry import KINDS
@@ -15,7 +16,7 @@ from fp8gate.calibrate.sweep.grid import (
     too_large,
 )
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Grid
+from fp8gate.filter.contract.table import Grid, TableError
 
 SHAPES = [LinearShape(m, k, n) for m in (16, 32, 64) for k in (16, 48) for n in (16, 32)]
 GRIDS = [(kind, name) for kind in KINDS for name in KINDS[kind].defaults.grids]
@@ -177,3 +178,17 @@ def test_too_large_by_memory():
 def test_point_memory_is_that_of_operands_and_four_arms():
     elements = 16 * 32 + 32 * 48 + 16 * 48
     assert point_memory_bytes(LinearShape(16, 32, 48)) == 18 * elements
+
+
+def test_a_table_is_a_grid_of_its_own_points(tmp_path):
+    """So that what was measured can be measured again."""
+    points = (make_point(16, 32, 48), make_point(16, 32, 64, status="noisy"), make_point(64, 96, 48))
+    path = write_file(make_table(*points, grid=Grid(m=(16,), k=(32,), n=(48, 64))), tmp_path / "rowwise.yaml")
+    grid, shapes = load_grid(str(path), "cpu")
+    assert grid == Grid(m=(16,), k=(32,), n=(48, 64))
+    assert shapes == [point.shape for point in points]
+
+
+def test_a_table_that_breaks_its_format_is_no_grid(load):
+    with pytest.raises(TableError, match=r"grid\.yaml: "):
+        load("schema: 1\nrecipe: rowwise\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import resource
@@ -10,7 +11,7 @@ import zlib
 import msgspec
 import pytest
 import torch
-from samples import PROTOCOLS, SETUP, SOFTWARE, point_record, replaced
+from samples import NEVER_NOISE, PROTOCOLS, SETUP, SOFTWARE, point_record, replaced
 
 from fp8gate.calibrate.device.cpu import Cpu
 from fp8gate.calibrate.planning.visit_journal import VisitRecord
@@ -322,6 +323,7 @@ def test_a_setup_keeps_its_header_and_its_file(tmp_path, header, name):
 
 def test_an_earlier_journal_is_gone_on_with_and_nothing_is_measured_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Cpu, "identity", lambda kind, device, local_rank: f"node7 cpu {local_rank}")
+    monkeypatch.setattr(Cpu, "defaults", dataclasses.replace(Cpu.defaults, noise=NEVER_NOISE))
     monkeypatch.setattr(PointBench, "measure", lambda bench, point: pytest.fail(f"{point.task} is measured again"))
     path = tmp_path / "cpu-amd-epyc" / "journal-9b5894d6.jsonl"
     path.parent.mkdir()

@@ -95,11 +95,11 @@ class Sweeps:
         self.wait_until(lambda: len(self.family()[1]) == 2)
 
     def finish(self):
-        """Let it run to its end, and again if the control was off. Returns what it said last."""
+        """Let it run to its end, and again if the control was off. Returns what it said last. Noise is an end too."""
         for _ in range(MAX_RUNS):
             self.wait_until_ended()
             output, errors = self.process.communicate()
-            if self.process.returncode == 0:
+            if self.process.returncode == 0 or "are noise and decide nothing" in errors:
                 return output + errors
             assert self.process.returncode == 1, errors
             assert "bf16 against itself was" in output
@@ -153,15 +153,17 @@ def is_alive(pid):
 
 
 def assert_complete(sweep):
-    """Each shape was measured once, one of them again, and all are in every table."""
+    """Each shape was measured once, and one of them again, before any second look; and all are in every table."""
     records = sweep.records()
-    assert sorted((r.m, r.k, r.n) for r in records if not r.repeat) == SHAPES
-    assert len([r for r in records if r.repeat]) == 1
+    first, looks = records[: len(SHAPES) + 1], records[len(SHAPES) + 1 :]
+    assert sorted((r.m, r.k, r.n) for r in first if not r.repeat) == SHAPES
+    (again,) = ((r.m, r.k, r.n) for r in first if r.repeat)
+    assert {(r.m, r.k, r.n) for r in looks} >= {*SHAPES} - {again}
     tables = {path.stem: read_table(path) for path in sweep.out.rglob("*.yaml")}
     assert set(tables) == set(RECIPES)
     for table in tables.values():
         assert [(p.m, p.k, p.n) for p in table.points] == SHAPES
-        assert {p.status for p in table.points} <= {"measured", "ambiguous"}
+        assert {p.status for p in table.points} <= {"measured", "ambiguous", "noisy"}
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from torchao.float8.float8_linear import Float8Linear
 from fp8gate import NothingConvertedWarning, NotPlainLinearWarning, Parallel, auto_filter
 from fp8gate.filter.explain.explanation import explain
 from fp8gate.filter.locate.places import ENVIRONMENT
+from fp8gate.filter.model.describe import describe_model
 from fp8gate.filter.model.model_config import BUNDLED, linear_roles
 from fp8gate.filter.model.parallel import Shards
 
@@ -74,7 +75,7 @@ def explained(tp):
     """name with layer indices as * -> the decision that `fp8gate explain` shows."""
     parallel = Parallel(tp=tp, plan="transformers")
     asked = auto_filter("rowwise", tokens=TOKENS, device="NVIDIA H200", parallel=parallel, **NOT_ON_THE_GRID)
-    return {layer.linear.fqn: layer.decision for layer in explain("llama3-70b", CONFIG, asked).layers}
+    return {layer.linear.fqn: layer.decision for layer in explain(describe_model("llama3-70b", TOKENS), asked).layers}
 
 
 def by_name(decisions):

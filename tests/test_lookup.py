@@ -104,7 +104,7 @@ def test_times_scale_with_the_work_and_the_speedup_does_not():
     assert times == pytest.approx((15.0, 30.0, 7.5, 15.0))
 
 
-@pytest.mark.parametrize("status", ["out_of_memory", "unstable", "failed"])
+@pytest.mark.parametrize("status", ["out_of_memory", "unstable", "failed", "noisy"])
 @pytest.mark.parametrize("kind", ["nearest", "interpolate"])
 def test_point_without_numbers_is_a_gap_and_never_a_value(status, kind):
     gap, measured = make_point(16, 16, 64, status=status), make_point(16, 16, 256, 1.25)

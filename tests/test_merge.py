@@ -28,11 +28,12 @@ def missing(status, n=48):
     return Point(16, 32, n, *[None] * 7, status)
 
 
+WIDTH = 1.25  # of bounds; wider ones are noise
 QUOTIENTS = replaced(PROTOCOL, estimate="quotient_of_times")
 
 
 def combined(*points, protocol=PROTOCOL):
-    return combine_points(points, protocol)
+    return combine_points(points, protocol, WIDTH)
 
 
 def quotient(point):
@@ -116,7 +117,13 @@ def test_whether_it_is_ambiguous_is_decided_anew():
     tie = point(1.01, 0.02, status="ambiguous")
     assert combined(tie, tie).status == "ambiguous"
     assert combined(*[tie] * 9).status == "measured"
-    assert combined(point(1.2, 0.001), point(0.8, 0.001)).status == "ambiguous"
+    assert combined(point(1.1, 0.001), point(0.95, 0.001)).status == "ambiguous"
+
+
+def test_points_that_disagree_too_far_are_noise():
+    assert combined(point(1.2, 0.001), point(0.8, 0.001)) == missing("noisy")
+    assert combined(point(1.2, 0.001), point(1.0, 0.001)).speedup == pytest.approx(math.sqrt(1.2), rel=1e-3)
+    assert combined(missing("noisy"), point()) == point()
 
 
 def test_a_point_with_numbers_beats_those_without():
@@ -170,7 +177,7 @@ def test_not_even_rounding_depends_on_the_order():
 def some_tables(protocol):
     """Tables that share shapes, and differ in everything that may differ."""
     numbers = st.builds(point, st.floats(0.3, 3.0), st.floats(0.0, 0.2), n=st.just(16))
-    gaps = st.sampled_from([missing(status, 16) for status in ("failed", "out_of_memory", "unstable")])
+    gaps = st.sampled_from([missing(status, 16) for status in ("failed", "out_of_memory", "unstable", "noisy")])
     elsewhere = st.builds(point, st.floats(0.3, 3.0), st.floats(0.001, 0.2), n=st.sampled_from([32, 48]))
     shares = st.floats(0, 1)
     spreads = st.none() | st.builds(Spread, points=st.integers(1, 9), median=shares, p95=shares, worst=shares)

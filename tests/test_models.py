@@ -208,6 +208,20 @@ def test_dense_types_have_the_same_linears(write_config, model_type):
     assert list(sizes(config)) == ["wq", "wk", "wv", "wo", "w1", "w3", "w2", "output"]
 
 
+def test_a_folder_stands_for_its_config(write_config, tmp_path):
+    path = write_config(**LLAMA)
+    assert load_model(str(tmp_path)) == load_model(path)
+    assert config_facts(str(tmp_path)) == config_facts(path)
+
+
+def test_a_folder_without_a_config_is_told_what_it_lacks(tmp_path):
+    with pytest.raises(ModelError) as error:
+        load_model(str(tmp_path))
+    assert str(error.value) == (
+        f"model: expected a config.json in the folder; {tmp_path / 'config.json'}: No such file or directory"
+    )
+
+
 @pytest.mark.parametrize("field", sorted(LLAMA.keys() - {"num_key_value_heads"}))
 def test_missing_field_is_named(write_config, field):
     path = write_config(**{**LLAMA, field: ...})
@@ -293,7 +307,7 @@ def test_file_that_is_no_json_object_is_named(tmp_path, content):
             read(str(path))
 
 
-@pytest.mark.parametrize("model", ["llama3-9b", "LLAMA3-8B", "."])
+@pytest.mark.parametrize("model", ["llama3-9b", "LLAMA3-8B", ""])
 def test_unknown_name_lists_the_bundled_models(model):
     for read in (load_model, config_facts):
         with pytest.raises(ModelError) as error:

@@ -28,7 +28,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected_files() -> set[str]:
     """Everything tracked in the four source folders, under its installed name."""
     files = {f"fp8gate/{name}" for name in ("__init__.py", "__main__.py", "py.typed")}
-    files |= {f"fp8gate/cli/{path.name}" for path in (ROOT / "src" / "fp8gate" / "cli").glob("*.py")}
+    package = ROOT / "src" / "fp8gate"
+    files |= {f"fp8gate/{path.relative_to(package)}" for path in (package / "cli").rglob("*.py")}
     code = (("calibrate", "*.py"), ("filter", "*.py"))
     data = (("calibrate", "*.jinja"), ("filter", "*.json"), ("thresholds", "*.yaml"))
     for folder, pattern in (*code, *data):

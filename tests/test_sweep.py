@@ -32,6 +32,7 @@ from samples import (
 
 from fp8gate.calibrate.device import capacity
 from fp8gate.calibrate.device.cpu import Cpu
+from fp8gate.calibrate.device.host_load import HostLoad
 from fp8gate.calibrate.device.lock import DeviceBusyError
 from fp8gate.calibrate.points import point_worker, task_queue, worker_pool
 from fp8gate.calibrate.points.measure_point import DeviceLostError
@@ -68,6 +69,11 @@ UNSTABLE = ArmRecord(status="unstable", detail="thermal slowdown of the GPU whil
 def _own_device_lock(tmp_path_factory, monkeypatch):
     """Sweeps of other tests on this machine do not find the device busy."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("locks")))
+
+
+@pytest.fixture(autouse=True)
+def _calm_host(monkeypatch):
+    monkeypatch.setattr(session, "HostLoad", lambda: HostLoad(lambda: (0.0, 0.0, 0.0)))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from samples import PROTOCOL, PROTOCOLS, again, controlled, measured, point_record, replaced, timed_arm
+from samples import NEVER_NOISE, PROTOCOL, PROTOCOLS, again, controlled, measured, point_record, replaced, timed_arm
 
+from fp8gate.calibrate.points.noise import judge
 from fp8gate.calibrate.points.point_record import CONTROL, ArmRecord, Stages
 from fp8gate.calibrate.sweep.session import SessionResult
 from fp8gate.calibrate.sweep.sweep_report import SweepReport, make_sweep_report
@@ -38,6 +39,8 @@ def report_of(*records, protocols=PROTOCOLS, **fields):
     part = SessionResult(remaining=0, retried=0, discarded=[], starting_s=0.0, idle_s=0.0, troubles={})
     of_part = {name: fields.pop(name) for name in dataclasses.asdict(part) if name in fields}
     known = {"history": records, "resumed": 0, "capped": 0, "total_s": 0.0}
+    rows = {recipe: judge(records, recipe, protocol, NEVER_NOISE) for recipe, protocol in protocols.items()}
+    known["rows"] = rows
     return make_sweep_report(records, protocols, dataclasses.replace(part, **of_part), **{**known, **fields})
 
 
@@ -71,8 +74,12 @@ def test_ambiguous_and_missing_numbers_are_counted_for_each_recipe():
     bf16 = timed_arm([100.0] * 8)
     report = report_of(
         point_record(arms={"bf16": bf16, "tensorwise": ambiguous, "rowwise": ambiguous}),
-        point_record(arms={"bf16": bf16, "tensorwise": won, "rowwise": replaced(FAILED, status="out_of_memory")}),
-        point_record(arms={"bf16": FAILED, "tensorwise": won, "rowwise": replaced(FAILED, status="unstable")}),
+        point_record(
+            (64, 64, 16), arms={"bf16": bf16, "tensorwise": won, "rowwise": replaced(FAILED, status="out_of_memory")}
+        ),
+        point_record(
+            (64, 96, 16), arms={"bf16": FAILED, "tensorwise": won, "rowwise": replaced(FAILED, status="unstable")}
+        ),
     )
     assert (report.measured, report.ambiguous, report.without_numbers) == (3, 2, 3)
 

@@ -274,7 +274,7 @@ def test_wrong_value_is_named(path, value, complaint):
     assert complaint in str(error.value)
 
 
-@pytest.mark.parametrize("status", ["out_of_memory", "unstable", "failed"])
+@pytest.mark.parametrize("status", ["out_of_memory", "unstable", "failed", "noisy"])
 def test_point_without_numbers_needs_a_status_that_says_why(status):
     data = data_of(TABLE)
     data["points"][2][10] = status
@@ -561,7 +561,7 @@ device_names = names.map(lambda name: f"H{name}")  # a folder is named after the
 def points(draw) -> Point:
     """A valid point, with any times and the speedup that they say, or without numbers."""
     shape = [draw(sizes) for _ in range(3)]
-    status = draw(st.sampled_from(["measured", "ambiguous", "out_of_memory", "unstable", "failed"]))
+    status = draw(st.sampled_from(["measured", "ambiguous", "out_of_memory", "unstable", "failed", "noisy"]))
     if status not in WITH_NUMBERS:
         return Point(*shape, *(None,) * 7, status)
     bf16_us, fp8_us = (draw(st.tuples(times_us, times_us)) for _ in range(2))

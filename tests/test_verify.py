@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,10 @@ def table(factor=1.0, **fields):
     return make_table(*points, **{"device": HERE, **fields})
 
 
+def shape_of(point):
+    return point.m, point.k, point.n
+
+
 @pytest.fixture
 def folder(tmp_path):
     write_file(table(), tmp_path / "here" / "rowwise.yaml")
@@ -48,15 +53,17 @@ def verify(folder, monkeypatch):
     """Runs the command; what it measures is the table's own speedups times `factor`, a little off."""
     asked = []
 
-    def run(*args, factor=1.0):
+    def run(*args, factor=1.0, noisy=0):
         def sweep(grid, shapes, *, recipes, **_):
             asked.append(shapes)
             tables = {}
             for recipe in recipes:
                 known = {point.shape: point for point in table(factor).points}
                 points = sorted((known[shape] for shape in shapes), key=lambda point: point.shape)
-                tables[recipe] = make_table(*points, recipe=recipe, device=HERE)
-            return SweepResult(tables, None, 0, {}, {})
+                noise = [make_point(*shape_of(point), status="noisy") for point in points[:noisy]]
+                tables[recipe] = make_table(*noise, *points[noisy:], recipe=recipe, device=HERE)
+            report = SimpleNamespace(noise={"(16, 16, 16) rowwise": "its bounds are 1 to 2"})
+            return SweepResult(tables, report, 0, {}, {})
 
         monkeypatch.setattr(verify_module, "sweep", sweep)
         result = CliRunner().invoke(app, ["verify", "--tables", str(folder), "--device", "cpu", *args])
@@ -88,6 +95,36 @@ def test_speedups_altered_by_a_tenth_are_exit_code_1(verify, factor):
     assert result.exit_code == 1
     assert "do NOT hold" in result.stdout
     assert result.stdout.count("all have shifted") == 2
+
+
+def test_tables_that_do_not_hold_end_with_the_command_that_replaces_them(verify, folder):
+    result = verify(factor=1.1)
+    grid = folder / "here" / "rowwise.yaml"
+    other = folder / "here" / "tensorwise.yaml"
+    command = f"fp8gate calibrate --fresh --grid {{}} --recipes tensorwise,rowwise --out {folder}"
+    assert result.stdout.splitlines()[-1] in {f"next: {command.format(file)}" for file in (grid, other)}
+    assert json.loads(verify("--json", factor=1.1).stdout)["next"] in {command.format(file) for file in (grid, other)}
+
+
+def test_tables_that_hold_need_no_next_command(verify):
+    assert "next:" not in verify(factor=1.01).stdout
+    assert json.loads(verify("--json").stdout)["next"] is None
+
+
+def test_points_that_are_noise_now_are_left_out(verify):
+    result = verify(noisy=2)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("22 points in both") == 2
+    assert "lost their numbers" not in result.stdout
+
+
+def test_nothing_is_verified_by_noise(verify):
+    result = verify(noisy=3)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "fp8gate: 6 of 48 speedups measured now are noise (of (16, 16, 16) rowwise, its bounds are 1 to 2), so nothing "
+        "can be verified: run fp8gate verify again when nothing else runs here\n"
+    )
 
 
 def test_as_many_points_as_asked_are_measured(verify):
@@ -192,6 +229,7 @@ def test_what_cannot_be_told_from_chance_is_exit_code_1(verify, folder, factor):
     if factor == 1.0:
         assert f"2 tables read and checked; cannot tell whether those of {HERE.name} hold: measure again" in told.stdout
         assert data["holds"] is None
+        assert told.stdout.splitlines()[-1] == f"next: fp8gate verify --tables {folder} --points 48"
     else:
         assert f"those of {HERE.name} do NOT hold" in told.stdout
         assert data["holds"] is False

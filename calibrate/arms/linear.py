@@ -5,19 +5,15 @@ In: a shape, a device. Out: the operands that all arms share, and arms that run 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
-
-logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels for other devices at every import
-
-from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # noqa: E402
 
 WEIGHT_STD = 0.02
 DATA = f"x, grad ~ N(0, 1); w ~ N(0, {WEIGHT_STD})"

@@ -19,6 +19,7 @@ from torch.profiler import profile, schedule
 from fp8gate.calibrate.breakdown.breakdown_record import Kernel, KernelKind
 from fp8gate.calibrate.device.registry import kind_of
 from fp8gate.calibrate.device.timer import Timer
+from fp8gate.calibrate.processes.library_noise import PROFILER_STEPS, without_lines
 from fp8gate.filter.contract.errors import UnfinishedError
 
 PRODUCT_KERNELS = re.compile("gemm|gemv|nvjet|xmma|cutlass|cublas|splitk", re.IGNORECASE)
@@ -57,9 +58,11 @@ def record(device: torch.device, run: Callable[[], object], before: Callable[[],
     Both functions must wait for the device before they return.
     """
     os.environ.setdefault("TEARDOWN_CUPTI", "0")  # starting CUPTI again has crashed graphs that were captured before
-    with profile(
-        activities=[kind_of(device).profiler_activity()], schedule=schedule(wait=0, warmup=1, active=1, repeat=1)
-    ) as profiler:
+    steps = schedule(wait=0, warmup=1, active=1, repeat=1)
+    with (
+        without_lines(PROFILER_STEPS),
+        profile(activities=[kind_of(device).profiler_activity()], schedule=steps) as profiler,
+    ):
         before()
         profiler.step()
         run()

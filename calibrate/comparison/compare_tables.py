@@ -21,7 +21,8 @@ from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import WITH_NUMBERS, Point, Table, TableError
 from fp8gate.filter.decision.decide import decide
 from fp8gate.filter.decision.lookup import Lookup
-from fp8gate.filter.model.model_config import ModelConfig, linear_roles, role_shape
+from fp8gate.filter.model.described_model import role_shape
+from fp8gate.filter.model.model_config import ModelConfig, linear_roles
 from fp8gate.filter.model.parallel import Shards
 
 SHIFT = 0.03

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from fp8gate.filter.contract.plan import PLANS, read_plan
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.table import Table, TableError, read_table
 
@@ -18,6 +19,21 @@ def read_tables(path: Path) -> dict[Path, Table]:
     if not files:
         raise TableError(f"{path}: expected a table, or a folder of tables such as thresholds/nvidia-h200; found none")
     return {file: read_table(file) for file in files}
+
+
+def read_all(folder: Path) -> tuple[dict[Path, Table], tuple[Path, ...]]:
+    """All tables under a folder, by file, and the files of the plans, which are read as well; or the table of a file.
+
+    Raises TableError or PlanError for a file that cannot be used, TableError if there is no table.
+    """
+    paths = [folder] if folder.is_file() else sorted(folder.rglob("*.yaml"))
+    plans = tuple(path for path in paths if path.parent.name == PLANS)
+    tables = {path: read_table(path) for path in paths if path not in plans}
+    if not tables:
+        raise TableError(f"{folder}: expected tables such as nvidia-h200/rowwise.yaml; found none")
+    for path in plans:
+        read_plan(path)
+    return tables, plans
 
 
 def by_recipe(files: Mapping[Path, Table]) -> dict[Recipe, tuple[Path, Table]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.model.model_config import BUNDLED, ModelConfig, linear_roles, role_shape
+from fp8gate.filter.model.described_model import role_shape
+from fp8gate.filter.model.model_config import BUNDLED, ModelConfig, linear_roles
 from fp8gate.filter.model.parallel import Parallel, Shards
 
 MODEL_TOKENS = 8192

@@ -12,19 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
 from fp8gate.calibrate.comparison.compare_tables import Comparison, compare_tables
-from fp8gate.calibrate.comparison.table_paths import by_recipe
+from fp8gate.calibrate.comparison.table_paths import by_recipe, read_all
+from fp8gate.calibrate.points.noise import TOO_MANY
 from fp8gate.calibrate.points.setup import Setup, make_setup
 from fp8gate.calibrate.processes.run_folder import run_folder
 from fp8gate.calibrate.sweep.run_sweep import sweep
 from fp8gate.filter.contract.errors import UnfinishedError
-from fp8gate.filter.contract.plan import PLANS, read_plan
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.software_check import stale
-from fp8gate.filter.contract.table import WITH_NUMBERS, Grid, Table, TableError, read_table
+from fp8gate.filter.contract.table import WITH_NUMBERS, Grid, Table
 
 
 class UnverifiedError(UnfinishedError):
@@ -36,6 +37,7 @@ class Verification:
     """files, plans: every table and every plan that was found; all of them could be read.
 
     comparisons: empty if no table is of this device. stale: how the software of a table differs from the software here.
+    compared: the file of each table that was compared.
     """
 
     device: str
@@ -43,6 +45,12 @@ class Verification:
     plans: tuple[Path, ...]
     comparisons: tuple[Comparison, ...]
     stale: Mapping[Recipe, str]
+    compared: Mapping[Recipe, Path]
+
+    @property
+    def contradicted(self) -> dict[Recipe, Path]:
+        """The tables that do not hold here."""
+        return {one.recipe: self.compared[one.recipe] for one in self.comparisons if one.has_findings}
 
     @property
     def has_findings(self) -> bool:
@@ -55,15 +63,17 @@ class Verification:
 
 
 def verify(folder: Path, device: torch.device, *, points: int, min_speedup: float, workers: int | None) -> Verification:
-    """Read every table and plan under `folder`. If tables are of this device, measure `points` of them again.
+    """Read every table and plan under `folder`, or the file. If tables are of this device, measure `points` again.
 
-    Raises TableError for a file that is no table, or if there is no file, PlanError for a file among the plans that is
-    no plan, UnverifiedError if bf16 timed against itself is off here, and what `sweep` raises.
+    Points that are noise now are left out. Raises TableError for a file that is no table, or if there is no file,
+    PlanError for a file among the plans that is no plan, UnverifiedError if too many points are noise now or bf16
+    timed against itself is off here, and what `sweep` raises.
     """
-    tables, plans = _read_all(folder)
+    tables, plans = read_all(folder)
     setup = make_setup(device)
     of_device = {path: table for path, table in tables.items() if table.device.name == setup.device.name}
-    here = {recipe: table for recipe, (_, table) in by_recipe(of_device).items()}
+    files = by_recipe(of_device)
+    here = {recipe: table for recipe, (_, table) in files.items()}
     again = _measure_again(here, points, device, setup, workers) if here else {}
     return Verification(
         device=setup.device.name,
@@ -71,25 +81,14 @@ def verify(folder: Path, device: torch.device, *, points: int, min_speedup: floa
         plans=plans,
         comparisons=tuple(compare_tables(here[r], again[r], min_speedup=min_speedup) for r in here),
         stale={recipe: found for recipe, table in here.items() if (found := stale(table.software))},
+        compared={recipe: path for recipe, (path, _) in files.items()},
     )
-
-
-def _read_all(folder: Path) -> tuple[dict[Path, Table], tuple[Path, ...]]:
-    """The tables by file, and the files of the plans, which are read as well."""
-    paths = sorted(folder.rglob("*.yaml"))
-    plans = tuple(path for path in paths if path.parent.name == PLANS)
-    tables = {path: read_table(path) for path in paths if path not in plans}
-    if not tables:
-        raise TableError(f"{folder}: expected tables such as nvidia-h200/rowwise.yaml; found none")
-    for path in plans:
-        read_plan(path)
-    return tables, plans
 
 
 def _measure_again(
     tables: Mapping[Recipe, Table], points: int, device: torch.device, setup: Setup, workers: int | None
 ) -> dict[Recipe, Table]:
-    """New tables of the same recipes, with a sample of the points."""
+    """New tables of the same recipes, with those of a sample of the points that are not noise."""
     with tempfile.TemporaryDirectory(dir=run_folder()) as out:
         result = sweep(
             Grid(),
@@ -102,7 +101,19 @@ def _measure_again(
         )
     if not result.tables:
         raise UnverifiedError(f"{setup.device.name}: bf16 against itself was off, so nothing can be verified now")
-    return {table.recipe: table for table in result.tables.values()}
+    again = [point for table in result.tables.values() for point in table.points]
+    noisy = sum(point.status == "noisy" for point in again)
+    if noisy > TOO_MANY * len(again):
+        where, why = next(iter(result.report.noise.items()))
+        raise UnverifiedError(
+            f"{noisy} of {len(again)} speedups measured now are noise (of {where}, {why}), so nothing can be verified: "
+            "run fp8gate verify again when nothing else runs here"
+        )
+    return {table.recipe: _without_noise(table) for table in result.tables.values()}
+
+
+def _without_noise(table: Table) -> Table:
+    return msgspec.structs.replace(table, points=tuple(p for p in table.points if p.status != "noisy"))
 
 
 def sample(tables: Mapping[Recipe, Table], count: int) -> list[LinearShape]:

@@ -23,20 +23,36 @@ from fp8gate.filter.contract.table import Device, DeviceKindName, Grid
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseLimits:
+    """From when on the numbers of a point are noise, which decides nothing.
+
+    width: of the bounds, high / low. apart: of two measurements of the same point, the larger speedup over the smaller.
+    waited: seconds that the threads waited for a processor, per second of measuring. measures_twice: whether every
+    point is measured by a second process later; otherwise a share of the points is, and those that look like noise.
+    """
+
+    width: float
+    apart: float
+    waited: float
+    measures_twice: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuringDefaults:
     """How devices of one kind are measured, unless asked otherwise.
 
     timer: its name in protocols. compiles: arms are compiled, and captured as CUDA graphs. control: how far bf16 timed
-    against itself may be from 1. grids: by name, "default" and "quick". max_point_flop: forward plus backward of the
-    largest point of a grid that is measured. worker_gib: set aside on the device for each worker process; 0 where
-    workers take none of it. visit_*: how long a plan's visit idles, settles and counts, and what share a set must gain
-    to be followed. square: m = k = n of the products that tell the device's peak. copy_bytes: of the source of a copy,
-    more than any cache.
+    against itself may be from 1. noise: when numbers are noise. grids: by name, "default" and "quick". max_point_flop:
+    forward plus backward of the largest point of a grid that is measured. worker_gib: set aside on the device for each
+    worker process; 0 where workers take none of it. visit_*: how long a plan's visit idles, settles and counts, and
+    what share a set must gain to be followed. square: m = k = n of the products that tell the device's peak.
+    copy_bytes: of the source of a copy, more than any cache.
     """
 
     timer: Literal["cuda_graphs", "wall_clock"]
     compiles: bool
     control: float
+    noise: NoiseLimits
     grids: Mapping[str, Grid]
     max_point_flop: int
     worker_gib: float

@@ -21,6 +21,9 @@ class Watch(Protocol):
     def sm_clock_mhz(self) -> int | None:
         """The clock of the multiprocessors now."""
 
+    def waited_s(self) -> float | None:
+        """How long the threads of this process have waited for a processor so far, if that disturbs timings here."""
+
     def processes(self) -> dict[int, str]:
         """The name of every process that computes on the device, by its number."""
 

@@ -30,6 +30,7 @@ from fp8gate.calibrate.planning.table_answer import TableAnswer
 from fp8gate.calibrate.planning.visit_journal import PlanJournal, PlanSetup
 from fp8gate.calibrate.planning.visit_rounds import VisitRounds
 from fp8gate.calibrate.processes.run_folder import run_folder
+from fp8gate.calibrate.sweep.progress import steps_bar
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plan import Candidate, Plan, PlanProtocol, exceeds_control
 from fp8gate.filter.contract.recipes import Recipe
@@ -72,12 +73,14 @@ def plan_subject(
     fresh: bool = False,
     stop_after_s: float | None = None,
     say: Callable[[str], None] = lambda message: None,
+    shows_bar: bool = False,
 ) -> Plan:
     """The plan of a block for one recipe.
 
     tables: where to look for the table, see `find_table`; without one the search starts from torchao's rule.
     exhaustive: measure every set. workers: processes that compile, 0 for this one alone; None: on a GPU as many
     as the cores allow. out: a folder for the journal; with None there is none. say: is told of every step.
+    shows_bar: show on standard error how much is done, if that is a terminal.
     Raises InputError for too many roles to be exhaustive about, JournalError, DeviceBusyError, StoppedError when the
     time is up or the GPU slows down, and BlockWorkerDiedError; the same call goes on.
     """
@@ -102,11 +105,12 @@ def plan_subject(
         with (
             PlanJournal(out or Path(nowhere), setup, fresh=fresh) as journal,
             BlockWorkerPool(job, workers, until=until) as pool,
+            steps_bar(shows_bar) as bar,
         ):
             say(f"{setup.device.name}: {subject.name}, {recipe}, {len(roles)} roles, {workers} workers, {journal.path}")
             if journal.had_no_checksums:
                 say(f"warning: {journal.path} had no checksums: its visits were taken as they are, and have them now")
-            rounds = VisitRounds(pool, journal, subject.blueprint.shapes, say, start=start, until=until)
+            rounds = VisitRounds(pool, journal, subject.blueprint.shapes, say, start=start, until=until, bar=bar)
             chosen = (search_all if exhaustive else search)(roles, answer.guesses, rounds, rules)
             rounds([BF16_SET], 1)  # it may be all that could be measured
             control = _control(rounds, rules)

@@ -18,7 +18,7 @@ from fp8gate.calibrate.planning.block_worker import Done, Visit
 from fp8gate.calibrate.planning.block_worker_pool import BlockWorkerDiedError, BlockWorkerPool, StoppedError
 from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET, RoleSet
 from fp8gate.calibrate.planning.visit_journal import PlanJournal, VisitRecord
-from fp8gate.calibrate.sweep.progress import Steps
+from fp8gate.calibrate.sweep.progress import Steps, StepsBar
 from fp8gate.filter.contract.plan import CandidateStatus
 
 MAX_ATTEMPTS = 2  # calls in which a set may fail: memory may have been taken the first time
@@ -26,7 +26,7 @@ MAX_SLOWDOWNS = 3  # in a row: the GPU will not get faster by waiting
 
 
 class VisitRounds:
-    """Measures for a search. start, until: of `time.monotonic`; no step begins after `until`."""
+    """Measures for a search. start, until: of `time.monotonic`; no step begins after `until`. bar: shows the steps."""
 
     def __init__(
         self,
@@ -37,6 +37,7 @@ class VisitRounds:
         *,
         start: float,
         until: float = math.inf,
+        bar: StepsBar | None = None,
     ) -> None:
         self.pool, self.journal, self.say = pool, journal, say
         self.roles = [*roles, *CONTROL_SET]
@@ -46,7 +47,7 @@ class VisitRounds:
         self._others: set[str] = set()
         self._visits: defaultdict[RoleSet, dict[int, tuple[float, float]]] = defaultdict(dict)
         self._round = 0
-        self._steps = Steps(0)
+        self._steps, self._bar = Steps(0), bar
         self._start, self._until = start, until
         self._spent_s: defaultdict[str, float] = defaultdict(float)
         failures = Counter(frozenset(record.convert) for record in journal.records if record.status != "measured")
@@ -110,7 +111,7 @@ class VisitRounds:
                 begin = time.monotonic()
                 loaded = self.pool.load(one) if isinstance(answer, Done) else answer
                 self._spend("loading and tuning", begin)
-                begin, left = time.monotonic(), steps.one_more()
+                begin, left = time.monotonic(), self._count_step(steps, "sets compiled and loaded")
                 if isinstance(loaded, Done):
                     self._loaded.add(one)
                     self.errors[one] = loaded.error
@@ -163,9 +164,15 @@ class VisitRounds:
             is_limited=answer.is_limited,
         )
         ms = (answer.fwd_us + answer.bwd_us) / 1e3
-        left = self._steps.one_more()
+        left = self._count_step(self._steps, "visits")
         count = f"visit {self._steps.done} of {self._steps.total}{left}"
         self.say(f"{self._elapsed()} round {self._round}, {count}: {ms:.3f} ms {self._name(one)}")
+
+    def _count_step(self, steps: Steps, what: str) -> str:
+        left = steps.one_more()
+        if self._bar:
+            self._bar.show(steps, what)
+        return left
 
     def _undisturbed(self, one: RoleSet) -> Visit | Failure:
         slowdown = None

@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from statistics import fmean
 from typing import Any
 
+import msgspec
 import torch
 
 from fp8gate.calibrate.arms.failure import Failure
@@ -88,6 +89,7 @@ def measure_point(
         host=socket.gethostname(),
         repeat=point.task.repeat,
         sm_clock_mhz=tuple(timing.clocks_mhz),
+        waited=timing.waited(),
         arms=arms,
     )
     if lost:
@@ -116,7 +118,8 @@ class _PointTiming:
         self.clocks_mhz: list[int] = []
         self.start = time.perf_counter()
         self.burst_start, self.is_limited, self.has_been_limited = self.start, False, False
-        self.loading_s = self.settling_s = self.timing_s = 0.0
+        self.loading_s = self.settling_s = self.timing_s = self.running_s = 0.0
+        self.waited_s: float | None = None
 
     def run(self) -> dict[ArmName, ArmRecord]:
         names = (*self.point.linears, *self.point.failures)
@@ -148,6 +151,10 @@ class _PointTiming:
             settling_s=round(self.settling_s, 3),
             timing_s=round(self.timing_s, 3),
         )
+
+    def waited(self) -> float | msgspec.UnsetType:
+        """Seconds of waiting for a processor, per second of running; unset if nobody counts them."""
+        return msgspec.UNSET if self.waited_s is None else round(self.waited_s / self.running_s, 4)
 
     def _prepare(self, name: ArmName, arm: LinearArm, references: References) -> None:
         """Load, capture and check one arm; what goes wrong becomes its record."""
@@ -214,6 +221,7 @@ class _PointTiming:
 
         Returns a slowdown.
         """
+        start, waited_s = time.perf_counter(), self.watch.waited_s()
         run = run_steadily(
             [self.prepared[name] for name in names],
             self.timer,
@@ -224,6 +232,7 @@ class _PointTiming:
             run_s=run_s,
             least=samples,
         )
+        self._count_waiting(start, waited_s)
         self.clocks_mhz += run.clocks_mhz
         if run.is_limited:
             self.is_limited = self.has_been_limited = True
@@ -234,6 +243,13 @@ class _PointTiming:
         self.settling_s += run.settling_s
         self.timing_s += run.timing_s
         return None
+
+    def _count_waiting(self, start: float, waited_s: float | None) -> None:
+        """Add what this process's threads have waited for a processor since the run's start."""
+        now_s = self.watch.waited_s()
+        if waited_s is not None and now_s is not None:
+            self.running_s += time.perf_counter() - start
+            self.waited_s = (self.waited_s or 0.0) + max(0.0, now_s - waited_s)
 
     def _is_near(self, recipe: ArmName) -> bool:
         protocol = next(p for name, p in self.point.protocols.items() if name == recipe)

@@ -65,7 +65,8 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     process: the id of that process. measured_on: the device, as `device_identity` names it. host: the machine. repeat:
     the point was measured before, and this record only shows the spread. sm_clock_mhz: the clock after each batch of
-    rounds, if the device tells it.
+    rounds, if the device tells it. waited: seconds that the process's threads waited for a processor, per second of
+    measuring; not there where that does not matter, and in records from before it was counted.
     """
 
     m: Size
@@ -78,6 +79,7 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     host: str = ""
     repeat: bool = False
     sm_clock_mhz: tuple[int, ...] = ()
+    waited: float | msgspec.UnsetType = msgspec.UNSET
     arms: dict[ArmName, ArmRecord]
 
     def problem(self) -> str | None:
@@ -132,9 +134,12 @@ class PointRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         status = self.status(recipe)
         if status != "measured":
             return Point(self.m, self.k, self.n, None, None, None, None, None, None, None, status)
+        return make_point(self.shape, self.times_us(recipe, protocol), self.speedup(recipe, protocol), protocol)
+
+    def times_us(self, recipe: Recipe, protocol: SweepProtocol) -> list[float]:
+        """bf16 forward and backward, float8 forward and backward, as the recipe's row states them."""
         bf16, fp8 = last_run(self.arms["bf16"], self.arms[recipe], protocol)
-        times_us = (median(samples) for samples in (bf16.fwd_us, bf16.bwd_us, fp8.fwd_us, fp8.bwd_us))
-        return make_point(self.shape, times_us, self.speedup(recipe, protocol), protocol)
+        return [median(samples) for samples in (bf16.fwd_us, bf16.bwd_us, fp8.fwd_us, fp8.bwd_us)]
 
 
 def make_point(shape: LinearShape, times_us: Iterable[float], speedup: Interval, protocol: SweepProtocol) -> Point:

@@ -20,6 +20,7 @@ from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.table import DeviceKindName
 
 PRELOADED = (
+    "fp8gate.calibrate.processes.library_noise",  # before torch is
     "fp8gate.calibrate.processes.progress_bar_lock",
     "fp8gate.calibrate.planning.block_worker",
     "fp8gate.calibrate.points.point_worker",

@@ -110,6 +110,7 @@ class MeasuringByRanks:
             idle_s=session.idle_s,
             troubles=collector.troubles,
             lost=collector.lost,
+            host=session.host,
         )
 
 

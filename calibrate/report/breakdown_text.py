@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tabulate import tabulate
-
 from fp8gate.calibrate.breakdown.breakdown_record import AGREEMENT, ArmBreakdown, Breakdown, Kernel
 from fp8gate.calibrate.breakdown.story import sentence, title
+from fp8gate.filter.terminal_table import Align, render_table
 
 NAME_LENGTH = 72
 """The most characters of a kernel's name in the table. The names of CUTLASS's templates have hundreds; the JSON gives
@@ -70,8 +69,7 @@ def _kernels_table(breakdown: Breakdown) -> str:
         for kernel in part.kernels
     ]
     headers = ("arm", "direction", "kernel", "kind", "calls", "us", "of timed")
-    align = ("left",) * 4 + ("right",) * 3
-    return tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
+    return render_table(headers, rows)
 
 
 def _arms_table(breakdown: Breakdown) -> str:
@@ -88,9 +86,10 @@ def _arms_table(breakdown: Breakdown) -> str:
         "MHz timed",
         "profiled",
     )
-    align = ("left", *("right",) * (len(headers) - 1))
+    align: list[Align] = ["right"] * len(headers)
+    align[0] = "left"
     rows = [_arm_row(arm, breakdown) for arm in breakdown.arms]
-    return tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
+    return render_table(headers, rows, align=align)
 
 
 def _arm_row(arm: ArmBreakdown, breakdown: Breakdown) -> tuple[str, ...]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-from tabulate import tabulate
 
 from fp8gate.calibrate.comparison.compare_tables import (
     FINDABLE,
@@ -20,6 +20,7 @@ from fp8gate.calibrate.comparison.compare_tables import (
 )
 from fp8gate.calibrate.timing.statistics import Interval
 from fp8gate.filter.contract.table import Table
+from fp8gate.filter.terminal_table import render_table
 
 if TYPE_CHECKING:
     from fp8gate.calibrate.comparison.verify import Verification
@@ -76,13 +77,17 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 def verification_text(verification: Verification) -> str:
     """Say which files were read, and whether this device still measures what they say."""
-    plans = f" and {len(verification.plans)} plans" if verification.plans else ""
-    checked = f"{len(verification.files)} tables{plans} read and checked"
+    checked = files_text(verification.files, verification.plans)
     if not verification.comparisons:
         return f"{checked}; none is of {verification.device}: nothing was measured"
     lines = [f"{checked}; {_verdict(verification)}"]
     lines += [f"{recipe} was measured with {difference}" for recipe, difference in verification.stale.items()]
     return "\n".join(lines) + "\n\n" + comparison_text(verification.comparisons)
+
+
+def files_text(tables: Collection[Path], plans: Collection[Path]) -> str:
+    """How many files were read, all of them valid."""
+    return f"{len(tables)} tables{f' and {len(plans)} plans' if plans else ''} read and checked"
 
 
 def _verdict(verification: Verification) -> str:
@@ -192,7 +197,11 @@ def _models_table(models: Sequence[ModelChange], form: Format) -> str:
 
 
 def _table(rows: Sequence[tuple[object, ...]], headers: Sequence[str], form: Format) -> str:
-    return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github" if form == "markdown" else "simple")
+    if form == "markdown":
+        from tabulate import tabulate
+
+        return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
+    return render_table(headers, rows)
 
 
 def _name(table: Table, form: Format) -> str:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pandas as pd
-from tabulate import tabulate
 
 from fp8gate.filter.contract.table import Point, Table
+from fp8gate.filter.terminal_table import render_table
 
 if TYPE_CHECKING:
     from fp8gate.calibrate.sweep.run_sweep import SweepResult
@@ -21,7 +21,8 @@ def summarize(table: Table) -> str:
     blocks = []
     for m, rows in frame.groupby("m"):
         cells = rows.pivot(index="k", columns="n", values="speedup").fillna("")
-        text = tabulate(cells, headers=["k \\ n", *map(str, cells.columns)], disable_numparse=True, stralign="right")
+        headers = ["k \\ n", *map(str, cells.columns)]
+        text = render_table(headers, list(cells.itertuples()), align=["right"] * len(headers))
         blocks.append(f"{table.recipe} speedup, {m} tokens\n{text}")
     return "\n\n".join(blocks)
 

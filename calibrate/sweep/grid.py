@@ -17,7 +17,7 @@ from fp8gate.filter.contract.reading.file_bytes import UnreadableError, read_utf
 from fp8gate.filter.contract.reading.messages import FileError
 from fp8gate.filter.contract.reading.yaml_data import MAX_CHARACTERS
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Device, DeviceKindName, Grid, Size
+from fp8gate.filter.contract.table import Device, DeviceKindName, Grid, Size, parse_table
 
 MAX_MEMORY_SHARE = 0.9
 MAX_SHAPES = 100_000
@@ -38,9 +38,10 @@ class GridFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def load_grid(name: str, kind: DeviceKindName) -> tuple[Grid, list[LinearShape]]:
-    """The axes and the single shapes of a named grid ("quick", "default") or of a YAML file.
+    """The axes and the single shapes of a named grid ("quick", "default"), of a YAML file, or of a table's file.
 
-    Raises GridError for a file that cannot be read, breaks the format, or names a shape float8 cannot compute.
+    A table's grid has its points, so that the same are measured again. Raises GridError for a file that cannot be read,
+    breaks the format, or names a shape float8 cannot compute; TableError for a table that breaks its format.
     """
     named = KINDS[kind].defaults.grids
     if name in named:
@@ -49,7 +50,11 @@ def load_grid(name: str, kind: DeviceKindName) -> tuple[Grid, list[LinearShape]]
         text = read_utf8(name, at_most=MAX_CHARACTERS)
     except UnreadableError as error:
         raise GridError(f"grid: expected quick, default or a readable YAML file; got {name!r} ({error})") from error
-    file = convert(load_plain_yaml(text, source=name, error=GridError), GridFile, source=name, error=GridError)
+    data = load_plain_yaml(text, source=name, error=GridError)
+    if isinstance(data, dict) and "recipe" in data:
+        table = parse_table(text, source=name)
+        return table.grid, [point.shape for point in table.points]
+    file = convert(data, GridFile, source=name, error=GridError)
     grid = Grid(m=_axis(file.m), k=_axis(file.k), n=_axis(file.n))
     shapes = [LinearShape(*sizes) for sizes in file.shapes]
     _require_shapes(grid, shapes, name)

@@ -2,7 +2,8 @@
 
 In: tables. Out: one table with every point of all of them. The order in which they are given does not matter. Where
 several tables have a point, its speedup is the weighted mean of theirs on the scale of ln(speedup), with weights
-1 / variance from their bounds. Where they differ by more than these bounds say, the merged bounds cover all of them.
+1 / variance from their bounds. Where they differ by more than these bounds say, the merged bounds cover all of them,
+and where that makes them too wide, the point is noise.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from statistics import NormalDist
 
 import msgspec
 
+from fp8gate.calibrate.device.registry import KINDS
 from fp8gate.calibrate.points.point_record import make_point
 from fp8gate.calibrate.sweep.grid import union
 from fp8gate.calibrate.timing.statistics import Interval
@@ -31,7 +33,12 @@ from fp8gate.filter.contract.table import (
 )
 
 ROUNDING = 1e-4  # of ln(speedup): tables keep 4 digits, so bounds that coincide do not mean that nothing varied
-NO_NUMBERS: tuple[Status, ...] = ("failed", "unstable", "out_of_memory")  # the first of these that a table has counts
+NO_NUMBERS: tuple[Status, ...] = (
+    "failed",
+    "noisy",
+    "unstable",
+    "out_of_memory",
+)  # the first of these that a table has counts
 Row = Sequence[float]  # a point's seven numbers, in the order of the table's columns
 OWN_FIELDS = {"spread", "controls", "devices", "between"}  # a protocol's results, which differ from sweep to sweep
 
@@ -52,17 +59,21 @@ def merge_tables(tables: Mapping[str, Table]) -> Table:
     for table in ordered:
         for point in table.points:
             by_shape[point.shape].append(point)
+    width = KINDS[first.device.kind].defaults.noise.width
     return msgspec.structs.replace(
         first,
         protocol=_merged_protocol([table.protocol for table in ordered]),
         measured_at=max(table.measured_at for table in ordered),
         grid=union(*(table.grid for table in ordered)),
-        points=tuple(combine_points(by_shape[shape], first.protocol) for shape in sorted(by_shape)),
+        points=tuple(combine_points(by_shape[shape], first.protocol, width) for shape in sorted(by_shape)),
     )
 
 
-def combine_points(points: Sequence[Point], protocol: SweepProtocol) -> Point:
-    """One point from several of the same shape. Those without numbers only count if none has any."""
+def combine_points(points: Sequence[Point], protocol: SweepProtocol, width: float) -> Point:
+    """One point from several of the same shape. Those without numbers only count if none has any.
+
+    width: from which bounds on, high / low, several that disagree are noise.
+    """
     with_numbers = [point for point in points if point.status in WITH_NUMBERS]
     if not with_numbers:
         return min(points, key=lambda point: NO_NUMBERS.index(point.status))
@@ -73,7 +84,10 @@ def combine_points(points: Sequence[Point], protocol: SweepProtocol) -> Point:
     sigmas = [max((math.log(high) - math.log(low)) / 2 / z, ROUNDING) for *_, low, high in rows]
     weights = [1 / sigma**2 for sigma in sigmas]
     speedup = _combined_speedup(rows, weights, z, protocol.estimate)
-    return make_point(with_numbers[0].shape, _combined_times(rows, weights, protocol.estimate), speedup, protocol)
+    shape = with_numbers[0].shape
+    if speedup.high > width * speedup.low:
+        return Point(shape.m, shape.k, shape.n, *(None,) * 7, "noisy")
+    return make_point(shape, _combined_times(rows, weights, protocol.estimate), speedup, protocol)
 
 
 def _combined_speedup(rows: Sequence[Row], weights: Sequence[float], z: float, estimate: EstimateKind) -> Interval:

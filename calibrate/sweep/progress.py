@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.table import SweepProtocol as TableProtocol
+
+PACE_S = 300.0  # the time left goes by the pace of the last minutes: points of one size take very different times
 
 
 class Observer(Protocol):
@@ -36,20 +41,35 @@ def make_observer(total: int, protocols: dict[Recipe, TableProtocol]) -> Observe
     return kind(total, protocols, console)
 
 
+class _BarAboveText(Progress):
+    """The bar on a line of its own, so that it fits; beneath it the last point, on as many lines as it needs."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(task.description) for task in self.tasks)
+
+
+def _make_bar(console: Console, *, is_transient: bool = False) -> Progress:
+    return _BarAboveText(
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        expand=True,
+        transient=is_transient,
+        speed_estimate_period=PACE_S,
+        get_time=lambda: time.monotonic(),
+    )
+
+
 class Bar:
-    """One live line: points done, the last shape and its speedups, the time left."""
+    """Live lines: points done, a bar, the time left; the last shape and its speedups."""
 
     def __init__(self, total: int, protocols: dict[Recipe, TableProtocol], console: Console) -> None:
         self._protocols = protocols
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[last]}"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task: TaskID = self._progress.add_task("compiling", total=total, last="")
+        self._progress = _make_bar(console)
+        self._task: TaskID = self._progress.add_task("starting", total=total)
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -61,8 +81,8 @@ class Bar:
         self._progress.stop()
 
     def finished(self, record: PointRecord) -> None:
-        last = describe(record, self._protocols)
-        self._progress.update(self._task, advance=1, description=str(record.shape), last=last)
+        last = f"{record.shape} {describe(record, self._protocols)}"
+        self._progress.update(self._task, advance=1, description=last)
 
     def say(self, message: str) -> None:
         self._progress.console.print(message, highlight=False, markup=False)
@@ -72,9 +92,8 @@ class Lines:
     """A line a point, with the same content."""
 
     def __init__(self, total: int, protocols: dict[Recipe, TableProtocol], console: Console) -> None:
-        self._total, self._protocols = total, protocols
-        self._done = 0
-        self._first_done_at = 0.0
+        self._protocols = protocols
+        self._steps = Steps(total)
 
     def __enter__(self) -> Lines:
         return self
@@ -85,23 +104,64 @@ class Lines:
         """Nothing to put back."""
 
     def finished(self, record: PointRecord) -> None:
-        self._done += 1
+        left = self._steps.one_more()
         self.say(
-            f"[{self._done}/{self._total}] {record.shape} {describe(record, self._protocols)}, "
-            f"{record.stages.on_device_s:.1f} s{self._time_left()}"
+            f"[{self._steps.done}/{self._steps.total}] {record.shape} {describe(record, self._protocols)}, "
+            f"{record.stages.on_device_s:.1f} s{left}"
         )
-
-    def _time_left(self) -> str:
-        """At the pace since the first point: before that one, workers start and compile, which does not recur."""
-        if self._done == 1:
-            self._first_done_at = time.monotonic()
-            return ""
-        pace_s = (time.monotonic() - self._first_done_at) / (self._done - 1)
-        minutes, seconds = divmod(round(pace_s * (self._total - self._done)), 60)
-        return f", {minutes}:{seconds:02} left"
 
     def say(self, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
+
+
+class Steps:
+    """Counts steps, and says when all will be done."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self._first_done_at = 0.0
+
+    def one_more(self) -> str:
+        """ ", 1:05 left", at the pace since the first step: before it, workers start and compile. "" if unknown."""
+        self.done += 1
+        self.total = max(self.total, self.done)
+        if self.done == 1:
+            self._first_done_at = time.monotonic()
+        if self.done in (1, self.total):
+            return ""
+        pace_s = (time.monotonic() - self._first_done_at) / (self.done - 1)
+        minutes, seconds = divmod(round(pace_s * (self.total - self.done)), 60)
+        return f", {minutes}:{seconds:02} left"
+
+
+class StepsBar:
+    """A live bar beneath what is printed meanwhile, for one series of steps after another. It goes at the end."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = _make_bar(console, is_transient=True)
+        self._task = self._progress.add_task("starting", total=None)
+        self._shown: Steps | None = None
+
+    def __enter__(self) -> StepsBar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, steps: Steps, what: str) -> None:
+        if steps is not self._shown:
+            self._progress.reset(self._task)
+            self._shown = steps
+        self._progress.update(self._task, completed=steps.done, total=steps.total, description=what)
+
+
+def steps_bar(is_wanted: bool) -> AbstractContextManager[StepsBar | None]:
+    """A bar on standard error; None if it is not wanted, or if that is no terminal."""
+    console = Console(stderr=True)
+    return StepsBar(console) if is_wanted and console.is_terminal else nullcontext()
 
 
 def describe(record: PointRecord, protocols: dict[Recipe, TableProtocol]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import torch
 
 from fp8gate.calibrate.device.capacity import useful_workers
@@ -19,6 +20,7 @@ from fp8gate.calibrate.device.lock import DeviceLock
 from fp8gate.calibrate.device.registry import KINDS, kind_of
 from fp8gate.calibrate.device.timing_lock import timing_lock_file
 from fp8gate.calibrate.points.measure_point import DeviceLostError
+from fp8gate.calibrate.points.noise import calm, mostly_disturbed, repeats_disagree
 from fp8gate.calibrate.points.point_worker import Job
 from fp8gate.calibrate.points.setup import Setup
 from fp8gate.calibrate.points.task_queue import Task, TaskQueue
@@ -27,13 +29,16 @@ from fp8gate.calibrate.sweep.journal import SweepJournal
 from fp8gate.calibrate.sweep.progress import Observer, make_observer
 from fp8gate.calibrate.sweep.session import JournalLedger, SessionResult, SweepSession
 from fp8gate.calibrate.sweep.sweep_report import SweepReport, make_sweep_report
-from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks, tasks_left
-from fp8gate.calibrate.sweep.table_writing import require_nothing_lost, require_same_device, write_tables
+from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks, second_looks, tasks_left
+from fp8gate.calibrate.sweep.table_writing import require_nothing_lost, require_same_device, rows_of, write_tables
 from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Device, Grid, Table
+
+MAX_LOOKS = 2
+"""A second measurement that contradicts the first does not tell which of them is wrong; a third one does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ class MeasuringAlone:
         """Raises DeviceLostError, its record kept."""
         measured_on = kind_of(device).identity(device, 0)
         todo = [*tasks.tasks, *tasks.own_tasks(measured_on)]
+        before = len(ledger.measured) + len(ledger.off)
         with timing_lock_file() as timing_lock:
             job = Job(device, tasks.protocols, tasks.seed, timing_lock, measured_on)
             session = SweepSession(job, TaskQueue(todo), ledger, stop_after_s=stop_after_s)
@@ -87,7 +93,7 @@ class MeasuringAlone:
             except DeviceLostError as error:
                 ledger.keep(Task(error.record.shape), error.record)
                 raise
-        return session.result(remaining=len(todo) - len(ledger.measured) - len(ledger.off))
+        return session.result(remaining=len(todo) - (len(ledger.measured) + len(ledger.off) - before))
 
 
 def sweep(
@@ -121,6 +127,9 @@ def sweep(
     protocols = {recipe: setup.protocols[recipe] for recipe in recipes}
     if workers is None:
         workers = useful_workers(setup.device, protocols, measuring.ranks_here)
+        look_workers = max(1, workers)  # so that another process looks again
+    else:
+        look_workers = workers
     wanted, capped = _affordable(grid, measuring_order(shapes, seed), setup.device, workers)
     if not wanted:
         raise InputError(f"no point to measure: all {len(capped)} were left out, {next(iter(capped.values()), '')}")
@@ -135,6 +144,10 @@ def sweep(
             _say_start(observer, journal, todo, len(wanted), capped)
             ledger = JournalLedger(journal, observer)
             session = measuring.measure(tasks, ledger, device, workers, stop_after_s)
+        stop_at = None if stop_after_s is None else start + stop_after_s
+        session = _look_again(session, tasks, wanted, ledger, device, look_workers, stop_at)
+        if not ledger.measured and not session.remaining:
+            _say_nothing_was_left(ledger)
         tables = {}
         if not session.remaining and not ledger.off:
             tables = write_tables(folder, grid, recipes, journal, fresh)
@@ -142,12 +155,43 @@ def sweep(
             ledger.measured,
             protocols,
             session,
-            history=journal.records,
+            rows={recipe: rows_of(recipe, setup, journal.records) for recipe in recipes},
+            history=calm(journal.records, KINDS[setup.device.kind].defaults.noise),
             resumed=len(wanted) - len(tasks.tasks),
             capped=len(capped),
             total_s=time.monotonic() - start,
         )
         return SweepResult(tables, report, session.remaining, capped, ledger.off)
+
+
+def _look_again(
+    session: SessionResult,
+    tasks: SweepTasks,
+    wanted: Sequence[LinearShape],
+    ledger: JournalLedger,
+    device: torch.device,
+    workers: int,
+    stop_at: float | None,
+) -> SessionResult:
+    """Measure what may be noise once more, and again if that does not tell. Returns all sessions together.
+
+    All points are measured twice where the repeats of a share disagree. It ends early on a machine so busy that another
+    look would be noise too. With several ranks, only rank 0 looks.
+    """
+    measures_twice = KINDS[tasks.setup.device.kind].defaults.noise.measures_twice
+    for attempt in range(MAX_LOOKS):
+        rows = {recipe: rows_of(recipe, tasks.setup, ledger.journal.records) for recipe in tasks.recipes}
+        if not attempt:
+            measures_twice |= repeats_disagree(rows.values())
+        looks = second_looks(wanted, rows, measures_twice=measures_twice)
+        if not looks or session.remaining or ledger.off or (attempt and mostly_disturbed(rows.values())):
+            break
+        stop_after_s = None if stop_at is None else max(0.0, stop_at - time.monotonic())
+        with make_observer(len(looks), tasks.protocols) as ledger.observer:
+            ledger.say(f"{len(looks)} points are measured again, to tell numbers from noise")
+            again = msgspec.structs.replace(tasks, tasks=tuple(looks), repeats=())
+            session = session.then(MeasuringAlone().measure(again, ledger, device, workers, stop_after_s))
+    return session
 
 
 def _affordable(
@@ -158,6 +202,16 @@ def _affordable(
     taken_gib = workers * KINDS[device.kind].defaults.worker_gib
     reasons = {s: too_large(s, device, on_grid=s in swept, taken_gib=taken_gib) for s in shapes}
     return [s for s in shapes if not reasons[s]], {s: reason for s, reason in reasons.items() if reason}
+
+
+def _say_nothing_was_left(ledger: JournalLedger) -> None:
+    """Whoever wants new numbers must not take the old ones for them."""
+    records = ledger.journal.records
+    newest = max(record.measured_at for record in records)
+    ledger.say(
+        f"nothing was left to measure: the tables are made of {len(records)} measurements of the journal, the newest "
+        f"of {newest:%Y-%m-%d %H:%M} UTC; --fresh measures again"
+    )
 
 
 def _say_start(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Protocol
 
+from fp8gate.calibrate.device.host_load import HostLoad
 from fp8gate.calibrate.device.registry import kind_of
 from fp8gate.calibrate.device.watch import other_processes
 from fp8gate.calibrate.points.point_record import ArmName, ArmRecord, PointRecord, Stages
@@ -62,7 +63,7 @@ class SessionResult:
     """What measuring came to, beside the records.
 
     remaining: tasks without a record. troubles: what each device reported. lost: ranks that did not stay to the end,
-    and why.
+    and why. host: the load of this machine.
     """
 
     remaining: int
@@ -72,6 +73,20 @@ class SessionResult:
     idle_s: float
     troubles: dict[str, str]
     lost: dict[int, str] = field(default_factory=dict)
+    host: HostLoad = field(default_factory=HostLoad)
+
+    def then(self, later: SessionResult) -> SessionResult:
+        """This session and a later one of the same sweep, together."""
+        return SessionResult(
+            remaining=self.remaining + later.remaining,
+            retried=self.retried + later.retried,
+            discarded=[*self.discarded, *later.discarded],
+            starting_s=self.starting_s + later.starting_s,
+            idle_s=self.idle_s + later.idle_s,
+            troubles={**self.troubles, **later.troubles},
+            lost=self.lost,
+            host=max(self.host, later.host, key=lambda host: host.highest),
+        )
 
 
 class SweepSession:
@@ -86,6 +101,7 @@ class SweepSession:
         self.idle_s = self.starting_s = 0.0
         self.watch = kind_of(job.device).make_watch(job.device)
         self.others: set[str] = set()
+        self.host = HostLoad()
 
     def measure(self, workers: int) -> None:
         """Until the queue has nothing more or the time is up. workers: 0 for this process alone.
@@ -95,6 +111,7 @@ class SweepSession:
         if not self.queue.wait(self.until):
             return
         self._look_for_others([])
+        self._sample_load()
         with WorkerPool(self.job, workers) if workers else InThisProcess(self.job) as pool:
             try:
                 while self.queue.wait(self.until):
@@ -102,6 +119,7 @@ class SweepSession:
                         record = self._record(outcome) if isinstance(outcome, Died) else outcome.record
                         self._note(outcome.task, record)
                         self._look_for_others(pool.pids)
+                        self._sample_load()
             finally:
                 self.idle_s = pool.use.idle_s
                 self.starting_s = (pool.use.first_turn_at or time.monotonic()) - self.start
@@ -115,6 +133,7 @@ class SweepSession:
             starting_s=self.starting_s,
             idle_s=self.idle_s,
             troubles={self.job.measured_on: troubles} if troubles else {},
+            host=self.host,
         )
 
     def _note(self, task: Task, record: PointRecord | None) -> None:
@@ -149,6 +168,13 @@ class SweepSession:
             if other not in self.others:
                 self.others.add(other)
                 self.ledger.say(f"warning: another process is on the device and may spoil timings: {other}")
+
+    def _sample_load(self) -> None:
+        """Say once that the machine is busy."""
+        was_busy = self.host.is_busy
+        self.host.sample()
+        if self.host.is_busy and not was_busy:
+            self.ledger.say(f"warning: the host is busy and may spoil timings: {self.host}")
 
 
 def failed_record(task: Task, recipes: Iterable[Recipe], detail: str, measured_on: str = "") -> PointRecord:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from fp8gate.calibrate.points.noise import TOO_MANY, Row
 from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.calibrate.sweep.session import SessionResult
 from fp8gate.calibrate.sweep.spread import (
@@ -20,7 +21,10 @@ from fp8gate.calibrate.sweep.spread import (
     repeat_spread,
 )
 from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Spread, SweepProtocol
+
+MOST_NAMED = 5  # of the speedups that are noise; the JSON names all
 
 
 class SweepReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,6 +32,9 @@ class SweepReport(msgspec.Struct, frozen=True, kw_only=True):
 
     measured, resumed, retried, capped: points that were measured, taken from the journal, measured again after a
     failure, and left out as too large. ambiguous, without_numbers: speedups, of which a point has one for each recipe.
+    speedups, noise: how many speedups were timed, in this call or before, and why some of them are noise, by their
+    shape and recipe. load: the highest load of this machine, in words. is_busy: whether that is more than the sweep's
+    own work.
     compiling_s is the sum over all processes; the other seconds are those of the device. starting_s: until the first
     point was ready. idle_s: after that, while no process had its turn on the device. With several ranks, both are those
     of rank 0.
@@ -57,12 +64,38 @@ class SweepReport(msgspec.Struct, frozen=True, kw_only=True):
     between: dict[Recipe, Spread] = {}
     odd: tuple[OddDevice, ...] = ()
     lost: dict[int, str] = {}
+    speedups: int = 0
+    noise: dict[str, str] = {}
+    load: str = ""
+    is_busy: bool = False
+
+    @property
+    def too_noisy(self) -> str | None:
+        """What to say and to do about a sweep that is noise in too many points; None if it is not."""
+        if len(self.noise) <= TOO_MANY * self.speedups:
+            return None
+        return (
+            f"{self._noise_sentence()}: more than {TOO_MANY:.0%}; run the same command when nothing else runs here: it "
+            "measures only these again"
+        )
+
+    def _noise_sentence(self) -> str:
+        where = "on a busy host, " if self.is_busy else ""
+        return f"{len(self.noise)} of {self.speedups} speedups are noise and decide nothing ({where}{self.load})"
+
+    def _noise_lines(self) -> list[str]:
+        if not self.noise:
+            return [f"the host was busy: {self.load}"] if self.is_busy else []
+        named = [f"  {where}: {why}" for where, why in list(self.noise.items())[:MOST_NAMED]]
+        more = len(self.noise) - MOST_NAMED
+        return [self._noise_sentence(), *named, *([f"  and {more} more"] if more > 0 else [])]
 
     def text(self) -> str:
         lines = [
             f"{self.measured} points measured, {self.resumed} taken from the journal, {self.retried} retried, "
             f"{self.capped} left out; {self.ambiguous} speedups ambiguous, "
             f"{self.without_numbers} without numbers",
+            *self._noise_lines(),
             f"{self.total_s:.0f} s: starting {self.starting_s:.0f}, then on the device loading and tuning "
             f"{self.loading_s:.0f}, settling {self.settling_s:.0f}, timing {self.timing_s:.0f}, idle "
             f"{self.idle_s:.0f}; compiling {self.compiling_s:.0f} s over all processes",
@@ -89,6 +122,7 @@ def make_sweep_report(
     protocols: Mapping[Recipe, SweepProtocol],
     session: SessionResult,
     *,
+    rows: Mapping[Recipe, Mapping[LinearShape, Row]],
     history: Sequence[PointRecord],
     resumed: int,
     capped: int,
@@ -96,10 +130,12 @@ def make_sweep_report(
 ) -> SweepReport:
     """Count and sum over the records of one call, and over the stages that were thrown away, as they took time too.
 
-    history: all records of the journal, as the first measurement of a repeated point may be of an earlier call.
+    rows: those of each recipe's table. history: all records of the journal that nothing disturbed, as the first
+    measurement of a repeated point may be of an earlier call.
     """
     stages = [*(r.stages for r in records), *session.discarded]
-    statuses = [r.point(recipe, protocols[recipe]).status for r in records if not r.repeat for recipe in r.recipes]
+    now = {(record.shape, recipe) for record in records if not record.repeat for recipe in record.recipes}
+    statuses = [rows[recipe][shape].point.status for shape, recipe in now]
     controls = control_differences(next(iter(protocols.values())), records)
     spreads = {recipe: repeat_spread(recipe, protocol, history) for recipe, protocol in protocols.items()}
     between = {recipe: between_devices(recipe, protocol, history) for recipe, protocol in protocols.items()}
@@ -108,7 +144,7 @@ def make_sweep_report(
         resumed=resumed,
         retried=session.retried,
         ambiguous=statuses.count("ambiguous"),
-        without_numbers=sum(status not in ("measured", "ambiguous") for status in statuses),
+        without_numbers=sum(status not in ("measured", "ambiguous", "noisy") for status in statuses),
         capped=capped,
         total_s=total_s,
         starting_s=session.starting_s,
@@ -124,4 +160,8 @@ def make_sweep_report(
         between={recipe: found for recipe, found in between.items() if found},
         odd=tuple(odd_devices(history, session.troubles)),
         lost=session.lost,
+        speedups=sum(row.measurements > 0 for by_shape in rows.values() for row in by_shape.values()),
+        noise={f"{s} {recipe}": row.noise for recipe in rows for s, row in rows[recipe].items() if row.noise},
+        load=str(session.host),
+        is_busy=session.host.is_busy,
     )

@@ -1,6 +1,7 @@
 """What a sweep still has to measure: the points that lack a number, controls, and repeats that show the spread. Pure.
 
-In: the shapes wanted, a journal's records. Out: `SweepTasks`.
+In: the shapes wanted, a journal's records. Out: `SweepTasks`; and when these are done, those that are measured once
+more to tell numbers from noise.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from fp8gate.calibrate.points.noise import Row, far_from_neighbours
 from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.calibrate.points.setup import Setup
 from fp8gate.calibrate.points.task_queue import Task
@@ -78,6 +80,22 @@ def tasks_left(
         repeats=tuple(repeats),
         repeated=tuple(where for where, found in repeated.items() if found.issuperset(recipes)),
     )
+
+
+def second_looks(
+    wanted: Sequence[LinearShape], rows: Mapping[Recipe, Mapping[LinearShape, Row]], *, measures_twice: bool
+) -> list[Task]:
+    """The points whose numbers only another measurement can tell from noise, in the order of `wanted`.
+
+    They are those that are noise by what is known, those measured once that are far from their neighbours, and with
+    measures_twice all that were measured once. They are no repeats: those are a sample that shows the spread.
+    """
+    doubtful: set[LinearShape] = set()
+    for by_shape in rows.values():
+        doubtful |= {shape for shape, row in by_shape.items() if row.noise}
+        suspected = by_shape.keys() if measures_twice else far_from_neighbours(by_shape)
+        doubtful |= {shape for shape in suspected if by_shape[shape].measurements == 1}
+    return [Task(shape) for shape in wanted if shape in doubtful]
 
 
 def _share(share: float, count: int) -> int:

@@ -11,29 +11,39 @@ from pathlib import Path
 
 import msgspec
 
-from fp8gate.calibrate.points.point_record import PointRecord
+from fp8gate.calibrate.device.kind import NoiseLimits
+from fp8gate.calibrate.device.registry import KINDS
+from fp8gate.calibrate.points.noise import TOO_MANY, Row, calm, judge
+from fp8gate.calibrate.points.point_record import CONTROL, PointRecord
 from fp8gate.calibrate.points.setup import Setup
 from fp8gate.calibrate.sweep.grid import union
 from fp8gate.calibrate.sweep.journal import SweepJournal
 from fp8gate.calibrate.sweep.spread import between_devices, control_spread, devices_of, repeat_spread
 from fp8gate.filter.contract import table as contract
-from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.errors import InputError, UnfinishedError
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import WITH_NUMBERS, Grid, Table, TableError, read_table
 
 
+class TooNoisyError(UnfinishedError):
+    """So much of what was measured is noise that it must not replace what was known before."""
+
+
+def rows_of(recipe: Recipe, setup: Setup, records: Sequence[PointRecord]) -> dict[LinearShape, Row]:
+    """The rows of a recipe's table, sorted by shape, each with why it is noise if it is."""
+    return judge(records, recipe, setup.protocols[recipe], _limits(setup))
+
+
 def make_table(grid: Grid, recipe: Recipe, setup: Setup, records: Sequence[PointRecord]) -> Table:
-    """A recipe's table from a journal's records. If a shape was measured twice, the last record with numbers counts.
+    """A recipe's table from a journal's records. What counts of several records of a shape, `judge` says.
 
     `measured_at` is that of the newest record, so that the same measurements give the same file. Repeats only go into
     the protocol's spread. `estimate` is set here and not in the set-up, as it says what was made of the samples, not
     how they were taken: samples of an older journal give a table like any other.
     """
-    latest: dict[LinearShape, PointRecord] = {}
-    for record in (r for r in records if recipe in r.arms and not r.repeat):
-        if record.shape not in latest or record.status(recipe) == "measured":
-            latest[record.shape] = record
+    firsts = [record for record in records if recipe in record.arms and not record.repeat]
+    controlled = {record.shape: record for record in firsts if CONTROL in record.arms}
     protocol = setup.protocols[recipe]
     return Table(
         recipe=recipe,
@@ -41,16 +51,20 @@ def make_table(grid: Grid, recipe: Recipe, setup: Setup, records: Sequence[Point
         software=setup.software,
         protocol=msgspec.structs.replace(
             protocol,
-            spread=repeat_spread(recipe, protocol, records),
-            controls=control_spread(protocol, latest.values()),
+            spread=repeat_spread(recipe, protocol, calm(records, _limits(setup))),
+            controls=control_spread(protocol, controlled.values()),
             devices=len(devices_of(records)),
             between=between_devices(recipe, protocol, records),
             estimate="quotient_of_times",
         ),
-        measured_at=max(r.measured_at for r in latest.values()),
+        measured_at=max(record.measured_at for record in firsts),
         grid=grid,
-        points=tuple(latest[shape].point(recipe, protocol) for shape in sorted(latest)),
+        points=tuple(row.point for row in rows_of(recipe, setup, records).values()),
     )
+
+
+def _limits(setup: Setup) -> NoiseLimits:
+    return KINDS[setup.device.kind].defaults.noise
 
 
 def require_nothing_lost(
@@ -89,14 +103,17 @@ def write_tables(
     """Write everything that the journal holds for each recipe, so that a later, smaller sweep adds to a table.
 
     Raises InputError, and writes no table, if points of an earlier table would lose their numbers: then something is
-    broken, and rarely the hardware. With `fresh` the earlier tables are replaced whatever they hold.
+    broken, and rarely the hardware. Raises TooNoisyError if too many of them would lose theirs to noise. With `fresh`
+    the earlier tables are replaced whatever they hold.
     """
     tables = {}
     for recipe in recipes:
         path = folder / f"{recipe}.yaml"
         table = make_table(grid, recipe, journal.setup, journal.records)
         if path.exists() and not fresh:
-            _require_no_number_lost(table, read_table(path), path, journal.records)
+            earlier = read_table(path)
+            _require_no_number_lost(table, earlier, path, journal.records)
+            _require_little_noise(table, earlier, path)
         tables[path] = table if fresh else _with_earlier_axes(table, path)
     contract.write_tables(tables)
     return tables
@@ -104,7 +121,7 @@ def write_tables(
 
 def _require_no_number_lost(table: Table, earlier: Table, path: Path, records: Sequence[PointRecord]) -> None:
     had = {p.shape for p in earlier.points if p.status in WITH_NUMBERS}
-    lost = [p.shape for p in table.points if p.status not in WITH_NUMBERS and p.shape in had]
+    lost = [p.shape for p in table.points if p.status not in (*WITH_NUMBERS, "noisy") and p.shape in had]
     if not lost:
         return
     last = [record for record in records if record.shape == lost[0] and table.recipe in record.arms][-1]
@@ -114,6 +131,17 @@ def _require_no_number_lost(table: Table, earlier: Table, path: Path, records: S
         f"{next(filter(None, details), 'no reason given')}; to measure again when this is mended, or to replace the "
         "table all the same: --fresh"
     )
+
+
+def _require_little_noise(table: Table, earlier: Table, path: Path) -> None:
+    """A table of numbers must not be replaced by one of noise, as a busy host gives it."""
+    had = {p.shape for p in earlier.points if p.status in WITH_NUMBERS}
+    lost = [p for p in table.points if p.status == "noisy" and p.shape in had]
+    if len(lost) > TOO_MANY * len(had):
+        raise TooNoisyError(
+            f"{path} is kept: {len(lost)} of its {len(had)} points would lose their numbers to noise; run the same "
+            "command when nothing else runs here: it measures these again; or replace the table all the same: --fresh"
+        )
 
 
 def _with_earlier_axes(table: Table, path: Path) -> Table:

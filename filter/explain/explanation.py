@@ -1,11 +1,11 @@
 """Explain what the filter would do to a model, and what that is worth. It needs a config and a table, but no GPU.
 
-In: a `ModelConfig` and a filter. Out: an `Explanation`.
+In: a `DescribedModel` and a filter. Out: an `Explanation`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from fp8gate.filter.decision.estimate import MAX_OCTAVES_OUTSIDE, Estimate
 from fp8gate.filter.decision.lookup import Lookup
 from fp8gate.filter.decision.torchao_rule import torchao_converts
 from fp8gate.filter.findings import Finding
-from fp8gate.filter.model.model_config import LinearRole, ModelConfig, linear_roles, not_linear, role_shape
+from fp8gate.filter.model.described_model import DescribedModel, LinearRole, role_shape
 from fp8gate.filter.model.parallel import Shards
 from fp8gate.filter.plan_decisions import PlanDecisions
 
@@ -117,39 +117,39 @@ class Explanation:
 BF16, ALL, RULE, TABLE, PLAN = "bf16", "all float8", "torchao's rule", "fp8gate, table", "fp8gate, plan"
 
 
-def explain(model: str, config: ModelConfig, wants_float8: AutoFilter) -> Explanation:
+def explain(model: DescribedModel, wants_float8: AutoFilter) -> Explanation:
     """Decide every kind of linear of a model as one rank holds it, and sum the times of each choice.
 
-    model: its name or file, for commands. Raises TableError if the table holds no number at all, or none near enough to
+    Raises TableError if the table holds no number at all, or none near enough to
     one of the model's shapes, and ShardError if a layer cannot be divided.
     """
     settings = wants_float8.settings
     shards, lookup = Shards(settings.parallel, settings.tokens), Lookup(wants_float8.table, settings.lookup)
-    linears = linear_roles(config)
+    linears = model.linears
     shapes = [role_shape(linear, shards) for linear in linears]
-    findings = wants_float8.examine([(linear.fqn, linear) for linear in linears])
-    estimates = _estimates(model, linears, shapes, lookup, wants_float8)
+    findings = wants_float8.examine([(linear.fqn, linear) for linear in linears], observation=model.observation)
+    estimates = _estimates(model.name, linears, shapes, lookup, wants_float8)
     layers = [
-        _explain_layer(linear, shape, estimate, lookup, wants_float8)
+        _explain_layer(linear, shape, estimate, lookup, wants_float8, _is_called(linear, model))
         for linear, shape, estimate in zip(linears, shapes, estimates, strict=True)
     ]
     plan = wants_float8.plans.chosen
     return Explanation(
-        model=model,
+        model=model.name,
         table=wants_float8.table,
         layers=layers,
         choices=list(_choices(layers, plan)),
         plan=plan,
-        plan_command=wants_float8.plans.command(model),
-        measure_command=_measure_command(model, wants_float8),
+        plan_command=wants_float8.plans.command(model.name),
+        measure_command=_measure_command(model.name, wants_float8),
         min_speedup=settings.min_speedup,
         findings=findings,
-        note=not_linear(config),
+        note=model.note,
     )
 
 
 def _estimates(
-    model: str, linears: list[LinearRole], shapes: list[LinearShape], lookup: Lookup, wants_float8: AutoFilter
+    model: str, linears: Sequence[LinearRole], shapes: list[LinearShape], lookup: Lookup, wants_float8: AutoFilter
 ) -> list[Estimate]:
     """The table's estimates of all linears. Raises TableError if there is none, or if one is too far outside."""
     found = [estimate for shape in shapes if (estimate := lookup(shape))]
@@ -158,7 +158,7 @@ def _estimates(
     far = [
         f"{linear.role} {shape}"
         for linear, shape, estimate in zip(linears, shapes, found, strict=True)
-        if estimate.is_far_outside
+        if estimate.is_far_outside and not shape.indivisible()  # those are never converted
     ]
     if far:
         raise TableError(
@@ -176,7 +176,12 @@ def _measure_command(model: str, wants_float8: AutoFilter) -> str:
 
 
 def _explain_layer(
-    linear: LinearRole, shape: LinearShape, estimate: Estimate, lookup: Lookup, wants_float8: AutoFilter
+    linear: LinearRole,
+    shape: LinearShape,
+    estimate: Estimate,
+    lookup: Lookup,
+    wants_float8: AutoFilter,
+    is_called: bool,
 ) -> LayerExplanation:
     settings = wants_float8.settings
     recomputed = settings.recomputes(linear.fqn)
@@ -192,10 +197,16 @@ def _explain_layer(
         decision=decision,
         by_table=by_table,
         torchao=torchao_converts(wants_float8.table.recipe, **sizes),
-        bf16_us=estimate.bf16_us,
+        bf16_us=estimate.bf16_us if is_called else 0.0,
         # every choice leaves a layer in bf16 that float8 cannot compute or that the user leaves out
-        fp8_us=estimate.bf16_us if stays else estimate.fp8_us,
+        fp8_us=(estimate.bf16_us if stays else estimate.fp8_us) if is_called else 0.0,
     )
+
+
+def _is_called(linear: LinearRole, model: DescribedModel) -> bool:
+    """Whether the forward that was observed, if any, calls it: others take no time."""
+    seen = model.observation.linears.get(linear.fqn) if model.observation else None
+    return seen is None or seen.calls > 0
 
 
 def _choices(layers: list[LayerExplanation], plan: PlanDecisions | None) -> Iterator[Choice]:

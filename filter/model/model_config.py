@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -18,9 +17,8 @@ from fp8gate.filter.contract.reading.file_bytes import UnreadableError, read_utf
 from fp8gate.filter.contract.reading.json_data import MAX_BYTES, read_json
 from fp8gate.filter.contract.reading.messages import FileError
 from fp8gate.filter.contract.reading.plain_values import MAX_SIZE, require_plain_values
-from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Size
-from fp8gate.filter.model.parallel import ShardError, Shards
+from fp8gate.filter.model.described_model import LinearRole
 
 
 class ModelError(FileError):
@@ -51,27 +49,14 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def size_of_head(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+        return self.head_dim or HEAD_DIM.get(self.model_type) or self.hidden_size // self.num_attention_heads
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LinearRole:
-    """All linears of one kind in a model.
-
-    role: Llama's short name for them, such as "wq". fqn: Hugging Face's name, with layer indices as *. count: how many
-    there are. in_features, out_features: of the whole linear, before it is divided among ranks.
-    """
-
-    role: str
-    fqn: str
-    count: int
-    in_features: int
-    out_features: int
-
-
-CONFIG = "config.json"
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 """Model types that have the same linears: they differ in biases and norms only."""
+HEAD_DIM = {"qwen3": 128}
+"""The size of a head where config.json has no head_dim and it is not hidden_size / num_attention_heads."""
+CONFIG = "config.json"
 MIXTURE = ("mixtral",)
 """Model types whose experts are grouped products in transformers: they are no nn.Linear, so nothing converts them."""
 
@@ -117,7 +102,7 @@ def load_model(model: str) -> ModelConfig:
 def _heads_problem(config: ModelConfig) -> str | None:
     """What is wrong with the heads of attention: they have whole sizes, and each key serves as many queries."""
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-    if config.head_dim is None and config.hidden_size % heads:
+    if config.head_dim is None and config.model_type not in HEAD_DIM and config.hidden_size % heads:
         return f"$.num_attention_heads: expected a divisor of hidden_size, {config.hidden_size}; found {heads}"
     if heads % key_heads:
         return f"$.num_key_value_heads: expected a divisor of num_attention_heads, {heads}; found {key_heads}"
@@ -126,16 +111,11 @@ def _heads_problem(config: ModelConfig) -> str | None:
     return None
 
 
-def require_divisible(model: str, config: ModelConfig, tp: int) -> None:
-    """Raises ShardError if tensor parallelism of this degree would cut through heads of attention.
-
-    model: what messages call it. Every rank holds whole heads, of queries and of keys.
-    """
-    fields = {"num_attention_heads": config.num_attention_heads}
-    fields["num_key_value_heads"] = config.num_key_value_heads or config.num_attention_heads
-    for field, heads in fields.items():
-        if heads % tp:
-            raise ShardError(f"--tp: expected a divisor of the {heads} heads of {model} ($.{field}); got {tp}")
+def is_known_type(facts: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes a language model whose linears are known without transformers."""
+    architectures = facts.get("architectures") or ["LlamaForCausalLM"]
+    is_causal = isinstance(architectures, list) and str(architectures[0]).endswith("ForCausalLM")
+    return facts.get("model_type") in (*DENSE, *MIXTURE) and is_causal and not facts.get("quantization_config")
 
 
 def config_facts(model: str) -> dict[str, Any]:
@@ -194,14 +174,6 @@ def linear_roles(config: ModelConfig) -> list[LinearRole]:
         )
         for role, fqn, in_features, out_features in roles
     ]
-
-
-def role_shape(linear: LinearRole, shards: Shards) -> LinearShape:
-    """The shape of a role's linears on one rank. Raises ShardError, which names the linear, if it cannot be divided."""
-    try:
-        return shards.local_shape(linear.fqn, linear.in_features, linear.out_features)
-    except ShardError as error:
-        raise ShardError(f"{linear.fqn}: {error}") from error
 
 
 def not_linear(config: ModelConfig) -> str | None:

@@ -39,7 +39,7 @@ def model_linears(model: Any, *, with_other_names: bool) -> ModelLinears:
         return found
     return found._replace(
         left_alone=grouped_weights(model),
-        other_products=_unique_names(model, _multiplies),
+        other_products=other_products(model),
         without_linears=tuple(_names_without_linears(model)) if with_other_names else (),
     )
 
@@ -47,6 +47,11 @@ def model_linears(model: Any, *, with_other_names: bool) -> ModelLinears:
 def grouped_weights(model: Any) -> tuple[str, ...]:
     """Names of modules that hold several matrices in one parameter, such as grouped experts. Layer indices are *."""
     return _unique_names(model, _is_grouped)
+
+
+def other_products(model: Any) -> tuple[str, ...]:
+    """Names of modules that multiply by a matrix and are no nn.Linear, such as Conv1D. Layer indices are *."""
+    return _unique_names(model, _multiplies)
 
 
 def _unique_names(model: Any, is_meant: Callable[[Any], bool]) -> tuple[str, ...]:

@@ -103,7 +103,7 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True):
 
     tp: int = 1
     cp: int = 1
-    plan: Mapping[str, Any] | PlanName = {}
+    plan: Mapping[str, Any] | str = {}
 
     def __post_init__(self) -> None:
         for name in ("tp", "cp"):

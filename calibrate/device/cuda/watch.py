@@ -35,6 +35,9 @@ class GpuWatch:
         clock: int | None = self._ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM)
         return clock
 
+    def waited_s(self) -> None:
+        """A GPU that replays a CUDA graph does not wait for the processor."""
+
     def processes(self) -> dict[int, str]:
         """Every process that computes on the GPU, by its number, as far as the driver tells."""
         found = self._ask("nvmlDeviceGetComputeRunningProcesses") or []

@@ -19,7 +19,8 @@ from fp8gate.filter.contract.table import Point
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, decide
 from fp8gate.filter.decision.lookup import Lookup
 from fp8gate.filter.locate.find_plan import find_plans
-from fp8gate.filter.model.model_config import LinearRole, linear_roles, not_linear
+from fp8gate.filter.model.described_model import LinearRole
+from fp8gate.filter.model.model_config import linear_roles, not_linear
 from fp8gate.filter.plan_decisions import PlanDecisions
 
 

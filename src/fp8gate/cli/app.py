@@ -6,18 +6,22 @@ Try it: fp8gate --help
 from __future__ import annotations
 
 import contextlib
+import inspect
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+import fp8gate
+from fp8gate.calibrate.processes import library_noise  # noqa: F401  # its effect is wanted, before torch is imported
 from fp8gate.cli.breakdown import breakdown_command
 from fp8gate.cli.calibrate import calibrate_command
 from fp8gate.cli.diff import diff_command
+from fp8gate.cli.doctor import doctor_command
 from fp8gate.cli.explain import explain_command
 from fp8gate.cli.merge import merge_command
 from fp8gate.cli.plan import plan_command
@@ -34,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "breakdown": breakdown_command,
     "explain": explain_command,
     "plan": plan_command,
+    "doctor": doctor_command,
 }
 """In the order in which --help lists them."""
 WITH_JOURNAL = ("calibrate", "plan")
@@ -119,16 +124,29 @@ def _comes_from_the_device(error: RuntimeError) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or str(error).startswith("CUDA error")
 
 
-app = typer.Typer(
-    cls=Commands,
-    help=(
-        "Measure where float8 linears train faster than bf16 on this GPU, and convert only those.\n\n"
-        "Exit codes: 0 fine; 1 findings, or stopped before the end; 2 usage or bad input; 130 Ctrl-C."
-    ),
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fp8gate {fp8gate.__version__}")
+        raise typer.Exit
+
+
+def main_command(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Measure where float8 linears train faster than bf16 on this GPU, and convert only those.
+
+    Exit codes: 0 fine; 1 findings, or stopped before the end; 2 usage or bad input; 130 Ctrl-C.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(cls=Commands, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=HELP_NAMES)
+app.callback(invoke_without_command=True)(main_command)
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    _first_sentence = (inspect.getdoc(_command) or "").partition("\n\n")[0]
+    app.command(_name, context_settings=HELP_NAMES, short_help=_first_sentence)(_command)

@@ -16,17 +16,20 @@ from fp8gate.cli.options import (
     BUNDLED_MODELS,
     DeviceOption,
     JsonOption,
+    OutOption,
     ResumeOption,
     WorkersOption,
     print_json,
     require,
     start_measuring,
 )
-from fp8gate.filter.contract.errors import EXIT_FOUND, InputError
+from fp8gate.filter.contract.errors import EXIT_FOUND, InputError, UnfinishedError
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import DeviceKindName
-from fp8gate.filter.model.model_config import linear_roles, load_model, role_shape
+from fp8gate.filter.locate.places import default_out, is_searched
+from fp8gate.filter.model.describe import describe_model
+from fp8gate.filter.model.described_model import role_shape
 from fp8gate.filter.model.parallel import Parallel, Shards
 
 if TYPE_CHECKING:
@@ -35,11 +38,11 @@ if TYPE_CHECKING:
 
 def calibrate_command(
     grid: Annotated[
-        str, typer.Option(help="quick, default, or a YAML file with m, k, n lists and shapes.")
+        str, typer.Option(help="quick, default, a YAML file with m, k, n lists and shapes, or a table: its shapes.")
     ] = "default",
     recipes: Annotated[str, typer.Option(help="Recipes to measure, separated by commas.")] = ",".join(RECIPES),
     device: DeviceOption = None,
-    out: Annotated[Path, typer.Option(help="Folder for <device>/<recipe>.yaml and the journal.")] = Path("thresholds"),
+    out: OutOption = None,
     resume: ResumeOption = True,
     model: Annotated[
         str | None, typer.Option(help=f"Add this model's shapes: a config.json or {BUNDLED_MODELS}.")
@@ -58,11 +61,12 @@ def calibrate_command(
 
     Every point is kept in a journal beside the tables as soon as it is measured: after Ctrl-C, a kill or
     --stop-after, the same command goes on where it was. Tables are written when all points are measured. Exit code 1
-    if points remain, or if no table was written because bf16 differed from itself.
+    if points remain, if no table was written because bf16 differed from itself, or if too many points are noise.
     """
     require("calibrate")
     chosen, extra = _parse_recipes(recipes), _extra_shapes(model, tokens, tp)
-    result = _run_sweep(grid, chosen, device, out, not resume, extra, stop_after, workers, seed)
+    folder = out or default_out()
+    result = _run_sweep(grid, chosen, device, folder, not resume, extra, stop_after, workers, seed)
     if result is None:
         return
     if as_json:
@@ -71,6 +75,10 @@ def calibrate_command(
         print_json(sweep_json(result))
     else:
         _print_result(result)
+        if result.tables and not result.report.too_noisy:
+            typer.echo(_lines_to_paste(result, folder))
+    if result.tables and result.report.too_noisy:
+        raise UnfinishedError(result.report.too_noisy)
     if result.remaining or result.off:
         raise typer.Exit(EXIT_FOUND)
 
@@ -139,6 +147,19 @@ def _print_result(result: SweepResult) -> None:
         typer.echo(f"{shape}: bf16 against itself was {error:.1%} off, {MAX_RETRIES + 1} times: no table was written")
 
 
+def _lines_to_paste(result: SweepResult, folder: Path) -> str:
+    """What training code has to say to use the tables, which it finds by itself if they lie where it searches."""
+    recipe = next(iter(result.tables.values())).recipe
+    place = "" if is_searched(folder) else f", tables={str(folder)!r}"
+    return (
+        "\nIn training code on this device:\n\n"
+        "    from fp8gate import auto_filter\n"
+        f"    wants_float8 = auto_filter({recipe!r}, tokens=8192{place})  # batch x sequence of one microbatch\n"
+        "    wants_float8.check(model)\n"
+        "    convert_to_float8_training(model, module_filter_fn=wants_float8, config=config)"
+    )
+
+
 def _parse_recipes(names: str) -> tuple[Recipe, ...]:
     chosen = [name.strip() for name in names.split(",")]
     for name in chosen:
@@ -160,8 +181,10 @@ def _extra_shapes(model: str | None, tokens: int | None, tp: int) -> list[Linear
 
 def model_shapes(model: str, tokens: int, tp: int) -> list[LinearShape]:
     """The shapes of one rank's linears. Those that float8 cannot compute are left out and named on standard error."""
-    shapes, shards = [], Shards(Parallel(tp=tp, plan="transformers"), tokens)
-    for linear in linear_roles(load_model(model)):
+    described = describe_model(model, tokens)
+    described.require_divisible(tp)
+    shapes, shards = [], Shards(Parallel(tp=tp, plan=described.parallel_plan), tokens)
+    for linear in described.linears:
         shape = role_shape(linear, shards)
         if problem := shape.indivisible():
             typer.echo(f"{linear.fqn} {shape} is not measured: {problem} is no multiple of 16", err=True)

@@ -13,6 +13,7 @@ import typer
 from fp8gate.cli.options import (
     FilterFqnsOption,
     JsonOption,
+    LinearOption,
     MinSpeedupOption,
     ModelArgument,
     RecipeOrAll,
@@ -31,7 +32,7 @@ from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
 from fp8gate.filter.explain.explanation import Explanation, explain
 from fp8gate.filter.explain.explanation_text import explanation_json, explanation_text, recipes_json, recipes_text
 from fp8gate.filter.findings import FilterWarning
-from fp8gate.filter.model.model_config import load_model, require_divisible
+from fp8gate.filter.model.describe import describe_model
 from fp8gate.filter.model.parallel import Parallel
 from fp8gate.filter.plan_choice import AUTO
 
@@ -54,6 +55,7 @@ def explain_command(
         typer.Option(help="auto: the measured plan that fits; none; a bundled model's name; or a plan's file."),
     ] = AUTO,
     filter_fqns: FilterFqnsOption = "",
+    linear: LinearOption = None,
     lookup: Annotated[
         LookupName,
         typer.Option(help="Interpolate between the measured points around a shape, or take the nearest one."),
@@ -73,8 +75,8 @@ def explain_command(
     if not min_speedup > 0:
         raise InputError(f"--min-speedup: expected a ratio above 0, such as {DEFAULT_MIN_SPEEDUP}; got {min_speedup}")
     asked = {"model": model, "tokens": tokens, "tp": tp, "cp": cp, "recompute": recompute}
-    config = load_model(model)
-    require_divisible(model, config, tp)
+    described = describe_model(model, tokens, linears=linear or ())
+    described.require_divisible(tp)
     explanations: dict[Recipe, Explanation] = {}
     for name in recipes_of(recipe):
         with warnings.catch_warnings():  # an explanation says itself what is doubtful
@@ -88,10 +90,10 @@ def explain_command(
                 lookup=lookup,
                 tables=tables,
                 plan=None if plan == "none" else plan,
-                parallel=Parallel(tp=tp, cp=cp, plan="transformers"),
+                parallel=Parallel(tp=tp, cp=cp, plan=described.parallel_plan),
                 recompute=recompute,
             )
-            explanations[name] = explain(model, config, wants_float8)
+            explanations[name] = explain(described, wants_float8)
     if recipe == "all":
         _print_recipes(asked, explanations, as_json)
     else:

@@ -22,9 +22,10 @@ def merge_command(
 ) -> None:
     """Make one table of several: sweeps of several days, or of a job array.
 
-    Points that several tables have are combined by their bounds, which widen where the tables disagree. The order of
-    the tables does not matter. What differs in recipe, device, software or protocol is refused. Merge what was
-    measured, not what was merged before: a table that goes in twice counts twice.
+    Points that several tables have are combined by their bounds, which widen where the tables disagree; where they
+    disagree too far, the point is noisy and has no numbers. The order of the tables does not matter. What differs in
+    recipe, device, software or protocol is refused. Merge what was measured, not what was merged before: a table that
+    goes in twice counts twice.
     """
     from fp8gate.calibrate.sweep.merge import merge_tables
 
@@ -32,7 +33,9 @@ def merge_command(
         raise InputError(f"--out: expected another file than the tables, which would count again next time; got {out}")
     merged = merge_tables({str(path): read_table(path) for path in tables})
     write_table(merged, out)
+    noisy = sum(point.status == "noisy" for point in merged.points)
     if as_json:
-        print_json({"table": str(out), "points": len(merged.points), "tables": len(tables)})
+        print_json({"table": str(out), "points": len(merged.points), "noisy": noisy, "tables": len(tables)})
     else:
-        typer.echo(f"wrote {out}: {len(merged.points)} points of {len(tables)} tables")
+        doubt = f", {noisy} of them noisy" if noisy else ""
+        typer.echo(f"wrote {out}: {len(merged.points)} points of {len(tables)} tables{doubt}")

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.find_table import ENVIRONMENT
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.table import DeviceKindName
+from fp8gate.filter.locate.places import ENVIRONMENT
 from fp8gate.filter.model.model_config import BUNDLED
 
 BUNDLED_MODELS = ", ".join(BUNDLED)
@@ -25,15 +25,30 @@ Recompute = Literal["none", "full"]
 DeviceOption = Annotated[
     DeviceKindName | None, typer.Option("--device", help="What to measure; by default the GPU if there is one.")
 ]
+FilterFqnsOption = Annotated[
+    str,
+    typer.Option("--filter-fqns", help="Leave linears in bf16 whose name contains one of these, separated by commas."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+LinearOption = Annotated[
+    list[str] | None,
+    typer.Option("--linear", help="Instead of a config: NAME,IN_FEATURES,OUT_FEATURES,COUNT[,ROWS]; may be repeated."),
+]
 MinSpeedupOption = Annotated[float, typer.Option("--min-speedup", help="Convert a linear from this speedup on.")]
-ModelArgument = Annotated[str, typer.Argument(help=f"A Hugging Face config.json, or {BUNDLED_MODELS}.")]
+ModelArgument = Annotated[str, typer.Argument(help=f"A Hugging Face config.json, its folder, or {BUNDLED_MODELS}.")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        help="Folder of device folders; by default where the filter looks: a checkout's thresholds/, or your own.",
+    ),
+]
 ResumeOption = Annotated[
     bool, typer.Option("--resume/--fresh", help="Go on with an earlier run's journal, or put it aside.")
 ]
 TablesOption = Annotated[
     Path | None,
-    typer.Option("--tables", help=f"A table or folder of tables, before {ENVIRONMENT} and the packaged ones."),
+    typer.Option("--tables", help=f"A table, a device's folder, or a folder of these; instead of {ENVIRONMENT}."),
 ]
 TokensOption = Annotated[
     int, typer.Option("--tokens", min=1, help="Tokens per data parallel rank and microbatch: batch x sequence.")
@@ -51,12 +66,23 @@ def recipes_of(choice: RecipeOrAll) -> tuple[Recipe, ...]:
     return tuple(RECIPES) if choice == "all" else (choice,)
 
 
+def patterns_of(names: str) -> list[str]:
+    """ "lm_head, mlp" -> ["lm_head", "mlp"]."""
+    return [stripped for name in names.split(",") if (stripped := name.strip())]
+
+
 def require(command: str, packages: Sequence[str] = MEASURING_PACKAGES) -> None:
-    """Raise InputError if a package is missing; the message says what to install."""
+    """Raise InputError if a package is missing; the message says which of fp8gate's extras bring it."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        extras = "calibrate,models" if "transformers" in packages else "calibrate"
-        raise InputError(f"{command} needs {', '.join(missing)}: pip install 'fp8gate[{extras}]'")
+        raise InputError(f"{command} needs {', '.join(missing)}: pip install 'fp8gate[{_extras(missing, packages)}]'")
+
+
+def _extras(missing: Sequence[str], packages: Sequence[str]) -> str:
+    """The extras of pyproject.toml that bring what is missing of the packages of a command."""
+    base = "calibrate" if "torch" in packages else "report"
+    extras = [base] if set(missing) - {"transformers"} else []
+    return ",".join([*extras, *(["models"] if "transformers" in missing else [])])
 
 
 def start_measuring(device: DeviceKindName | None, workers: int | None) -> None:

@@ -97,6 +97,7 @@ def plan_command(
             fresh=not resume,
             stop_after_s=None if stop_after is None else stop_after * 60,
             say=lambda message: typer.echo(message, err=True),
+            shows_bar=True,
         )
         write_plan(plans[path], path)
         typer.echo(f"wrote {path}", err=True)

@@ -1,0 +1,60 @@
+"""A model as `explain` and `calibrate` see it: kinds of linears, how many there are, and what they multiply. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.model.observe import Observation
+from fp8gate.filter.model.parallel import ShardError, Shards
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearRole:
+    """All linears of one kind in a model.
+
+    role: a short name for them: Llama's, such as "wq", or their name within a block. fqn: their name in the model,
+    layer indices as *. count: how many there are. in_features, out_features: of the whole linear, before it is divided
+    among ranks. rows: of its input for one microbatch; None for the tokens.
+    """
+
+    role: str
+    fqn: str
+    count: int
+    in_features: int
+    out_features: int
+    rows: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DescribedModel:
+    """The linears of a model, in forward order, and how it is divided.
+
+    name: what the user calls it. parallel_plan: how tensor parallelism divides it, as `Parallel` takes it. observation:
+    what a forward has shown of the linears, by `fqn`; None if none was run. heads: field of its config -> heads of
+    attention, which a degree must divide. note: what is no linear, or None.
+    """
+
+    name: str
+    linears: tuple[LinearRole, ...]
+    parallel_plan: Mapping[str, str] | str = "transformers"
+    observation: Observation | None = None
+    heads: Mapping[str, int] = field(default_factory=dict)
+    note: str | None = None
+
+    def require_divisible(self, tp: int) -> None:
+        """Raises ShardError if tensor parallelism of this degree would cut through heads: a rank holds whole ones."""
+        for field_name, heads in self.heads.items():
+            if heads % tp:
+                raise ShardError(
+                    f"--tp: expected a divisor of the {heads} heads of {self.name} ($.{field_name}); got {tp}"
+                )
+
+
+def role_shape(linear: LinearRole, shards: Shards) -> LinearShape:
+    """The shape of a role's linears on one rank. Raises ShardError, which names the linear, if it cannot be divided."""
+    try:
+        return shards.part(shards.style(linear.fqn), linear.in_features, linear.out_features, linear.rows)
+    except ShardError as error:
+        raise ShardError(f"{linear.fqn}: {error}") from error

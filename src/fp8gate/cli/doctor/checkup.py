@@ -1,0 +1,193 @@
+"""What is here: device, software, tables and plans that the filter would find, journals, the host's load.
+
+In: nothing. Out: a `Checkup`. torch is asked for the device if it is installed, and only then imported.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+from fp8gate.filter.contract.devices import device_slug, local_device_name
+from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.plan import PLANS, read_plan
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.software_check import DRIVER_VERSION, stale
+from fp8gate.filter.contract.table import WITH_NUMBERS
+from fp8gate.filter.locate.find_plan import plan_files
+from fp8gate.filter.locate.find_table import find_table, table_files
+from fp8gate.filter.locate.places import default_out, places, shown
+
+PACKAGES = ("fp8gate", "torch", "torchao", "triton", "transformers")
+SMALLEST = 16  # of the sizes that a float8 product takes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceFacts:
+    """The device that torch sees. capability, driver: of a GPU. runs_float8: whether a float8 product ran just now."""
+
+    name: str
+    kind: str
+    memory_gib: float | None
+    capability: str | None
+    driver: str | None
+    runs_float8: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundFile:
+    """A table or plan that the filter would use. what: the recipe, of a plan the model too. problem: why it cannot."""
+
+    what: str
+    path: str
+    measured: str = ""
+    stale: str | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkup:
+    """device: None without torch. missing: recipes without a table for it. measured: the devices that have
+    tables. out: where `calibrate` and `plan` write.
+
+    out_problem: why nothing can be written there. waiting: journals that are newer than what they are for. load: of the
+    last minute, None where the system does not tell.
+    """
+
+    device: DeviceFacts | None
+    versions: dict[str, str | None]
+    places: dict[str, str]
+    tables: tuple[FoundFile, ...]
+    missing: tuple[str, ...]
+    measured: tuple[str, ...]
+    plans: tuple[FoundFile, ...]
+    out: str | None
+    out_problem: str | None
+    waiting: tuple[str, ...]
+    load: float | None
+    processors: int
+
+
+def check_up() -> Checkup:
+    device = _device() if util.find_spec("torch") else None
+    tables = tuple(_tables()) if device else ()
+    out, out_problem = _out()
+    return Checkup(
+        device=device,
+        versions={"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
+        places={str(place.path): place.what for place in places()},
+        tables=tables,
+        missing=tuple(recipe for recipe in RECIPES if recipe not in {table.what for table in tables}) if device else (),
+        measured=tuple(sorted({path.parent.name for path in table_files()})),
+        plans=tuple(_plans(device.name)) if device else (),
+        out=None if out is None else str(out),
+        out_problem=out_problem,
+        waiting=tuple(map(str, _waiting(out / device_slug(device.name)))) if device and out else (),
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        processors=os.cpu_count() or 1,
+    )
+
+
+def _device() -> DeviceFacts:
+    import torch
+
+    name, is_gpu = local_device_name(), torch.cuda.is_available()
+    properties = torch.cuda.get_device_properties() if is_gpu else None
+    return DeviceFacts(
+        name=name,
+        kind="cuda" if is_gpu else "cpu",
+        memory_gib=round(properties.total_memory / 2**30, 1) if properties else _memory_gib(),
+        capability=f"{properties.major}.{properties.minor}" if properties else None,
+        driver=_driver() if is_gpu else None,
+        runs_float8=_runs_float8("cuda" if is_gpu else "cpu"),
+    )
+
+
+def _runs_float8(device: str) -> bool:
+    import torch
+
+    one = torch.ones((), device=device)
+    operand = torch.ones(SMALLEST, SMALLEST, device=device).to(torch.float8_e4m3fn)
+    try:
+        product = torch._scaled_mm(operand, operand.t(), one, one, out_dtype=torch.bfloat16)
+    except torch.OutOfMemoryError:  # says nothing about float8
+        raise
+    except (RuntimeError, NotImplementedError):  # a GPU before 8.9, or a build of torch without it
+        return False
+    return bool((product == SMALLEST).all())
+
+
+def _memory_gib() -> float | None:
+    from fp8gate.calibrate.device.cpu import physical_memory_bytes
+
+    return round(physical_memory_bytes() / 2**30, 1)
+
+
+def _driver() -> str | None:
+    """As the kernel module states it: NVML may not be installed."""
+    words = DRIVER_VERSION.read_text().split() if DRIVER_VERSION.is_file() else []
+    return next((word for word in words if word.count(".") in (1, 2) and word.replace(".", "").isdigit()), None)
+
+
+def _version(package: str) -> str | None:
+    """None if it is not installed."""
+    if util.find_spec(package) is None:
+        return None
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # torch's nightly builds bring triton under another name
+        return "of unknown version"
+
+
+def _tables() -> Iterator[FoundFile]:
+    for recipe in RECIPES:
+        try:
+            table, path = find_table(recipe)
+        except InputError as error:  # none, or one that cannot be used
+            if not _is_missing(error):
+                yield FoundFile(what=recipe, path="", problem=str(error))
+            continue
+        numbers = sum(point.status in WITH_NUMBERS for point in table.points)
+        measured = f"{numbers} points, {table.measured_at:%Y-%m-%d}"
+        yield FoundFile(what=recipe, path=shown(path), measured=measured, stale=stale(table.software))
+
+
+def _is_missing(error: InputError) -> bool:
+    """Whether there is no table, which the commands to run next say better."""
+    return str(error).startswith("device: no ")
+
+
+def _plans(device: str) -> Iterator[FoundFile]:
+    for path in plan_files(device=device):
+        try:
+            plan = read_plan(path)
+        except InputError as error:
+            yield FoundFile(what=path.stem, path=shown(path), problem=str(error))
+            continue
+        what = f"{plan.model}, {plan.recipe}, {plan.tokens} tokens" + (f", tp {plan.tp}" if plan.tp > 1 else "")
+        yield FoundFile(
+            what=what, path=shown(path), measured=f"{plan.measured_at:%Y-%m-%d}", stale=stale(plan.software)
+        )
+
+
+def _out() -> tuple[Path | None, str | None]:
+    """The folder that `calibrate` and `plan` write to, and why they could not."""
+    try:
+        out = default_out()
+    except InputError as error:
+        return None, str(error)
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    return out, None if os.access(there, os.W_OK) else f"{there} cannot be written to"
+
+
+def _waiting(folder: Path) -> Iterator[Path]:
+    """Journals with records to which nothing was written since. Tables and plans are written when all is measured."""
+    for here in (folder, folder / PLANS):
+        done = max((path.stat().st_mtime for path in here.glob("*.yaml")), default=0.0)
+        for journal in sorted(here.glob("journal-*.jsonl")):
+            if journal.stat().st_mtime > done and journal.read_bytes().count(b"\n") > 1:
+                yield journal

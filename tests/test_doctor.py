@@ -1,0 +1,197 @@
+"""`fp8gate doctor`: what is here, what the filter would find, and what to run next."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import msgspec
+import pytest
+from builders import SOFTWARE_HERE, make_point, make_table, write_file
+from plans import make_plan
+from typer.testing import CliRunner
+
+import fp8gate
+from fp8gate.cli import app
+from fp8gate.cli.doctor import checkup as module
+from fp8gate.cli.doctor.checkup import Checkup, DeviceFacts, FoundFile, check_up
+from fp8gate.cli.doctor.next_steps import next_steps, problems
+from fp8gate.cli.doctor.text import checkup_text
+from fp8gate.filter.contract.devices import device_slug, local_device_name
+from fp8gate.filter.contract.plan import write_plan
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.table import Device
+
+GPU = DeviceFacts(
+    name="NVIDIA H200", kind="cuda", memory_gib=139.8, capability="9.0", driver="580.1.2", runs_float8=True
+)
+VERSIONS = dict.fromkeys(("python", "fp8gate", "torch", "torchao", "triton", "transformers"), "1.0")
+WELL = Checkup(
+    device=GPU,
+    versions=VERSIONS,
+    places={"/data/thresholds": "your own"},
+    tables=tuple(
+        FoundFile(what=recipe, path=f"{recipe}.yaml", measured="407 points, 2026-11-25") for recipe in RECIPES
+    ),
+    missing=(),
+    measured=("nvidia-h200",),
+    plans=(FoundFile(what="llama3-8b, rowwise, 8192 tokens", path="llama3-8b-rowwise-m8192.yaml"),),
+    out="/data/thresholds",
+    out_problem=None,
+    waiting=(),
+    load=0.5,
+    processors=8,
+)
+STALE = replace(WELL, tables=(replace(WELL.tables[0], stale="torch 2.11.0, here 2.13.0"), *WELL.tables[1:]))
+
+
+def commands(checkup: Checkup) -> list[str]:
+    return [step.command for step in next_steps(checkup)]
+
+
+def test_all_is_well():
+    assert problems(WELL) == []
+    assert commands(WELL) == ["fp8gate explain llama3-8b --recipe all --tokens 8192"]
+    text = checkup_text(WELL)
+    assert "all is well" in text
+    assert text.startswith(
+        "NVIDIA H200: cuda, 139.8 GiB, driver 580.1.2, compute capability 9.0, float8 runs\n\npython 1.0, fp8gate 1.0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("checkup", "problem", "first"),
+    [
+        (
+            replace(WELL, tables=WELL.tables[:2], missing=("rowwise_with_gw_hp",)),
+            "no table for this device: rowwise_with_gw_hp",
+            "fp8gate calibrate --recipes rowwise_with_gw_hp",
+        ),
+        (replace(WELL, tables=(), missing=tuple(RECIPES)), "no table for this device", "fp8gate calibrate"),
+        (STALE, "tensorwise was measured with torch 2.11.0, here 2.13.0", "fp8gate verify"),
+        (replace(WELL, waiting=("/out/h/journal-1.jsonl",)), "/out/h/journal-1.jsonl waits", "fp8gate calibrate"),
+        (replace(WELL, waiting=("/out/h/plans/journal-1.jsonl",)), "waits to be gone on with", "fp8gate plan"),
+        (
+            replace(WELL, device=None, versions={**VERSIONS, "torch": None}),
+            "torch is not installed",
+            "pip install 'fp8gate[calibrate]'",
+        ),
+        (
+            replace(WELL, device=replace(GPU, runs_float8=False)),
+            "float8 does not run on NVIDIA H200",
+            "fp8gate explain",
+        ),
+        (replace(WELL, out_problem="/data cannot be written to"), "/data cannot be written to", "fp8gate explain"),
+        (
+            replace(WELL, plans=(replace(WELL.plans[0], problem="p.yaml: $.schema: expected 1"),)),
+            "p.yaml: $.schema: expected 1",
+            "fp8gate explain",
+        ),
+    ],
+)
+def test_a_problem_is_named_and_its_command_comes_first(checkup, problem, first):
+    assert problem in "\n".join(problems(checkup))
+    assert commands(checkup)[0].startswith(first)
+    assert 1 <= len(commands(checkup)) <= 3
+    assert problem in checkup_text(checkup)
+
+
+def test_a_gpu_without_plans_is_told_of_them():
+    assert commands(replace(WELL, plans=()))[0].startswith("fp8gate plan llama3-8b")
+
+
+def test_without_torch_a_measured_device_can_still_be_asked_about():
+    assert commands(replace(WELL, device=None, versions={**VERSIONS, "torch": None}))[1].endswith("--device H200")
+
+
+@pytest.mark.parametrize(("load", "is_busy"), [(20.0, True), (7.0, False), (None, False)])
+def test_a_busy_host_is_named(load, is_busy):
+    assert ("too busy to measure now" in checkup_text(replace(WELL, load=load))) == is_busy
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_tables_fit_the_terminal(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = checkup_text(STALE).splitlines()
+    start = next(index for index, line in enumerate(lines) if line.split()[:1] == ["table"])
+    assert max(map(len, lines[start : lines.index("", start)])) <= width
+
+
+# --- on this machine -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The thresholds folder that is searched."""
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(tmp_path))
+    return tmp_path
+
+
+def this_cpu() -> Device:
+    return Device(name=local_device_name(), kind="cpu", memory_gib=1.0)
+
+
+def write_table_of_this_device(here, recipe, **software):
+    software = msgspec.structs.replace(SOFTWARE_HERE, **software)
+    table = make_table(make_point(32, 64, 64), recipe=recipe, device=this_cpu(), software=software)
+    return write_file(table, here / device_slug(local_device_name()) / f"{recipe}.yaml")
+
+
+def doctor(*args):
+    return CliRunner().invoke(app, ["doctor", *args])
+
+
+def test_without_tables_it_ends_with_exit_code_1(here):
+    result = doctor()
+    assert result.exit_code == 1, result.output
+    assert local_device_name() in result.stdout
+    assert f"fp8gate {fp8gate.__version__}" in result.stdout
+    assert "tables for this device: none; measured devices: none" in result.stdout
+    assert f"calibrate and plan write to {here}" in result.stdout
+
+
+def test_with_tables_and_a_plan_it_ends_with_exit_code_0(here):
+    for recipe in RECIPES:
+        write_table_of_this_device(here, recipe)
+    folder = here / device_slug(local_device_name())
+    (folder / "plans").mkdir()
+    write_plan(make_plan(device=this_cpu(), software=SOFTWARE_HERE), folder / "plans" / "p.yaml")
+    result = doctor("--json")
+    found = json.loads(result.stdout)
+    assert [table["what"] for table in found["tables"]] == list(RECIPES)
+    assert [plan["what"] for plan in found["plans"]] == ["tiny, rowwise, 32 tokens"]
+    assert found["problems"] == []
+    assert result.exit_code == 0
+
+
+def test_a_stale_table_and_a_broken_one_are_named(here):
+    write_table_of_this_device(here, "rowwise", torch="1.0.0")
+    folder = here / device_slug(local_device_name())
+    (folder / "tensorwise.yaml").write_text("nothing")
+    found = check_up()
+    stale, broken = sorted(found.tables, key=lambda table: table.what)
+    assert stale.stale.startswith("torch 1.0.0, here ")
+    assert str(folder / "tensorwise.yaml") in broken.problem
+    assert found.missing == ("rowwise_with_gw_hp",)
+
+
+def test_a_journal_waits_until_its_tables_are_newer(here):
+    folder = here / device_slug(local_device_name())
+    folder.mkdir()
+    (folder / "journal-0.jsonl").write_text("header\n")
+    journal = folder / "journal-1.jsonl"
+    journal.write_text("header\nrecord\n")
+    (folder / "journal-2.jsonl.20261125T000000").write_text("header\nrecord\n")
+    assert check_up().waiting == (str(journal),)
+    write_table_of_this_device(here, "rowwise")
+    os.utime(journal, (0, 0))
+    assert check_up().waiting == ()
+
+
+def test_it_works_without_torch(here, monkeypatch):
+    monkeypatch.setattr(module.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "local_device_name", lambda: pytest.fail("it asked torch"))
+    result = doctor()
+    assert result.exit_code == 1
+    assert "device unknown: torch is not installed" in result.stdout

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.reading.plain_values import MAX_SIZE
@@ -17,6 +16,7 @@ from fp8gate.filter.model.model_config import (
     BundledModels,
     ModelConfig,
     config_facts,
+    config_json,
     is_known_type,
     linear_roles,
     load_model,
@@ -46,17 +46,13 @@ def describe_model(model: str, tokens: int, *, linears: Sequence[str] = ()) -> D
         )
     from fp8gate.filter.model.transformers_model import describe_by_transformers
 
-    path = Path(model)
-    return describe_by_transformers(model, path / "config.json" if path.is_dir() else path, tokens)
+    return describe_by_transformers(model, config_json(model), tokens)
 
 
 def _needs_transformers(model: str) -> bool:
     if model in BundledModels.names:
         return False
-    path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
-    if path.is_file() and _NO_JSON.search(path.read_text(encoding="utf-8", errors="replace")):
-        return True
-    return not is_known_type(config_facts(model))
+    return bool(_NO_JSON.search(config_json(model))) or not is_known_type(config_facts(model))
 
 
 def _heads(config: ModelConfig) -> dict[str, int]:

@@ -123,7 +123,7 @@ def config_facts(model: str) -> dict[str, Any]:
 
     Raises ModelError if the model is neither bundled nor a file, or if the file holds no JSON object.
     """
-    text = _config_json(model)
+    text = config_json(model)
     try:
         data = read_json(text)
     except ValueError as cause:
@@ -132,7 +132,8 @@ def config_facts(model: str) -> dict[str, Any]:
     return convert(data, dict[str, Any], source=model, error=ModelError)
 
 
-def _config_json(model: str) -> str:
+def config_json(model: str) -> str:
+    """The text of the config.json of `load_model`. Raises ModelError if there is none."""
     if model in BundledModels.names:
         from importlib import resources  # takes longer to import than all of fp8gate
 

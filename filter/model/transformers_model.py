@@ -12,7 +12,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from fp8gate.filter.contract.names import without_indices
@@ -27,11 +26,12 @@ HOW_ELSE = (
     "describe its linears instead: --linear NAME,IN_FEATURES,OUT_FEATURES,COUNT[,ROWS], once for each kind; or ask in "
     "Python: auto_filter(RECIPE, tokens=TOKENS).check(model, example_inputs=...)"
 )
+MAX_LAYERS = 10_000  # building a million would take all memory
 AUDIO_SAMPLES = 16_000  # a second of sound, for models that take the wave
 
 
-def describe_by_transformers(model: str, path: Path, tokens: int) -> DescribedModel:
-    """The model that a config.json describes. model: what messages call it.
+def describe_by_transformers(model: str, text: str, tokens: int) -> DescribedModel:
+    """The model that the text of a config.json describes. model: what messages call it.
 
     Raises ModelError if transformers cannot build it, or if its forward cannot run without data.
     """
@@ -40,7 +40,7 @@ def describe_by_transformers(model: str, path: Path, tokens: int) -> DescribedMo
     except ModuleNotFoundError as error:
         raise ModelError(f"{model}: needs transformers: pip install 'fp8gate[models]'; or {HOW_ELSE}") from error
     with _quiet():
-        config, facts = _read_config(transformers, model, path)
+        config, facts = _read_config(transformers, model, text)
         built = _build(transformers, model, config)
         try:
             observation = _observe_microbatch(built, config, tokens)
@@ -103,13 +103,16 @@ def _pictures_or_sounds(main: str, config: Any, samples: int) -> Any:
     return torch.empty(samples, getattr(vision, "num_channels", 3), height, width, device="meta")
 
 
-def _read_config(transformers: Any, model: str, path: Path) -> tuple[Any, Mapping[str, Any]]:
+def _read_config(transformers: Any, model: str, text: str) -> tuple[Any, Mapping[str, Any]]:
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(text)
         settings = {name: value for name, value in facts.items() if name not in ("model_type", "quantization_config")}
         config = transformers.AutoConfig.for_model(facts["model_type"], **settings)
     except Exception as error:
         raise ModelError(f"{model}: transformers cannot read it, {_cause(error)}; {HOW_ELSE}") from error
+    for name, value in facts.items():
+        if name.endswith("layers") and isinstance(value, int) and value > MAX_LAYERS:
+            raise ModelError(f"{model}: $.{name}: expected at most {MAX_LAYERS}, found {value}")
     return config, facts
 
 

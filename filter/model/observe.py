@@ -7,10 +7,11 @@ The forward runs on a copy whose tensors have shapes and no data: it takes no me
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.model.linear_layer import linears_of
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 ExampleInputs = Any
 """A tuple of positional arguments, a mapping of keyword arguments, or a list of these: several microbatches."""
+
+
+Bf16Way = Literal["parameters", "all", "nothing"]
+BF16_WAYS: tuple[Bf16Way, ...] = ("parameters", "all", "nothing")
+"""What is taken to be in bf16, as in float8 training. Some models keep buffers in float32 (rotary frequencies), some
+want all in one dtype, and some mix in float32 and run in their own dtypes only."""
 
 
 class ObserveError(InputError):
@@ -88,34 +95,74 @@ def _arguments(one: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _observe_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
+    """The first way in which the forward runs. Raises the first way's ObserveError if it runs in none."""
+    failed: ObserveError | None = None
+    for in_bf16 in BF16_WAYS:
+        try:
+            return _run_without_data(model, args, kwargs, in_bf16=in_bf16)
+        except ObserveError as error:
+            failed = failed or error
+    assert failed
+    raise failed
+
+
+def _run_without_data(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_bf16: Bf16Way
+) -> Observation:
     import torch
     from torch.utils._pytree import tree_map
 
+    def dtype_of(tensor: Tensor, is_buffer: bool = False) -> torch.dtype:
+        is_number = tensor.dtype in (torch.float32, torch.float16)
+        is_cast = in_bf16 == "all" or (in_bf16 == "parameters" and not is_buffer)
+        return torch.bfloat16 if is_number and is_cast else tensor.dtype
+
     mode = _fake_mode()
-    shadow = _copy_without_data(model, mode)
+    shadow = _copy_without_data(model, mode, dtype_of)
     device = next((tensor.device for tensor in shadow.parameters()), torch.device("cpu"))
 
     def fake(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return torch.empty(value.shape, dtype=_training_dtype(value), device=device)
+        return torch.empty(value.shape, dtype=dtype_of(value), device=device)
 
-    default = torch.get_default_dtype()
     linears = dict(linears_of(shadow))
     notes = {id(linear): _Notes() for linear in linears.values()}
     for linear in linears.values():
         linear.register_forward_pre_hook(_note_call(notes[id(linear)]), with_kwargs=True)
     weights = {id(getattr(linear, "weight", None)): notes[id(linear)] for linear in linears.values()}
-    with mode, torch.random.fork_rng(devices=[]), _noting_reads(weights):
+    dtype = torch.get_default_dtype() if in_bf16 == "nothing" else torch.bfloat16
+    with mode, torch.random.fork_rng(devices=[]), _noting_reads(weights), _default_dtype(dtype), _quiet():
         try:
-            torch.set_default_dtype(torch.bfloat16)
             shadow.train()
             shadow(*tree_map(fake, args), **tree_map(fake, kwargs))
         except Exception as error:
             raise ObserveError(f"example_inputs: {_cause(error)}") from error
-        finally:
-            torch.set_default_dtype(default)
     return Observation({name: notes[id(linear)].result() for name, linear in linears.items()})
+
+
+@contextmanager
+def _default_dtype(dtype: Any) -> Iterator[None]:
+    import torch
+
+    earlier = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(earlier)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs the traceback of an operation that fails without data, beside raising it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    earlier = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(earlier)
 
 
 def _fake_mode() -> Any:
@@ -125,7 +172,7 @@ def _fake_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
 
-def _copy_without_data(model: nn.Module, mode: Any) -> nn.Module:
+def _copy_without_data(model: nn.Module, mode: Any, dtype_of: Callable[[Tensor, bool], Any]) -> nn.Module:
     """A copy in which every parameter and buffer is a fake tensor of the same shape and device."""
     import torch
 
@@ -134,8 +181,7 @@ def _copy_without_data(model: nn.Module, mode: Any) -> nn.Module:
         for tensor in (*model.parameters(), *model.buffers()):
             device = "cpu" if tensor.device.type == "meta" else tensor.device
             is_parameter = isinstance(tensor, torch.nn.Parameter)
-            dtype = _training_dtype(tensor) if is_parameter else tensor.dtype
-            fake = torch.empty(tensor.shape, dtype=dtype, device=device)
+            fake = torch.empty(tensor.shape, dtype=dtype_of(tensor, not is_parameter), device=device)
             memo[id(tensor)] = torch.nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
         try:
             shadow = copy.deepcopy(model, memo)
@@ -148,13 +194,6 @@ def _copy_without_data(model: nn.Module, mode: Any) -> nn.Module:
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
             hooks.clear()
     return shadow
-
-
-def _training_dtype(tensor: Tensor) -> Any:
-    """bf16 for numbers of 16 and 32 bits: what float8 trains beside, and what grouped products ask for."""
-    import torch
-
-    return torch.bfloat16 if tensor.dtype in (torch.float32, torch.float16) else tensor.dtype
 
 
 @dataclass(slots=True)

@@ -35,7 +35,7 @@ from fp8gate.filter.locate.find_table import find_table
 from fp8gate.filter.model.linear_layer import linear_size
 from fp8gate.filter.model.model_linears import ModelLinears, model_linears
 from fp8gate.filter.model.observe import ExampleInputs, Observation, observe
-from fp8gate.filter.model.parallel import Parallel
+from fp8gate.filter.model.parallel import Parallel, is_own_plan
 from fp8gate.filter.plan_choice import AUTO, PlanArgument, PlanChoice
 from fp8gate.filter.settings import NOT_PARALLEL, FilterSettings, Recompute, policies
 
@@ -181,9 +181,11 @@ class AutoFilter:
         self.plans.forget()
 
     def _decide_all(self, model: Any) -> None:
-        self._model = model_linears(model, with_other_names=self._linears.shards.has_patterns)
+        shards = self._linears.shards
+        shards.is_models_own = shards.is_models_own or is_own_plan(model, self.settings.parallel.plan)
+        self._model = model_linears(model, with_other_names=shards.has_patterns)
         for name in self._model.without_linears or ():
-            self._linears.shards.style(name)
+            shards.style(name)
         linears = self._model.linears
         if self.plans.is_auto:
             shapes = {fqn: shape for fqn, size in linears if (shape := self._linears.shape_of(fqn, size))}

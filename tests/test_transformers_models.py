@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from fp8gate import Parallel, UnknownShardWarning, UnmatchedPatternWarning, auto_filter
 from fp8gate.cli import app
 from fp8gate.filter.model.describe import describe_model
 from fp8gate.filter.model.model_config import ModelError
@@ -273,3 +275,30 @@ def test_explain_takes_linears_from_the_command_line(tmp_path):
             2,
             f"fp8gate: --linear: expected NAME,IN_FEATURES,OUT_FEATURES,COUNT[,ROWS]; got {wrong!r}\n",
         )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen3_moe", "gemma3_text", "glm4", "phi3"])
+def test_a_models_own_parallel_plan_raises_no_warning_about_itself(model_type):
+    model = build(model_type, device="meta")
+    plan = model.tp_plan
+    assert plan
+    wants_float8 = auto_filter(
+        "rowwise", tokens=8192, device="H200", parallel=Parallel(tp=2, plan=plan), on_stale="ignore"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        findings = wants_float8.check(model)
+    about_itself = (UnknownShardWarning, UnmatchedPatternWarning)
+    assert [finding.message for finding in findings if finding.category in about_itself] == []
+
+
+def test_another_plan_of_strings_is_doubted_as_before():
+    model = build("llama", device="meta")
+    plan = {**model.tp_plan, "model.layers.*.mlp.nobody": "colwise"}
+    wants_float8 = auto_filter(
+        "rowwise", tokens=8192, device="H200", parallel=Parallel(tp=2, plan=plan), on_stale="ignore"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        messages = [finding.message for finding in wants_float8.check(model)]
+    assert "parallel.plan: model.layers.*.mlp.nobody matched no linear" in messages

@@ -146,11 +146,24 @@ class Pattern(msgspec.Struct, frozen=True):
         return True
 
 
+class OwnPlan(dict[str, Any]):
+    """The `tp_plan` that a model of transformers brings along: what it does not name is whole on every rank.
+
+    Its patterns may match nothing: the models of a family share them.
+    """
+
+
+def is_own_plan(model: Any, plan: Any) -> bool:
+    """Whether a parallel plan is the one that a model of transformers brings along."""
+    own = getattr(model, "tp_plan", None)
+    return isinstance(own, Mapping) and isinstance(plan, Mapping) and bool(own) and dict(own) == dict(plan)
+
+
 class Shards:
     """The local shapes under one `Parallel`. It remembers which patterns matched a name.
 
-    tokens: batch x sequence of one microbatch, before context parallelism divides it.
-    Raises InputError if the context parallel degree does not divide the tokens.
+    tokens: batch x sequence of one microbatch, before context parallelism divides it. is_models_own: the plan is the
+    model's own, see `OwnPlan`. Raises InputError if the context parallel degree does not divide the tokens.
     """
 
     def __init__(self, parallel: Parallel, tokens: int) -> None:
@@ -165,6 +178,7 @@ class Shards:
         self._has_wild_last = any(sign in last for last in self._by_last for sign in "*?[")
         self._matched: set[Pattern] = set()
         self._is_ready_made = isinstance(parallel.plan, str)
+        self.is_models_own = isinstance(parallel.plan, OwnPlan)
 
     def local_shape(self, fqn: str, in_features: int, out_features: int) -> LinearShape:
         """The part of the linear `fqn` that one rank multiplies. Raises ShardError if the degree does not divide it."""
@@ -192,6 +206,8 @@ class Shards:
         A ready plan has several names for each layer, so it is reported only if none of its patterns matched.
         of_linears: the caller asked about linears only, so patterns of norms and embeddings are left out.
         """
+        if self.is_models_own:
+            return ()
         dividing = [p for p in self._patterns if p.style != "replicated" and not (of_linears and p.is_of_no_linear)]
         if self._is_ready_made:
             return () if self._matched else ("any of the ready plan",)
@@ -205,7 +221,7 @@ class Shards:
         if not self._patterns:
             return "replicated"
         names = plain_name(fqn).split(".")
-        style: Style | None = None if self._tp > 1 else "replicated"
+        style: Style | None = None if self._tp > 1 and not self.is_models_own else "replicated"
         for pattern in self._patterns if self._has_wild_last else self._by_last.get(names[-1], ()):
             if pattern.matches(names):
                 self._matched.add(pattern)

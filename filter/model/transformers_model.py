@@ -21,6 +21,7 @@ from fp8gate.filter.model.linear_layer import linears_of
 from fp8gate.filter.model.model_config import ModelError
 from fp8gate.filter.model.model_linears import grouped_weights, other_products
 from fp8gate.filter.model.observe import Observation, ObservedLinear, ObserveError, observe
+from fp8gate.filter.model.parallel import OwnPlan
 
 HOW_ELSE = (
     "describe its linears instead: --linear NAME,IN_FEATURES,OUT_FEATURES,COUNT[,ROWS], once for each kind; or ask in "
@@ -49,7 +50,7 @@ def describe_by_transformers(model: str, text: str, tokens: int) -> DescribedMod
     return DescribedModel(
         name=model,
         linears=tuple(_roles(built, observation)),
-        parallel_plan=dict(getattr(built, "tp_plan", None) or {}),
+        parallel_plan=OwnPlan(getattr(built, "tp_plan", None) or {}),
         observation=_by_pattern(observation),
         heads=_heads(config),
         note=_note(built, facts),

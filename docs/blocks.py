@@ -3,7 +3,7 @@
 A block of the name NAME stands between `<!-- NAME -->` and `<!-- /NAME -->`, and `BLOCKS` says what makes it. Commands
 run here as on an idle NVIDIA H200 with the software of its tables, so that the output is the same on every machine.
 
-Run it, to write all blocks anew: make docs
+Run it, to write all blocks again: make docs
 Only some of them: python docs/blocks.py explain explain-tp
 """
 
@@ -49,7 +49,7 @@ def main(names: Sequence[str]) -> None:
 
 
 def rewritten(page: str, names: Sequence[str]) -> str:
-    """The page with the blocks of these names made anew."""
+    """The page with the blocks of these names made again."""
 
     def renew(found: re.Match[str]) -> str:
         name = found["name"]

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from plans import TINY_CONFIG
 from torch import nn
 from typer.testing import CliRunner
 
@@ -193,19 +194,8 @@ def test_a_model_with_dense_first_layers_is_described(tmp_path):
     assert dict(described.heads) == {"num_attention_heads": 4, "num_key_value_heads": 4}
 
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-}
-
-
 def test_the_class_that_architectures_names_is_described(tmp_path):
-    path = config_file(tmp_path, **LLAMA, architectures=["LlamaForSequenceClassification"])
+    path = config_file(tmp_path, **TINY_CONFIG, architectures=["LlamaForSequenceClassification"])
     fqns = [role.fqn for role in describe_model(path, TOKENS).linears]
     assert "score" in fqns
     assert "lm_head" not in fqns
@@ -218,7 +208,7 @@ def test_gpt2_has_a_head_and_products_that_are_no_linears(tmp_path):
 
 
 def test_heads_of_qwen3_have_128_sizes_unless_told(tmp_path):
-    facts = {**LLAMA, "model_type": "qwen3", "hidden_size": 2048, "num_attention_heads": 32}
+    facts = {**TINY_CONFIG, "model_type": "qwen3", "hidden_size": 2048, "num_attention_heads": 32}
     sizes = {
         role.role: (role.in_features, role.out_features)
         for role in describe_model(config_file(tmp_path, **facts), 8).linears

@@ -205,7 +205,7 @@ def _affordable(
 
 
 def _say_nothing_was_left(ledger: JournalLedger) -> None:
-    """Whoever wants new numbers must not take the old ones for them."""
+    """Say that the numbers are old: a user who wants new ones must not mistake them."""
     records = ledger.journal.records
     newest = max(record.measured_at for record in records)
     ledger.say(

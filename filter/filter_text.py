@@ -65,7 +65,7 @@ def summary_text(
     if outside := [fqn for fqn, d in decisions.items() if d.outside]:
         names = ", ".join(dict.fromkeys(map(without_indices, outside)))
         command = f"fp8gate calibrate --model CONFIG.json --tokens {settings.tokens}"
-        sentences.append(f"{len(outside)} lie outside the measured range ({names}); to measure them: {command}")
+        sentences.append(f"outside the measured range: {len(outside)} ({names}); to measure them: {command}")
     if differences := stale(table.software):
         sentences.append(f"the table was measured with {differences}; to measure again: fp8gate calibrate")
     sentences += [f"{remark}: {', '.join(names)}" for remark, names in notes.items() if names]

@@ -36,6 +36,10 @@ class NotPlainLinearWarning(FilterWarning):
     """A linear is left in bf16, as converting it would change what the model computes, or break it."""
 
 
+class UnmeasuredSettingWarning(FilterWarning):
+    """A setting of training changes what float8 costs, and was not measured."""
+
+
 class UnknownRowsWarning(FilterWarning):
     """A linear is taken to multiply all tokens, which is doubtful."""
 
@@ -82,9 +86,9 @@ class Findings:
         if policy != "ignore" and is_new:
             self._pending.append(finding)
 
-    def forget(self, *, keep: type[FilterWarning]) -> None:
-        """Prepare for another model: forget all findings but those of one category. No warning is given twice."""
-        self._known = {finding: None for finding in self._known if finding.category is keep}
+    def forget(self, *, keep: tuple[type[FilterWarning], ...]) -> None:
+        """Prepare for another model: forget all findings but those of some categories. No warning is given twice."""
+        self._known = {finding: None for finding in self._known if finding.category in keep}
         self._pending.clear()
 
     def settle(self, stacklevel: int = 3) -> None:

@@ -52,7 +52,7 @@ class LinearDecisions:
         return self._by_linear.get((fqn, size)) or self._decide(fqn, size)
 
     def shape_of(self, fqn: str, size: LinearSize) -> LinearShape | None:
-        """What a rank multiplies in the linear known as `fqn`; None if it cannot be divided as it should be."""
+        """What a rank multiplies in the linear known as `fqn`; None if no plan can decide it, as it is not plain."""
         plain = plain_name(fqn)
         count = self.rows.of(plain)
         if size.refused or count.refused or size.is_frozen:
@@ -87,10 +87,11 @@ class LinearDecisions:
             return Decision(convert=False, reason=str(error))
         for pattern in self._settings.filter_fqns:
             if pattern in plain:
-                return Decision(convert=False, shape=shape, reason=f"filter_fqns has {pattern!r}")
+                reason = f"filter_fqns has {pattern!r}"
+                return Decision(convert=False, shape=shape, reason=reason, rows_from=count.source)
         if refused := size.refused or count.refused:
             self._findings.add(Finding(NotPlainLinearWarning, f"{without_indices(plain)}: {refused}; left in bf16"))
-            return Decision(convert=False, shape=shape, reason=refused)
+            return Decision(convert=False, shape=shape, reason=refused, rows_from=count.source)
         if count.doubt:
             stated = f"taken as {count.rows}, all tokens; say rows={{{without_indices(plain)!r}: ROWS}}"
             self._findings.add(Finding(UnknownRowsWarning, f"{without_indices(plain)}: {count.doubt}; {stated}"))

@@ -58,11 +58,11 @@ class PlanChoice:
             return
         found, self._problems = find_plans(**self._training._asdict(), tables=tables)
         if self.is_auto:
-            self.candidates = [self._decisions(one.plan, str(one.file)) for one in found]
+            self.candidates = [self._decisions(one.plan, str(one.file), is_found=True) for one in found]
         else:
             self.chosen = self._named(str(plan), found, tables)
 
-    def look_at(self, shapes: Mapping[str, LinearShape], left_alone: Collection[str] | None) -> None:
+    def look_at(self, shapes: Mapping[str, LinearShape | None], left_alone: Collection[str] | None) -> None:
         """Choose for a model, if nothing was given. shapes: of all its linears, by name. left_alone: see `fits`."""
         self._has_looked = True
         if self.is_auto:
@@ -98,7 +98,7 @@ class PlanChoice:
 
     def findings(self) -> Iterator[Finding]:
         """The chosen plan's age, and files that are no valid plans."""
-        for problem in self._problems:
+        for problem in self._problems if self._has_looked and self.chosen is None else ():
             yield Finding(PlanMismatchWarning, f"{problem}; this file is left out")
         if self.chosen and (differences := stale(self.chosen.plan.software)):
             source = self.chosen.source
@@ -129,8 +129,8 @@ class PlanChoice:
             f"of this device: {known}. To measure one, run on it: {self.command(model)}"
         )
 
-    def _decisions(self, plan: Plan, source: str) -> PlanDecisions:
-        return PlanDecisions(plan, source, self._settings.recomputes)
+    def _decisions(self, plan: Plan, source: str, *, is_found: bool = False) -> PlanDecisions:
+        return PlanDecisions(plan, source, self._settings.recomputes, is_found=is_found)
 
 
 class _Training(NamedTuple):

@@ -41,7 +41,9 @@ class PlanDecisions:
     without wrappers.
     """
 
-    def __init__(self, plan: Plan, source: str, recomputes: Callable[[str], bool]) -> None:
+    def __init__(self, plan: Plan, source: str, recomputes: Callable[[str], bool], *, is_found: bool = False) -> None:
+        """is_found: nobody gave it: it fits all blocks, and has nothing to say of what is in none."""
+        self._is_found = is_found
         self.plan, self.source = plan, source
         self._names = RoleNames(plan.shapes)
         self._fitting: set[tuple[Roles, LinearShape, str]] = set()
@@ -51,15 +53,15 @@ class PlanDecisions:
 
     def fits(
         self,
-        shapes: Mapping[str, LinearShape],
+        shapes: Mapping[str, LinearShape | None],
         left_alone: Collection[str] | None,
         leaves_out: Callable[[str], bool] = lambda fqn: False,
     ) -> bool:
         """Whether every block of a model is the one that was measured: its roles, their shapes, its recomputation.
 
-        shapes: what a rank multiplies in each linear of the model, by name. left_alone: names in a block of the modules
-        that hold several matrices in one parameter; None if they are not known. leaves_out: whether the user leaves a
-        linear in bf16; a plan that left out others does not fit.
+        shapes: what a rank multiplies in each linear of the model, by name; None for one that no plan can decide.
+        left_alone: names in a block of the modules that hold several matrices in one parameter; None if they are not
+        known. leaves_out: whether the user leaves a linear in bf16; a plan that left out others does not fit.
         """
         blocks = self._blocks(shapes)
         if not blocks or (left_alone is not None and set(left_alone) != set(self.plan.left_alone)):
@@ -72,11 +74,15 @@ class PlanDecisions:
             return False
         return all(self._is_whole(linears, shapes) for linears in blocks.values())
 
-    def _is_whole(self, linears: BlockLinears, shapes: Mapping[str, LinearShape]) -> bool:
+    def _is_whole(self, linears: BlockLinears, shapes: Mapping[str, LinearShape | None]) -> bool:
         present = {role for roles in linears.values() for role in roles}
         if present != self.plan.shapes.keys() or not all(linears.values()):
             return False
-        return not any(self._mismatch(fqn, roles, shapes[fqn]) for fqn, roles in linears.items())
+        for fqn, roles in linears.items():
+            shape = shapes[fqn]
+            if shape is None or self._mismatch(fqn, roles, shape):
+                return False
+        return True
 
     def forget(self) -> None:
         """Prepare for another model: none of its blocks is decided."""
@@ -167,7 +173,7 @@ class PlanDecisions:
         That is so for a linear in a block, and for one elsewhere whose name ends with a role. It is not for a head.
         """
         role = self._names.alike(fqn)
-        if not in_block and role is None:
+        if not in_block and (role is None or self._is_found):
             return None
         why = "is none of its roles" if in_block else f"is not named (model.)layers.<i>.{role}"
         return self._finding(f"$.shapes: {without_indices(fqn)} {why}; the table decides")

@@ -25,6 +25,7 @@ from fp8gate.filter.findings import (
     UnknownRowsWarning,
     UnknownShardWarning,
     UnmatchedPatternWarning,
+    UnmeasuredSettingWarning,
 )
 from fp8gate.filter.model.parallel import Parallel
 from fp8gate.filter.model.rows import require_row_counts
@@ -80,6 +81,7 @@ POLICY_OF: dict[str, type[FilterWarning]] = {
     "on_unknown_shard": UnknownShardWarning,
     "on_unknown_rows": UnknownRowsWarning,
     "on_not_plain": NotPlainLinearWarning,
+    "on_unmeasured": UnmeasuredSettingWarning,
     "on_plan": PlanMismatchWarning,
     "on_unmatched": UnmatchedPatternWarning,
     "on_nothing": NothingConvertedWarning,

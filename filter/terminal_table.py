@@ -20,6 +20,8 @@ from typing import Literal
 Align = Literal["left", "right"]
 
 GAP = "  "
+LEAST_WIDTH = 20
+"""Characters: in narrower terminals lines are that long."""
 NARROWEST = 16
 """Characters: narrower columns of text are harder to read than lines of their own beneath the row."""
 WHOLE_NAME = 32
@@ -46,7 +48,8 @@ def render_table(
     """
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     chosen = list(align) if align is not None else [_usual_align(column) for column in _columns(headers, cells)]
-    return _render(list(headers), cells, chosen, width if width is not None else terminal_width())
+    asked = width if width is not None else terminal_width()
+    return _render(list(headers), cells, chosen, None if asked is None else max(asked, LEAST_WIDTH))
 
 
 def terminal_width() -> int | None:

@@ -28,11 +28,11 @@ from builders import make_point, make_table, write_file
 from plans import make_plan
 
 from fp8gate import AutoFilter, Parallel, auto_filter
-from fp8gate.filter import auto_filter as filter_module
-from fp8gate.filter.agreement import MAX_NAMED, MAX_TIMEOUT_S, differences
+from fp8gate.filter import layer_filter as filter_module
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.table import Table
-from fp8gate.filter.rank_exchange import READ_S, RankExchange
+from fp8gate.filter.ranks.agreement import MAX_NAMED, MAX_TIMEOUT_S, differences
+from fp8gate.filter.ranks.rank_exchange import READ_S, RankExchange
 
 TOKENS = 32
 SURE, CLOSE = (64, 128), (128, 64)  # (in_features, out_features)

@@ -297,7 +297,7 @@ def test_summary_says_what_is_outside_and_what_matched_nothing(table_path):
     wants_float8(LinearConfig(*WINNER), "wq")
     assert wants_float8.summary() == (
         "converted 1 of 2 linears to float8 rowwise (at least 1.05x on NVIDIA H200 at 32 tokens); "
-        "1 lie outside the measured range (output); to measure them: fp8gate calibrate --model CONFIG.json --tokens "
+        "outside the measured range: 1 (output); to measure them: fp8gate calibrate --model CONFIG.json --tokens "
         "32; filter_fqns that matched no linear: mlp, moe"
     )
 

@@ -319,7 +319,9 @@ def test_without_the_extra_it_says_what_to_install(calibrate, swept, monkeypatch
     monkeypatch.setattr(options, "find_spec", lambda name: None if name in missing else object())
     result = calibrate()
     assert result.exit_code == 2
-    assert result.stderr == f"fp8gate: calibrate needs {', '.join(missing)}: pip install 'fp8gate[calibrate]'\n"
+    assert (
+        result.stderr == f"fp8gate: calibrate needs {', '.join(missing)}; in a checkout: pip install '.[calibrate]'\n"
+    )
     assert swept == {}
 
 

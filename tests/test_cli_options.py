@@ -54,7 +54,7 @@ OPTIONS = {
         "--json": False,
     },
     "explain": {
-        "model": REQUIRED,
+        "model": "",
         "--recipe": REQUIRED,
         "--tokens": REQUIRED,
         "--tp": 1,
@@ -154,14 +154,18 @@ MEASURING = ["torch", "torchao", "numpy", "pandas", "pynvml"]
 @pytest.mark.parametrize(
     ("packages", "missing", "message"),
     [
-        (MEASURING, ["torch", "pandas"], "x needs torch, pandas: pip install 'fp8gate[calibrate]'"),
-        ([*MEASURING, "transformers"], ["transformers"], "x needs transformers: pip install 'fp8gate[models]'"),
+        (MEASURING, ["torch", "pandas"], "x needs torch, pandas; in a checkout: pip install '.[calibrate]'"),
+        (
+            [*MEASURING, "transformers"],
+            ["transformers"],
+            "x needs transformers; in a checkout: pip install '.[models]'",
+        ),
         (
             [*MEASURING, "transformers"],
             ["torch", "transformers"],
-            "x needs torch, transformers: pip install 'fp8gate[calibrate,models]'",
+            "x needs torch, transformers; in a checkout: pip install '.[calibrate,models]'",
         ),
-        (["jinja2", "numpy"], ["numpy"], "x needs numpy: pip install 'fp8gate[report]'"),
+        (["jinja2", "numpy"], ["numpy"], "x needs numpy; in a checkout: pip install '.[report]'"),
     ],
 )
 def test_what_is_missing_is_named_with_the_extra_that_brings_it(monkeypatch, packages, missing, message):

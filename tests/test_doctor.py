@@ -75,7 +75,7 @@ def test_all_is_well():
         (
             replace(WELL, device=None, versions={**VERSIONS, "torch": None}),
             "torch is not installed",
-            "pip install 'fp8gate[calibrate]'",
+            "pip install '.[calibrate]'",
         ),
         (
             replace(WELL, device=replace(GPU, runs_float8=False)),

@@ -19,10 +19,10 @@ from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.table import Point, TableError
 from fp8gate.filter.explain.explanation import Explanation, explain
 from fp8gate.filter.explain.remarks import EVIDENCE, remarks
-from fp8gate.filter.model.describe import describe_model
-from fp8gate.filter.model.described_model import DescribedModel
+from fp8gate.filter.model.described_model import DescribedModel, LinearRole
 from fp8gate.filter.model.model_config import BUNDLED, ModelConfig, linear_roles, not_linear
 from fp8gate.filter.model.parallel import Parallel, ShardError
+from fp8gate.filter.observe.describe import describe_model
 
 TOKENS = 32
 CONFIG = ModelConfig(
@@ -365,7 +365,7 @@ def test_the_winner_needs_no_sentence():
 
 def test_outside_the_grid_one_line_has_the_command():
     outside, _ = remarks(explained(config=msgspec.structs.replace(CONFIG, vocab_size=3072)))
-    assert outside.startswith("Outside the measured range, where the border's answer counts: output. To measure")
+    assert outside.startswith("Outside the measured range, answered by the border and its trend: output. To measure")
     assert outside.endswith(": fp8gate calibrate --model tiny --tokens 32")
 
 
@@ -376,5 +376,40 @@ def test_far_outside_the_grid_is_an_error_and_no_number(tokens, is_far):
         return
     with pytest.raises(TableError) as caught:
         explained(tokens=tokens)
-    assert "too far outside of what was measured, more than 10 times: wq" in str(caught.value)
-    assert str(caught.value).endswith(f"run on it: fp8gate calibrate --model tiny --tokens {tokens}")
+    assert "all linears are more than 10 times outside of what was measured on NVIDIA H200, such as wq" in str(
+        caught.value
+    )
+    command = f"run on it: fp8gate calibrate --model tiny --tokens {tokens}; or ask about another --device"
+    assert str(caught.value).endswith(command)
+
+
+def test_one_linear_far_outside_is_left_out_of_the_sums_and_said():
+    explanation = explained(config=msgspec.structs.replace(CONFIG, vocab_size=2048 * 16))
+    assert times_us(explanation)["fp8gate, table"] == pytest.approx(FILTER_US - 80)
+    assert explanation.bf16.us == pytest.approx(BF16_US - 120)
+    far, *_ = remarks(explanation)
+    assert far.startswith(
+        "Too far outside of the measured range, so left in bf16 and not in the sums: output. To measure"
+    )
+
+
+def test_each_size_of_a_name_has_its_own_answer():
+    sizes = {"role": "fc", "fqn": "stages.*.fc", "count": 2}
+    small = LinearRole(**sizes, in_features=64, out_features=64, example="stages.0.fc")
+    large = LinearRole(**sizes, in_features=64, out_features=128, example="stages.1.fc")
+    with tempfile.TemporaryDirectory() as folder:
+        table = write_file(make_table(*POINTS), Path(folder) / "table.yaml")
+        wants_float8 = auto_filter("rowwise", tokens=TOKENS, tables=table, plan=None, on_stale="ignore")
+        explanation = explain(DescribedModel(name="two", linears=(small, large)), wants_float8)
+    assert [layer.decision.convert for layer in explanation.layers] == [False, True]
+
+
+def test_what_is_left_of_a_plan_and_decided_by_the_table_is_not_called_a_plan():
+    explanation = explained(plan=plan_of(("mlp.gate_proj", "mlp.up_proj"), 1.2), filter_fqns=["up_proj"])
+    assert explanation.plan is None
+    assert explanation.chosen.name == "fp8gate, table"
+
+
+def test_a_low_threshold_that_converts_losers_has_its_sentence():
+    behind, *_ = remarks(explained(min_speedup=0.5, filter_fqns=["mlp", "lm_head"]))
+    assert behind.endswith("as fp8gate converts from 0.50x on (--min-speedup), and so layers that lose by themselves.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import pytest
@@ -11,7 +11,7 @@ import torch
 from builders import SOFTWARE_HERE, make_point, make_table, write_file
 from plans import CANDIDATES, make_plan
 from torch import nn
-from torchao.float8 import convert_to_float8_training
+from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 from torchao.float8.float8_linear import Float8Linear
 
 from fp8gate import (
@@ -28,6 +28,7 @@ from fp8gate import (
     UnknownRowsWarning,
     UnknownShardWarning,
     UnmatchedPatternWarning,
+    UnmeasuredSettingWarning,
     auto_filter,
 )
 from fp8gate.filter.contract import software_check as stale_module
@@ -143,6 +144,13 @@ CASES = {
         ({}, [WINNER, ("attention.out_proj", nn.MultiheadAttention(64, 2).out_proj)]),
         r"attention\.out_proj: nn\.MultiheadAttention reads its weight and never calls it; left in bf16",
         ({"filter_fqns": ["out_proj"]}, [WINNER, ("attention.out_proj", nn.MultiheadAttention(64, 2).out_proj)]),
+    ),
+    "an unmeasured setting": (
+        UnmeasuredSettingWarning,
+        "on_unmeasured",
+        ({"float8_config": replace(Float8LinearConfig.from_recipe_name("rowwise"), pad_inner_dim=True)}, [WINNER]),
+        r"float8_config\.pad_inner_dim is True, measured was False: padding adds copies, .*",
+        ({"float8_config": Float8LinearConfig.from_recipe_name("rowwise")}, [WINNER]),
     ),
     "a plan of other layers": (
         PlanMismatchWarning,
@@ -270,6 +278,34 @@ def test_every_kind_of_gap_is_missing(tmp_path, status):
     asked = auto_filter("rowwise", tokens=TOKENS, tables=write_file(table, tmp_path / "t.yaml"), on_outside="ignore")
     with pytest.warns(MissingPointWarning, match=f"a nearer point is {status}"):
         asked(LinearConfig(*LOSER), "w2")
+
+
+def settings_found(recipe="rowwise", **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wants_float8 = auto_filter(recipe, tokens=8192, device="H200", on_stale="ignore", **options)
+    return [finding.message for finding in wants_float8.examine()[:-1]]
+
+
+def test_every_setting_that_was_not_measured_is_named():
+    usual = Float8LinearConfig.from_recipe_name("tensorwise")
+    odd = replace(usual, enable_fsdp_float8_all_gather=True, force_recompute_fp8_weight_in_bwd=True)
+    assert [message.split(" ")[0] for message in settings_found("tensorwise", float8_config=odd)] == [
+        "float8_config.enable_fsdp_float8_all_gather",
+        "float8_config.force_recompute_fp8_weight_in_bwd",
+    ]
+    assert settings_found("tensorwise", float8_config=usual) == settings_found("tensorwise") == []
+    assert settings_found(compiled=False)[0].startswith("compiled=False: what was measured ran under torch.compile")
+
+
+def test_the_config_of_another_recipe_is_found():
+    found = settings_found("rowwise", float8_config=Float8LinearConfig.from_recipe_name("rowwise_with_gw_hp"))
+    assert "float8_config.cast_config_grad_output_for_grad_weight" in [message.split(" ")[0] for message in found]
+
+
+def test_what_is_no_config_is_refused():
+    with pytest.raises(InputError, match=r"^float8_config: expected torchao's Float8LinearConfig; got dict$"):
+        settings_found(float8_config={})
 
 
 # --- when it is said -------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from torchao.float8.float8_linear import Float8Linear
 from fp8gate import NothingConvertedWarning, NotPlainLinearWarning, Parallel, auto_filter
 from fp8gate.filter.explain.explanation import explain
 from fp8gate.filter.locate.places import ENVIRONMENT
-from fp8gate.filter.model.describe import describe_model
 from fp8gate.filter.model.model_config import BUNDLED, linear_roles
 from fp8gate.filter.model.parallel import Shards
+from fp8gate.filter.observe.describe import describe_model
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers")
 

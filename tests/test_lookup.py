@@ -419,3 +419,11 @@ def test_interpolation_stays_between_its_corners(values, m, k, n):
     assert 0 < estimate.trend <= 1
     assert min(corners) * (1 - 1e-9) <= estimate.speedup / estimate.trend <= max(corners) * (1 + 1e-9)
     assert estimate.speedup_low <= estimate.speedup <= estimate.speedup_high
+
+
+def test_farther_outside_the_answer_does_not_jump():
+    """The fallback to fewer tokens counts distances from the border, not from a shape far beyond it."""
+    slow, fast = 0.5, 2.0
+    points = [make_point(16, 16, 16, fast), make_point(16, 64, 16, fast), make_point(4096, 16, 16, slow)]
+    speedups = [look_up((4096, k, 16), *points, kind="interpolate").speedup for k in (64, 256, 1024, 2**12, 2**14)]
+    assert all(speedup < 1 for speedup in speedups)

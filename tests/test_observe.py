@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import threading
 import warnings
 
 import pytest
@@ -21,7 +23,8 @@ from fp8gate import (
     auto_filter,
 )
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.model.observe import ObservedLinear, observe
+from fp8gate.filter.model.observed import ObservedLinear
+from fp8gate.filter.observe.observe import observe
 
 WIDTH = 64
 
@@ -165,6 +168,101 @@ def test_a_forward_that_needs_data_is_an_error_that_says_what_to_do():
 def test_inputs_that_are_none_are_an_error(inputs):
     with pytest.raises(InputError, match=r"^example_inputs: expected "):
         observe(Model(), inputs)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def test_names_are_those_without_wrappers(table):
+    model = Wrapper(OnlyLong())
+    assert set(observe(model, torch.zeros(4, WIDTH)).linears) == {"always", "long"}
+    wants_float8 = asked(table)
+    quietly(wants_float8.check, model, example_inputs=torch.zeros(16, WIDTH))
+    assert {fqn: d.m for fqn, d in wants_float8.decisions.items()} == {"module.always": 16, "module.long": 16}
+
+
+@functools.lru_cache
+def kept(size):
+    return torch.arange(size, dtype=torch.float32)
+
+
+class Keeps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.linear(x * kept(WIDTH))
+
+
+def test_a_cache_that_keeps_tensors_without_data_is_an_error():
+    with pytest.raises(ObserveError, match="the forward keeps tensors outside of the model, in a cache"):
+        observe(Keeps(), torch.zeros(4, WIDTH))
+    kept.cache_clear()
+    kept(WIDTH)  # what was kept before has its data
+    assert observe(Keeps(), torch.zeros(4, WIDTH)).linears["linear"].rows == 4
+
+
+def test_a_forward_that_holds_the_real_model_is_not_run():
+    model = OnlyLong()
+    real = model.forward
+    model.forward = lambda *args: real(*args)
+    with pytest.raises(ObserveError, match="the forward of the model was replaced by a function; check it before that"):
+        observe(model, torch.zeros(4, WIDTH))
+
+
+class WithPlainTensor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.lock = nn.Linear(WIDTH, WIDTH), threading.Lock
+
+    def forward(self, x):
+        return self.linear(x * self.scale)
+
+
+def test_tensors_that_are_plain_attributes_and_owners_of_hooks_are_no_hindrance():
+    class Owner:
+        def __init__(self):
+            self.lock = threading.Lock()  # cannot be copied
+
+        def hook(self, *_):
+            raise AssertionError("the copy has no hooks")
+
+    model = WithPlainTensor()
+    model.scale = torch.ones(WIDTH, device="meta")
+    model.register_forward_hook(Owner().hook)
+    assert observe(model, torch.zeros(4, WIDTH)).linears["linear"].rows == 4
+
+
+def test_no_rows_at_all_are_doubted(table):
+    wants_float8 = asked(table)
+    with pytest.warns(UnknownRowsWarning, match=r"^always: the example inputs give it no rows"):
+        wants_float8.check(OnlyLong(), example_inputs=torch.zeros(0, WIDTH))
+
+
+def test_inputs_of_another_number_of_tokens_are_said(table):
+    wants_float8 = asked(table, tokens=128)
+    with pytest.warns(UnknownRowsWarning, match=r"^example_inputs: most linears have 16 rows, tokens says 128"):
+        wants_float8.check(OnlyLong(), example_inputs=torch.zeros(16, WIDTH))
+    assert asked(table, tokens=16, on_nothing="ignore").check(OnlyLong(), example_inputs=torch.zeros(16, WIDTH)) == []
+
+
+def test_only_a_model_can_be_observed(table):
+    for model in (None, [("a", nn.Linear(WIDTH, WIDTH))]):
+        with pytest.raises(InputError, match=r"^example_inputs: expected a model that can be called"):
+            asked(table).check(model, example_inputs=torch.zeros(4, WIDTH))
+
+
+def test_a_lazy_linear_has_no_size_yet(table):
+    wants_float8 = asked(table)
+    quietly(wants_float8.check, nn.Sequential(nn.LazyLinear(WIDTH), nn.Linear(WIDTH, WIDTH)))
+    assert list(wants_float8.decisions) == ["1"]
 
 
 # --- decisions -------------------------------------------------------------------------------------------------

@@ -181,12 +181,18 @@ def test_another_model_is_looked_at_anew(folder):
     assert [fqn for fqn, decision in wants_float8.decisions.items() if decision.convert] == BY_PLAN
 
 
-def test_a_file_that_is_no_plan_is_named_and_left_out(folder):
+def test_a_file_that_is_no_plan_is_named_where_none_fits(folder):
     path = write(folder)
-    path.with_name("broken-rowwise-m32.yaml").write_text("schema: 1\n")
-    with pytest.warns(PlanMismatchWarning, match=r"broken-rowwise-m32\.yaml: .*; this file is left out$"):
-        names, _ = converted(folder)
-    assert names == BY_PLAN
+    broken = path.with_name("broken-rowwise-m32.yaml")
+    broken.write_text("schema: 1\n")
+    path.with_name("other-rowwise-m320.yaml").write_text("schema: 1\n")
+    assert converted(folder, on_plan="error")[0] == BY_PLAN
+    path.unlink()
+    with pytest.warns(PlanMismatchWarning) as caught:
+        assert converted(folder)[0] == BY_TABLE
+    (message,) = [str(warning.message) for warning in caught if warning.category is PlanMismatchWarning]
+    assert message.startswith(f"{broken}: ")
+    assert message.endswith("; this file is left out")
 
 
 def test_the_age_of_a_plan_that_fits_is_found(folder, monkeypatch):
@@ -197,6 +203,23 @@ def test_the_age_of_a_plan_that_fits_is_found(folder, monkeypatch):
     monkeypatch.setattr(software_check, "_installed", {"torch": "9.9.0"}.get)
     with pytest.warns(StaleTableWarning, match=r"tiny-rowwise-m32\.yaml was measured with torch .*, here 9\.9\.0"):
         wants_float8.check([(fqn, layer(*size)) for fqn, size in LAYERS.items()])
+
+
+@pytest.mark.parametrize("linear", ["frozen", "subclass"])
+def test_a_block_with_a_linear_that_no_plan_can_decide_is_another(folder, linear):
+    write(folder)
+    odd = nn.Linear(*Q).requires_grad_(False) if linear == "frozen" else type("Own", (nn.Linear,), {"forward": max})(*Q)
+    wants_float8 = auto_filter("rowwise", tokens=32, tables=folder, device="H200", on_not_plain="ignore")
+    layers = {fqn: layer(*size) for fqn, size in LAYERS.items()}
+    wants_float8.check([*layers.items(), ("model.layers.0.other", odd)])
+    assert wants_float8.plans.chosen is None
+
+
+def test_a_plan_that_was_found_says_nothing_of_what_is_in_no_block(folder):
+    write(folder)
+    layers = {**LAYERS, "model.vision_tower.layers.0.self_attn.q_proj": Q}
+    _, wants_float8 = converted(folder, layers, on_plan="error")
+    assert wants_float8.plans.chosen
 
 
 @pytest.mark.parametrize(("filter_fqns", "fits"), [([], False), (["gate_proj"], True), (["q_proj"], False)])

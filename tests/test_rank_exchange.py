@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from fp8gate.filter import rank_exchange
-from fp8gate.filter.rank_exchange import READ_S, SEEN_S, STORE_S, RankExchange, RanksMissingError
+from fp8gate.filter.ranks import rank_exchange
+from fp8gate.filter.ranks.rank_exchange import READ_S, SEEN_S, STORE_S, RankExchange, RanksMissingError
 
 RANKS = (0, 1, 2)
 PATIENT_S = 30.0  # the limit for what must happen

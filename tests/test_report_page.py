@@ -256,4 +256,4 @@ def test_without_the_extra_it_says_what_to_install(run, monkeypatch, tmp_path, m
     monkeypatch.setattr(options, "find_spec", lambda name: None if name == missing else object())
     result = run(tmp_path)
     assert result.exit_code == 2
-    assert result.stderr == f"fp8gate: report needs {missing}: pip install 'fp8gate[report]'\n"
+    assert result.stderr == f"fp8gate: report needs {missing}; in a checkout: pip install '.[report]'\n"

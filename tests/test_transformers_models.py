@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from fp8gate import Parallel, UnknownShardWarning, UnmatchedPatternWarning, auto_filter
 from fp8gate.cli import app
-from fp8gate.filter.model.describe import describe_model
 from fp8gate.filter.model.model_config import ModelError
-from fp8gate.filter.model.observe import observe
-from fp8gate.filter.model.transformers_model import example_inputs
+from fp8gate.filter.observe.describe import describe_model
+from fp8gate.filter.observe.observe import observe
+from fp8gate.filter.observe.transformers_model import example_inputs
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers")
 
@@ -216,6 +216,11 @@ def test_heads_of_qwen3_have_128_sizes_unless_told(tmp_path):
     assert (sizes["wq"], sizes["wo"], sizes["wk"]) == ((2048, 4096), (4096, 2048), (2048, 256))
 
 
+def test_a_model_without_linears_is_an_error(tmp_path):
+    with pytest.raises(ModelError, match=r"ResNetModel: expected an nn\.Linear that its forward calls; found none"):
+        describe_model(config_file(tmp_path, model_type="resnet", architectures=["ResNetModel"]), TOKENS)
+
+
 def test_infinity_in_a_config_is_read(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(
@@ -259,6 +264,12 @@ def test_explain_takes_linears_from_the_command_line(tmp_path):
     shown = json.loads(CliRunner().invoke(app, [*base, *linears]).stdout)
     rows = {row["fqn"]: (row["count"], row["m"], row["k"], row["n"], row["convert"]) for row in shown["layers"]}
     assert rows == {"q": (32, 8192, 4096, 4096, False), "expert": (8, 256, 4096, 14336, False)}
+    assert shown["note"] is None
+    assert not any("fp8gate plan" in remark for remark in shown["remarks"])
+    twice = CliRunner().invoke(app, [*base, "--linear", "q,64,64,1", "--linear", "q,64,64,1"])
+    assert twice.stderr.startswith("fp8gate: --linear: expected each NAME once")
+    nothing = CliRunner().invoke(app, ["explain", "--recipe", "rowwise", "--tokens", "8192", "--device", "H200"])
+    assert (nothing.exit_code, nothing.stderr.startswith("fp8gate: MODEL: expected a config.json")) == (2, True)
     for wrong in ("q", "q,1,2", "q,1,2,3,4,5", "q,a,2,3", "q,0,2,3", ",1,2,3"):
         result = CliRunner().invoke(app, [*base, "--linear", wrong])
         assert (result.exit_code, result.stderr) == (

@@ -51,4 +51,4 @@ def test_measuring_needs_torch(folder):
     result = verify(folder)
     assert result.exit_code == 2
     assert "verify needs torch, torchao" in result.stderr
-    assert "pip install 'fp8gate[calibrate]'" in result.stderr
+    assert "pip install '.[calibrate]'" in result.stderr

@@ -157,6 +157,7 @@ def _verdict(found: Sequence[_Measurement], limits: NoiseLimits) -> _Verdict | N
         return _Verdict(chosen=firsts[-1], noise=firsts[-1].disturbed)
     chosen = undisturbed[-1]
     others = [one for one in found if one is not chosen]
+    others = [one for one in others if not one.disturbed] or others  # a disturbed one says little beside others
     agreeing = tuple(one for one in others if _apart(chosen, one) <= limits.apart)
     if others and not agreeing:
         speedups = ", ".join(f"{one.speedup.estimate:.4g}" for one in found)

@@ -29,7 +29,9 @@ def local_device_name() -> str:
     try:
         import torch
     except ModuleNotFoundError as error:
-        raise InputError("device: expected a name, such as 'NVIDIA H200', as torch is not here to ask") from error
+        raise InputError(
+            "device: torch is not here to ask: name it, such as --device H200, or device='H200'"
+        ) from error
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()

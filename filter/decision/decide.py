@@ -71,7 +71,8 @@ def decide(
         return Decision(convert=False, shape=shape, reason=f"{indivisible}: not a multiple of 16")
     estimate = lookup(shape)
     if estimate is None:
-        return Decision(convert=False, shape=shape, reason="the table holds no measured point")
+        gap = next((point.status for point in lookup.table.points), None)
+        return Decision(convert=False, shape=shape, reason="the table holds no measured point", gap=gap)
     if estimate.is_far_outside:
         away = f"{2**estimate.octaves_outside:.0f} times outside what was measured: too far to tell"
         return Decision(convert=False, shape=shape, reason=away, point=estimate.point, outside=True, is_unsure=True)

@@ -19,7 +19,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     point: the nearest measured point. distance: how far it is, in octaves (Euclidean, log2 per axis; 0 = exact,
     1 = one dimension twice as large). outside: the shape was not measured and is outside the measured part of the grid
     (without a grid, outside of all points). gap: the status of an even nearer point that has no numbers, or None.
-    octaves_outside: how far the shape is outside of the sizes that were measured (Euclidean, as for distance). trend:
+    octaves_outside: how far the shape is outside of the sizes that were measured, along the farthest axis. trend:
     the factor by which the speedup falls from the border on, if it goes on falling as it did up to there; 1 if it rises
     or the shape is inside, None if the table does not tell. The speedup and its low bound have it in them.
     from_tokens: a smaller number of tokens whose speedup is used, because the shape's own tokens were not measured

@@ -78,8 +78,10 @@ class Lookup:
             n, around_n = on_n.bracket(shape.n)
             if numbers := self._blend(around_m, around_k, around_n):
                 return self._make(shape, nearest, numbers, LinearShape(m, k, n), interpolated=True)
+            at_border = LinearShape(m, k, n)
+            inside = nearest.distance if at_border == shape else self._find_nearest(at_border).distance
             for at_m in reversed(on_m.sizes[: bisect_left(on_m.sizes, m)]):
-                if math.log2(m / at_m) > nearest.distance + TIE_OCTAVES:
+                if math.log2(m / at_m) > inside + TIE_OCTAVES:
                     break
                 if numbers := self._blend([(at_m, 1.0)], around_k, around_n):
                     return self._make(shape, nearest, numbers, LinearShape(at_m, k, n), interpolated=True)
@@ -227,11 +229,9 @@ class Lookup:
         return any(not low <= size <= high for size, (low, high) in zip(sizes, self._range, strict=True))
 
     def _octaves_outside(self, shape: LinearShape) -> float:
-        sizes = (shape.m, shape.k, shape.n)
-        away = (
-            math.log2(max(low / size, size / high, 1.0)) for size, (low, high) in zip(sizes, self._range, strict=True)
-        )
-        return math.hypot(*away)
+        """Along the farthest axis."""
+        sizes = zip((shape.m, shape.k, shape.n), self._range, strict=True)
+        return max(math.log2(max(low / size, size / high, 1.0)) for size, (low, high) in sizes)
 
 
 class _Nearest(NamedTuple):

@@ -5,11 +5,10 @@ In: a `DescribedModel` and a filter. Out: an `Explanation`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fp8gate.filter.auto_filter import AutoFilter
 from fp8gate.filter.contract.plan import Candidate
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Table, TableError
@@ -18,6 +17,7 @@ from fp8gate.filter.decision.estimate import MAX_OCTAVES_OUTSIDE, Estimate
 from fp8gate.filter.decision.lookup import Lookup
 from fp8gate.filter.decision.torchao_rule import torchao_converts
 from fp8gate.filter.findings import Finding
+from fp8gate.filter.layer_filter import AutoFilter
 from fp8gate.filter.model.described_model import DescribedModel, LinearRole, role_shape
 from fp8gate.filter.model.parallel import Shards
 from fp8gate.filter.plan_decisions import PlanDecisions
@@ -28,7 +28,8 @@ class LayerExplanation:
     """One kind of linear: the shape that a rank holds, what decides about it, and its times by the table.
 
     decision: the filter's. by_table: what the table alone would decide. torchao: whether torchao's rule would convert
-    it, None if torchao has no rule for the recipe.
+    it, None if torchao has no rule for the recipe. stays: it is bf16 in every choice, as float8 cannot compute it or
+    the user leaves it out. is_far: too far outside of what was measured; it is bf16, and its times are 0.
     """
 
     linear: LinearRole
@@ -36,6 +37,8 @@ class LayerExplanation:
     decision: Decision
     by_table: Decision
     torchao: bool | None
+    stays: bool
+    is_far: bool
     bf16_us: float
     fp8_us: float
 
@@ -81,7 +84,8 @@ class Explanation:
     """What a filter decides about a model, and what other choices are worth.
 
     choices: bf16 first, the filter's last; torchao's rule is left out for a recipe without one. plan: the plan that
-    decides, None if the table does. plan_command, measure_command: what measures a plan, and the shapes. findings: what
+    decides, None if the table does. plan_command, measure_command: what measures a plan, if
+    `fp8gate plan` knows the model, and the shapes. findings: what
     should be known before the decisions are trusted. note: what the times leave out, or None.
     """
 
@@ -90,7 +94,7 @@ class Explanation:
     layers: list[LayerExplanation]
     choices: list[Choice]
     plan: PlanDecisions | None
-    plan_command: str
+    plan_command: str | None
     measure_command: str
     min_speedup: float
     findings: list[Finding]
@@ -108,7 +112,11 @@ class Explanation:
     @property
     def speedup(self) -> float:
         """Of what the filter chooses over bf16, by the table's sums."""
-        return self.bf16.us / self.chosen.us
+        return self.speedup_of(self.chosen)
+
+    def speedup_of(self, choice: Choice) -> float:
+        """1.0 where nothing takes time."""
+        return self.bf16.us / choice.us if choice.us else 1.0
 
     def choice(self, name: str) -> Choice | None:
         return next((choice for choice in self.choices if choice.name == name), None)
@@ -120,28 +128,28 @@ BF16, ALL, RULE, TABLE, PLAN = "bf16", "all float8", "torchao's rule", "fp8gate,
 def explain(model: DescribedModel, wants_float8: AutoFilter) -> Explanation:
     """Decide every kind of linear of a model as one rank holds it, and sum the times of each choice.
 
-    Raises TableError if the table holds no number at all, or none near enough to
-    one of the model's shapes, and ShardError if a layer cannot be divided.
+    Raises TableError if the table holds no number at all, or none near enough to any of the model's shapes, and
+    ShardError if a layer cannot be divided.
     """
     settings = wants_float8.settings
     shards, lookup = Shards(settings.parallel, settings.tokens), Lookup(wants_float8.table, settings.lookup)
     linears = model.linears
     shapes = [role_shape(linear, shards) for linear in linears]
-    findings = wants_float8.examine([(linear.fqn, linear) for linear in linears], observation=model.observation)
-    estimates = _estimates(model.name, linears, shapes, lookup, wants_float8)
+    findings = wants_float8.examine([(linear.name, linear) for linear in linears], observation=model.observation)
+    estimates = _estimates(model, shapes, lookup, wants_float8)
     layers = [
         _explain_layer(linear, shape, estimate, lookup, wants_float8, _is_called(linear, model))
         for linear, shape, estimate in zip(linears, shapes, estimates, strict=True)
     ]
-    plan = wants_float8.plans.chosen
+    plan = wants_float8.plans.chosen if any(layer.decision.planned for layer in layers) else None
     return Explanation(
         model=model.name,
         table=wants_float8.table,
         layers=layers,
         choices=list(_choices(layers, plan)),
         plan=plan,
-        plan_command=wants_float8.plans.command(model.name),
-        measure_command=_measure_command(model.name, wants_float8),
+        plan_command=wants_float8.plans.command(model.name) if model.can_be_planned else None,
+        measure_command=_measure_command(model, wants_float8),
         min_speedup=settings.min_speedup,
         findings=findings,
         note=model.note,
@@ -149,30 +157,35 @@ def explain(model: DescribedModel, wants_float8: AutoFilter) -> Explanation:
 
 
 def _estimates(
-    model: str, linears: Sequence[LinearRole], shapes: list[LinearShape], lookup: Lookup, wants_float8: AutoFilter
+    model: DescribedModel, shapes: list[LinearShape], lookup: Lookup, wants_float8: AutoFilter
 ) -> list[Estimate]:
-    """The table's estimates of all linears. Raises TableError if there is none, or if one is too far outside."""
+    """The table's estimates of all linears. Raises TableError if there is none, or if all are too far outside."""
     found = [estimate for shape in shapes if (estimate := lookup(shape))]
     if len(found) < len(shapes):
-        raise TableError(f"{wants_float8.path}: $.points: expected a measured point, found none")
-    far = [
-        f"{linear.role} {shape}"
-        for linear, shape, estimate in zip(linears, shapes, found, strict=True)
-        if estimate.is_far_outside and not shape.indivisible()  # those are never converted
-    ]
-    if far:
         raise TableError(
-            f"{wants_float8.path}: too far outside of what was measured, more than {2**MAX_OCTAVES_OUTSIDE:.0f} times: "
-            f"{', '.join(far)}. To measure these shapes on {wants_float8.table.device.name}, run on it: "
-            f"{_measure_command(model, wants_float8)}"
+            f"{wants_float8.path}: $.points: expected a measured point, found none. To measure again, run on "
+            f"{wants_float8.table.device.name}: fp8gate calibrate"
+        )
+    asked = [
+        (f"{linear.role} {shape}", estimate.is_far_outside)
+        for linear, shape, estimate in zip(model.linears, shapes, found, strict=True)
+        if not shape.indivisible()  # those are never converted
+    ]
+    if asked and all(is_far for _, is_far in asked):
+        raise TableError(
+            f"{wants_float8.path}: all linears are more than {2**MAX_OCTAVES_OUTSIDE:.0f} times outside of what was "
+            f"measured on {wants_float8.table.device.name}, such as {asked[0][0]}. To measure them, run on it: "
+            f"{_measure_command(model, wants_float8)}; or ask about another --device"
         )
     return found
 
 
-def _measure_command(model: str, wants_float8: AutoFilter) -> str:
+def _measure_command(model: DescribedModel, wants_float8: AutoFilter) -> str:
     parallel, tokens = wants_float8.settings.parallel, wants_float8.settings.tokens
+    if not model.has_config:
+        return "fp8gate calibrate --grid FILE.yaml, with a line: shapes: [[M, K, N], ...]"
     tp = f" --tp {parallel.tp}" if parallel.tp > 1 else ""
-    return f"fp8gate calibrate --model {model} --tokens {tokens // parallel.cp}{tp}"
+    return f"fp8gate calibrate --model {model.name} --tokens {tokens // parallel.cp}{tp}"
 
 
 def _explain_layer(
@@ -184,11 +197,12 @@ def _explain_layer(
     is_called: bool,
 ) -> LayerExplanation:
     settings = wants_float8.settings
-    recomputed = settings.recomputes(linear.fqn)
+    recomputed = settings.recomputes(linear.name)
     estimate = estimate.recomputed() if recomputed else estimate
-    stays = shape.indivisible() or settings.leaves_out(linear.fqn)
+    far = estimate.is_far_outside
+    stays = bool(shape.indivisible()) or far or settings.leaves_out(linear.name)
     sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
-    decision = by_table = wants_float8.decisions[linear.fqn]
+    decision = by_table = wants_float8.decisions[linear.name]
     if decision.planned:
         by_table = decide(shape, lookup, min_speedup=settings.min_speedup, recomputed=recomputed)
     return LayerExplanation(
@@ -197,15 +211,17 @@ def _explain_layer(
         decision=decision,
         by_table=by_table,
         torchao=torchao_converts(wants_float8.table.recipe, **sizes),
-        bf16_us=estimate.bf16_us if is_called else 0.0,
+        stays=stays,
+        is_far=far and not shape.indivisible(),
+        bf16_us=estimate.bf16_us if is_called and not far else 0.0,
         # every choice leaves a layer in bf16 that float8 cannot compute or that the user leaves out
-        fp8_us=(estimate.bf16_us if stays else estimate.fp8_us) if is_called else 0.0,
+        fp8_us=(estimate.bf16_us if stays else estimate.fp8_us) if is_called and not far else 0.0,
     )
 
 
 def _is_called(linear: LinearRole, model: DescribedModel) -> bool:
     """Whether the forward that was observed, if any, calls it: others take no time."""
-    seen = model.observation.linears.get(linear.fqn) if model.observation else None
+    seen = model.observation.linears.get(linear.name) if model.observation else None
     return seen is None or seen.calls > 0
 
 
@@ -226,7 +242,7 @@ def _in_block(converted: tuple[LayerExplanation, ...], plan: PlanDecisions | Non
     """The plan's measurement of the roles that are converted."""
     if plan is None:
         return None
-    places = [plan.plan.place(layer.linear.fqn) for layer in converted if not layer.shape.indivisible()]
+    places = [plan.plan.place(layer.linear.name) for layer in converted if not layer.stays]
     roles = {role for place in places if place for role in place.roles}
     found = plan.plan.candidate(tuple(role for role in plan.plan.shapes if role in roles))
     return found if found and found.speedup is not None else None

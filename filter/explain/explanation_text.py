@@ -30,7 +30,7 @@ def explanation_json(title: Mapping[str, Any], explanation: Explanation) -> dict
         "layers": [layer.row() for layer in explanation.layers],
         "predicted": {
             **{f"{name}_us": choice.us if choice else None for name, choice in choices.items()},
-            "speedup": {name: explanation.bf16.us / one.us if one else None for name, one in choices.items()},
+            "speedup": {name: explanation.speedup_of(one) if one else None for name, one in choices.items()},
         },
         "in_block": {name: _in_block_json(one.in_block) for name, one in choices.items() if one and one.in_block},
         "findings": [{"category": one.category.__name__, "message": one.message} for one in explanation.findings],
@@ -128,7 +128,7 @@ def _choices_text(explanation: Explanation) -> str:
 
 def _choice_rows(explanation: Explanation) -> Iterator[tuple[str, ...]]:
     for choice in explanation.choices:
-        row = (choice.name, f"{choice.us / 1e3:.1f}", f"{explanation.bf16.us / choice.us:.3f}x")
+        row = (choice.name, f"{choice.us / 1e3:.1f}", f"{explanation.speedup_of(choice):.3f}x")
         yield (*row, _in_block_text(choice.in_block) or "not measured") if explanation.plan else row
         if choice.name == ALL and explanation.choice(RULE) is None:
             yield (RULE, "no rule", "", *([""] if explanation.plan else []))

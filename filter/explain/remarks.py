@@ -29,7 +29,7 @@ def remarks(explanation: Explanation) -> Iterator[str]:
     if faster := _faster_by_sums(explanation):
         yield _why_behind(explanation, faster, is_brief=False)
     yield from _doubts(explanation)
-    if plan is None:
+    if plan is None and explanation.plan_command:
         yield f"No measured plan of this block decides. To measure one: {explanation.plan_command}"
 
 
@@ -39,10 +39,11 @@ def shared_remarks(explanations: Mapping[Recipe, Explanation]) -> Iterator[str]:
         if faster := _faster_by_sums(explanation):
             yield f"{recipe}: {_why_behind(explanation, faster, is_brief=True)}"
     yield from dict.fromkeys(doubt for explanation in explanations.values() for doubt in _doubts(explanation))
-    if unplanned := [recipe for recipe, explanation in explanations.items() if explanation.plan is None]:
+    if unplanned := [recipe for recipe, explanation in explanations.items() if not explanation.plan]:
         command = explanations[unplanned[0]].plan_command
-        which = f"No measured plan of this block decides with {', '.join(unplanned)}"
-        yield f"{which}. To measure one: {command}"
+        if command:
+            which = f"No measured plan of this block decides with {', '.join(unplanned)}"
+            yield f"{which}. To measure one: {command}"
 
 
 def _faster_by_sums(explanation: Explanation) -> Choice | None:
@@ -58,12 +59,16 @@ def _why_behind(explanation: Explanation, faster: Choice, *, is_brief: bool) -> 
         return f"{less}. {_measured_instead(chosen, faster)}"
     skipped = [layer for layer in faster.converted if layer not in chosen.converted and layer.fp8_us < layer.bf16_us]
     layers = ", ".join(f"{layer.linear.role} ({layer.by_table.speedup_text or 'no number'})" for layer in skipped)
+    if not skipped:
+        least = f"{explanation.min_speedup:.2f}x"
+        return f"{less}, as fp8gate converts from {least} on (--min-speedup), and so layers that lose by themselves."
     sentence = f"{less}, as it also converts {layers}, which fp8gate leaves in bf16: {_threshold(explanation)}."
     return sentence if is_brief else f"{sentence} {EVIDENCE}"
 
 
 def _measured_instead(chosen: Choice, faster: Choice) -> str:
-    assert chosen.in_block, "a plan's own set was measured"
+    if chosen.in_block is None:
+        return "What is left of the plan's set was not measured inside the compiled block."
     gains = f"the plan's set runs at {chosen.in_block.speedup:.3f}x"
     if faster.name == BF16:
         return f"Inside the compiled block, where casts fuse with their neighbours, {gains}."
@@ -77,10 +82,15 @@ def _threshold(explanation: Explanation) -> str:
 
 def _doubts(explanation: Explanation) -> Iterator[str]:
     """What makes the decisions less than certain, in one line a kind."""
-    outside = [layer.linear.role for layer in explanation.layers if layer.by_table.outside]
+    if far := [layer.linear.role for layer in explanation.layers if layer.is_far]:
+        yield (
+            f"Too far outside of the measured range, so left in bf16 and not in the sums: {', '.join(far)}. To measure "
+            f"these shapes: {explanation.measure_command}"
+        )
+    outside = [layer.linear.role for layer in explanation.layers if layer.by_table.outside and not layer.is_far]
     if outside:
         yield (
-            f"Outside the measured range, where the border's answer counts: {', '.join(outside)}. To measure these "
+            f"Outside the measured range, answered by the border and its trend: {', '.join(outside)}. To measure these "
             f"shapes: {explanation.measure_command}"
         )
     if differences := stale(explanation.table.software):

@@ -5,14 +5,16 @@ In: a name, and the names of devices. Out: the one device that is meant, or an e
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Sequence
 
 from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.errors import InputError
 
 MAX_SUGGESTED = 3
-ALIKE = 0.93  # of difflib's ratio: "NVIDIA H20" is like "NVIDIA H200", "NVIDIA H100" is not
+VENDORS = {"nvidia", "amd", "intel", "cpu"}
+_MEMORY = re.compile(r"\d+gb|hbm\d\w?|sxm\d?|pcie")
+"""Words of a device's name that do not tell which model it is."""
 
 
 def match_device(asked: str, known: Sequence[str]) -> str | None:
@@ -26,20 +28,19 @@ def match_device(asked: str, known: Sequence[str]) -> str | None:
     if slug in known:
         return slug
     equal = [one for one in known if _letters(one) == _letters(slug)]
-    words = set(slug.split("-"))
-    has_model = any(character.isdigit() for character in slug)
-    fitting = equal or [one for one in known if has_model and words <= set(one.split("-"))]
+    words = set(slug.split("-")) - VENDORS
+    has_model = any(re.search(r"\d", word) and not _MEMORY.fullmatch(word) for word in words)
+    whole = [one for one in known if words == set(one.split("-")) - VENDORS]
+    fitting = equal or whole or [one for one in known if has_model and words <= set(one.split("-"))]
     if len(fitting) > 1:
         raise InputError(f"device: {asked!r} fits several measured devices, {', '.join(fitting)}; name one of them")
     return fitting[0] if fitting else None
 
 
 def suggestions(asked: str, known: Sequence[str]) -> list[str]:
-    """The known slugs that look like a name, the most alike first."""
-    slug = device_slug(asked)
-    by_words = [one for one in known if set(slug.split("-")) & set(one.split("-")) - {"nvidia", "cpu", "amd"}]
-    alike = difflib.get_close_matches(slug, known, MAX_SUGGESTED, ALIKE)
-    return list(dict.fromkeys([*by_words, *alike]))[:MAX_SUGGESTED]
+    """The known slugs that share a word with a name, beside the vendor's: "H200 NVL" may mean "nvidia-h200"."""
+    words = set(device_slug(asked).split("-")) - VENDORS
+    return [one for one in known if words & set(one.split("-"))][:MAX_SUGGESTED]
 
 
 def _letters(slug: str) -> str:

@@ -38,7 +38,7 @@ def find_plans(*, device: str, recipe: Recipe, tokens: int, tables: str | os.Pat
     """
     found, problems = [], []
     for path in plan_files(tables, device=device):
-        if f"-{recipe}-m{tokens}" not in path.name:
+        if not re.search(rf"-{recipe}-m{tokens}[.-]", path.name):
             continue
         try:
             plan = read_plan(path)
@@ -58,7 +58,7 @@ def plan_files(tables: str | os.PathLike[str] | None = None, *, device: str) -> 
 
 def is_model_name(plan: str) -> bool:
     """Whether the argument `plan` is a model's name, such as "llama3-8b", rather than a plan's file."""
-    return bool(_NAME.fullmatch(plan)) and not plan.endswith((".yaml", ".yml")) and not os.path.exists(plan)
+    return bool(_NAME.fullmatch(plan)) and not plan.endswith((".yaml", ".yml")) and not os.path.isfile(plan)
 
 
 def _plan_folders(tables: str | os.PathLike[str] | None, device: str) -> Iterator[Path]:

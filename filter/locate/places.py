@@ -32,14 +32,15 @@ def places(tables: str | os.PathLike[str] | None = None) -> list[Place]:
     set. Otherwise there are the checkout that the process runs in, the user's folder, and the package.
     """
     if named := tables or os.environ.get(ENVIRONMENT):
-        return [Place(Path(named), "tables" if tables else ENVIRONMENT)]
+        return [Place(Path(named).expanduser(), "tables" if tables else ENVIRONMENT)]
     return list(_default_places())
 
 
 def shown(path: str | os.PathLike[str]) -> str:
     """A file as messages show it: from the working directory on, or from the place on that it lies in."""
     file = Path(path)
-    for folder, what in ((Path.cwd(), ""), *((place.path, f" ({place.what})") for place in _default_places())):
+    here = [(Path.cwd(), "")] if os.path.isdir(".") else []
+    for folder, what in (*here, *((place.path, f" ({place.what})") for place in _default_places())):
         if file.is_relative_to(folder):
             return f"{file.relative_to(folder)}{what}"
     return str(path)
@@ -56,7 +57,7 @@ def default_out() -> Path:
     The folder that FP8GATE_THRESHOLDS names, if it is set; the checkout's, if the process runs in one; or the user's.
     Raises InputError if FP8GATE_THRESHOLDS names a single table or a single device's folder.
     """
-    named = os.environ.get(ENVIRONMENT)
+    named = os.path.expanduser(os.environ.get(ENVIRONMENT, ""))
     if not named:
         return checkout_thresholds() or user_thresholds()
     if os.path.isfile(named) or any(Path(named).glob("*.yaml")):
@@ -66,9 +67,12 @@ def default_out() -> Path:
 
 def checkout_thresholds() -> Path | None:
     """The thresholds folder of the fp8gate checkout that the working directory lies in, or None."""
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except OSError:  # it was removed
+        return None
     for folder in (here, *here.parents):
-        if all((folder / name).exists() for name in IN_A_CHECKOUT):
+        if all(os.path.exists(folder / name) for name in IN_A_CHECKOUT):
             return folder / THRESHOLDS
     return None
 

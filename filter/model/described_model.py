@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.model.observe import Observation
+from fp8gate.filter.model.observed import Observation
 from fp8gate.filter.model.parallel import ShardError, Shards
 
 
@@ -16,7 +16,8 @@ class LinearRole:
 
     role: a short name for them: Llama's, such as "wq", or their name within a block. fqn: their name in the model,
     layer indices as *. count: how many there are. in_features, out_features: of the whole linear, before it is divided
-    among ranks. rows: of its input for one microbatch; None for the tokens.
+    among ranks. rows: of its input for one microbatch; None for the tokens. example: the name of one of them, which no
+    other role has; empty for `fqn` with 0 for indices.
     """
 
     role: str
@@ -25,6 +26,12 @@ class LinearRole:
     in_features: int
     out_features: int
     rows: int | None = None
+    example: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of one of them in the model."""
+        return self.example or self.fqn.replace("*", "0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +39,8 @@ class DescribedModel:
     """The linears of a model, in forward order, and how it is divided.
 
     name: what the user calls it. parallel_plan: how tensor parallelism divides it, as `Parallel` takes it. observation:
-    what a forward has shown of the linears, by `fqn`; None if none was run. heads: field of its config -> heads of
+    what a forward has shown of the linears, by `name`; None if none was run. can_be_planned: `fp8gate plan` knows its
+    layers. has_config: `fp8gate calibrate --model` takes it. heads: field of its config -> heads of
     attention, which a degree must divide. note: what is no linear, or None.
     """
 
@@ -42,6 +50,8 @@ class DescribedModel:
     observation: Observation | None = None
     heads: Mapping[str, int] = field(default_factory=dict)
     note: str | None = None
+    can_be_planned: bool = True
+    has_config: bool = True
 
     def require_divisible(self, tp: int) -> None:
         """Raises ShardError if tensor parallelism of this degree would cut through heads: a rank holds whole ones."""

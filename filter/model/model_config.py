@@ -90,10 +90,11 @@ def load_model(model: str) -> ModelConfig:
     Raises ModelError if it is none of these, if the config lacks a field, is of a type whose linears are not known, or
     has sizes that do not go together.
     """
-    config = convert(config_facts(model), ModelConfig, source=model, error=ModelError)
-    if config.model_type not in (*DENSE, *MIXTURE):
+    facts = config_facts(model)
+    if isinstance(found := facts.get("model_type"), str) and found not in (*DENSE, *MIXTURE):
         known = ", ".join((*DENSE, *MIXTURE))
-        raise ModelError(f"{model}: $.model_type: expected one of {known}; found {config.model_type!r}")
+        raise ModelError(f"{model}: $.model_type: expected one of {known}; found {found!r}")
+    config = convert(facts, ModelConfig, source=model, error=ModelError)
     if problem := _heads_problem(config):
         raise ModelError(f"{model}: {problem}")
     return config

@@ -60,17 +60,23 @@ def _unique_names(model: Any, is_meant: Callable[[Any], bool]) -> tuple[str, ...
 
 def _is_grouped(module: Any) -> bool:
     """A first dimension of 1 is that of class tokens and positions."""
-    grouped = any(p is not None and p.ndim == 3 and p.shape[0] > 1 for p in module._parameters.values())
+    grouped = any(_ndim(p) == 3 and p.shape[0] > 1 for p in module._parameters.values())
     return grouped and not hasattr(module, "kernel_size")
 
 
 def _multiplies(module: Any) -> bool:
     """Whether it holds a matrix and is neither an nn.Linear nor an embedding or a convolution."""
     matrices = (module._parameters.get(name) for name in ("weight", "in_proj_weight"))
-    if not any(p is not None and p.ndim == 2 and min(p.shape) > 1 for p in matrices):
+    if not any(_ndim(p) == 2 and min(p.shape) > 1 for p in matrices):
         return False
     is_other = any(hasattr(module, mark) for mark in ("embedding_dim", "kernel_size"))
     return not (is_other or is_torch_linear(type(module)))
+
+
+def _ndim(parameter: Any) -> int:
+    """0 for none, and for one that a lazy module has yet to shape."""
+    is_shaped = parameter is not None and not hasattr(parameter, "materialize")
+    return int(parameter.ndim) if is_shaped else 0
 
 
 def _names_without_linears(model: Any) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import RowSource
-from fp8gate.filter.model.observe import Observation, ObservedLinear
+from fp8gate.filter.model.observed import Observation, ObservedLinear
 
 _EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 _FEW_ROWS = re.compile(
@@ -56,10 +56,12 @@ class Rows:
         if matching := [pattern for pattern in self._stated if fnmatchcase(name, pattern)]:
             self._matched.update(matching)
             return RowCount(self._stated[matching[-1]], "stated")
-        seen = self.observation.linears.get(name) if self.observation else None
-        if seen is not None:
-            return self._observed(seen)
-        return RowCount(self._tokens, "tokens", _doubt(name))
+        if self.observation is None:
+            return RowCount(self._tokens, "tokens", _doubt(name))
+        seen = self.observation.linears.get(name)
+        if seen is None:
+            return RowCount(self._tokens, "tokens", "the example inputs do not show it")
+        return self._observed(seen)
 
     def forget(self) -> None:
         """Prepare for another model."""
@@ -78,8 +80,9 @@ class Rows:
             return RowCount(
                 self._tokens, "tokens", refused=read if seen.is_read else "the example inputs never reach it"
             )
-        if seen.rows is None:
-            return RowCount(self._tokens, "tokens", "its rows depend on the data")
+        if not seen.rows:
+            why = "its rows depend on the data" if seen.rows is None else "the example inputs give it no rows"
+            return RowCount(self._tokens, "tokens", why)
         return RowCount(seen.rows, "observed")
 
 

@@ -4,8 +4,7 @@ from fp8gate import auto_filter
 convert_to_float8_training(model, module_filter_fn=auto_filter("rowwise", tokens=8192))
 """
 
-from fp8gate.filter.agreement import RanksDisagreeError, RanksMissingError
-from fp8gate.filter.auto_filter import AutoFilter, Recompute, auto_filter
+from fp8gate.filter.auto_filter import auto_filter
 from fp8gate.filter.contract.plan import Plan, PlanError, read_plan
 from fp8gate.filter.contract.table import Table, TableError, read_table
 from fp8gate.filter.decision.decide import Decision
@@ -22,9 +21,13 @@ from fp8gate.filter.findings import (
     UnknownRowsWarning,
     UnknownShardWarning,
     UnmatchedPatternWarning,
+    UnmeasuredSettingWarning,
 )
-from fp8gate.filter.model.observe import ObserveError
+from fp8gate.filter.layer_filter import AutoFilter
+from fp8gate.filter.model.observed import ObserveError
 from fp8gate.filter.model.parallel import Parallel, ShardError
+from fp8gate.filter.ranks.agreement import RanksDisagreeError, RanksMissingError
+from fp8gate.filter.settings import Recompute
 
 __version__ = "0.1.0"
 
@@ -53,6 +56,7 @@ __all__ = [
     "Table",
     "TableError",
     "UnmatchedPatternWarning",
+    "UnmeasuredSettingWarning",
     "__version__",
     "auto_filter",
     "read_plan",

@@ -28,12 +28,15 @@ from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import DeviceKindName
 from fp8gate.filter.locate.places import default_out, is_searched
-from fp8gate.filter.model.describe import describe_model
 from fp8gate.filter.model.described_model import role_shape
 from fp8gate.filter.model.parallel import Parallel, Shards
+from fp8gate.filter.observe.describe import describe_model
 
 if TYPE_CHECKING:
     from fp8gate.calibrate.sweep.run_sweep import SweepResult
+
+
+USUAL_TOKENS = 8192  # in the lines to paste, if they were measured
 
 
 def calibrate_command(
@@ -149,13 +152,18 @@ def _print_result(result: SweepResult) -> None:
 
 def _lines_to_paste(result: SweepResult, folder: Path) -> str:
     """What training code has to say to use the tables, which it finds by itself if they lie where it searches."""
-    recipe = next(iter(result.tables.values())).recipe
+    by_recipe = {table.recipe: table for table in result.tables.values()}
+    recipe: Recipe = "rowwise" if "rowwise" in by_recipe else next(iter(by_recipe))
+    rows = by_recipe[recipe].grid.m or tuple(point.m for point in by_recipe[recipe].points)
+    tokens = min(rows, key=lambda m: abs(m - USUAL_TOKENS))
     place = "" if is_searched(folder) else f", tables={str(folder)!r}"
     return (
         "\nIn training code on this device:\n\n"
-        "    from fp8gate import auto_filter\n"
-        f"    wants_float8 = auto_filter({recipe!r}, tokens=8192{place})  # batch x sequence of one microbatch\n"
+        "    from torchao.float8 import Float8LinearConfig, convert_to_float8_training\n"
+        "    from fp8gate import auto_filter\n\n"
+        f"    wants_float8 = auto_filter({recipe!r}, tokens={tokens}{place})  # batch x sequence of a microbatch\n"
         "    wants_float8.check(model)\n"
+        f"    config = Float8LinearConfig.from_recipe_name({recipe!r})\n"
         "    convert_to_float8_training(model, module_filter_fn=wants_float8, config=config)"
     )
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fp8gate.cli.options import (
+    BUNDLED_MODELS,
     FilterFqnsOption,
     JsonOption,
     LinearOption,
@@ -32,13 +33,14 @@ from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
 from fp8gate.filter.explain.explanation import Explanation, explain
 from fp8gate.filter.explain.explanation_text import explanation_json, explanation_text, recipes_json, recipes_text
 from fp8gate.filter.findings import FilterWarning
-from fp8gate.filter.model.describe import describe_model
 from fp8gate.filter.model.parallel import Parallel
+from fp8gate.filter.observe.describe import describe_model
 from fp8gate.filter.plan_choice import AUTO
 
 
 def explain_command(
-    model: ModelArgument,
+    model: ModelArgument = "",
+    *,
     recipe: Annotated[RecipeOrAll, typer.Option(help="The float8 recipe, or all to compare them.")],
     tokens: TokensOption,
     tp: Annotated[int, typer.Option(min=1, help="Tensor parallel degree, which must divide every layer.")] = 1,
@@ -62,7 +64,7 @@ def explain_command(
     ] = DEFAULT_LOOKUP,
     min_speedup: MinSpeedupOption = DEFAULT_MIN_SPEEDUP,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with code 1 if there is anything to know before trusting this.")
+        bool, typer.Option("--strict", help="Exit with code 1 where the filter in training code would warn.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -75,6 +77,8 @@ def explain_command(
     if not min_speedup > 0:
         raise InputError(f"--min-speedup: expected a ratio above 0, such as {DEFAULT_MIN_SPEEDUP}; got {min_speedup}")
     asked = {"model": model, "tokens": tokens, "tp": tp, "cp": cp, "recompute": recompute}
+    if not model and not linear:
+        raise InputError(f"MODEL: expected a config.json, its folder, or one of {BUNDLED_MODELS}; or --linear")
     described = describe_model(model, tokens, linears=linear or ())
     described.require_divisible(tp)
     explanations: dict[Recipe, Explanation] = {}

@@ -75,7 +75,9 @@ def require(command: str, packages: Sequence[str] = MEASURING_PACKAGES) -> None:
     """Raise InputError if a package is missing; the message says which of fp8gate's extras bring it."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        raise InputError(f"{command} needs {', '.join(missing)}: pip install 'fp8gate[{_extras(missing, packages)}]'")
+        raise InputError(
+            f"{command} needs {', '.join(missing)}; in a checkout: pip install '.[{_extras(missing, packages)}]'"
+        )
 
 
 def _extras(missing: Sequence[str], packages: Sequence[str]) -> str:

@@ -152,8 +152,9 @@ def _tables() -> Iterator[FoundFile]:
                 yield FoundFile(what=recipe, path="", problem=str(error))
             continue
         numbers = sum(point.status in WITH_NUMBERS for point in table.points)
-        measured = f"{numbers} points, {table.measured_at:%Y-%m-%d}"
-        yield FoundFile(what=recipe, path=shown(path), measured=measured, stale=stale(table.software))
+        measured = f"{numbers} of {len(table.points)} points, {table.measured_at:%Y-%m-%d}"
+        problem = None if numbers else "no point has a number: measure again when nothing else runs here"
+        yield FoundFile(what=recipe, path=shown(path), measured=measured, stale=stale(table.software), problem=problem)
 
 
 def _is_missing(error: InputError) -> bool:

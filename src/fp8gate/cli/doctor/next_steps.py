@@ -37,7 +37,7 @@ def next_steps(checkup: Checkup) -> list[Step]:
     """One to three commands: first what is to be done, then what is worth trying."""
     device, steps = checkup.device, []
     if not (checkup.versions["torch"] and checkup.versions["torchao"]):
-        steps.append(Step("pip install 'fp8gate[calibrate]'", "to measure, and to convert layers"))
+        steps.append(Step("pip install '.[calibrate]'", "to measure, and to convert layers"))
     elif checkup.waiting:
         steps.append(
             Step(
@@ -45,7 +45,7 @@ def next_steps(checkup: Checkup) -> list[Step]:
                 "with the same options: it goes on",
             )
         )
-    elif checkup.missing:
+    elif checkup.missing or any(table.problem for table in checkup.tables):
         steps.append(_calibrate(checkup))
     if any(file.stale for file in checkup.tables):
         steps.append(Step("fp8gate verify", "whether the tables still hold with this software"))
@@ -58,6 +58,6 @@ def next_steps(checkup: Checkup) -> list[Step]:
 
 
 def _calibrate(checkup: Checkup) -> Step:
-    some = "" if len(checkup.missing) == len(RECIPES) else f" --recipes {','.join(checkup.missing)}"
+    some = "" if len(checkup.missing) in (0, len(RECIPES)) else f" --recipes {','.join(checkup.missing)}"
     quick = " --grid quick" if checkup.device and checkup.device.kind == "cpu" else ""
     return Step(f"fp8gate calibrate{some}{quick}", "measures this device and writes its tables")

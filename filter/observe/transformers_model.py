@@ -20,8 +20,9 @@ from fp8gate.filter.model.described_model import DescribedModel, LinearRole
 from fp8gate.filter.model.linear_layer import linears_of
 from fp8gate.filter.model.model_config import ModelError
 from fp8gate.filter.model.model_linears import grouped_weights, other_products
-from fp8gate.filter.model.observe import Observation, ObservedLinear, ObserveError, observe
+from fp8gate.filter.model.observed import Observation, ObservedLinear, ObserveError
 from fp8gate.filter.model.parallel import OwnPlan
+from fp8gate.filter.observe.observe import observe
 
 HOW_ELSE = (
     "describe its linears instead: --linear NAME,IN_FEATURES,OUT_FEATURES,COUNT[,ROWS], once for each kind; or ask in "
@@ -39,7 +40,9 @@ def describe_by_transformers(model: str, text: str, tokens: int) -> DescribedMod
     try:
         import transformers
     except ModuleNotFoundError as error:
-        raise ModelError(f"{model}: needs transformers: pip install 'fp8gate[models]'; or {HOW_ELSE}") from error
+        raise ModelError(
+            f"{model}: needs transformers: in a checkout: pip install '.[models]'; or {HOW_ELSE}"
+        ) from error
     with _quiet():
         config, facts = _read_config(transformers, model, text)
         built = _build(transformers, model, config)
@@ -51,9 +54,10 @@ def describe_by_transformers(model: str, text: str, tokens: int) -> DescribedMod
         name=model,
         linears=tuple(_roles(built, observation)),
         parallel_plan=OwnPlan(getattr(built, "tp_plan", None) or {}),
-        observation=_by_pattern(observation),
+        observation=observation,
         heads=_heads(config),
         note=_note(built, facts),
+        can_be_planned=False,
     )
 
 
@@ -136,24 +140,30 @@ def _build(transformers: Any, model: str, config: Any) -> Any:
 
 
 def _roles(built: Any, observation: Observation) -> Iterator[LinearRole]:
-    """One role for all linears that differ in indices only, and have the same size and rows."""
+    """One role for all linears that differ in indices only, and have the same size and rows.
+
+    Raises ModelError if the model has none that is called.
+    """
     kinds: Counter[tuple[str, int, int, ObservedLinear]] = Counter()
+    examples: dict[tuple[str, int, int, ObservedLinear], str] = {}
     for fqn, linear in linears_of(built):
-        seen = observation.linears[fqn]
-        kinds[without_indices(fqn), linear.in_features, linear.out_features, seen] += 1
-    for (fqn, in_features, out_features, seen), count in kinds.items():
+        kind = (without_indices(fqn), linear.in_features, linear.out_features, observation.linears[fqn])
+        kinds[kind] += 1
+        examples.setdefault(kind, fqn)
+    if not any(seen.calls for *_, seen in kinds):
+        raise ModelError(f"{type(built).__name__}: expected an nn.Linear that its forward calls; found none")
+    for kind, count in kinds.items():
+        fqn, in_features, out_features, seen = kind
         role = fqn.rpartition("*.")[2]
         sizes = {"in_features": in_features, "out_features": out_features}
-        yield LinearRole(role=role, fqn=fqn, count=count, **sizes, rows=seen.rows)
-
-
-def _by_pattern(observation: Observation) -> Observation:
-    """The same by names with * for indices. Of linears that differ, the fewest rows count."""
-    found: dict[str, Observation] = {}
-    for fqn, seen in observation.linears.items():
-        one = Observation({without_indices(fqn): seen})
-        found[without_indices(fqn)] = found[without_indices(fqn)].worst(one) if without_indices(fqn) in found else one
-    return Observation({name: one.linears[name] for name, one in found.items()})
+        yield LinearRole(
+            role=role,
+            fqn=fqn,
+            count=count,
+            **sizes,
+            rows=seen.rows,
+            example=examples[fqn, in_features, out_features, seen],
+        )
 
 
 def _heads(config: Any) -> dict[str, int]:

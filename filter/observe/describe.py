@@ -22,7 +22,7 @@ from fp8gate.filter.model.model_config import (
     load_model,
     not_linear,
 )
-from fp8gate.filter.model.observe import Observation, ObservedLinear
+from fp8gate.filter.model.observed import Observation, ObservedLinear
 
 _NO_JSON = re.compile(r"[:\[,]\s*-?(Infinity|NaN)\b")
 """Python writes these into a config.json, and JSON does not have them."""
@@ -37,14 +37,24 @@ def describe_model(model: str, tokens: int, *, linears: Sequence[str] = ()) -> D
     """
     if linears:
         roles = tuple(map(_parse_linear, linears))
-        seen = {role.fqn: ObservedLinear(calls=1, rows=role.rows) for role in roles if role.rows}
-        return DescribedModel(name=model, linears=roles, parallel_plan={}, observation=Observation(seen))
+        seen = {role.name: ObservedLinear(calls=1, rows=role.rows or tokens) for role in roles}
+        if len(seen) < len(roles):
+            raise InputError("--linear: expected each NAME once; give linears of several sizes a name each")
+        listed = Observation(seen)
+        return DescribedModel(
+            name=model or "listed linears",
+            linears=roles,
+            parallel_plan={},
+            observation=listed,
+            can_be_planned=False,
+            has_config=False,
+        )
     if not _needs_transformers(model):
         config = load_model(model)
         return DescribedModel(
             name=model, linears=tuple(linear_roles(config)), heads=_heads(config), note=not_linear(config)
         )
-    from fp8gate.filter.model.transformers_model import describe_by_transformers
+    from fp8gate.filter.observe.transformers_model import describe_by_transformers
 
     return describe_by_transformers(model, config_json(model), tokens)
 

@@ -10,17 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.names import plain_name
-from fp8gate.filter.contract.plan import Plan, format_plan
-from fp8gate.filter.contract.table import Table, format_table
-from fp8gate.filter.decision.decide import Decision
-from fp8gate.filter.rank_exchange import RankExchange, RanksMissingError, listed
-from fp8gate.filter.settings import FilterSettings
+from fp8gate.filter.ranks.rank_exchange import RankExchange, RanksMissingError, listed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["RanksDisagreeError", "RanksMissingError", "require_agreement", "topics_decided"]
+__all__ = ["RanksDisagreeError", "RanksMissingError", "Topic", "require_agreement", "sha256_of"]
 
 MAX_NAMED = 5  # layers that an error names; a model has hundreds
 MAX_TIMEOUT_S = 7 * 86_400.0  # a week; clocks and locks overflow far above it
@@ -32,28 +27,6 @@ Topic: TypeAlias = str | int | float | list[str] | dict[str, str]
 
 class RanksDisagreeError(RuntimeError):
     """The ranks would convert different layers, or decided by different tables. It is raised on all of them."""
-
-
-def topics_decided(
-    table: Table, settings: FilterSettings, plan: Plan | None, decisions: Mapping[str, Decision]
-) -> dict[str, Topic]:
-    """All that decides, and what was decided for each layer, as plain data by topic."""
-    patterns = settings.parallel.patterns()
-    return {
-        "table": _digest(format_table(table)),
-        "recipe": table.recipe,
-        "tokens": settings.tokens,
-        "rows": {f"rows[{pattern!r}]": str(count) for pattern, count in settings.rows.items()},
-        "min_speedup": float(settings.min_speedup),
-        "lookup": settings.lookup,
-        "filter_fqns": sorted(set(settings.filter_fqns)),
-        "recompute": "a predicate" if callable(settings.recompute) else settings.recompute,
-        "plan": _digest(format_plan(plan)) if plan else "none",
-        "parallel.tp": settings.parallel.tp,
-        "parallel.cp": settings.parallel.cp,
-        "parallel.plan": {f"parallel.plan[{i}]": f"{p} is {p.style}" for i, p in enumerate(patterns)},
-        "layers": {fqn: _answer(decision, settings.recomputes(plain_name(fqn))) for fqn, decision in decisions.items()},
-    }
 
 
 def require_agreement(decided: Mapping[str, Topic], file: str, group: ProcessGroup | None, timeout_s: float) -> None:
@@ -83,7 +56,7 @@ def _compare(exchange: RankExchange, decided: Mapping[str, Topic], file: str) ->
     """Compare digests first. Only if some differ, one rank of each opinion tells the others all that it decided."""
     import json
 
-    digests = exchange.join(_sha256(json.dumps(decided, sort_keys=True)))
+    digests = exchange.join(sha256_of(json.dumps(decided, sort_keys=True)))
     speakers = {digest: rank for rank, digest in reversed(digests.items())}  # the lowest rank of those that agree
     if len(speakers) == 1:
         exchange.finish()  # a late rank may find that the others have given up
@@ -123,17 +96,7 @@ def _different_entries(left: Mapping[str, str], right: Mapping[str, str]) -> Ite
         yield f"and {len(differ) - MAX_NAMED} more"
 
 
-def _answer(decision: Decision, recomputed: bool) -> str:
-    """What was decided for a layer, for which rows and sizes."""
-    shape = f" at {decision.shape}" if decision.shape else ""
-    return f"{'float8' if decision.convert else 'bf16'}{shape}{', recomputed' if recomputed else ''}"
-
-
-def _digest(text: str) -> str:
-    return f"sha256 {_sha256(text)[:12]}"
-
-
-def _sha256(text: str) -> str:
+def sha256_of(text: str) -> str:
     from hashlib import sha256
 
     return sha256(text.encode()).hexdigest()

@@ -6,15 +6,19 @@ The forward runs on a copy whose tensors have shapes and no data: it takes no me
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import gc
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.names import plain_name
 from fp8gate.filter.model.linear_layer import linears_of
+from fp8gate.filter.model.observed import Observation, ObservedLinear, ObserveError
+from fp8gate.filter.observe.copy_without_data import copy_without_data, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,33 +33,8 @@ BF16_WAYS: tuple[Bf16Way, ...] = ("parameters", "all", "nothing")
 want all in one dtype, and some mix in float32 and run in their own dtypes only."""
 
 
-class ObserveError(InputError):
-    """The model's forward cannot be run without computing."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ObservedLinear:
-    """What one linear did in a forward.
-
-    calls: how often it was called as a module. rows: the fewest rows of its input in one call; None if it was not
-    called, or if their number depends on the data. is_read: its weight was used without a call.
-    """
-
-    calls: int = 0
-    rows: int | None = None
-    is_read: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """linears: by name in the model, without those that several names share under their later names."""
-
-    linears: Mapping[str, ObservedLinear]
-
-    def worst(self, other: Observation) -> Observation:
-        """Both together: the fewest rows count, as they gain least from float8."""
-        names = dict.fromkeys((*self.linears, *other.linears))
-        return Observation({name: _worst(self.linears[name], other.linears[name]) for name in names})
+class LeakError(ObserveError):
+    """The forward has left tensors without data somewhere in the process."""
 
 
 def observe(model: nn.Module, example_inputs: ExampleInputs) -> Observation:
@@ -64,6 +43,8 @@ def observe(model: nn.Module, example_inputs: ExampleInputs) -> Observation:
     example_inputs: as `ExampleInputs` says. Of tensors only shapes and dtypes count, so they may be on the meta device.
     Raises ObserveError if the forward fails without data, which names the cause, and InputError for no inputs.
     """
+    if not hasattr(model, "named_modules"):
+        raise InputError(f"example_inputs: expected a model that can be called; got {type(model).__name__}")
     calls = [_arguments(one) for one in _microbatches(example_inputs)]
     if not calls:
         raise InputError("example_inputs: expected the arguments of one microbatch; got none")
@@ -100,6 +81,8 @@ def _observe_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     for in_bf16 in BF16_WAYS:
         try:
             return _run_without_data(model, args, kwargs, in_bf16=in_bf16)
+        except LeakError:
+            raise
         except ObserveError as error:
             failed = failed or error
     assert failed
@@ -109,6 +92,16 @@ def _observe_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _run_without_data(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_bf16: Bf16Way
 ) -> Observation:
+    mode = _fake_mode()
+    found = _run_in(mode, model, args, kwargs, in_bf16)
+    _require_no_leak(mode)
+    return found
+
+
+def _run_in(
+    mode: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], in_bf16: Bf16Way
+) -> Observation:
+    """What a copy of the model does. The copy, and all that it made, is gone when this returns."""
     import torch
     from torch.utils._pytree import tree_map
 
@@ -117,8 +110,7 @@ def _run_without_data(
         is_cast = in_bf16 == "all" or (in_bf16 == "parameters" and not is_buffer)
         return torch.bfloat16 if is_number and is_cast else tensor.dtype
 
-    mode = _fake_mode()
-    shadow = _copy_without_data(model, mode, dtype_of)
+    shadow = copy_without_data(model, mode, dtype_of)
     device = next((tensor.device for tensor in shadow.parameters()), torch.device("cpu"))
 
     def fake(value: Any) -> Any:
@@ -132,13 +124,42 @@ def _run_without_data(
         linear.register_forward_pre_hook(_note_call(notes[id(linear)]), with_kwargs=True)
     weights = {id(getattr(linear, "weight", None)): notes[id(linear)] for linear in linears.values()}
     dtype = torch.get_default_dtype() if in_bf16 == "nothing" else torch.bfloat16
-    with mode, torch.random.fork_rng(devices=[]), _noting_reads(weights), _default_dtype(dtype), _quiet():
+    with mode, _same_random_numbers(), _noting_reads(weights), _default_dtype(dtype), quiet():
         try:
             shadow.train()
             shadow(*tree_map(fake, args), **tree_map(fake, kwargs))
         except Exception as error:
             raise ObserveError(f"example_inputs: {_cause(error)}") from error
-    return Observation({name: notes[id(linear)].result() for name, linear in linears.items()})
+    return Observation({plain_name(name): notes[id(linear)].result() for name, linear in linears.items()})
+
+
+def _require_no_leak(mode: Any) -> None:
+    """Raises ObserveError if the forward has kept tensors without data: the model would later compute with them."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    gc.collect()
+    if any(type(value) is FakeTensor and value.fake_mode is mode for value in gc.get_objects()):
+        raise LeakError(
+            "example_inputs: the forward keeps tensors outside of the model, in a cache such as functools.lru_cache, "
+            "and now keeps some without data; start this process again, and say the rows instead: "
+            "rows={pattern: number}"
+        )
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """What comes after draws the numbers that it would have drawn: from torch, Python and numpy."""
+    import torch
+
+    numpy = sys.modules.get("numpy")
+    earlier, arrays = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(earlier)
+        if numpy:
+            numpy.random.set_state(arrays)
 
 
 @contextmanager
@@ -153,47 +174,11 @@ def _default_dtype(dtype: Any) -> Iterator[None]:
         torch.set_default_dtype(earlier)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch logs the traceback of an operation that fails without data, beside raising it."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    earlier = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(earlier)
-
-
 def _fake_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-
-
-def _copy_without_data(model: nn.Module, mode: Any, dtype_of: Callable[[Tensor, bool], Any]) -> nn.Module:
-    """A copy in which every parameter and buffer is a fake tensor of the same shape and device."""
-    import torch
-
-    memo: dict[int, Tensor] = {}
-    with mode:
-        for tensor in (*model.parameters(), *model.buffers()):
-            device = "cpu" if tensor.device.type == "meta" else tensor.device
-            is_parameter = isinstance(tensor, torch.nn.Parameter)
-            fake = torch.empty(tensor.shape, dtype=dtype_of(tensor, not is_parameter), device=device)
-            memo[id(tensor)] = torch.nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-        try:
-            shadow = copy.deepcopy(model, memo)
-        except Exception as error:
-            raise ObserveError(
-                f"example_inputs: the model cannot be copied ({type(error).__name__}: {error}); check it before it is "
-                "wrapped, compiled or divided"
-            ) from error
-    for module in shadow.modules():  # hooks may print, count or communicate
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            hooks.clear()
-    return shadow
 
 
 @dataclass(slots=True)
@@ -238,14 +223,6 @@ def _noting_reads(weights: Mapping[int, _Notes]) -> Iterator[None]:
 
     with Noting():
         yield
-
-
-def _worst(one: ObservedLinear, other: ObservedLinear) -> ObservedLinear:
-    if not one.calls or not other.calls:
-        called = one if one.calls else other
-        return ObservedLinear(calls=called.calls, rows=called.rows, is_read=one.is_read or other.is_read)
-    rows = None if one.rows is None or other.rows is None else min(one.rows, other.rows)
-    return ObservedLinear(calls=max(one.calls, other.calls), rows=rows)
 
 
 def _cause(error: Exception) -> str:

@@ -1,0 +1,44 @@
+"""What ranks have to agree on: all that decides, and what was decided for each layer, as plain data. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fp8gate.filter.contract.names import plain_name
+from fp8gate.filter.contract.plan import Plan, format_plan
+from fp8gate.filter.contract.table import Table, format_table
+from fp8gate.filter.decision.decide import Decision
+from fp8gate.filter.ranks.agreement import Topic, sha256_of
+from fp8gate.filter.settings import FilterSettings
+
+
+def topics_decided(
+    table: Table, settings: FilterSettings, plan: Plan | None, decisions: Mapping[str, Decision]
+) -> dict[str, Topic]:
+    """All that decides, and what was decided for each layer, as plain data by topic."""
+    patterns = settings.parallel.patterns()
+    return {
+        "table": _digest(format_table(table)),
+        "recipe": table.recipe,
+        "tokens": settings.tokens,
+        "rows": {f"rows[{pattern!r}]": str(count) for pattern, count in settings.rows.items()},
+        "min_speedup": float(settings.min_speedup),
+        "lookup": settings.lookup,
+        "filter_fqns": sorted(set(settings.filter_fqns)),
+        "recompute": "a predicate" if callable(settings.recompute) else settings.recompute,
+        "plan": _digest(format_plan(plan)) if plan else "none",
+        "parallel.tp": settings.parallel.tp,
+        "parallel.cp": settings.parallel.cp,
+        "parallel.plan": {f"parallel.plan[{i}]": f"{p} is {p.style}" for i, p in enumerate(patterns)},
+        "layers": {fqn: _answer(decision, settings.recomputes(plain_name(fqn))) for fqn, decision in decisions.items()},
+    }
+
+
+def _answer(decision: Decision, recomputed: bool) -> str:
+    """What was decided for a layer, for which rows and sizes."""
+    shape = f" at {decision.shape}" if decision.shape else ""
+    return f"{'float8' if decision.convert else 'bf16'}{shape}{', recomputed' if recomputed else ''}"
+
+
+def _digest(text: str) -> str:
+    return f"sha256 {sha256_of(text)[:12]}"

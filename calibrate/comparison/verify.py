@@ -57,6 +57,11 @@ class Verification:
         return any(comparison.has_findings for comparison in self.comparisons)
 
     @property
+    def has_more(self) -> bool:
+        """Whether the tables have points that were not measured again."""
+        return any(comparison.only_before for comparison in self.comparisons)
+
+    @property
     def can_tell(self) -> bool:
         """Whether the absence of findings says that the tables hold. True if there was nothing to compare."""
         return all(comparison.can_tell for comparison in self.comparisons)

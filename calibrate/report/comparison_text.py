@@ -94,10 +94,8 @@ def _verdict(verification: Verification) -> str:
     if verification.has_findings:
         return f"those of {verification.device} do NOT hold"
     if not verification.can_tell:
-        return (
-            f"cannot tell whether those of {verification.device} hold: measure again while nothing else runs, or give "
-            "more --points"
-        )
+        more = ", or give more --points" if verification.has_more else ""
+        return f"cannot tell whether those of {verification.device} hold: measure again while nothing else runs{more}"
     return f"those of {verification.device} hold"
 
 

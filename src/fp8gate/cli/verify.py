@@ -89,6 +89,5 @@ def _next_step(found: Verification, tables: Path | None, points: int) -> str | N
         return shlex.join(["fp8gate", "calibrate", *options, *([] if is_searched(out) else ["--out", str(out)])])
     if not found.can_tell:
         where = ["--tables", str(tables)] if tables else []
-        has_more = any(comparison.only_before for comparison in found.comparisons)
-        return shlex.join(["fp8gate", "verify", *where, *(["--points", str(2 * points)] if has_more else [])])
+        return shlex.join(["fp8gate", "verify", *where, *(["--points", str(2 * points)] if found.has_more else [])])
     return None

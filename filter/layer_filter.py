@@ -6,6 +6,8 @@ they are trusted.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +44,18 @@ if TYPE_CHECKING:
 AGREE_TIMEOUT_S = 60.0  # ranks decide within seconds of each other
 WHATEVER_THE_MODEL = (StaleTableWarning, UnmeasuredSettingWarning)
 OF_WHOLE_MODEL = (UnmatchedPatternWarning, NothingConvertedWarning)  # each check finds these again
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A large model makes few cycles of garbage and many objects: looking among them takes half of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class AutoFilter:
@@ -107,7 +121,8 @@ class AutoFilter:
         if model is not None:
             self._forget()
             self._linears.rows.observation = observation
-            self._decide_all(model)
+            with _no_garbage_collection():
+                self._decide_all(model)
         if is_observed and observation and (message := observation.contradicts(self.settings.tokens)):
             self._findings.add(Finding(UnknownRowsWarning, message))
         of_whole_model = list(self._find_in_whole_model())

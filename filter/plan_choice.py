@@ -75,10 +75,10 @@ class PlanChoice:
     def forget(self) -> None:
         """Prepare for another model."""
         self._has_looked = False
+        for plan in self.candidates or ([self.chosen] if self.chosen else []):
+            plan.forget()
         if self.is_auto:
             self.chosen = None
-        elif self.chosen:
-            self.chosen.forget()
 
     def remark(self) -> str | None:
         """Why the table decides, where a plan could; None if a plan decides or none was wanted."""

@@ -86,6 +86,7 @@ class PlanDecisions:
 
     def forget(self) -> None:
         """Prepare for another model: none of its blocks is decided."""
+        self._names.forget()
         self._by_block.clear()
 
     def decide(self, fqn: str, shape: LinearShape) -> Decision | Finding | None:

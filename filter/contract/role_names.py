@@ -33,9 +33,19 @@ class RoleNames:
     def __init__(self, roles: Iterable[str]) -> None:
         self._known = {hugging_face_name(role): role for role in roles}
         self._roles = cache(self._find_roles)
+        self._places: dict[str, PlaceInBlock | None] = {}
 
     def place(self, fqn: str) -> PlaceInBlock | None:
-        """Where a linear is. None if it is in no block."""
+        """Where a linear is. None if it is in no block. Each name is looked at once, until `forget`."""
+        if fqn not in self._places:
+            self._places[fqn] = self._find_place(fqn)
+        return self._places[fqn]
+
+    def forget(self) -> None:
+        """Prepare for another model."""
+        self._places.clear()
+
+    def _find_place(self, fqn: str) -> PlaceInBlock | None:
         name = plain_name(fqn)
         if found := split_block(name):
             return PlaceInBlock(found[0], self._roles(found[1]))

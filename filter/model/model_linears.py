@@ -5,7 +5,7 @@ In: an nn.Module, or names with layers or their configs. Out: a `ModelLinears`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from fp8gate.filter.contract.names import without_indices
@@ -37,25 +37,26 @@ def model_linears(model: Any, *, with_other_names: bool) -> ModelLinears:
     )
     if not is_module:
         return found
+    modules = list(model.named_modules())
     return found._replace(
-        left_alone=grouped_weights(model),
-        other_products=other_products(model),
+        left_alone=_unique_names(modules, _is_grouped),
+        other_products=_unique_names(modules, _multiplies),
         without_linears=tuple(_names_without_linears(model)) if with_other_names else (),
     )
 
 
 def grouped_weights(model: Any) -> tuple[str, ...]:
     """Names of modules that hold several matrices in one parameter, such as grouped experts. Layer indices are *."""
-    return _unique_names(model, _is_grouped)
+    return _unique_names(model.named_modules(), _is_grouped)
 
 
 def other_products(model: Any) -> tuple[str, ...]:
     """Names of modules that multiply by a matrix and are no nn.Linear, such as Conv1D. Layer indices are *."""
-    return _unique_names(model, _multiplies)
+    return _unique_names(model.named_modules(), _multiplies)
 
 
-def _unique_names(model: Any, is_meant: Callable[[Any], bool]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(without_indices(fqn) for fqn, module in model.named_modules() if is_meant(module)))
+def _unique_names(modules: Iterable[tuple[str, Any]], is_meant: Callable[[Any], bool]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(without_indices(fqn) for fqn, module in modules if is_meant(module)))
 
 
 def _is_grouped(module: Any) -> bool:

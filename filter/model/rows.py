@@ -8,13 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import NamedTuple
 
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import RowSource
 from fp8gate.filter.model.observed import Observation, ObservedLinear
 
-_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
+_NO_DIGITS = str.maketrans("", "", "0123456789")
+_EXPERT = re.compile(r"(^|\.)experts\.(\.|$)")
+"""Of names without digits: "layers.3.experts.7.w1" is "layers..experts..w" there."""
 _FEW_ROWS = re.compile(
     r"(^|[._])(pooler|pooled|pooling|modulation|adaln\w*|ada_ln\w*|timestep\w*|time_embed\w*|time_embedding|time_mlp"
     r"|time_emb_proj|time_text_embed|guidance_embed\w*|label_emb\w*|classifier|score)([._]|$)",
@@ -57,7 +60,7 @@ class Rows:
             self._matched.update(matching)
             return RowCount(self._stated[matching[-1]], "stated")
         if self.observation is None:
-            return RowCount(self._tokens, "tokens", _doubt(name))
+            return RowCount(self._tokens, "tokens", _doubt(name.translate(_NO_DIGITS)))
         seen = self.observation.linears.get(name)
         if seen is None:
             return RowCount(self._tokens, "tokens", "the example inputs do not show it")
@@ -95,7 +98,9 @@ def require_row_counts(rows: Mapping[str, int]) -> None:
             )
 
 
+@cache
 def _doubt(name: str) -> str:
+    """Why the linears of this name, without digits, may not see all tokens: the layers of a model share it."""
     if _EXPERT.search(name):
         return "an expert sees only the tokens that are routed to it"
     return "one row a sequence or a microbatch is usual for this name" if _FEW_ROWS.search(name) else ""

@@ -46,7 +46,7 @@ PROTOCOL = SweepProtocol(
     near_s=0.4,
     control=0.2,
 )
-NEVER_NOISE = NoiseLimits(width=math.inf, apart=math.inf, waited=math.inf, measures_twice=False)
+NEVER_NOISE = NoiseLimits(width=math.inf, apart=math.inf, waited=math.inf, measures_twice=False, far=math.inf)
 """Points of milliseconds, on a machine that others use too, are mostly noise."""
 TABLE_PROTOCOL = msgspec.structs.replace(PROTOCOL, estimate="quotient_of_times")
 """PROTOCOL, as a table that is made from records states it."""

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from fp8gate.calibrate.device.cpu import Cpu, CpuWatch
 from fp8gate.calibrate.device.cuda.kind import Cuda
 from fp8gate.calibrate.device.host_load import BUSY, HostLoad
+from fp8gate.calibrate.device.kind import FAR
 from fp8gate.calibrate.device.timer import Results, Sample
 from fp8gate.calibrate.points import measure_point, ready_point
-from fp8gate.calibrate.points.noise import FAR, TOO_MANY, far_from_neighbours, judge
+from fp8gate.calibrate.points.noise import TOO_MANY, far_from_neighbours, judge
 from fp8gate.calibrate.sweep import run_sweep, session
 from fp8gate.calibrate.sweep.grid import grid_shapes
 from fp8gate.calibrate.sweep.run_sweep import MAX_LOOKS, sweep
@@ -113,13 +114,13 @@ def test_where_all_is_measured_twice_bounds_cover_both_and_what_measurements_mos
 def test_a_speedup_that_its_neighbours_contradict_is_found():
     def found(middle):
         records = [measured(2.0, k=32), measured(middle, k=64), measured(3.0, k=128)]
-        return far_from_neighbours(judge(records, "tensorwise", PROTOCOL, LIMITS))
+        return far_from_neighbours(judge(records, "tensorwise", PROTOCOL, LIMITS), LIMITS)
 
     between = (2.0 * 3.0) ** 0.5
     assert found(between * FAR * 1.01) == {LinearShape(64, 64, 16)}
     assert found(between / FAR / 1.01) == {LinearShape(64, 64, 16)}
     assert found(between * FAR / 1.01) == set()
-    assert far_from_neighbours({}) == set()
+    assert far_from_neighbours({}, LIMITS) == set()
 
 
 # Whole sweeps, by the clock of a timer that is made up.

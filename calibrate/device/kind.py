@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 from fp8gate.filter.contract.table import Device, DeviceKindName, Grid
 
+FAR = 1.25
+"""A speedup is measured again if it is so many times what lies between its neighbours on the grid. Of 2304 speedups of
+two H200 sweeps, the furthest was 1.24 times that."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoiseLimits:
@@ -29,12 +33,14 @@ class NoiseLimits:
     width: of the bounds, high / low. apart: of two measurements of the same point, the larger speedup over the smaller.
     waited: seconds that the threads waited for a processor, per second of measuring. measures_twice: whether every
     point is measured by a second process later; otherwise a share of the points is, and those that look like noise.
+    far: a speedup looks like noise if it is so many times what lies between its neighbours on the grid.
     """
 
     width: float
     apart: float
     waited: float
     measures_twice: bool
+    far: float = FAR
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,9 +23,6 @@ from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Point, SweepProtocol
 
-FAR = 1.25
-"""A speedup is measured again if it is so many times what lies between its neighbours on the grid. Of 2304 speedups of
-two H200 sweeps, the furthest was 1.24 times that."""
 TOO_MANY = 0.1
 """The share of noise from which on a sweep has not done its work. An interpolation takes 8 points around a shape: at a
 tenth, more than half of them lack one."""
@@ -111,14 +108,14 @@ def repeats_disagree(rows: Iterable[Mapping[LinearShape, Row]]) -> bool:
     return len(noise) >= MIN_DISAGREEING and len(noise) > TOO_MANY * len({shape for shape, _ in repeated})
 
 
-def far_from_neighbours(rows: Mapping[LinearShape, Row]) -> set[LinearShape]:
-    """The shapes whose speedup is FAR from what their neighbours on both sides say, the mean over the axes."""
+def far_from_neighbours(rows: Mapping[LinearShape, Row], limits: NoiseLimits) -> set[LinearShape]:
+    """The shapes whose speedup is `limits.far` from what their neighbours on both sides say, the mean over the axes."""
     logs = {shape: math.log(row.point.speedup) for shape, row in rows.items() if row.point.speedup}
     axes = {axis: sorted({getattr(shape, axis) for shape in logs}) for axis in ("m", "k", "n")}
     far = set()
     for shape, log in logs.items():
         between = list(_between_neighbours(shape, logs, axes))
-        if between and abs(log - sum(between) / len(between)) > math.log(FAR):
+        if between and abs(log - sum(between) / len(between)) > math.log(limits.far):
             far.add(shape)
     return far
 

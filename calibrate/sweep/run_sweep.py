@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -178,12 +178,12 @@ def _look_again(
     All points are measured twice where the repeats of a share disagree. It ends early on a machine so busy that another
     look would be noise too. With several ranks, only rank 0 looks.
     """
-    measures_twice = KINDS[tasks.setup.device.kind].defaults.noise.measures_twice
+    limits = KINDS[tasks.setup.device.kind].defaults.noise
     for attempt in range(MAX_LOOKS):
         rows = {recipe: rows_of(recipe, tasks.setup, ledger.journal.records) for recipe in tasks.recipes}
-        if not attempt:
-            measures_twice |= repeats_disagree(rows.values())
-        looks = second_looks(wanted, rows, measures_twice=measures_twice)
+        if not attempt and repeats_disagree(rows.values()):
+            limits = replace(limits, measures_twice=True)
+        looks = second_looks(wanted, rows, limits)
         if not looks or session.remaining or ledger.off or (attempt and mostly_disturbed(rows.values())):
             break
         stop_after_s = None if stop_at is None else max(0.0, stop_at - time.monotonic())

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from fp8gate.calibrate.device.kind import NoiseLimits
 from fp8gate.calibrate.points.noise import Row, far_from_neighbours
 from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.calibrate.points.setup import Setup
@@ -83,17 +84,17 @@ def tasks_left(
 
 
 def second_looks(
-    wanted: Sequence[LinearShape], rows: Mapping[Recipe, Mapping[LinearShape, Row]], *, measures_twice: bool
+    wanted: Sequence[LinearShape], rows: Mapping[Recipe, Mapping[LinearShape, Row]], limits: NoiseLimits
 ) -> list[Task]:
     """The points whose numbers only another measurement can tell from noise, in the order of `wanted`.
 
     They are those that are noise by what is known, those measured once that are far from their neighbours, and with
-    measures_twice all that were measured once. They are no repeats: those are a sample that shows the spread.
+    `limits.measures_twice` all that were measured once. They are no repeats: those are a sample that shows the spread.
     """
     doubtful: set[LinearShape] = set()
     for by_shape in rows.values():
         doubtful |= {shape for shape, row in by_shape.items() if row.noise}
-        suspected = by_shape.keys() if measures_twice else far_from_neighbours(by_shape)
+        suspected = by_shape.keys() if limits.measures_twice else far_from_neighbours(by_shape, limits)
         doubtful |= {shape for shape in suspected if by_shape[shape].measurements == 1}
     return [Task(shape) for shape in wanted if shape in doubtful]
 

@@ -6,14 +6,13 @@ they are trusted.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import is_head, plain_name, without_indices
+from fp8gate.filter.contract.plain_yaml import collections_paused
 from fp8gate.filter.contract.table import Table
 from fp8gate.filter.decided_topics import topics_decided
 from fp8gate.filter.decision.decide import Decision
@@ -44,18 +43,6 @@ if TYPE_CHECKING:
 AGREE_TIMEOUT_S = 60.0  # ranks decide within seconds of each other
 WHATEVER_THE_MODEL = (StaleTableWarning, UnmeasuredSettingWarning)
 OF_WHOLE_MODEL = (UnmatchedPatternWarning, NothingConvertedWarning)  # each check finds these again
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A large model makes few cycles of garbage and many objects: looking among them takes half of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class AutoFilter:
@@ -115,16 +102,17 @@ class AutoFilter:
 
         observation: of a forward that has run already.
         """
-        is_observed = example_inputs is not None
-        if is_observed:
+        contradiction = None
+        if example_inputs is not None:
             observation = observe(model, example_inputs)
+            contradiction = observation.contradicts(self.settings.tokens)
         if model is not None:
             self._forget()
             self._linears.rows.observation = observation
-            with _no_garbage_collection():
+            with collections_paused():
                 self._decide_all(model)
-        if is_observed and observation and (message := observation.contradicts(self.settings.tokens)):
-            self._findings.add(Finding(UnknownRowsWarning, message))
+        if contradiction:
+            self._findings.add(Finding(UnknownRowsWarning, contradiction))
         of_whole_model = list(self._find_in_whole_model())
         for finding in of_whole_model:
             self._findings.add(finding)
@@ -196,7 +184,8 @@ class AutoFilter:
 
     def _decide_all(self, model: Any) -> None:
         shards = self._linears.shards
-        shards.is_models_own = shards.is_models_own or is_own_plan(model, self.settings.parallel.plan)
+        if is_own_plan(model, self.settings.parallel.plan):
+            shards.is_models_own = True
         self._model = model_linears(model, with_other_names=shards.has_patterns)
         for name in self._model.without_linears or ():
             shards.style(name)
@@ -214,8 +203,8 @@ class AutoFilter:
 
     def _find_in_whole_model(self) -> Iterator[Finding]:
         """The findings that only all answers together show."""
+        has_head = any(is_head(plain_name(fqn)) for fqn in self.decisions)
         for pattern in self.unmatched:
-            has_head = any(is_head(plain_name(fqn)) for fqn in self.decisions)
             if has_head or not is_head(pattern):  # a pipeline stage may be without the head
                 yield Finding(UnmatchedPatternWarning, f"filter_fqns: {pattern!r} is in no linear's name")
         for pattern in self._linears.rows.unmatched:

@@ -293,6 +293,17 @@ def test_a_models_own_parallel_plan_raises_no_warning_about_itself(model_type):
     assert [finding.message for finding in findings if finding.category in about_itself] == []
 
 
+def test_a_plan_is_a_models_own_for_that_model_only():
+    model = build("llama", device="meta")
+    parallel = Parallel(tp=2, plan=model.tp_plan)
+    wants_float8 = auto_filter("rowwise", tokens=8192, device="H200", parallel=parallel, on_stale="ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wants_float8.check(model)
+        other = wants_float8.check(nn.ModuleDict({"other": nn.Linear(64, 64, device="meta")}))
+    assert UnknownShardWarning in [finding.category for finding in other]
+
+
 def test_another_plan_of_strings_is_doubted_as_before():
     model = build("llama", device="meta")
     plan = {**model.tp_plan, "model.layers.*.mlp.nobody": "colwise"}

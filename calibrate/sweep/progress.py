@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -16,6 +16,9 @@ from rich.text import Text
 from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.table import SweepProtocol as TableProtocol
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PACE_S = 300.0  # the time left goes by the pace of the last minutes: points of one size take very different times
 
@@ -63,15 +66,14 @@ def _make_bar(console: Console, *, is_transient: bool = False) -> Progress:
     )
 
 
-class Bar:
-    """Live lines: points done, a bar, the time left; the last shape and its speedups."""
+class _LiveBar:
+    """A bar that is shown while it is entered."""
 
-    def __init__(self, total: int, protocols: dict[Recipe, TableProtocol], console: Console) -> None:
-        self._protocols = protocols
-        self._progress = _make_bar(console)
+    def __init__(self, console: Console, total: int | None, *, is_transient: bool = False) -> None:
+        self._progress = _make_bar(console, is_transient=is_transient)
         self._task: TaskID = self._progress.add_task("starting", total=total)
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -79,6 +81,14 @@ class Bar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+
+class Bar(_LiveBar):
+    """Live lines: points done, a bar, the time left; the last shape and its speedups."""
+
+    def __init__(self, total: int, protocols: dict[Recipe, TableProtocol], console: Console) -> None:
+        super().__init__(console, total)
+        self._protocols = protocols
 
     def finished(self, record: PointRecord) -> None:
         last = f"{record.shape} {describe(record, self._protocols)}"
@@ -134,22 +144,12 @@ class Steps:
         return f", {minutes}:{seconds:02} left"
 
 
-class StepsBar:
+class StepsBar(_LiveBar):
     """A live bar beneath what is printed meanwhile, for one series of steps after another. It goes at the end."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = _make_bar(console, is_transient=True)
-        self._task = self._progress.add_task("starting", total=None)
+        super().__init__(console, None, is_transient=True)
         self._shown: Steps | None = None
-
-    def __enter__(self) -> StepsBar:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def show(self, steps: Steps, what: str) -> None:
         if steps is not self._shown:

@@ -51,7 +51,7 @@ def load_plain_yaml(text: str, *, source: str, error: type[ValueError]) -> Any:
 
 @contextlib.contextmanager
 def collections_paused() -> Iterator[None]:
-    """Reading makes no garbage, and a collection would visit every object of the process, torch's too."""
+    """For what makes many objects and no garbage: a collection would visit every object of the process, torch's too."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

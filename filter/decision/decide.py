@@ -11,9 +11,9 @@ from fp8gate.filter.decision.lookup import Lookup
 
 DEFAULT_MIN_SPEEDUP = 1.05
 """A layer that wins by little is better left alone: it saves little of its block's time, but changes what the layers
-around it cost. In six plans of an H200 (LOG.md, 2026-11-25) the table's set loses 1.0 % of a block on average at 1.05
-and 3.1 % at 1.02. For example, llama3-8b's wk and wv gain 1.03x each on their own (tensorwise), and cost 6 % of the
-block when both are converted together with wq."""
+around it cost. In eight plans of an H200 (`python benchmarks/plan_choices.py`) the table's set loses 1.0 % of a block
+on average at 1.05 and 2.9 % at 1.02. For example, llama3-8b's wk and wv gain 1.03x each on their own (tensorwise), and
+cost 6 % of the block when both are converted together with wq."""
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):

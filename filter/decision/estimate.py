@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 
@@ -73,14 +74,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
         once, twice = (
             (n * self.bf16_fwd_us + self.bf16_bwd_us) / (n * self.fp8_fwd_us + self.fp8_bwd_us) for n in (1, 2)
         )
-        change = twice / once
-        return msgspec.structs.replace(
-            self,
-            speedup=self.speedup * change,
-            speedup_low=self.speedup_low * change,
-            speedup_high=self.speedup_high * change,
-            forwards=2,
-        )
+        return self._changed_by(twice / once, forwards=2)
 
     def frozen(self) -> Estimate:
         """The estimate where the weight needs no gradient: what float8 gains at least, as the table has no such column.
@@ -92,13 +86,9 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
         fp8_bwd_us = max(self.fp8_bwd_us - self.bf16_bwd_us / 4, self.fp8_bwd_us / 2)
         before = self.bf16_us / (self.forwards * self.fp8_fwd_us + self.fp8_bwd_us)
         after = (self.forwards * self.bf16_fwd_us + bf16_bwd_us) / (self.forwards * self.fp8_fwd_us + fp8_bwd_us)
-        change = after / before
-        return msgspec.structs.replace(
-            self,
-            speedup=self.speedup * change,
-            speedup_low=self.speedup_low * change,
-            speedup_high=self.speedup_high * change,
-            bf16_bwd_us=bf16_bwd_us,
-            fp8_bwd_us=fp8_bwd_us,
-            is_frozen=True,
-        )
+        return self._changed_by(after / before, bf16_bwd_us=bf16_bwd_us, fp8_bwd_us=fp8_bwd_us, is_frozen=True)
+
+    def _changed_by(self, factor: float, **fields: Any) -> Estimate:
+        """The estimate with other fields, its speedup and bounds multiplied by the factor that these change it by."""
+        bounds = {name: getattr(self, name) * factor for name in ("speedup", "speedup_low", "speedup_high")}
+        return msgspec.structs.replace(self, **bounds, **fields)

@@ -84,9 +84,9 @@ class Explanation:
     """What a filter decides about a model, and what other choices are worth.
 
     choices: bf16 first, the filter's last; torchao's rule is left out for a recipe without one. plan: the plan that
-    decides, None if the table does. plan_command, measure_command: what measures a plan, if
-    `fp8gate plan` knows the model, and the shapes. findings: what
-    should be known before the decisions are trusted. note: what the times leave out, or None.
+    decides, None if the table does. plan_command: what measures one, None if `fp8gate plan` does not know the model.
+    measure_command: what measures the shapes. findings: what should be known before the decisions are trusted. note:
+    what the times leave out, or None.
     """
 
     model: str

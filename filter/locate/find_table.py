@@ -77,7 +77,7 @@ def measured_devices(folders: Iterable[Path], recipe: Recipe) -> list[str]:
 
     A table that cannot be used is named by its path in the folder. Only the first MAX_NAMED tables are read.
     """
-    paths = sorted({path.parent.name: path for folder in folders for path in folder.glob(f"*/{recipe}.yaml")}.items())
+    paths = sorted(_by_slug(folders, recipe).items())
     more = [f"and {len(paths) - MAX_NAMED} more"] if len(paths) > MAX_NAMED else []
     return [*(_measured_device(path) for _, path in paths[:MAX_NAMED]), *more]
 
@@ -104,8 +104,12 @@ def _files_in(location: Path) -> Iterator[Path]:
 
 
 def _find_slug(searched: Sequence[Place], recipe: Recipe, device: str) -> str | None:
-    known = {path.parent.name for place in searched for path in place.path.glob(f"*/{recipe}.yaml")}
-    return match_device(device, sorted(known))
+    return match_device(device, sorted(_by_slug([place.path for place in searched], recipe)))
+
+
+def _by_slug(folders: Iterable[Path], recipe: Recipe) -> dict[str, Path]:
+    """Device slug -> its table for the recipe, in the last of these folders that has one."""
+    return {path.parent.name: path for folder in folders for path in folder.glob(f"*/{recipe}.yaml")}
 
 
 def _require_this_device(table: Table, path: Path, name: str | None) -> None:
@@ -135,8 +139,7 @@ def _checked(table: Table, path: Path, recipe: Recipe, device: str | None) -> Ta
 def _no_table(searched: Sequence[Place], recipe: Recipe, device: str) -> str:
     folders = [place.path for place in searched]
     known = measured_devices(folders, recipe)
-    slugs = sorted({path.parent.name for folder in folders for path in folder.glob(f"*/{recipe}.yaml")})
-    alike = suggestions(device, slugs)
+    alike = suggestions(device, sorted(_by_slug(folders, recipe)))
     meant = f" Did you mean {' or '.join(alike)}?" if alike else ""
     return (
         f"device: no {recipe} table for {device!r} in {', '.join(map(str, folders))}; measured devices: "

@@ -178,7 +178,7 @@ class Shards:
         self._has_wild_last = any(sign in last for last in self._by_last for sign in "*?[")
         self._matched: set[Pattern] = set()
         self._is_ready_made = isinstance(parallel.plan, str)
-        self.is_models_own = isinstance(parallel.plan, OwnPlan)
+        self._is_given_as_own = self.is_models_own = isinstance(parallel.plan, OwnPlan)
 
     def local_shape(self, fqn: str, in_features: int, out_features: int) -> LinearShape:
         """The part of the linear `fqn` that one rank multiplies. Raises ShardError if the degree does not divide it."""
@@ -197,7 +197,8 @@ class Shards:
         return bool(self._patterns)
 
     def forget(self) -> None:
-        """Prepare for another model: no pattern has matched."""
+        """Prepare for another model: no pattern has matched, and the plan may be another model's."""
+        self.is_models_own = self._is_given_as_own
         self._matched.clear()
 
     def unmatched(self, *, of_linears: bool) -> tuple[str, ...]:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+FAKE_TENSORS = ("torch._subclasses.fake_tensor", logging.CRITICAL)
+"""torch logs the traceback of an operation that fails without data, beside raising it."""
+
+
 def copy_without_data(model: nn.Module, mode: Any, dtype_of: Callable[[Tensor, bool], Any]) -> nn.Module:
     """A copy in which every parameter, buffer and tensor of a module is a fake one of the same shape and device.
 
@@ -34,7 +38,7 @@ def copy_without_data(model: nn.Module, mode: Any, dtype_of: Callable[[Tensor, b
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
             memo[id(hooks)] = OrderedDict()
     try:
-        with mode, quiet():
+        with mode, quiet(*FAKE_TENSORS):
             return copy.deepcopy(model, memo)
     except Exception as error:
         raise ObserveError(
@@ -73,11 +77,11 @@ def _require_no_closure(name: str, module: nn.Module) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """torch logs the traceback of an operation that fails without data, beside raising it."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
+def quiet(name: str, level: int) -> Iterator[None]:
+    """Hear of a library's logger only what is at least of this level."""
+    logger = logging.getLogger(name)
     earlier = logger.level
-    logger.setLevel(logging.CRITICAL)
+    logger.setLevel(level)
     try:
         yield
     finally:

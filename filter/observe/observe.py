@@ -18,7 +18,7 @@ from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import plain_name
 from fp8gate.filter.model.linear_layer import linears_of
 from fp8gate.filter.model.observed import Observation, ObservedLinear, ObserveError
-from fp8gate.filter.observe.copy_without_data import copy_without_data, quiet
+from fp8gate.filter.observe.copy_without_data import FAKE_TENSORS, copy_without_data, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -124,7 +124,7 @@ def _run_in(
         linear.register_forward_pre_hook(_note_call(notes[id(linear)]), with_kwargs=True)
     weights = {id(getattr(linear, "weight", None)): notes[id(linear)] for linear in linears.values()}
     dtype = torch.get_default_dtype() if in_bf16 == "nothing" else torch.bfloat16
-    with mode, _same_random_numbers(), _noting_reads(weights), _default_dtype(dtype), quiet():
+    with mode, _same_random_numbers(), _noting_reads(weights), _default_dtype(dtype), quiet(*FAKE_TENSORS):
         try:
             shadow.train()
             shadow(*tree_map(fake, args), **tree_map(fake, kwargs))
@@ -227,8 +227,11 @@ def _noting_reads(weights: Mapping[int, _Notes]) -> Iterator[None]:
 
 def _cause(error: Exception) -> str:
     """Why a forward failed, and what to do instead."""
-    first = str(error).strip().splitlines()
-    return (
-        f"the forward cannot be run without data ({type(error).__name__}: {first[0] if first else ''}); say the rows "
-        "instead: rows={pattern: number}"
-    )
+    why = first_line_of(error)
+    return f"the forward cannot be run without data ({why}); say the rows instead: rows={{pattern: number}}"
+
+
+def first_line_of(error: Exception) -> str:
+    """An error with the first line of its text: torch and transformers write many in some."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

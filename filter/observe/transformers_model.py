@@ -22,7 +22,8 @@ from fp8gate.filter.model.model_config import ModelError
 from fp8gate.filter.model.model_linears import grouped_weights, other_products
 from fp8gate.filter.model.observed import Observation, ObservedLinear, ObserveError
 from fp8gate.filter.model.parallel import OwnPlan
-from fp8gate.filter.observe.observe import observe
+from fp8gate.filter.observe.copy_without_data import quiet
+from fp8gate.filter.observe.observe import first_line_of, observe
 
 HOW_ELSE = (
     "describe its linears instead: --linear NAME,IN_FEATURES,OUT_FEATURES,COUNT[,ROWS], once for each kind; or ask in "
@@ -114,7 +115,7 @@ def _read_config(transformers: Any, model: str, text: str) -> tuple[Any, Mapping
         settings = {name: value for name, value in facts.items() if name not in ("model_type", "quantization_config")}
         config = transformers.AutoConfig.for_model(facts["model_type"], **settings)
     except Exception as error:
-        raise ModelError(f"{model}: transformers cannot read it, {_cause(error)}; {HOW_ELSE}") from error
+        raise ModelError(f"{model}: transformers cannot read it, {first_line_of(error)}; {HOW_ELSE}") from error
     for name, value in facts.items():
         if name.endswith("layers") and isinstance(value, int) and value > MAX_LAYERS:
             raise ModelError(f"{model}: $.{name}: expected at most {MAX_LAYERS}, found {value}")
@@ -136,7 +137,7 @@ def _build(transformers: Any, model: str, config: Any) -> Any:
         with torch.device("meta"):
             return ways[0](config)
     except Exception as error:
-        raise ModelError(f"{model}: transformers cannot build it, {_cause(error)}; {HOW_ELSE}") from error
+        raise ModelError(f"{model}: transformers cannot build it, {first_line_of(error)}; {HOW_ELSE}") from error
 
 
 def _roles(built: Any, observation: Observation) -> Iterator[LinearRole]:
@@ -182,21 +183,9 @@ def _note(built: Any, facts: Mapping[str, Any]) -> str | None:
     return "; ".join(notes) or None
 
 
-def _cause(error: Exception) -> str:
-    """The first line of an error: transformers lists all its models in some."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """transformers warns of kernels that are not installed and of how it initializes: nothing runs here."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with quiet("transformers", logging.ERROR), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

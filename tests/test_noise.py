@@ -33,7 +33,7 @@ from fp8gate.filter.decision.lookup import Lookup
 
 CPU = torch.device("cpu")
 SHAPE = LinearShape(64, 32, 16)
-LIMITS = dataclasses.replace(NEVER_NOISE, width=1.25, apart=1.1, waited=0.1)
+LIMITS = dataclasses.replace(NEVER_NOISE, width=1.25, apart=1.1, waited=0.1, far=FAR)
 TWICE = dataclasses.replace(LIMITS, measures_twice=True)
 
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import track
 from tabulate import tabulate
 
-from fp8gate.calibrate.arms.linear import Operands
-from fp8gate.calibrate.device.cuda.timer import CapturedArm, CudaTimer
+from fp8gate.calibrate.arms.linear import LinearArm, Operands
+from fp8gate.calibrate.device.cuda.timer import CudaTimer
 from fp8gate.calibrate.device.registry import KINDS, describe_device, kind_of
 from fp8gate.calibrate.device.timing_lock import TimingLock, timing_lock_file
 from fp8gate.calibrate.points.measure_point import measure_point
@@ -60,10 +60,12 @@ def compare(shape: LinearShape, timer: CudaTimer, device: torch.device) -> list[
     with timing_lock_file() as lock:
         record = measure_point(point, timer, kind_of(device).make_watch(device), TimingLock(lock), device, seed=0)
     operands = Operands.random(shape, device)
-    arms = {name: timer.prepare(linear.over(operands)) for name, linear in point.linears.items()}
-    do_bench_us = {name: bench_us(arm) for name, arm in arms.items()}
+    do_bench_us = {}
+    for name, linear in point.linears.items():
+        arm = linear.over(operands)
+        timer.free([timer.prepare(arm)])  # warms it up
+        do_bench_us[name] = bench_us(arm)
     operands.free()
-    timer.free(list(arms.values()))
     rows: list[tuple[object, ...]] = []
     for recipe, protocol in protocols.items():
         theirs = do_bench_us["bf16"] / do_bench_us[recipe]
@@ -74,12 +76,16 @@ def compare(shape: LinearShape, timer: CudaTimer, device: torch.device) -> list[
     return rows
 
 
-def bench_us(arm: CapturedArm) -> float:
-    """Forward plus backward, each timed by itself."""
+def bench_us(arm: LinearArm) -> float:
+    """Forward plus backward, each as a CUDA graph of its own and timed by itself."""
     from triton.testing import do_bench
 
-    halves_ms = [do_bench(graph.replay, return_mode="median") for graph in (arm.forward, arm.backward)]
-    return float(sum(halves_ms)) * 1e3
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(forward):
+        output = arm.forward()
+    with torch.cuda.graph(backward, pool=forward.pool()):
+        arm.backward(output)
+    return 1e3 * float(sum(do_bench(graph.replay, return_mode="median") for graph in (forward, backward)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What each choice of float8 layers gains inside a model's block, and how well a table alone chooses there.
 
-The packaged plans have measured the choices in the compiled block. The set that the table chooses at a min_speedup is
-looked up among the candidates of the plan.
+The packaged plans have measured the choices in the compiled block. The set that a rule chooses is looked up among the
+candidates of the plan: the filter's default, one min_speedup for all linears, torchao's rule.
 
 gain: the block's time in bf16 over its time with the choice, forward and backward, minus 1.
 loss: by how much the block is slower with the choice than with the plan's.
@@ -12,16 +12,18 @@ Run it: python benchmarks/plan_choices.py [--device "NVIDIA H200"]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import fmean
 
 from tabulate import tabulate
 
 from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.plan import PLANS, Plan, read_plan
-from fp8gate.filter.contract.role_names import Roles
-from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, decide
+from fp8gate.filter.contract.plans.plan import PLANS, Plan
+from fp8gate.filter.contract.plans.plan_file import read_plans
+from fp8gate.filter.contract.plans.role_names import Roles
 from fp8gate.filter.decision.lookup import Lookup
+from fp8gate.filter.decision.shared_input import decide_linear, input_kind
 from fp8gate.filter.locate.find_table import find_table
 from fp8gate.filter.locate.places import packaged_thresholds
 
@@ -37,41 +39,52 @@ def main() -> None:
 
 def packaged_plans(device: str) -> Iterator[Plan]:
     folder = packaged_thresholds() / device_slug(device) / PLANS
-    return (read_plan(path) for path in sorted(folder.glob("*.yaml")))
+    return (plan for path in sorted(folder.glob("*.yaml")) for plan in read_plans(path))
 
 
 def gains(plans: list[Plan]) -> str:
     """The gain of each choice in the block of each plan, as a Markdown table."""
     rows = []
     for plan in plans:
-        sets = (plan.possible, plan.torchao, table_choice(plan, DEFAULT_MIN_SPEEDUP), plan.convert)
+        sets = (plan.possible, plan.torchao, table_choice(plan), plan.convert)
         cells = ["" if roles is None else gain(plan, roles) for roles in sets]
         names = ", ".join(role.rpartition(".")[2] for role in plan.convert)
-        tp = f" TP {plan.tp}" if plan.tp > 1 else ""
         measured = sum(candidate.visits > 0 for candidate in plan.candidates)
-        rows.append((plan.model + tp, plan.recipe, bf16_ms(plan), *cells, names, measured))
+        rows.append((label(plan), plan.recipe, bf16_ms(plan), *cells, names, measured))
     headers = ("block", "recipe", "bf16 ms", "all float8", "torchao's rule", "table", "plan", "the plan's", "measured")
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
 
 
 def losses(plans: list[Plan]) -> str:
-    """How much the table's choice loses against each plan at each min_speedup, as a Markdown table."""
+    """How much each rule's choice loses against each plan, as a Markdown table."""
+    rules: dict[str, Callable[[Plan], Roles | None]] = {"the filter's default": table_choice}
+    rules |= {f"{least:.2f} for all": partial(table_choice, min_speedup=least) for least in MIN_SPEEDUPS}
+    rules["torchao's rule"] = lambda plan: plan.torchao
     rows = []
-    for min_speedup in MIN_SPEEDUPS:
-        found = [loss(plan, table_choice(plan, min_speedup)) for plan in plans]
+    for name, choose in rules.items():
+        found = [None if (roles := choose(plan)) is None else loss(plan, roles) for plan in plans]
         cells = ["not measured" if lost is None else f"{lost:.1%}" for lost in found]
         known = [lost for lost in found if lost is not None]
-        rows.append((f"{min_speedup:.2f}", *cells, f"{fmean(known):.1%}", f"{max(known):.1%}"))
-    headers = ("min_speedup", *(f"{plan.model}, {plan.recipe}" for plan in plans), "mean", "worst")
+        rows.append((name, *cells, f"{fmean(known):.1%}", f"{max(known):.1%}"))
+    headers = ("rule", *(f"{label(plan)}, {plan.recipe}" for plan in plans), "mean", "worst")
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
 
 
-def table_choice(plan: Plan, min_speedup: float) -> Roles:
-    """The roles that the packaged table converts."""
+def label(plan: Plan) -> str:
+    """The model, which of its layers if it has several kinds, and the degree."""
+    stack, _, indices = plan.layers.rpartition(".")
+    first, _, others = indices.partition(",")
+    which = f" layers {first}{',...' if others else ''}" if stack and indices != "*" else ""
+    return f"{plan.model}{which}" + (f" TP {plan.tp}" if plan.tp > 1 else "")
+
+
+def table_choice(plan: Plan, min_speedup: float | None = None) -> Roles:
+    """The roles that the packaged table converts. min_speedup: for all linears; None: the filter's default."""
     table, _ = find_table(plan.recipe, device=plan.device.name)
     lookup, recomputed = Lookup(table), plan.recompute == "full"
     decisions = {
-        role: decide(plan.shape(role), lookup, min_speedup=min_speedup, recomputed=recomputed) for role in plan.shapes
+        role: decide_linear(input_kind(role), plan.shape(role), lookup, min_speedup=min_speedup, recomputed=recomputed)
+        for role in plan.shapes
     }
     return tuple(role for role, decision in decisions.items() if decision.convert)
 

@@ -38,14 +38,14 @@ from torch import Tensor, nn
 from train_llama_output import ROUNDS, Header, Run, Visit, report
 
 from fp8gate import auto_filter
-from fp8gate.calibrate.arms.decoder_layer import sequence_of
 from fp8gate.calibrate.arms.linear import convert
 from fp8gate.calibrate.device.cuda.kind import VISIT_PAUSE_S
 from fp8gate.calibrate.device.lock import DeviceLock
 from fp8gate.calibrate.device.registry import choose_device, describe_device, describe_software, kind_of
 from fp8gate.calibrate.device.watch import Watch
+from fp8gate.calibrate.planning.subject import sequence_of
 from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.plan import PLANS
+from fp8gate.filter.contract.plans.plan import PLANS
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.decision.torchao_rule import torchao_converts
@@ -234,7 +234,7 @@ def zipf(shape: tuple[int, ...], vocab: int, rng: torch.Generator) -> Tensor:
 def train(header: Header, model: ModelConfig, device: torch.device) -> Iterator[Visit]:
     """Train all runs. Yields each visit as soon as it is done."""
     start = time.monotonic()
-    sequence = sequence_of(model, header.tokens, None)
+    sequence = sequence_of(model.max_position_embeddings, header.tokens, None)
     ids = random_tokens(header.steps, header.tokens // sequence, sequence, model.vocab_size).to(device)
     trainings: dict[str, Training] = {}
     for run in header.runs:

@@ -192,6 +192,10 @@ def _scaling(scaling: Any) -> str:
     return str(scaling.report(scaling.read_costs(scaling.COSTS), [1, 8, 64, 512]))
 
 
+def _two_sweeps(two_sweeps: Any) -> str:
+    return str(two_sweeps.coverage(two_sweeps.FIRST, two_sweeps.SECOND))
+
+
 BLOCKS: dict[str, Maker] = {
     "summary": snippet_output,
     "explain": command_output,
@@ -201,6 +205,7 @@ BLOCKS: dict[str, Maker] = {
     "plan_choices": benchmark("plan_choices", lambda script: str(script.gains(list(script.packaged_plans(DEVICE))))),
     "against_torchao_rule": benchmark("against_torchao_rule", lambda script: str(script.compare(DEVICE))),
     "scaling": benchmark("scaling", _scaling),
+    "two_sweeps": benchmark("two_sweeps", _two_sweeps),
 }
 """Every block there is: its name, and what makes it."""
 

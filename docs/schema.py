@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from fp8gate.filter.contract import plan, table
+from fp8gate.filter.contract import table
+from fp8gate.filter.contract.plans import plan
 
 FOLDER = Path(__file__).with_name("schema")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -11,12 +11,19 @@ from collections.abc import Mapping, Sequence
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.software_check import stale
-from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
 from fp8gate.filter.decision.measured_settings import unmeasured_settings
-from fp8gate.filter.findings import Finding, Findings, Policy, StaleTableWarning, UnmeasuredSettingWarning
+from fp8gate.filter.findings import (
+    Finding,
+    Findings,
+    IncompleteTableWarning,
+    Policy,
+    StaleTableWarning,
+    UnmeasuredSettingWarning,
+)
 from fp8gate.filter.layer_filter import AutoFilter
 from fp8gate.filter.locate.find_table import find_table
+from fp8gate.filter.locate.incomplete_table import complete_table_elsewhere, incomplete_remark
 from fp8gate.filter.model.parallel import Parallel
 from fp8gate.filter.plan_choice import AUTO, PlanArgument, PlanChoice
 from fp8gate.filter.settings import NOT_PARALLEL, FilterSettings, Recompute, policies
@@ -31,7 +38,7 @@ def auto_filter(
     compiled: bool = True,
     device: str | None = None,
     filter_fqns: Sequence[str] = (),
-    min_speedup: float = DEFAULT_MIN_SPEEDUP,
+    min_speedup: float | None = None,
     lookup: LookupName = DEFAULT_LOOKUP,
     tables: str | os.PathLike[str] | None = None,
     plan: PlanArgument = AUTO,
@@ -39,6 +46,7 @@ def auto_filter(
     recompute: Recompute = "none",
     strict: bool = False,
     on_stale: Policy | None = None,
+    on_incomplete: Policy | None = None,
     on_outside: Policy | None = None,
     on_ambiguous: Policy | None = None,
     on_missing: Policy | None = None,
@@ -59,12 +67,16 @@ def auto_filter(
     compiled: whether training runs under torch.compile, as what was measured did.
 
     device: a measured device as people write it, such as "H200"; None asks torch for the local one. filter_fqns:
-    linears whose name contains one of these are never converted. min_speedup: convert from this measured bf16 / float8
-    time ratio on. lookup: "interpolate" between the measured points around a shape, or take the "nearest" one. tables:
-    a thresholds folder, a device's folder or a table file; None searches FP8GATE_THRESHOLDS, or the checkout, the
-    user's folder and the package. parallel: how tensor and context parallelism divide the model; a weight that is
-    already divided (a DTensor) is taken as it is. recompute: the layers under activation checkpointing, whose forward
-    runs twice: "none", "full", or a predicate of their names.
+    linears whose name contains one of these are never converted. lookup: "interpolate" between the measured points
+    around a shape, or take the "nearest" one. tables: a thresholds folder, a device's folder or a table file; None
+    searches FP8GATE_THRESHOLDS, or the checkout, the user's folder and the package. parallel: how tensor and context
+    parallelism divide the model; a weight that is already divided (a DTensor) is taken as it is. recompute: the layers
+    under activation checkpointing, whose forward runs twice: "none", "full", or a predicate of their names.
+
+    min_speedup: convert every linear from this measured bf16 / float8 time ratio on. None: from 1.05 on, and from 1.0
+    where linears share their input; but tensorwise leaves value projections in bf16 that share it with query and key.
+    `check` sees what is shared if it gets example inputs. Else names tell: q_proj, k_proj, v_proj; gate_proj, up_proj;
+    and as others spell them.
 
     plan: "auto" lets `check(model)` look for a measured plan among those of this device, recipe and number of tokens:
     one whose roles, local shapes and recomputation are those of the model's blocks. Without `check`, or if none fits,
@@ -74,10 +86,9 @@ def auto_filter(
     or the table's answers. Without `check`, a plan that is given takes every block for a whole one.
 
     on_stale and the other policies: "ignore", "warn" of or raise ("error") the category that `POLICY_OF` names. None
-    raises if `strict`, else warns. `auto_filter` itself gives the StaleTableWarning and the
-    UnmeasuredSettingWarning. Only `check` gives an
-    UnmatchedPatternWarning, a NothingConvertedWarning and what a plan's blocks convert together; any question gives the
-    others.
+    raises if `strict`, else warns. `auto_filter` itself gives the StaleTableWarning, the
+    IncompleteTableWarning and the UnmeasuredSettingWarning. Only `check` gives an UnmatchedPatternWarning, a
+    NothingConvertedWarning and what a plan's blocks convert together; any question gives the others.
 
     Raises InputError (a ValueError) for arguments out of range, TableError (an InputError) if there is no valid table
     for the device and recipe, and PlanError (an InputError) for a plan that is not valid or not for this device, recipe
@@ -98,6 +109,7 @@ def auto_filter(
     )
     asked = {
         "on_stale": on_stale,
+        "on_incomplete": on_incomplete,
         "on_outside": on_outside,
         "on_ambiguous": on_ambiguous,
         "on_missing": on_missing,
@@ -116,6 +128,10 @@ def auto_filter(
     if differences := stale(table.software):
         message = f"{path} was measured with {differences}; to measure again: fp8gate calibrate"
         findings.add(Finding(StaleTableWarning, message))
+    if remark := incomplete_remark(table, path):
+        complete = complete_table_elsewhere(path) if tables is None else None
+        instead = f"; or take the complete one that comes after it: tables={str(complete)!r}" if complete else ""
+        findings.add(Finding(IncompleteTableWarning, f"{remark}{instead}"))
     for message in unmeasured_settings(recipe, float8_config, compiled=compiled):
         findings.add(Finding(UnmeasuredSettingWarning, message))
     for finding in plans.findings():

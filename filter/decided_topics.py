@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fp8gate.filter.contract.names import plain_name
-from fp8gate.filter.contract.plan import Plan, format_plan
+from fp8gate.filter.contract.plans.plan_file import Plans, format_plans
 from fp8gate.filter.contract.table import Table, format_table
 from fp8gate.filter.decision.decide import Decision
+from fp8gate.filter.decision.shared_input import least_text
 from fp8gate.filter.ranks.agreement import Topic, sha256_of
 from fp8gate.filter.settings import FilterSettings
 
 
 def topics_decided(
-    table: Table, settings: FilterSettings, plan: Plan | None, decisions: Mapping[str, Decision]
+    table: Table, settings: FilterSettings, plans: Plans | None, decisions: Mapping[str, Decision]
 ) -> dict[str, Topic]:
     """All that decides, and what was decided for each layer, as plain data by topic."""
     patterns = settings.parallel.patterns()
@@ -22,11 +23,11 @@ def topics_decided(
         "recipe": table.recipe,
         "tokens": settings.tokens,
         "rows": {f"rows[{pattern!r}]": str(count) for pattern, count in settings.rows.items()},
-        "min_speedup": float(settings.min_speedup),
+        "min_speedup": least_text(None) if settings.min_speedup is None else float(settings.min_speedup),
         "lookup": settings.lookup,
         "filter_fqns": sorted(set(settings.filter_fqns)),
         "recompute": "a predicate" if callable(settings.recompute) else settings.recompute,
-        "plan": _digest(format_plan(plan)) if plan else "none",
+        "plan": _digest(format_plans(plans)) if plans else "none",
         "parallel.tp": settings.parallel.tp,
         "parallel.cp": settings.parallel.cp,
         "parallel.plan": {f"parallel.plan[{i}]": f"{p} is {p.style}" for i, p in enumerate(patterns)},

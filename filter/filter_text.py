@@ -9,6 +9,7 @@ from fp8gate.filter.contract.names import without_indices
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.contract.table import Table
 from fp8gate.filter.decision.decide import Decision
+from fp8gate.filter.decision.shared_input import least_text
 from fp8gate.filter.plan_choice import PlanChoice
 from fp8gate.filter.settings import FilterSettings
 
@@ -50,7 +51,7 @@ def summary_text(
     notes: remark -> the names that it is about; it is left out if there are none.
     """
     converted = sum(d.convert for d in decisions.values())
-    least = f"at least {settings.min_speedup:.2f}x"
+    least = f"at least {least_text(settings.min_speedup)}"
     chosen = "by a plan" if plans.chosen else least
     sentences = [
         f"converted {converted} of {len(decisions)} linears to float8 {table.recipe} "
@@ -68,5 +69,8 @@ def summary_text(
         sentences.append(f"outside the measured range: {len(outside)} ({names}); to measure them: {command}")
     if differences := stale(table.software):
         sentences.append(f"the table was measured with {differences}; to measure again: fp8gate calibrate")
+    if table.incomplete:
+        again = "the same fp8gate calibrate"
+        sentences.append(f"the table is incomplete, with {table.incomplete}; to complete it: {again}")
     sentences += [f"{remark}: {', '.join(names)}" for remark, names in notes.items() if names]
     return "; ".join(sentences)

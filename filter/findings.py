@@ -20,12 +20,16 @@ class StaleTableWarning(FilterWarning):
     """The table was measured with another torch, torchao, triton or driver than this machine has."""
 
 
+class IncompleteTableWarning(FilterWarning):
+    """The table's sweep was stopped before its end: shapes around points that it lacks are judged by smaller ones."""
+
+
 class OutsideGridWarning(FilterWarning):
     """A layer's shape is outside of what was measured: the answer is that of the border."""
 
 
 class AmbiguousPointWarning(FilterWarning):
-    """The speedup of the point nearest to a layer's shape could not be told from 1.0."""
+    """The bounds of a layer's speedup leave the answer open, and being wrong may cost more than a tenth of its time."""
 
 
 class MissingPointWarning(FilterWarning):

@@ -21,6 +21,7 @@ from fp8gate.filter.findings import (
     FilterWarning,
     Finding,
     Findings,
+    IncompleteTableWarning,
     NothingConvertedWarning,
     StaleTableWarning,
     UnknownRowsWarning,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 AGREE_TIMEOUT_S = 60.0  # ranks decide within seconds of each other
-WHATEVER_THE_MODEL = (StaleTableWarning, UnmeasuredSettingWarning)
+WHATEVER_THE_MODEL = (StaleTableWarning, IncompleteTableWarning, UnmeasuredSettingWarning)
 OF_WHOLE_MODEL = (UnmatchedPatternWarning, NothingConvertedWarning)  # each check finds these again
 
 
@@ -130,8 +131,8 @@ class AutoFilter:
         """
         if not self.decisions:
             raise InputError("agree: nothing is decided yet; call check(model) first")
-        plan = self.plans.chosen.plan if self.plans.chosen else None
-        decided = topics_decided(self.table, self.settings, plan, self.decisions)
+        plans = self.plans.chosen.plans if self.plans.chosen else None
+        decided = topics_decided(self.table, self.settings, plans, self.decisions)
         require_agreement(decided, str(self.path), group, timeout_s)
 
     @property

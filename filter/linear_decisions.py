@@ -10,10 +10,12 @@ import msgspec
 from fp8gate.filter.contract.names import plain_name, without_indices
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Table
-from fp8gate.filter.decision.decide import Decision, decide
+from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.decision.lookup import Lookup
+from fp8gate.filter.decision.shared_input import InputKind, decide_linear, input_kind, least_speedup
 from fp8gate.filter.findings import (
     AmbiguousPointWarning,
+    FilterWarning,
     Finding,
     Findings,
     MissingPointWarning,
@@ -27,6 +29,11 @@ from fp8gate.filter.model.parallel import ShardError, Shards
 from fp8gate.filter.model.rows import Rows
 from fp8gate.filter.plan_choice import PlanChoice
 from fp8gate.filter.settings import FilterSettings
+
+COSTLY = 0.10
+"""A decision that may be wrong is worth a warning if that may cost more of the linear's time. The bounds of a GPU's
+table are 6 to 10 %: a linear near the least speedup loses less than that either way, and its reason gives the bounds.
+So no linear of the bundled models is warned of, though the nearest point of up to 15 % is ambiguous (LOG.md)."""
 
 
 class LinearDecisions:
@@ -44,8 +51,9 @@ class LinearDecisions:
         self._plans = plans
         self.rows = Rows(settings.tokens, settings.rows)
         self._lookup = Lookup(table, settings.lookup)
-        self._by_shape: dict[tuple[LinearShape, bool, bool], Decision] = {}
+        self._by_shape: dict[tuple[InputKind, LinearShape, bool, bool], Decision] = {}
         self._by_linear: dict[tuple[str, LinearSize], Decision] = {}
+        self._doubted: set[tuple[type[FilterWarning], LinearShape | None]] = set()
 
     def decide(self, fqn: str, size: LinearSize) -> Decision:
         """The decision for the linear known as `fqn` in its model."""
@@ -73,6 +81,7 @@ class LinearDecisions:
         """Decide every linear again when it comes, and add its findings again."""
         self._by_shape.clear()
         self._by_linear.clear()
+        self._doubted.clear()
 
     def forget_linears(self) -> None:
         """Decide every linear again when it comes. Findings about a shape are not added again."""
@@ -96,7 +105,9 @@ class LinearDecisions:
             stated = f"taken as {count.rows}, all tokens; say rows={{{without_indices(plain)!r}: ROWS}}"
             self._findings.add(Finding(UnknownRowsWarning, f"{without_indices(plain)}: {count.doubt}; {stated}"))
         decision = None if size.is_frozen else self._by_plan(plain, shape)
-        decision = decision or self._by_table(fqn, shape, self._settings.recomputes(plain), size.is_frozen)
+        if decision is None:
+            kind = input_kind(plain, self.rows.observation)
+            decision = self._by_table(kind, fqn, shape, self._settings.recomputes(plain), size.is_frozen)
         if count.source != "tokens":
             decision = msgspec.structs.replace(decision, rows_from=count.source)
         self._by_linear[fqn, size] = decision
@@ -121,26 +132,41 @@ class LinearDecisions:
             return None
         return answer
 
-    def _by_table(self, fqn: str, shape: LinearShape, recomputed: bool, is_frozen: bool) -> Decision:
-        decision = self._by_shape.get((shape, recomputed, is_frozen))
+    def _by_table(self, kind: InputKind, fqn: str, shape: LinearShape, recomputed: bool, is_frozen: bool) -> Decision:
+        decision = self._by_shape.get((kind, shape, recomputed, is_frozen))
         if decision is None:
             least = self._settings.min_speedup
-            decision = decide(shape, self._lookup, min_speedup=least, recomputed=recomputed, is_frozen=is_frozen)
+            decision = decide_linear(
+                kind, shape, self._lookup, min_speedup=least, recomputed=recomputed, is_frozen=is_frozen
+            )
             if self._plans.chosen:
                 decision = msgspec.structs.replace(decision, reason=f"not in the plan: {decision.reason}")
-            self._add_doubts(fqn, decision)
-            self._by_shape[shape, recomputed, is_frozen] = decision
+            self._add_doubts(fqn, decision, least_speedup(kind, least))
+            self._by_shape[kind, shape, recomputed, is_frozen] = decision
         return decision
 
-    def _add_doubts(self, fqn: str, decision: Decision) -> None:
-        is_ambiguous = decision.point is not None and decision.point.status == "ambiguous"
-        if not (decision.is_unsure or is_ambiguous or decision.gap):
-            return
+    def _add_doubts(self, fqn: str, decision: Decision, min_speedup: float) -> None:
+        """Of linears of one shape, only the first is named with each doubt."""
         number = f"{decision.speedup_text}, " if decision.speedup_text else ""
-        message = f"{fqn}, {decision.shape}: {number}{decision.reason}"
-        if decision.is_unsure:
-            self._findings.add(Finding(OutsideGridWarning, message))
-        if is_ambiguous:
-            self._findings.add(Finding(AmbiguousPointWarning, message))
-        if decision.gap:
-            self._findings.add(Finding(MissingPointWarning, message))
+        doubts: dict[type[FilterWarning], bool] = {
+            OutsideGridWarning: decision.is_unsure,
+            AmbiguousPointWarning: _cost_if_wrong(decision, min_speedup) > COSTLY,
+            MissingPointWarning: decision.gap is not None,
+        }
+        for category, is_doubtful in doubts.items():
+            if is_doubtful and (category, decision.shape) not in self._doubted:
+                self._doubted.add((category, decision.shape))
+                self._findings.add(Finding(category, f"{fqn}, {decision.shape}: {number}{decision.reason}"))
+
+
+def _cost_if_wrong(decision: Decision, min_speedup: float) -> float:
+    """The most that the other decision may save, as a share of the linear's time, by the speedup's bounds.
+
+    A converted linear may be slower than in bf16, one that is left in bf16 may win by more than was asked for. Nothing
+    where the bounds leave no choice, nor outside of what was measured, where they say little.
+    """
+    if decision.speedup_low is None or decision.speedup_high is None or decision.outside:
+        return 0.0
+    if not decision.speedup_low < min_speedup <= decision.speedup_high:
+        return 0.0
+    return 1 / decision.speedup_low - 1 if decision.convert else decision.speedup_high / min_speedup - 1

@@ -1,27 +1,28 @@
 """Choose the measured plan that decides: the one that the user gives, or the one whose block is the model's own.
 
-In: the argument `plan`, and what the training does. Out: `PlanDecisions`, at once or when a model is looked at.
+In: the argument `plan`, and what the training does. Out: `ModelPlans`, at once or when a model is looked at.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from fp8gate.filter.contract.names import plain_name, split_block
-from fp8gate.filter.contract.plan import Plan, PlanError, load_plan, require_same_training
+from fp8gate.filter.contract.plans.plan import Plan, PlanError
+from fp8gate.filter.contract.plans.plan_file import Plans, load_plans, require_same_training
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.findings import Finding, PlanMismatchWarning, StaleTableWarning
 from fp8gate.filter.locate.find_plan import FoundPlan, find_plans, is_model_name, plan_files
-from fp8gate.filter.plan_decisions import PlanDecisions
+from fp8gate.filter.plan_decisions import ModelPlans
 from fp8gate.filter.settings import FilterSettings
 
 AUTO = "auto"
-PlanArgument = Plan | str | os.PathLike[str] | None
-"""A plan, its file, the name of the model that it was measured for, "auto" for the one that fits, None for none."""
+PlanArgument = Plan | Sequence[Plan] | str | os.PathLike[str] | None
+"""A plan or those of a model's kinds of layers, their file, the name of the model that they were measured for, "auto"
+for those that fit, None for none."""
 
 
 class PlanChoice:
@@ -45,8 +46,8 @@ class PlanChoice:
         Raises PlanError for a plan that is not valid or not for this training, and for a model without such a plan.
         """
         self.is_auto = plan == AUTO
-        self.chosen: PlanDecisions | None = None
-        self.candidates: list[PlanDecisions] = []
+        self.chosen: ModelPlans | None = None
+        self.candidates: list[ModelPlans] = []
         self._problems: list[str] = []
         self._has_looked = False
         self._settings = settings
@@ -58,7 +59,7 @@ class PlanChoice:
             return
         found, self._problems = find_plans(**self._training._asdict(), tables=tables)
         if self.is_auto:
-            self.candidates = [self._decisions(one.plan, str(one.file), is_found=True) for one in found]
+            self.candidates = [self._decisions(one.plans, str(one.file), is_found=True) for one in found]
         else:
             self.chosen = self._named(str(plan), found, tables)
 
@@ -66,11 +67,8 @@ class PlanChoice:
         """Choose for a model, if nothing was given. shapes: of all its linears, by name. left_alone: see `fits`."""
         self._has_looked = True
         if self.is_auto:
-            places = None if left_alone is None else [split_block(plain_name(fqn)) for fqn in left_alone]
-            inner = None if places is None else {place[1] for place in places if place}
-            self.chosen = next(
-                (plan for plan in self.candidates if plan.fits(shapes, inner, self._settings.leaves_out)), None
-            )
+            leaves_out = self._settings.leaves_out
+            self.chosen = next((plans for plans in self.candidates if plans.fits(shapes, left_alone, leaves_out)), None)
 
     def forget(self) -> None:
         """Prepare for another model."""
@@ -100,24 +98,24 @@ class PlanChoice:
         """The chosen plan's age, and files that are no valid plans."""
         for problem in self._problems if self._has_looked and self.chosen is None else ():
             yield Finding(PlanMismatchWarning, f"{problem}; this file is left out")
-        if self.chosen and (differences := stale(self.chosen.plan.software)):
+        if self.chosen and (differences := stale(self.chosen.plans[0].software)):
             source = self.chosen.source
             yield Finding(
                 StaleTableWarning, f"{source} was measured with {differences}; to measure again: fp8gate plan"
             )
 
-    def _given(self, plan: Plan | str | os.PathLike[str]) -> PlanDecisions:
-        loaded, source = load_plan(plan)
+    def _given(self, plan: Plan | Sequence[Plan] | str | os.PathLike[str]) -> ModelPlans:
+        loaded, source = load_plans(plan)
         require_same_training(loaded, source, **self._training._asdict())
         return self._decisions(loaded, source)
 
-    def _named(self, model: str, found: list[FoundPlan], tables: str | os.PathLike[str] | None) -> PlanDecisions:
+    def _named(self, model: str, found: list[FoundPlan], tables: str | os.PathLike[str] | None) -> ModelPlans:
         settings = self._settings
         recompute = settings.recompute if isinstance(settings.recompute, str) else None
         for one in found:
-            plan = one.plan
+            plan = one.plans[0]
             if (plan.model, plan.tp) == (model, settings.parallel.tp) and recompute in (None, plan.recompute):
-                return self._decisions(plan, str(one.file))
+                return self._decisions(one.plans, str(one.file))
         raise PlanError(self._no_plan(model, tables))
 
     def _no_plan(self, model: str, tables: str | os.PathLike[str] | None) -> str:
@@ -129,8 +127,8 @@ class PlanChoice:
             f"of this device: {known}. To measure one, run on it: {self.command(model)}"
         )
 
-    def _decisions(self, plan: Plan, source: str, *, is_found: bool = False) -> PlanDecisions:
-        return PlanDecisions(plan, source, self._settings.recomputes, is_found=is_found)
+    def _decisions(self, plans: Plans, source: str, *, is_found: bool = False) -> ModelPlans:
+        return ModelPlans(plans, source, self._settings.recomputes, is_found=is_found)
 
 
 class _Training(NamedTuple):

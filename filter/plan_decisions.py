@@ -1,8 +1,8 @@
-"""Turn a plan into decisions for the linears of a model's blocks. Pure.
+"""Turn the plans of a model into decisions for the linears of its blocks. Pure.
 
-In: a plan, and the linears of a model by name. Out: decisions, and findings if the model is not the one that was
-measured. A plan was measured as a set of roles in one block, so it decides block by block: the speedup of a set is not
-the sum of what its linears gain.
+In: a plan for each kind of layers, and the linears of a model by name. Out: decisions, and findings if the model is not
+the one that was measured. A plan was measured as a set of roles in one block, so it decides block by block: the speedup
+of a set is not the sum of what its linears gain.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from fp8gate.filter.contract.names import plain_name, without_indices
-from fp8gate.filter.contract.plan import Plan, exceeds_control
-from fp8gate.filter.contract.role_names import RoleNames, Roles
+from fp8gate.filter.contract.plans.layer_names import LayerNames, whole_list
+from fp8gate.filter.contract.plans.plan import Plan, exceeds_control
+from fp8gate.filter.contract.plans.plan_file import Plans
+from fp8gate.filter.contract.plans.role_names import RoleNames, Roles
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.findings import Finding, PlanMismatchWarning
@@ -33,23 +35,24 @@ class _BlockDecision(NamedTuple):
     remark: str = ""
 
 
-class PlanDecisions:
-    """Turns a plan into decisions for the linears of a model's blocks.
+class ModelPlans:
+    """Turns the plans of a model, one for each kind of its layers, into decisions.
 
-    Until `decide_blocks` has seen a model, `decide` takes every block for one in which all of the plan's set can be
-    converted. source: what messages call the plan. recomputes: whether the forward of a linear runs twice, by its name
+    Until `decide_blocks` has seen a model, `decide` takes every block for one in which all of a plan's set can be
+    converted. source: what messages call the plans. recomputes: whether the forward of a linear runs twice, by its name
     without wrappers.
     """
 
-    def __init__(self, plan: Plan, source: str, recomputes: Callable[[str], bool], *, is_found: bool = False) -> None:
-        """is_found: nobody gave it: it fits all blocks, and has nothing to say of what is in none."""
-        self._is_found = is_found
-        self.plan, self.source = plan, source
-        self._names = RoleNames(plan.shapes)
-        self._fitting: set[tuple[Roles, LinearShape, str]] = set()
-        self._recomputes = recomputes
-        self._by_block: dict[str, _BlockDecision] = {}
-        self._unchecked = _BlockDecision(plan.convert, "as a whole, not checked")
+    def __init__(self, plans: Plans, source: str, recomputes: Callable[[str], bool], *, is_found: bool = False) -> None:
+        """is_found: nobody gave them: they fit all blocks, and have nothing to say of what is in none."""
+        self.plans, self.source = plans, source
+        self._kinds = [_KindDecisions(plan, source, recomputes, is_found=is_found) for plan in plans]
+        self._lists = [LayerNames(layers) for layers in {whole_list(plan.layers) for plan in plans}]
+
+    @property
+    def model(self) -> str:
+        """The model that they were measured for."""
+        return self.plans[0].model
 
     def fits(
         self,
@@ -57,43 +60,120 @@ class PlanDecisions:
         left_alone: Collection[str] | None,
         leaves_out: Callable[[str], bool] = lambda fqn: False,
     ) -> bool:
-        """Whether every block of a model is the one that was measured: its roles, their shapes, its recomputation.
+        """Whether every block of a model is one that was measured: its roles, their shapes, its recomputation.
 
         shapes: what a rank multiplies in each linear of the model, by name; None for one that no plan can decide.
-        left_alone: names in a block of the modules that hold several matrices in one parameter; None if they are not
-        known. leaves_out: whether the user leaves a linear in bf16; a plan that left out others does not fit.
+        left_alone: names of the modules that hold several matrices in one parameter, layer indices as *; None if they
+        are not known. leaves_out: whether the user leaves a linear in bf16; a plan that left out others does not fit.
         """
-        blocks = self._blocks(shapes)
-        if not blocks or (left_alone is not None and set(left_alone) != set(self.plan.left_alone)):
-            return False
-        if any(
-            set(roles) & set(self.plan.left_out) and not leaves_out(fqn)
-            for linears in blocks.values()
-            for fqn, roles in linears.items()
-        ):
-            return False
-        return all(self._is_whole(linears, shapes) for linears in blocks.values())
-
-    def _is_whole(self, linears: BlockLinears, shapes: Mapping[str, LinearShape | None]) -> bool:
-        present = {role for roles in linears.values() for role in roles}
-        if present != self.plan.shapes.keys() or not all(linears.values()):
-            return False
-        for fqn, roles in linears.items():
-            shape = shapes[fqn]
-            if shape is None or self._mismatch(fqn, roles, shape):
+        for fqn, shape in shapes.items():  # most plans of other models differ at the first linear
+            kind = self._kind_of(fqn)
+            if (kind is None and self._is_of_the_layers(fqn)) or (kind and not kind.has_measured(fqn, shape)):
                 return False
-        return True
+        present = [kind for kind in self._kinds if kind.blocks(shapes)]
+        if not present or not self._has_same_grouped(present, left_alone):
+            return False
+        return all(kind.has_whole_blocks(shapes, leaves_out) for kind in present)
 
     def forget(self) -> None:
         """Prepare for another model: none of its blocks is decided."""
-        self._names.forget()
-        self._by_block.clear()
+        for kind in self._kinds:
+            kind.forget()
 
     def decide(self, fqn: str, shape: LinearShape) -> Decision | Finding | None:
         """The plan's decision for one linear. None if the table decides.
 
-        If the linear could be mistaken for one of the plan's, a finding says why it is another, and the table decides.
+        If the linear could be mistaken for one of a plan's, a finding says why it is another, and the table decides.
         """
+        kind = self._kind_of(fqn)
+        if kind is None and self._is_of_the_layers(fqn):
+            known = ", ".join(plan.layers for plan in self.plans)
+            message = f"$.layers: {without_indices(fqn)} is in other layers than {known}; the table decides"
+            return _mismatch_finding(self.source, message)
+        return (kind or self._kinds[0]).decide(fqn, shape)
+
+    def decide_blocks(self, decisions: Decisions) -> None:
+        """Settle what each block of a model converts.
+
+        decisions: of all linears of the model, made before any block was settled.
+        """
+        for kind in self._kinds:
+            kind.decide_blocks(decisions)
+
+    def findings(self, decisions: Decisions) -> Iterator[Finding]:
+        """The blocks that convert another set than their plan's, and a model that has none of the plans' roles.
+
+        A block that `filter_fqns` leaves out as a whole is no finding.
+        """
+        if not any(kind.has_roles(decisions) for kind in self._kinds):
+            role = next(iter(self.plans[0].shapes))
+            yield _mismatch_finding(self.source, f"$.shapes: no linear has any of its roles, such as {role}")
+        for kind in self._kinds:
+            yield from kind.findings(decisions)
+
+    def _kind_of(self, fqn: str) -> _KindDecisions | None:
+        return next((kind for kind in self._kinds if kind.has(fqn)), None)
+
+    def _is_of_the_layers(self, fqn: str) -> bool:
+        """Whether it is in a list of layers that the plans are about, in a layer that is in none of them."""
+        return any(layers.split(plain_name(fqn)) for layers in self._lists)
+
+    def _has_same_grouped(self, present: Iterable[_KindDecisions], left_alone: Collection[str] | None) -> bool:
+        """Whether each list of layers has the modules that its plans say hold several matrices."""
+        if left_alone is None:
+            return True
+        expected: defaultdict[str, set[str]] = defaultdict(set)
+        for kind in present:
+            expected[whole_list(kind.plan.layers)].update(kind.plan.left_alone)
+        for layers, names in expected.items():
+            places = (LayerNames(layers).split(plain_name(fqn)) for fqn in left_alone)
+            if {place.inner for place in places if place} != names:
+                return False
+        return True
+
+
+class _KindDecisions:
+    """Turns the plan of one kind of layers into decisions."""
+
+    def __init__(self, plan: Plan, source: str, recomputes: Callable[[str], bool], *, is_found: bool) -> None:
+        self._is_found = is_found
+        self.plan, self.source = plan, source
+        self._names = RoleNames(plan.shapes, plan.layers)
+        self._fitting: set[tuple[Roles, LinearShape, str]] = set()
+        self._recomputes = recomputes
+        self._by_block: dict[str, _BlockDecision] = {}
+        self._blocks: tuple[int, dict[str, dict[str, Roles]]] = 0, {}
+        self._unchecked = _BlockDecision(plan.convert, "as a whole, not checked")
+
+    def has(self, fqn: str) -> bool:
+        """Whether a linear is in one of these layers."""
+        return self._names.place(fqn) is not None
+
+    def has_roles(self, linears: Collection[str]) -> bool:
+        return any(roles for block in self.blocks(linears).values() for roles in block.values())
+
+    def has_measured(self, fqn: str, shape: LinearShape | None) -> bool:
+        """Whether a linear of these layers is one that was measured."""
+        place = self._names.place(fqn)
+        return bool(place and place.roles and shape and not self._mismatch(fqn, place.roles, shape))
+
+    def has_whole_blocks(self, linears: Collection[str], leaves_out: Callable[[str], bool]) -> bool:
+        """Whether every block has all roles, and the user leaves out those that the plan has left out."""
+        for block in self.blocks(linears).values():
+            if {role for roles in block.values() for role in roles} != self.plan.shapes.keys():
+                return False
+            left_out = (fqn for fqn, roles in block.items() if set(roles) & set(self.plan.left_out))
+            if not all(map(leaves_out, left_out)):
+                return False
+        return True
+
+    def forget(self) -> None:
+        self._names.forget()
+        self._by_block.clear()
+        self._blocks = 0, {}
+
+    def decide(self, fqn: str, shape: LinearShape) -> Decision | Finding | None:
+        """See `ModelPlans.decide`."""
         place = self._names.place(fqn)
         if place is None or not place.roles:
             return self._unknown(fqn, in_block=place is not None)
@@ -110,21 +190,13 @@ class PlanDecisions:
         return Decision(convert=False, shape=shape, reason=reason, planned=True)
 
     def decide_blocks(self, decisions: Decisions) -> None:
-        """Settle what each block of a model converts.
-
-        decisions: of all linears of the model, made before any block was settled.
-        """
-        for block, linears in self._blocks(decisions).items():
+        """See `ModelPlans.decide_blocks`."""
+        for block, linears in self.blocks(decisions).items():
             self._by_block[block] = self._decide_block(linears, decisions)
 
     def findings(self, decisions: Decisions) -> Iterator[Finding]:
-        """The blocks that convert another set than the plan's, and a model that has none of the plan's roles.
-
-        A block that `filter_fqns` leaves out as a whole is no finding.
-        """
-        blocks = self._blocks(decisions)
-        if not any(roles for linears in blocks.values() for roles in linears.values()):
-            yield self._finding(f"$.shapes: no linear has any of its roles, such as {next(iter(self.plan.shapes))}")
+        """The blocks that convert another set than the plan's."""
+        blocks = self.blocks(decisions)
         found: Counter[tuple[tuple[str, ...], bool]] = Counter()
         for linears in blocks.values():
             if any(decisions[fqn].planned or decisions[fqn].point for fqn in linears):
@@ -176,7 +248,8 @@ class PlanDecisions:
         role = self._names.alike(fqn)
         if not in_block and (role is None or self._is_found):
             return None
-        why = "is none of its roles" if in_block else f"is not named (model.)layers.<i>.{role}"
+        layers = self.plan.layers or "layers.<i>"
+        why = "is none of its roles" if in_block else f"is not named (model.){layers}.{role}"
         return self._finding(f"$.shapes: {without_indices(fqn)} {why}; the table decides")
 
     def _differs(self, linears: BlockLinears, decisions: Decisions) -> bool:
@@ -187,13 +260,15 @@ class PlanDecisions:
                 return True
         return False
 
-    def _blocks(self, linears: Iterable[str]) -> dict[str, dict[str, Roles]]:
-        """block -> its linears, of all linears of a model by name."""
-        blocks: defaultdict[str, dict[str, Roles]] = defaultdict(dict)
-        for fqn in linears:
-            if place := self._names.place(fqn):
-                blocks[place.block][fqn] = place.roles
-        return blocks
+    def blocks(self, linears: Collection[str]) -> dict[str, dict[str, Roles]]:
+        """block -> its linears, of all linears of a model by name, which only grow until `forget`."""
+        if self._blocks[0] != len(linears):
+            blocks: defaultdict[str, dict[str, Roles]] = defaultdict(dict)
+            for fqn in linears:
+                if place := self._names.place(fqn):
+                    blocks[place.block][fqn] = place.roles
+            self._blocks = len(linears), blocks
+        return self._blocks[1]
 
     def _converted_names(self, linears: BlockLinears, decisions: Decisions) -> tuple[str, ...]:
         """What a block converts: roles in the plan's order, then the names of linears that the plan does not know."""
@@ -213,7 +288,11 @@ class PlanDecisions:
         return "which was not measured" if speedup is None else f"measured at {speedup:.3f}x"
 
     def _finding(self, message: str) -> Finding:
-        return Finding(PlanMismatchWarning, f"{self.source}: {message}")
+        return _mismatch_finding(self.source, message)
+
+
+def _mismatch_finding(source: str, message: str) -> Finding:
+    return Finding(PlanMismatchWarning, f"{source}: {message}")
 
 
 def _listed(names: tuple[str, ...] | list[str]) -> str:

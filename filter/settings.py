@@ -15,6 +15,7 @@ from fp8gate.filter.findings import (
     POLICIES,
     AmbiguousPointWarning,
     FilterWarning,
+    IncompleteTableWarning,
     MissingPointWarning,
     NothingConvertedWarning,
     NotPlainLinearWarning,
@@ -44,7 +45,7 @@ class FilterSettings(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     rows: dict[str, int] = {}
     filter_fqns: tuple[str, ...] = ()
-    min_speedup: float = DEFAULT_MIN_SPEEDUP
+    min_speedup: float | None = None
     lookup: LookupName = DEFAULT_LOOKUP
     parallel: Parallel = NOT_PARALLEL
     recompute: Recompute = "none"
@@ -53,7 +54,7 @@ class FilterSettings(msgspec.Struct, frozen=True, kw_only=True):
         if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
             raise InputError(f"tokens: expected rows per microbatch, an integer of at least 1; got {self.tokens!r}")
         require_row_counts(self.rows)
-        if not self.min_speedup > 0:
+        if self.min_speedup is not None and not self.min_speedup > 0:
             raise InputError(
                 f"min_speedup: expected a ratio above 0, such as {DEFAULT_MIN_SPEEDUP}; got {self.min_speedup!r}"
             )
@@ -75,6 +76,7 @@ class FilterSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 POLICY_OF: dict[str, type[FilterWarning]] = {
     "on_stale": StaleTableWarning,
+    "on_incomplete": IncompleteTableWarning,
     "on_outside": OutsideGridWarning,
     "on_ambiguous": AmbiguousPointWarning,
     "on_missing": MissingPointWarning,

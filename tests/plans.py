@@ -10,7 +10,7 @@ import torch
 from builders import DEVICE, MEASURED_AT, SOFTWARE_HERE
 from torch import Tensor, nn
 
-from fp8gate.filter.contract.plan import Candidate, Plan, PlanProtocol, TableUsed
+from fp8gate.filter.contract.plans.plan import Candidate, Plan, PlanProtocol, TableUsed
 
 TINY_CONFIG = {
     "model_type": "llama",

@@ -6,49 +6,20 @@ import math
 import pickle
 import shutil
 
-import msgspec
 import pytest
 import torch
-from plans import TINY_CONFIG, Block, block_input
+from plans import Block, block_input
 from torch import nn
 
 from fp8gate.calibrate.arms.block import Block as RealBlock
 from fp8gate.calibrate.arms.blueprint import BlockError, Blueprint
-from fp8gate.calibrate.arms.decoder_layer import layer_blueprint, sequence_of
 from fp8gate.calibrate.device.cpu import CpuTimer
 from fp8gate.calibrate.device.timer import Results
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.model.model_config import ModelConfig
 
 CPU = torch.device("cpu")
 TIMER = CpuTimer(2**16)
-CONFIG = msgspec.convert(TINY_CONFIG, ModelConfig)
-SHAPES = {
-    "self_attn.q_proj": LinearShape(64, 64, 64),
-    "self_attn.k_proj": LinearShape(64, 64, 32),
-    "self_attn.v_proj": LinearShape(64, 64, 32),
-    "self_attn.o_proj": LinearShape(64, 64, 64),
-    "mlp.gate_proj": LinearShape(64, 64, 128),
-    "mlp.up_proj": LinearShape(64, 64, 128),
-    "mlp.down_proj": LinearShape(64, 128, 64),
-}
-LOCAL_SHAPES = {
-    "self_attn.q_proj": LinearShape(64, 64, 32),
-    "self_attn.k_proj": LinearShape(64, 64, 16),
-    "self_attn.v_proj": LinearShape(64, 64, 16),
-    "self_attn.o_proj": LinearShape(64, 32, 64),
-    "mlp.gate_proj": LinearShape(64, 64, 64),
-    "mlp.up_proj": LinearShape(64, 64, 64),
-    "mlp.down_proj": LinearShape(64, 64, 64),
-}
-
-
-def layer(config=CONFIG, **options):
-    pytest.importorskip("transformers")
-    facts = {**TINY_CONFIG, **msgspec.structs.asdict(config)}
-    facts = {name: fact for name, fact in facts.items() if fact is not None}
-    return layer_blueprint(config, facts, **{"tokens": 64, "sequence": 32, **options})
 
 
 def results(blueprint, roles=(), inductor=None):
@@ -59,84 +30,6 @@ def results(blueprint, roles=(), inductor=None):
     found = []
     error, _ = block.error(lambda: found.append(TIMER.results(arm)) or found[0])
     return found[0], error
-
-
-# --- a model's decoder layer -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("tp", "shapes"), [(1, SHAPES), (2, LOCAL_SHAPES)])
-def test_its_linears_are_those_a_rank_holds(tp, shapes):
-    assert layer(tp=tp).shapes == shapes
-
-
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
-def test_other_dense_architectures_have_the_same_roles(model_type):
-    config = msgspec.structs.replace(CONFIG, model_type=model_type, head_dim=16)
-    blueprint = layer(config)
-    assert blueprint.shapes == SHAPES
-    assert 0.02 < results(blueprint, SHAPES)[1] < 0.2
-
-
-def test_experts_are_left_alone():
-    blueprint = layer(msgspec.structs.replace(CONFIG, model_type="mixtral", num_local_experts=4))
-    assert list(blueprint.shapes) == [role for role in SHAPES if role.startswith("self_attn")]
-    assert results(blueprint)[1] == 0.0
-
-
-def test_it_is_called_as_its_model_calls_it():
-    """Causal, without a mask as no token is padded, with positions."""
-    blueprint = layer()
-    assert blueprint.inputs["hidden_states"].shape == (2, 32, 64)
-    assert [one.shape for one in blueprint.inputs["position_embeddings"]] == [(1, 32, 16)] * 2
-    assert "attention_mask" not in blueprint.inputs
-    assert not any(one.is_meta for one in blueprint.inputs["position_embeddings"])
-    torch.manual_seed(0)
-    block = RealBlock(blueprint, CPU)
-    arm = block.arm(blueprint.ready(frozenset(), "rowwise", None, "cpu"))
-    before = arm.forward().detach()
-    with torch.no_grad():
-        block.inputs["hidden_states"][:, -1] = 0
-    after = arm.forward().detach()
-    assert torch.equal(before[:, :-1], after[:, :-1])  # no token sees a later one
-    assert not torch.equal(before[:, -1], after[:, -1])
-
-
-def test_a_sliding_window_is_a_mask():
-    config = msgspec.structs.replace(CONFIG, model_type="mistral")
-    pytest.importorskip("transformers")
-    blueprint = layer_blueprint(
-        config, {**TINY_CONFIG, "model_type": "mistral", "sliding_window": 8}, tokens=64, sequence=32
-    )
-    assert blueprint.inputs["attention_mask"].shape[-2:] == (32, 32)
-    assert results(blueprint)[1] == 0.0
-
-
-@pytest.mark.parametrize(
-    ("fields", "options", "complaint"),
-    [
-        ({}, {"tp": 4}, "tp: expected a divisor of num_key_value_heads = 2; got 4"),
-        ({"intermediate_size": 129}, {"tp": 2}, "tp: expected a divisor of intermediate_size = 129; got 2"),
-    ],
-)
-def test_what_does_not_divide_is_an_error(fields, options, complaint):
-    with pytest.raises(BlockError, match=complaint):
-        layer(msgspec.structs.replace(CONFIG, **fields), **options)
-
-
-def test_a_layer_with_other_linears_than_the_filter_knows_is_an_error():
-    pytest.importorskip("transformers")
-    with pytest.raises(BlockError, match=r"mlp.down_proj: expected None in the decoder layer, found \(64, 128, 64\)"):
-        layer_blueprint(msgspec.structs.replace(CONFIG, model_type="mixtral"), TINY_CONFIG, tokens=64, sequence=32)
-
-
-@pytest.mark.parametrize(("tokens", "asked", "sequence"), [(64, None, 32), (16, None, 16), (64, 8, 8), (64, 64, 64)])
-def test_a_sequence_is_as_long_as_asked_or_as_the_model_takes(tokens, asked, sequence):
-    assert sequence_of(CONFIG, tokens, asked) == sequence
-
-
-def test_sequences_must_divide_the_tokens():
-    with pytest.raises(BlockError, match="sequence: expected a divisor of tokens = 48; got 32"):
-        sequence_of(CONFIG, 48, None)
 
 
 # --- any block -------------------------------------------------------------------------------------------------
@@ -250,19 +143,6 @@ def test_what_a_block_adds_to_its_input_is_compared_not_their_sum():
     nothing_added = lambda: Results(block.inputs["x"].detach(), TIMER.results(arm).gradients)  # noqa: E731
     error, name = block.error(nothing_added)
     assert (round(error, 2), name) == (1.0, "output")
-
-
-def test_a_projection_after_attention_that_gives_nothing_is_seen():
-    """Attention averages over 1024 rows: of independent ones, so little would be left that nobody could tell."""
-    blueprint = layer(msgspec.structs.replace(CONFIG, max_position_embeddings=1024), tokens=1024, sequence=1024)
-    block = RealBlock(blueprint, CPU)
-    ready = blueprint.ready(frozenset(SHAPES), "rowwise", None, "cpu")
-    arm = block.arm(ready)
-    right = block.error(lambda: TIMER.results(arm))[0]
-    projection = ready.module.self_attn.o_proj
-    projection.register_forward_hook(lambda _, __, output: output - output.detach())
-    wrong, name = block.error(lambda: TIMER.results(arm))
-    assert (right < 0.2, wrong > 0.5, name) == (True, True, "output")
 
 
 def test_what_is_checked_is_not_what_is_timed():

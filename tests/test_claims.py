@@ -34,6 +34,19 @@ def test_how_far_two_sweeps_agree():
     assert f"{covered.rstrip('%')} % of one sweep's speedups lie within the other's bounds" in LIMITS
 
 
+def test_what_bounds_from_repeats_cover_and_how_wide_they_are():
+    import two_sweeps
+
+    printed = two_sweeps.coverage(two_sweeps.FIRST, two_sweeps.SECOND)
+    rows = [[cell.strip().split(", ") for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:]]
+    stated, shares, draws, halves = ([float(x.rstrip("%")) for row in rows for x in row[i]] for i in (3, 5, 6, 7))
+    assert max(stated) < 40  # the bounds of one run
+    assert min(shares) > 95
+    assert f"cover 95 % of the points or more: {min(draws):.0f} to {max(draws):.0f} %" in LIMITS
+    assert 6 <= min(halves) <= max(halves) <= 10
+    assert "of 6 to 10 %" in LIMITS
+
+
 @pytest.mark.filterwarnings("ignore::fp8gate.StaleTableWarning")
 @pytest.mark.parametrize(("min_speedup", "texts"), [(1.0, [COMPARISON, LOOKUP]), (1.05, [LOOKUP])])
 def test_what_the_choice_of_lookup_rests_on(min_speedup, texts):

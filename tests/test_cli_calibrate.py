@@ -27,7 +27,7 @@ from fp8gate.cli.calibrate import model_shapes
 from fp8gate.filter.contract.errors import UnfinishedError
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Grid, read_table
+from fp8gate.filter.contract.table import Grid, Incomplete, read_table
 from fp8gate.filter.model.model_config import BUNDLED
 
 SIX_SHAPES = [(32, k, n) for k in (32, 48, 64) for n in (32, 64)]
@@ -178,7 +178,41 @@ def test_ctrl_c_says_how_to_go_on(start, out, tmp_path):
     assert command.said.splitlines()[-1] == GO_ON
     assert "Traceback" not in command.said
     assert len(journal_points(out)) == 1
-    assert list(out.rglob("*.yaml")) == []
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_incomplete_tables_that_the_same_command_completes(start, out, tmp_path, number, exit_code):
+    at_fourth = Gate(tmp_path / "gate", 4)
+    command = start(change=at_fourth)
+    at_fourth.wait_for(command)
+    os.kill(command.process.pid, number)
+    assert command.exit_code() == exit_code, command.said
+    for recipe in RECIPES:
+        (path,) = out.rglob(f"{recipe}.yaml")
+        table = read_table(path)
+        assert [(p.m, p.k, p.n) for p in table.points] == sorted(journal_points(out))
+        assert table.incomplete == Incomplete(measured=3, of=7)
+        assert f"wrote {path}, incomplete: 3 of 7 measurements\n" in command.said
+    assert "4 measurements are missing: the same command takes them and completes the tables\n" in command.said
+
+    finished = start()
+    assert finished.exit_code() == 0, finished.said
+    for path in out.rglob("*.yaml"):
+        table = read_table(path)
+        assert ([(p.m, p.k, p.n) for p in table.points], table.incomplete) == (SIX_SHAPES, None)
+
+
+def test_an_incomplete_table_tells_its_grid_to_the_command_that_completes_it(start, calibrate, out, tmp_path):
+    at_fourth = Gate(tmp_path / "gate", 4)
+    command = start("--recipes", "rowwise", change=at_fourth)
+    at_fourth.wait_for(command)
+    command.press_ctrl_c()
+    assert command.exit_code() == 130, command.said
+    (path,) = out.rglob("rowwise.yaml")
+    assert len(read_table(path).points) == 3
+    finished = start("--recipes", "rowwise", "--grid", str(path))
+    assert finished.exit_code() == 0, finished.said
+    assert ([(p.m, p.k, p.n) for p in read_table(path).points], read_table(path).incomplete) == (SIX_SHAPES, None)
 
 
 @pytest.mark.usefixtures("_quick_points")
@@ -373,6 +407,19 @@ def test_what_remains_is_said_and_is_no_success(calibrate, monkeypatch):
         *REPORT.text().splitlines(),
         "3 points remain: run the same command to go on; no table was written",
     ]
+
+
+def test_incomplete_tables_are_counted_and_are_no_success(calibrate, monkeypatch, tmp_path):
+    table = make_table(make_point(16, 32, 48), incomplete=Incomplete(measured=1, of=4))
+    sweep_comes_to(monkeypatch, remaining=3, incomplete={tmp_path / "rowwise.yaml": table})
+    result = calibrate()
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1] == (
+        "3 points remain: run the same command to go on; 1 incomplete tables were written"
+    )
+    told = json.loads(calibrate("--json").stdout)
+    assert told["tables"] == {}
+    assert told["incomplete"] == {"rowwise": {"path": str(tmp_path / "rowwise.yaml"), "points": {"measured": 1}}}
 
 
 def test_a_control_that_was_off_is_named_and_is_no_success(calibrate, monkeypatch):

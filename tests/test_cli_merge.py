@@ -33,7 +33,8 @@ def test_a_program_is_told_where_the_table_is(merge, tmp_path):
     one = write_file(make_table(make_point(16, 32, 48)), tmp_path / "a.yaml")
     other = write_file(make_table(make_point(16, 32, 64)), tmp_path / "b.yaml")
     result = merge(one, other, "--out", tmp_path / "c.yaml", "--json")
-    assert json.loads(result.stdout) == {"table": str(tmp_path / "c.yaml"), "points": 2, "noisy": 0, "tables": 2}
+    counts = {"points": 2, "noisy": 0, "tables": 2, "incomplete": None}
+    assert json.loads(result.stdout) == {"table": str(tmp_path / "c.yaml"), **counts}
 
 
 def test_a_table_is_not_merged_into_itself(merge, tmp_path):

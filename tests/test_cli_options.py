@@ -66,7 +66,7 @@ OPTIONS = {
         "--filter-fqns": "",
         "--linear": None,
         "--lookup": "interpolate",
-        "--min-speedup": 1.05,
+        "--min-speedup": None,
         "--strict": False,
         "--json": False,
     },

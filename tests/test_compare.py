@@ -13,10 +13,10 @@ from fp8gate.calibrate.comparison.compare_tables import (
     FINDABLE_AT_A_POINT,
     MIN_POINTS,
     SHIFT,
-    SPREADS,
     compare_tables,
     shift_of,
 )
+from fp8gate.calibrate.comparison.point_change import SPREADS
 from fp8gate.calibrate.comparison.usual_models import MODEL_TP, usual_models
 from fp8gate.calibrate.report.comparison_text import comparison_json, comparison_text
 from fp8gate.filter.contract.table import Spread, TableError

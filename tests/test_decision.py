@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from builders import make_point, make_table
+from builders import PROTOCOL, make_point, make_table
 
+from fp8gate.filter.contract.bounds import Bounds
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Point
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, Decision, decide
@@ -224,3 +225,12 @@ def test_how_far_outside_is_that_of_the_farthest_dimension():
     point = make_point(32, 64, 128, 2.0)
     assert decided((32 * 6, 64 * 6, 128), point).convert
     assert decided((32 * 6, 64 * 12, 128), point).reason == "12 times outside what was measured: too far to tell"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "said"), [(None, "bounds 1.01 to 1.05 within one run"), (Bounds(), "bounds 1.01 to 1.05")]
+)
+def test_a_reason_says_whether_bounds_cover_one_run_only(bounds, said):
+    point = msgspec.structs.replace(make_point(32, 64, 128, 1.04), speedup_low=1.01, speedup_high=1.05)
+    table = make_table(point, protocol=msgspec.structs.replace(PROTOCOL, bounds=bounds))
+    assert decide(LinearShape(32, 64, 128), Lookup(table), min_speedup=1.02).reason == f"measured, {said}"

@@ -63,7 +63,14 @@ def validator(kind):
 
 
 def as_json(path):
-    return msgspec.to_builtins(load_plain_yaml(path.read_text(), source=str(path), error=ValueError))
+    """A file's only document."""
+    (document,) = documents_of(path)
+    return document
+
+
+def documents_of(path):
+    texts = path.read_text().split("---\n")
+    return [msgspec.to_builtins(load_plain_yaml(text, source=str(path), error=ValueError)) for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +79,8 @@ def as_json(path):
     ids=lambda value: getattr(value, "name", value),
 )
 def test_a_committed_file_follows_its_schema(kind, path):
-    assert list(validator(kind).iter_errors(as_json(path))) == []
+    for document in documents_of(path):
+        assert list(validator(kind).iter_errors(document)) == []
 
 
 @pytest.mark.parametrize(

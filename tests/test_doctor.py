@@ -19,9 +19,9 @@ from fp8gate.cli.doctor.checkup import Checkup, DeviceFacts, FoundFile, check_up
 from fp8gate.cli.doctor.next_steps import next_steps, problems
 from fp8gate.cli.doctor.text import checkup_text
 from fp8gate.filter.contract.devices import device_slug, local_device_name
-from fp8gate.filter.contract.plan import write_plan
+from fp8gate.filter.contract.plans.plan_file import write_plans
 from fp8gate.filter.contract.recipes import RECIPES
-from fp8gate.filter.contract.table import Device
+from fp8gate.filter.contract.table import Device, Incomplete
 
 GPU = DeviceFacts(
     name="NVIDIA H200", kind="cuda", memory_gib=139.8, capability="9.0", driver="580.1.2", runs_float8=True
@@ -44,6 +44,7 @@ WELL = Checkup(
     processors=8,
 )
 STALE = replace(WELL, tables=(replace(WELL.tables[0], stale="torch 2.11.0, here 2.13.0"), *WELL.tables[1:]))
+INCOMPLETE = {"incomplete": "75 of 140 measurements", "completed_by": "fp8gate calibrate --out /elsewhere"}
 
 
 def commands(checkup: Checkup) -> list[str]:
@@ -70,6 +71,11 @@ def test_all_is_well():
         ),
         (replace(WELL, tables=(), missing=tuple(RECIPES)), "no table for this device", "fp8gate calibrate"),
         (STALE, "tensorwise was measured with torch 2.11.0, here 2.13.0", "fp8gate verify"),
+        (
+            replace(WELL, tables=(replace(WELL.tables[0], **INCOMPLETE), *WELL.tables[1:])),
+            "tensorwise is incomplete, with 75 of 140 measurements",
+            "fp8gate calibrate --out /elsewhere",
+        ),
         (replace(WELL, waiting=("/out/h/journal-1.jsonl",)), "/out/h/journal-1.jsonl waits", "fp8gate calibrate"),
         (replace(WELL, waiting=("/out/h/plans/journal-1.jsonl",)), "waits to be gone on with", "fp8gate plan"),
         (
@@ -132,9 +138,10 @@ def this_cpu() -> Device:
     return Device(name=local_device_name(), kind="cpu", memory_gib=1.0)
 
 
-def write_table_of_this_device(here, recipe, **software):
+def write_table_of_this_device(here, recipe, *, incomplete=None, **software):
     software = msgspec.structs.replace(SOFTWARE_HERE, **software)
-    table = make_table(make_point(32, 64, 64), recipe=recipe, device=this_cpu(), software=software)
+    fields = {"device": this_cpu(), "software": software, "incomplete": incomplete}
+    table = make_table(make_point(32, 64, 64), recipe=recipe, **fields)
     return write_file(table, here / device_slug(local_device_name()) / f"{recipe}.yaml")
 
 
@@ -156,7 +163,7 @@ def test_with_tables_and_a_plan_it_ends_with_exit_code_0(here):
         write_table_of_this_device(here, recipe)
     folder = here / device_slug(local_device_name())
     (folder / "plans").mkdir()
-    write_plan(make_plan(device=this_cpu(), software=SOFTWARE_HERE), folder / "plans" / "p.yaml")
+    write_plans([make_plan(device=this_cpu(), software=SOFTWARE_HERE)], folder / "plans" / "p.yaml")
     result = doctor("--json")
     found = json.loads(result.stdout)
     assert [table["what"] for table in found["tables"]] == list(RECIPES)
@@ -174,6 +181,19 @@ def test_a_stale_table_and_a_broken_one_are_named(here):
     assert stale.stale.startswith("torch 1.0.0, here ")
     assert str(folder / "tensorwise.yaml") in broken.problem
     assert found.missing == ("rowwise_with_gw_hp",)
+
+
+def test_an_incomplete_table_is_named_with_what_completes_it(here):
+    for recipe in RECIPES:
+        write_table_of_this_device(here, recipe, incomplete=Incomplete(measured=4, of=9) if "gw" in recipe else None)
+    found = check_up()
+    assert [table.incomplete for table in found.tables] == [None, None, "4 of 9 measurements"]
+    assert found.tables[2].measured.endswith(", incomplete")
+    result = doctor()
+    assert result.exit_code == 1
+    assert "- rowwise_with_gw_hp is incomplete, with 4 of 9 measurements\n" in result.stdout
+    completes = "  fp8gate calibrate\n    with the same options: it goes on, and completes the tables"
+    assert f"next:\n{completes}" in result.stdout
 
 
 def test_a_journal_waits_until_its_tables_are_newer(here):

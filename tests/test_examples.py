@@ -179,7 +179,8 @@ def test_torchtitan_decides_by_what_tensor_parallelism_leaves(run: Callable[...,
     command = ("torchtitan_converter.py", "--flavor", "70B", "--device", "NVIDIA H200", "--emulate")
     whole, divided = run(*command), run(*command, "--tp", 8)
     assert re.search(r"^layers.\*.feed_forward.w1 +80 +8192 +8192 +28672 +float8", whole, flags=re.M)
-    assert re.search(r"^layers.\*.feed_forward.w1 +80 +8192 +8192 +3584 +bf16", divided, flags=re.M)
+    assert re.search(r"^layers.\*.feed_forward.w1 +80 +8192 +8192 +3584 +float8", divided, flags=re.M)
+    assert re.search(r"^layers.\*.attention.wo +80 +8192 +1024 +8192 +bf16", divided, flags=re.M)
     assert re.search(r"^layers.\*.attention.qkv_linear.wqkv +80 +8192 +8192 +1280 +bf16", divided, flags=re.M)
     for out in (whole, divided):
         (report,) = re.findall(r"^converted (\d+) of 401 linears", out, flags=re.M)

@@ -14,7 +14,7 @@ from builders import make_point, make_table, write_file
 from plans import make_plan
 
 from fp8gate import auto_filter
-from fp8gate.filter.contract.plan import Candidate
+from fp8gate.filter.contract.plans.plan import Candidate
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.table import Point, TableError
 from fp8gate.filter.explain.explanation import Explanation, explain
@@ -316,7 +316,7 @@ def test_a_row_ahead_of_the_plan_has_its_sentence():
 
 def test_a_row_ahead_of_the_table_has_its_sentence_with_the_evidence():
     behind, nothing, unplanned = remarks(explained(min_speedup=2.5))
-    assert nothing == "none of 8 linears is converted to float8"
+    assert nothing == "none of 15 linears is converted to float8"
     assert behind == (
         f"By the sum of single linears, all float8 takes {1 - ALL_FLOAT8_US / BF16_US:.1%} less time, as it also "
         "converts w1 (2.00x), w3 (2.00x), w2 (1.25x), output (1.50x), which fp8gate leaves in bf16: they are below "
@@ -351,12 +351,14 @@ def test_the_evidence_is_what_the_benchmark_prints(monkeypatch):
     plans = list(plan_choices.packaged_plans("NVIDIA H200"))
     lines = plan_choices.losses(plans).splitlines()[2:]
     rows = {row[0]: row for row in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
-    (mean_low, worst_low), (mean, worst) = (
-        [cell.replace("%", " %") for cell in rows[least][-2:]] for least in ("1.02", "1.05")
+    (mean, worst), (mean_low, worst_low), (mean_high, worst_high) = (
+        [cell.replace("%", " %") for cell in rows[rule][-2:]]
+        for rule in ("the filter's default", "1.00 for all", "1.05 for all")
     )
-    assert len(plans) == 8
-    assert f"took {mean_low} more of the block's time than the plan's (mean; worst {worst_low})" in EVIDENCE
-    assert f"the set from 1.05x on {mean} (worst {worst})" in EVIDENCE
+    assert len(plans) == 12
+    assert f"default set took {mean} more time than the plan's (mean; worst {worst})" in EVIDENCE
+    assert f"of all linears from 1.00x on {mean_low} (worst {worst_low})" in EVIDENCE
+    assert f"from 1.05x on {mean_high} (worst {worst_high})" in EVIDENCE
 
 
 def test_the_winner_needs_no_sentence():
@@ -394,9 +396,9 @@ def test_one_linear_far_outside_is_left_out_of_the_sums_and_said():
 
 
 def test_each_size_of_a_name_has_its_own_answer():
-    sizes = {"role": "fc", "fqn": "stages.*.fc", "count": 2}
-    small = LinearRole(**sizes, in_features=64, out_features=64, example="stages.0.fc")
-    large = LinearRole(**sizes, in_features=64, out_features=128, example="stages.1.fc")
+    sizes = {"role": "fc", "fqn": "stages.*.fc"}
+    small = LinearRole(**sizes, count=1, in_features=64, out_features=64, known_names=("stages.0.fc",))
+    large = LinearRole(**sizes, count=2, in_features=64, out_features=128, known_names=("stages.1.fc", "stages.2.fc"))
     with tempfile.TemporaryDirectory() as folder:
         table = write_file(make_table(*POINTS), Path(folder) / "table.yaml")
         wants_float8 = auto_filter("rowwise", tokens=TOKENS, tables=table, plan=None, on_stale="ignore")
@@ -406,7 +408,7 @@ def test_each_size_of_a_name_has_its_own_answer():
 
 def test_what_is_left_of_a_plan_and_decided_by_the_table_is_not_called_a_plan():
     explanation = explained(plan=plan_of(("mlp.gate_proj", "mlp.up_proj"), 1.2), filter_fqns=["up_proj"])
-    assert explanation.plan is None
+    assert explanation.plans is None
     assert explanation.chosen.name == "fp8gate, table"
 
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from fp8gate.cli import app
 from fp8gate.filter.contract import software_check
-from fp8gate.filter.contract.plan import Candidate, write_plan
+from fp8gate.filter.contract.plans.plan import Candidate
+from fp8gate.filter.contract.plans.plan_file import write_plans
 from fp8gate.filter.contract.table import Point
 from fp8gate.filter.locate.places import ENVIRONMENT
 
@@ -232,7 +233,7 @@ def plan_file(tmp_path):
     plan = make_plan(**fields, shapes=shapes, convert=("self_attn.q_proj",), candidates=candidates)
     path = tmp_path / "tables" / "nvidia-h200" / "plans" / "tiny-rowwise-m32-tp2.yaml"
     path.parent.mkdir(parents=True)
-    write_plan(plan, path)
+    write_plans([plan], path)
     return path
 
 
@@ -260,8 +261,9 @@ def test_a_plan_can_be_left_out(explained, plan_file):
 
 def test_json_names_the_plan_and_what_it_measured(explained_json, plan_file):
     shown = explained_json({"rowwise": points(2.0)}, "--recipe", "rowwise", "--tp", "2")
-    assert shown["plan"] == {"file": str(plan_file), "model": "tiny", "convert": ["self_attn.q_proj"]}
-    assert {name: numbers["speedup"] for name, numbers in shown["in_block"].items()} == {
+    kinds = [{"layers": "layers.*", "convert": ["self_attn.q_proj"]}]
+    assert shown["plan"] == {"file": str(plan_file), "model": "tiny", "kinds": kinds}
+    assert {name: round(numbers["speedup"], 6) for name, numbers in shown["in_block"].items()} == {
         "bf16": 1.0,
         "all_float8": 1.05,
         "torchao_rule": 1.0,

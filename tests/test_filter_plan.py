@@ -18,7 +18,8 @@ from fp8gate import (
     auto_filter,
 )
 from fp8gate.filter.contract import software_check as stale_module
-from fp8gate.filter.contract.plan import Candidate, write_plan
+from fp8gate.filter.contract.plans.plan import Candidate
+from fp8gate.filter.contract.plans.plan_file import write_plans
 from fp8gate.filter.contract.table import Device, Software
 
 TABLE = make_table(make_point(32, 64, 64, 0.5), make_point(32, 64, 128, 2.0))  # the plan says the opposite of both
@@ -43,7 +44,7 @@ def with_plan(tmp_path):
     def make(*, file=False, plan=None, recipe="rowwise", tokens=32, **options):
         plan = make_plan(**(plan or {}))
         if file:
-            write_plan(plan, tmp_path / "plan.yaml")
+            write_plans([plan], tmp_path / "plan.yaml")
         table = write_file(
             TABLE if recipe == "rowwise" else make_table(*TABLE.points, recipe=recipe), tmp_path / "t.yaml"
         )
@@ -87,7 +88,10 @@ def test_the_report_says_which_roles_the_plan_does_not_know(with_plan):
     wants_float8 = with_plan()
     answers(wants_float8)
     least = "(by a plan on NVIDIA H200 at 32 tokens); the plan of tiny, whatever min_speedup"
-    assert f"{least}; not in it, by the table, at least 1.05x: lm_head" in wants_float8.report()
+    assert (
+        f"{least}; not in it, by the table, at least 1.05x or, for a shared input, 1.00x: lm_head"
+        in wants_float8.report()
+    )
     assert "the plan: bf16" in wants_float8.report()
     del wants_float8.decisions["lm_head"]
     assert wants_float8.summary().endswith(least)
@@ -217,9 +221,10 @@ def test_half_a_plan_that_was_not_measured_is_the_tables_to_decide(with_plan):
     wants_float8 = with_plan(plan=OF_TWO, filter_fqns=["gate_proj"])
     (message,) = checked(wants_float8, BLOCKS)
     assert message == f"of tiny: $.convert: 3 of 3 blocks convert nothing, measured at 1.000x; {EXPECTED}"
-    reason = "not in the plan: below 1.05x, measured"
+    reason = "not in the plan: below 1.00x, measured"
     assert decided(wants_float8)["self_attn.q_proj"] == (False, reason)
-    assert "not in it, by the table, at least 1.05x: model.layers.*.self_attn.q_proj" in wants_float8.summary()
+    by_table = "not in it, by the table, at least 1.05x or, for a shared input, 1.00x"
+    assert f"{by_table}: model.layers.*.self_attn.q_proj" in wants_float8.summary()
 
 
 def test_asked_layer_by_layer_no_more_is_claimed_than_is_known(with_plan):
@@ -287,7 +292,7 @@ def test_torchtitans_wkv_cannot_be_converted_by_half(with_plan):
     torn, other = checked(wants_float8, TITAN)
     assert "expected all or none of self_attn.k_proj, self_attn.v_proj, as layers.*" in torn
     assert "1 of 1 blocks convert nothing, in blocks that were not measured" in other
-    assert all(d.reason.startswith("not in the plan: below 1.05x") for d in wants_float8.decisions.values())
+    assert all(d.reason.startswith("not in the plan: below 1.00x") for d in wants_float8.decisions.values())
 
 
 def test_a_block_with_another_layer_is_the_tables_as_a_whole(with_plan):
@@ -330,7 +335,7 @@ def test_a_vision_towers_layers_are_not_the_decoders(with_plan):
     (message,) = checked(wants_float8, {**BLOCKS, tower: Q})
     name = "model.vision_tower.layers.*.self_attn.q_proj is not named (model.)layers.<i>.self_attn.q_proj"
     assert message == f"of tiny: $.shapes: {name}; the table decides"
-    assert wants_float8.decisions[tower].reason == "not in the plan: below 1.05x, measured"
+    assert wants_float8.decisions[tower].reason == "not in the plan: below 1.00x, measured"
 
 
 def test_an_error_that_check_raises_says_each_thing_once(with_plan):

@@ -18,6 +18,7 @@ from fp8gate import (
     AmbiguousPointWarning,
     FilterWarning,
     Finding,
+    IncompleteTableWarning,
     MissingPointWarning,
     NothingConvertedWarning,
     NotPlainLinearWarning,
@@ -33,13 +34,14 @@ from fp8gate import (
 )
 from fp8gate.filter.contract import software_check as stale_module
 from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.table import Incomplete
 
 TOKENS = 32
 WINNER, LOSER, AMBIGUOUS, MISSING, OUTSIDE = (64, 128), (128, 64), (64, 64), (128, 128), (64, 256)
 TABLE = make_table(
     make_point(TOKENS, *WINNER, 1.5),
     make_point(TOKENS, *LOSER, 0.5),
-    make_point(TOKENS, *AMBIGUOUS, 2.5, status="ambiguous"),
+    make_point(TOKENS, *AMBIGUOUS, 2.5, status="ambiguous", spread=3.0),
     make_point(TOKENS, *MISSING, status="out_of_memory"),
 )
 
@@ -69,8 +71,9 @@ def driver_file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def make_filter(tmp_path):
-    def make(*, software=None, **settings):
-        table = msgspec.structs.replace(TABLE, software=msgspec.structs.replace(SOFTWARE_HERE, **(software or {})))
+    def make(*, software=None, incomplete=None, **settings):
+        software = msgspec.structs.replace(SOFTWARE_HERE, **(software or {}))
+        table = msgspec.structs.replace(TABLE, software=software, incomplete=incomplete)
         path = write_file(table, tmp_path / "t.yaml")
         return auto_filter("rowwise", **{"tokens": TOKENS, "tables": path, **settings})
 
@@ -102,6 +105,14 @@ CASES = {
         r".*t\.yaml was measured with torchao 0\.0\.1, here [\d.]+; to measure again: fp8gate calibrate",
         ({"software": {"torchao": f"{SOFTWARE_HERE.torchao}+cu999"}}, [WINNER]),
     ),
+    "incomplete": (
+        IncompleteTableWarning,
+        "on_incomplete",
+        ({"incomplete": Incomplete(measured=4, of=9)}, [WINNER]),
+        r".*t\.yaml is incomplete, its sweep was stopped after 4 of 9 measurements; to complete it, run on NVIDIA H200 "
+        r"with the options that it was begun with: fp8gate calibrate --out .*",
+        ({}, [WINNER]),
+    ),
     "outside": (
         OutsideGridWarning,
         "on_outside",
@@ -113,7 +124,7 @@ CASES = {
         AmbiguousPointWarning,
         "on_ambiguous",
         ({}, [WINNER, AMBIGUOUS]),
-        r"w2, \(32, 64, 64\): 2\.50x, measured, ambiguous",
+        r"w2, \(32, 64, 64\): 2\.50x, measured, ambiguous, bounds 0\.83 to 7\.50 within one run",
         ({}, [WINNER, (64, 112)]),
     ),
     "missing": (

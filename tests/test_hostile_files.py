@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from plans import TINY_CONFIG, make_plan
 
 from fp8gate.calibrate.sweep.grid import GridError, load_grid
-from fp8gate.filter.contract.plan import PlanError, format_plan, read_plan
+from fp8gate.filter.contract.plans.plan import PlanError
+from fp8gate.filter.contract.plans.plan_file import format_plans, read_plan
 from fp8gate.filter.contract.reading.messages import MAX_MESSAGE, FileError
 from fp8gate.filter.contract.table import TableError, format_table, parse_table, read_table
 from fp8gate.filter.model.model_config import ModelError, load_model
@@ -43,7 +44,7 @@ TABLE = format_table(
 )
 KINDS = {
     "table": Kind(read_table, TableError, TABLE),
-    "plan": Kind(read_plan, PlanError, format_plan(make_plan())),
+    "plan": Kind(read_plan, PlanError, format_plans([make_plan()])),
     "grid": Kind(
         lambda path: load_grid(path, "cpu"),
         GridError,

@@ -68,6 +68,9 @@ class Sweeps:
         lines = [line for journal in journals for line in journal.read_bytes().split(b"\n")[1:-1]]
         return [msgspec.json.decode(content_of(line), type=PointRecord) for line in lines]
 
+    def tables(self):
+        return {path.stem: read_table(path) for path in self.out.rglob("*.yaml")}
+
     def wait_until(self, condition):
         give_up_at = time.monotonic() + MAX_WAIT_S
         while not condition():
@@ -159,9 +162,10 @@ def assert_complete(sweep):
     assert sorted((r.m, r.k, r.n) for r in first if not r.repeat) == SHAPES
     (again,) = ((r.m, r.k, r.n) for r in first if r.repeat)
     assert {(r.m, r.k, r.n) for r in looks} >= {*SHAPES} - {again}
-    tables = {path.stem: read_table(path) for path in sweep.out.rglob("*.yaml")}
+    tables = sweep.tables()
     assert set(tables) == set(RECIPES)
     for table in tables.values():
+        assert table.incomplete is None
         assert [(p.m, p.k, p.n) for p in table.points] == SHAPES
         assert {p.status for p in table.points} <= {"measured", "ambiguous", "noisy"}
 
@@ -189,7 +193,7 @@ def test_stopped_again_and_again_it_goes_on(sweep):
         sweep.wait_until_ended()
         sweep.assert_nobody_is_left()
         assert sweep.process.returncode == exit_code
-        assert list(sweep.out.rglob("*.yaml")) == []
+        assert all(table.incomplete for table in sweep.tables().values())
         records = sweep.records()
         assert records[: len(kept)] == kept
         kept = records

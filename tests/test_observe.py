@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from builders import make_point, make_table, write_file
+from real_forward import rows_of_calls
 from torch import nn
 from torch.nn import functional as F
 from torchao.float8 import convert_to_float8_training
@@ -125,6 +126,38 @@ def test_what_depends_on_the_data_is_not_known():
     assert linears["moe.experts.0"] == linears["moe.experts.1"] == ObservedLinear(calls=1, rows=None)
 
 
+class Routed(nn.Module):
+    """Each expert is an MLP of two nn.Linear, and a token goes to two of three experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 3, bias=False)
+        self.experts = nn.ModuleList(
+            [nn.Sequential(nn.Linear(WIDTH, 96), nn.SiLU(), nn.Linear(96, WIDTH)) for _ in range(3)]
+        )
+        self.shared = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = x.flatten(0, 1)
+        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        out = self.shared(x)
+        for i, expert in enumerate(self.experts):
+            token, place = torch.where(chosen == i)
+            out = out.index_add(0, token, expert(x[token]) * weights[token, place, None])
+        return out
+
+
+def test_experts_of_linears_are_called_as_in_a_real_forward_with_rows_that_only_data_tell():
+    model, inputs = Routed(), {"x": torch.empty(4, 32, WIDTH, device="meta")}
+    observed = observe(model, inputs).linears
+    real = rows_of_calls(model, inputs)
+    assert {name: seen.calls for name, seen in observed.items()} == {name: len(rows) for name, rows in real.items()}
+    assert {name: seen.rows for name, seen in observed.items() if "experts" not in name} == {"gate": 128, "shared": 128}
+    experts = [name for name in real if "experts" in name]
+    assert [observed[name].rows for name in experts] == [None] * 6
+    assert sum(rows for name in experts for rows in real[name]) == 2 * 2 * 128
+
+
 def test_of_several_microbatches_the_fewest_rows_count():
     short, long = (IDS[:, :8], CONDITION), {"ids": IDS, "condition": CONDITION}
     linears = observe(Model(), [long, short]).linears
@@ -236,7 +269,8 @@ def test_tensors_that_are_plain_attributes_and_owners_of_hooks_are_no_hindrance(
 
     model = WithPlainTensor()
     model.scale = torch.ones(WIDTH, device="meta")
-    model.register_forward_hook(Owner().hook)
+    for kind in ("forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"):
+        getattr(model, f"register_{kind}")(Owner().hook)
     assert observe(model, torch.zeros(4, WIDTH)).linears["linear"].rows == 4
 
 
@@ -394,6 +428,17 @@ def patched():
     return linear
 
 
+def doubled(linear, args):
+    return (2 * args[0],)
+
+
+def hooked(kind="forward_pre_hook", hook=doubled):
+    linear = nn.Linear(WIDTH, WIDTH)
+    getattr(linear, f"register_{kind}")(hook)
+    return linear
+
+
+DROPS_DOUBLED = "conversion would drop its hooks, such as test_observe.doubled; register them after it"
 NOT_PLAIN = {
     "a subclass": (lambda: Zero(WIDTH, WIDTH), "Zero has a forward of its own, which conversion would drop"),
     "packed": (packed, "its weight is of torch.uint8"),
@@ -409,6 +454,7 @@ NOT_PLAIN = {
         patched,
         "its forward was replaced, as by transformers' tensor parallelism, and conversion would drop that",
     ),
+    "hooked": (hooked, DROPS_DOUBLED),
 }
 
 
@@ -446,6 +492,56 @@ def test_after_conversion_a_model_computes_what_it_did(table):
         assert error < (0.1 if name == "plain" else 1e-6), name
 
 
+class Observer:
+    def __call__(self, *_):
+        pass
+
+    def look(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"])
+@pytest.mark.parametrize(
+    ("hook", "name"),
+    [
+        (doubled, "doubled"),
+        (functools.partial(functools.partial(doubled)), "doubled"),
+        (Observer(), "Observer"),
+        (Observer().look, "Observer.look"),
+    ],
+)
+def test_hooks_of_every_kind_are_named(table, kind, hook, name):
+    wants_float8 = asked(table)
+    with pytest.warns(NotPlainLinearWarning, match=rf"^it: .* such as test_observe\.{name}; register them after it"):
+        wants_float8.check(nn.ModuleDict({"it": hooked(kind, hook), "plain": Plain(WIDTH, WIDTH)}))
+    assert {fqn: d.convert for fqn, d in wants_float8.decisions.items()} == {"it": False, "plain": True}
+
+
+def test_torchao_drops_hooks():
+    """Where this fails, hooks need no finding any more."""
+    model = nn.ModuleDict({"it": hooked()})
+    convert_to_float8_training(model)
+    assert not model["it"]._forward_pre_hooks
+
+
+def test_layers_with_hooks_are_one_finding_until_the_hooks_are_removed(table):
+    layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(3)])
+    handles = [layer.register_forward_hook(doubled) for layer in layers]
+    model = nn.ModuleDict({"layers": layers})
+    model.register_forward_hook(doubled)  # of a block: it stays
+    wants_float8 = asked(table, on_nothing="ignore")
+    found = quietly(wants_float8.check, model)
+    assert [finding.message for finding in found] == [f"layers.*: {DROPS_DOUBLED}; left in bf16"]
+    for handle in handles:
+        handle.remove()
+    assert asked(table, strict=True).check(model) == []
+
+
+def test_a_linear_that_the_user_leaves_out_may_have_hooks(table):
+    model = nn.ModuleDict({"it": hooked(), "plain": Plain(WIDTH, WIDTH)})
+    assert asked(table, strict=True, filter_fqns=["it"]).check(model) == []
+
+
 def test_a_frozen_weight_is_decided_without_its_gradient(table, tmp_path):
     """bf16: 100 + 200 us; float8: 100 + 100 us. Frozen: bf16 200 us, float8 at most 100 + 50 us."""
     from fp8gate.filter.contract.table import Point
@@ -462,7 +558,16 @@ def test_a_frozen_weight_is_decided_without_its_gradient(table, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["experts.0.w1", "pooler", "pooler.dense", "modulation.linear", "time_embedding.linear_1", "adaLN_modulation.1"],
+    [
+        "experts.0.w1",
+        "pooler",
+        "pooler.dense",
+        "modulation.linear",
+        "time_embedding.linear_1",
+        "adaLN_modulation.1",
+        "transformer_blocks.0.norm1_context.linear",
+        "norm_out.linear",
+    ],
 )
 def test_names_for_which_all_tokens_are_doubtful_are_found(table, name):
     wants_float8 = asked(table)

@@ -549,6 +549,18 @@ def test_fully_sharded_parts_of_a_parallelized_weight_are_its_local_part(wants_f
     assert linear_size(model.w3) == LinearSize(64, 128)
 
 
+def test_hooks_of_dividing_need_no_finding_and_the_users_own_do(wants_float8):
+    """torch hooks what it divides. If a model is converted after that, its forward fails, and is not silently wrong."""
+    both = init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "tp"))
+    model = parallelize_module(three_linears("cpu"), both["tp"], PLAN)
+    for linear in (model.w1, model.w3):
+        fully_shard(linear, mesh=both["dp"])
+    assert [len(linear._forward_hooks) for linear in (model.w1, model.w2, model.w3)] == [2, 1, 1]
+    assert not any(linear_size(linear).refused for linear in (model.w1, model.w2, model.w3))
+    model.w1.register_forward_hook(print)
+    assert linear_size(model.w1).refused.startswith("conversion would drop its hooks, such as builtins.print")
+
+
 def test_packed_weight_is_local_already(mesh):
     """transformers cuts a linear that is both the gate and the up projection into parts of each half."""
     layer = nn.Linear(64, 1024, device="meta")

@@ -7,29 +7,31 @@ import pytest
 from plans import CANDIDATES, make_plan
 
 from fp8gate.filter.contract.names import block_role
-from fp8gate.filter.contract.plan import Candidate, PlanError, format_plan, parse_plan, read_plan, write_plan
-from fp8gate.filter.contract.role_names import RoleNames
+from fp8gate.filter.contract.plans.layer_names import LayerNames, layers_pattern
+from fp8gate.filter.contract.plans.plan import Candidate, PlanError
+from fp8gate.filter.contract.plans.plan_file import format_plans, parse_plans, read_plan, read_plans, write_plans
+from fp8gate.filter.contract.plans.role_names import RoleNames
 from fp8gate.filter.contract.shapes import LinearShape
 
 
 def parsed(text):
-    return parse_plan(text, source="plan.yaml")
+    return parse_plans(text, source="plan.yaml")[0]
 
 
 def test_a_plan_reads_back_equal(tmp_path):
     path = tmp_path / "deep" / "plan.yaml"
-    write_plan(make_plan(), path)
+    write_plans([make_plan()], path)
     assert read_plan(path) == make_plan()
     assert [file.name for file in path.parent.iterdir()] == ["plan.yaml"]
 
 
 @pytest.mark.parametrize("fields", [{"table": None}, {"torchao": None}, {"convert": ()}, {"sequence": None, "tp": 8}])
 def test_what_may_be_missing_reads_back_equal(fields):
-    assert parsed(format_plan(make_plan(**fields))) == make_plan(**fields)
+    assert parsed(format_plans([make_plan(**fields)])) == make_plan(**fields)
 
 
 def test_the_file_reads_well_in_a_diff():
-    lines = format_plan(make_plan()).splitlines()
+    lines = format_plans([make_plan()]).splitlines()
     assert lines[:4] == ["schema: 1", "recipe: rowwise", "model: tiny", "tokens: 32"]
     assert "  self_attn.q_proj: [32, 64, 64]" in lines
     assert lines[-3:] == [
@@ -62,7 +64,7 @@ def test_the_file_reads_well_in_a_diff():
     ],
 )
 def test_anything_else_is_an_error_that_names_file_and_field(old, new, complaint):
-    text = format_plan(make_plan())
+    text = format_plans([make_plan()])
     assert text.count(old) >= 1
     with pytest.raises(PlanError, match=f"plan.yaml: .*{complaint}|plan.yaml: {complaint}"):
         parsed(text.replace(old, new, 1))
@@ -76,12 +78,12 @@ def test_a_missing_file_is_named(tmp_path):
 def test_roles_in_another_order_are_refused():
     twisted = Candidate(("mlp.gate_proj", "self_attn.q_proj"), *msgspec.structs.astuple(CANDIDATES[1])[1:])
     with pytest.raises(PlanError, match="in the order of"):
-        parsed(format_plan(make_plan(candidates=(*CANDIDATES[:2], twisted))))
+        parsed(format_plans([make_plan(candidates=(*CANDIDATES[:2], twisted))]))
 
 
 def test_a_plan_that_could_not_be_read_is_not_written(tmp_path):
     with pytest.raises(PlanError):
-        write_plan(make_plan(convert=("mlp.gate_proj",)), tmp_path / "plan.yaml")
+        write_plans([make_plan(convert=("mlp.gate_proj",))], tmp_path / "plan.yaml")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,6 +131,82 @@ def test_a_plan_of_torchtitans_names_knows_hugging_faces():
 def test_a_name_in_no_block_may_be_like_a_role():
     assert RoleNames(make_plan().shapes).alike("model.vision_tower.layers.0.self_attn.q_proj") == Q
     assert RoleNames(make_plan().shapes).alike("model.other_self_attn.q_proj") is None
+
+
+# --- several kinds of layers -----------------------------------------------------------------------------------
+
+DENSE, SPARSE = make_plan(layers="model.layers.0"), make_plan(layers="model.layers.1-3,5", convert=())
+
+
+def test_the_kinds_of_a_models_layers_are_documents_of_one_file(tmp_path):
+    path = tmp_path / "plan.yaml"
+    write_plans([DENSE, SPARSE], path)
+    assert read_plans(path) == (DENSE, SPARSE)
+    assert path.read_text().count("\n---\nschema: 1\n") == 1
+    with pytest.raises(PlanError, match="expected a plan of one kind of layers, found 2; read_plans reads them all"):
+        read_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"tokens": 64}, r"plan.yaml: \$.tokens: expected 32 as in the first document, found 64"),
+        ({"recompute": "full"}, r"\$.recompute: expected none as in the first document, found full"),
+        ({"layers": "model.layers.*"}, r"\$.layers: expected each layer in one document, found 'model.layers.0' and"),
+        ({"layers": ""}, r"\$.layers: expected each layer in one document, found 'model.layers.0' and ''"),
+        ({"layers": "layers.0-4"}, r"\$.layers: expected each layer in one document"),
+    ],
+)
+def test_documents_that_do_not_go_together_are_an_error(fields, complaint):
+    other = msgspec.structs.replace(SPARSE, **fields)
+    with pytest.raises(PlanError, match=complaint):
+        parse_plans(format_plans([DENSE, other]), source="plan.yaml")
+
+
+def test_a_wrong_document_is_named_by_its_number():
+    text = format_plans([DENSE, SPARSE]).replace("model.layers.1-3,5", "model.layers.x")
+    with pytest.raises(PlanError, match=r"plan.yaml: document 2: .*regex.*\$.layers"):
+        parse_plans(text, source="plan.yaml")
+
+
+def test_there_are_at_most_64_kinds():
+    with pytest.raises(PlanError, match="expected at most 64 kinds of layers, found 65"):
+        parse_plans("---\n".join(["schema: 1\n"] * 65), source="plan.yaml")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fqn", "found"),
+    [
+        ("model.layers.1-3,5", "model.layers.2.mlp.up_proj", ("model.layers.2", "mlp.up_proj")),
+        ("model.layers.1-3,5", "layers.5.mlp.up_proj", ("layers.5", "mlp.up_proj")),
+        ("model.layers.1-3,5", "model.language_model.layers.1.q", ("model.language_model.layers.1", "q")),
+        ("model.layers.1-3,5", "model.layers.4.mlp.up_proj", None),
+        ("model.layers.1-3,5", "model.layers.*.mlp.up_proj", None),
+        ("model.layers.*", "model.layers.*.mlp.up_proj", ("model.layers.*", "mlp.up_proj")),
+        ("model.layers.1-3,5", "model.vision_tower.encoder.layers.2.q", None),
+        (
+            "vision_tower.encoder.layers.*",
+            "model.vision_tower.encoder.layers.2.q",
+            ("model.vision_tower.encoder.layers.2", "q"),
+        ),
+        ("vision_tower.encoder.layers.*", "model.layers.2.q", None),
+        ("transformer.h.0-11", "transformer.h.3.attn.c_attn", ("transformer.h.3", "attn.c_attn")),
+        ("transformer.h.0-11", "h.3.attn.c_attn", ("h.3", "attn.c_attn")),
+        ("transformer_blocks.*", "transformer_blocks.7.norm1.linear", ("transformer_blocks.7", "norm1.linear")),
+        ("", "layers.7.q", ("layers.7", "q")),
+        ("", "encoder.layers.7.q", None),
+    ],
+)
+def test_a_layer_is_found_by_its_list_and_its_index(pattern, fqn, found):
+    assert LayerNames(pattern).split(fqn) == found
+
+
+@pytest.mark.parametrize(
+    ("indices", "pattern"), [([0], "h.0"), ([2, 0, 1], "h.0-2"), ([0, 1, 3, 5, 6], "h.0-1,3,5-6"), ([9, 10], "h.9-10")]
+)
+def test_indices_are_written_as_ranges(indices, pattern):
+    assert layers_pattern("h", indices) == pattern
+    assert [i for i in range(20) if LayerNames(pattern).split(f"h.{i}.x")] == sorted(indices)
 
 
 def test_a_bare_feed_forwards_roles_are_no_experts():

@@ -14,7 +14,8 @@ from torch import nn
 
 from fp8gate import Parallel, PlanError, PlanMismatchWarning, StaleTableWarning, auto_filter
 from fp8gate.filter.contract import software_check
-from fp8gate.filter.contract.plan import Candidate, write_plan
+from fp8gate.filter.contract.plans.plan import Candidate
+from fp8gate.filter.contract.plans.plan_file import write_plans
 
 Q, GATE = (64, 64), (64, 128)
 ROLES = {"self_attn.q_proj": (32, *Q), "mlp.gate_proj": (32, *GATE)}
@@ -44,7 +45,7 @@ def write(folder, *, name="tiny-rowwise-m32", convert=("self_attn.q_proj",), **f
     plan = make_plan(**{**fixed, "convert": convert, "candidates": candidates, **fields})
     path = folder / "nvidia-h200" / "plans" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
-    write_plan(plan, path)
+    write_plans([plan], path)
     return path
 
 

@@ -25,12 +25,13 @@ from fp8gate.calibrate.planning.block_worker_pool import StoppedError
 from fp8gate.calibrate.planning.plan_block import plan, plan_subject
 from fp8gate.calibrate.planning.plan_protocol import make_protocol
 from fp8gate.calibrate.planning.search import BF16_SET
-from fp8gate.calibrate.planning.subject import Subject, model_subject, plan_path
+from fp8gate.calibrate.planning.subject import Subject, model_subjects, plan_path
 from fp8gate.calibrate.report.plan_text import plan_json, plan_text
 from fp8gate.cli import app
 from fp8gate.filter.contract.devices import cpu_name
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.plan import exceeds_control, format_plan, parse_plan, write_plan
+from fp8gate.filter.contract.plans.plan import exceeds_control
+from fp8gate.filter.contract.plans.plan_file import format_plans, parse_plans, write_plans
 from fp8gate.filter.contract.table import Device
 
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ def test_every_set_of_two_roles_is_measured_and_the_file_reads_back(with_table):
     assert {one.convert for one in found.candidates} >= {(), ("inner",), ("outer",)}
     assert found.candidates[0].convert == ()
     assert {one.status for one in found.candidates} == {"measured"}
-    assert parse_plan(format_plan(found), source="plan").convert == found.convert
+    assert parse_plans(format_plans([found]), source="plan")[0].convert == found.convert
     assert found.shapes == {"inner": (16, 32, 64), "outer": (16, 64, 32)}
     assert all(one.fwd_us > 0 and one.bwd_us > 0 for one in found.candidates)
 
@@ -140,6 +141,15 @@ def test_too_many_roles_for_every_set(monkeypatch):
         planned(exhaustive=True)
 
 
+def test_a_complete_plan_that_is_run_again_measures_nothing(tmp_path):
+    """Although the visits that decided are in the journal too: the search asks the questions that it asked before."""
+    first = planned(out=tmp_path)
+    (journal,) = tmp_path.glob("*.jsonl")
+    before = journal.read_text()
+    assert planned(out=tmp_path).convert == first.convert
+    assert journal.read_text() == before
+
+
 def test_the_same_call_goes_on_where_it_was(tmp_path):
     with pytest.raises(StoppedError):
         planned(out=tmp_path, stop_after_s=0.0)
@@ -165,15 +175,16 @@ def test_roles_that_are_to_stay_in_bf16_are_in_no_set_and_in_the_file():
         blueprint=Blueprint.of(Block(), [block_input()], recomputed=False),
         whole=dict.fromkeys(("inner", "outer"), (32, 64)),
         tokens=16,
-        filter_fqns=("layers.*.inner",),
+        names={"inner": "layers.0.inner", "outer": "layers.0.outer"},
+        filter_fqns=("layers.0.inner",),
     )
     found = plan_subject(subject, recipe="rowwise", protocol=PROTOCOL)
     assert (found.left_out, found.possible) == (("inner",), ("outer",))
     assert not any("inner" in one.convert for one in found.candidates)
-    assert parse_plan(format_plan(found), source="it").left_out == ("inner",)
-    assert "without_inner" in plan_path(Path("thresholds"), subject, "rowwise", CPU).name
+    assert parse_plans(format_plans([found]), source="it")[0].left_out == ("inner",)
+    assert "without_inner" in plan_path(Path("thresholds"), [subject], "rowwise", CPU).name
     assert "left in bf16 as asked: inner" in plan_text(found)
-    assert "left_out" not in format_plan(msgspec.structs.replace(found, left_out=()))
+    assert "left_out" not in format_plans([msgspec.structs.replace(found, left_out=())])
 
 
 def test_a_block_that_float8_cannot_compute_is_an_error():
@@ -275,19 +286,19 @@ def test_bad_input_is_a_usage_error(run, args, complaint):
 )
 def test_a_file_is_named_by_what_is_not_the_default(config, tmp_path, options, name):
     asked = {"sequence": None, "tp": 1, "recomputed": False, **options}
-    subject = model_subject(str(config), tokens=32, **asked)
-    assert plan_path(tmp_path, subject, "rowwise", CPU).name == name
+    subjects, _ = model_subjects(str(config), tokens=32, **asked)
+    assert plan_path(tmp_path, subjects, "rowwise", CPU).name == name
 
 
 def test_a_plan_of_a_device_whose_name_only_looks_alike_is_not_replaced(config, tmp_path):
-    subject = model_subject(str(config), tokens=32, sequence=None, tp=1, recomputed=False)
-    path = plan_path(tmp_path, subject, "rowwise", CPU)
+    (subject,), _ = model_subjects(str(config), tokens=32, sequence=None, tp=1, recomputed=False)
+    path = plan_path(tmp_path, [subject], "rowwise", CPU)
     other = Device(name=f"{cpu_name()} ", kind="cpu", memory_gib=1.0)
-    write_plan(make_plan(device=other), path)
+    write_plans([make_plan(device=other)], path)
     with pytest.raises(InputError, match=r"\$\.device\.name: expected .*; give another --out"):
-        plan_path(tmp_path, subject, "rowwise", CPU)
-    write_plan(make_plan(device=msgspec.structs.replace(other, name=cpu_name())), path)
-    assert plan_path(tmp_path, subject, "rowwise", CPU) == path
+        plan_path(tmp_path, [subject], "rowwise", CPU)
+    write_plans([make_plan(device=msgspec.structs.replace(other, name=cpu_name()))], path)
+    assert plan_path(tmp_path, [subject], "rowwise", CPU) == path
 
 
 @pytest.mark.parametrize(
@@ -301,13 +312,13 @@ def test_a_plan_of_a_device_whose_name_only_looks_alike_is_not_replaced(config, 
     ],
 )
 def test_a_setting_that_production_changes_can_be_asked_for(config, tmp_path, recipe, asked, inductor, name):
-    subject = model_subject(str(config), tokens=32, sequence=None, tp=1, recomputed=False)
+    (subject,), _ = model_subjects(str(config), tokens=32, sequence=None, tp=1, recomputed=False)
     assert make_protocol(torch.device("cuda"), recipe, asked).inductor == inductor
-    assert plan_path(tmp_path, subject, recipe, CPU, asked).name == name
+    assert plan_path(tmp_path, [subject], recipe, CPU, asked).name == name
 
 
 def test_torchaos_rule_sees_the_undivided_layer(config):
-    subject = model_subject(str(config), tokens=32, sequence=None, tp=2, recomputed=False)
+    (subject,), _ = model_subjects(str(config), tokens=32, sequence=None, tp=2, recomputed=False)
     assert subject.whole["self_attn.q_proj"] == (64, 64)
     assert subject.blueprint.shapes["self_attn.q_proj"].n == 32
 
@@ -351,7 +362,7 @@ def test_sets_of_a_real_layer_share_memory_on_a_gpu_and_compute_what_they_should
     """Each is checked against bf16 when it is loaded, beside those that are loaded already, then all are visited; what
     was captured first still computes the same then, in the memory where its output was."""
     config.write_text(json.dumps(TINY_CONFIG))  # every role of it is divisible
-    subject = model_subject(str(config), tokens=256, sequence=256, tp=1, recomputed=False)
+    (subject,), _ = model_subjects(str(config), tokens=256, sequence=256, tp=1, recomputed=False)
     device = torch.device("cuda")
     protocol = msgspec.structs.replace(make_protocol(device, recipe), run_s=0.05, settle_s=0.05)
     bench = BlockBench(PlanJob(blueprint=subject.blueprint, recipe=recipe, protocol=protocol, device=device))
@@ -372,8 +383,7 @@ def test_sets_of_a_real_layer_share_memory_on_a_gpu_and_compute_what_they_should
         assert bench.answer(("visit", one)).slowdown is None
     for one, output in zip(sets, outputs, strict=True):
         prepared = bench._prepared[one]
-        prepared.forward.replay()
-        prepared.backward.replay()
+        prepared.graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(output.now(), output.then)
 

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import functools
 import signal
+import time
+from types import SimpleNamespace
 
 import msgspec
 import pytest
-from forked import SHAPES, Gate, Processes, free_port, points_in_table, sweep_arguments, table_in, wait_for_points
+from forked import (
+    SHAPES,
+    Gate,
+    Processes,
+    before_call,
+    free_port,
+    points_in_table,
+    sweep_arguments,
+    table_in,
+    wait_for_points,
+)
 from samples import journal_points
 
-from fp8gate.calibrate.points import setup
+from fp8gate.calibrate.points import setup, worker_pool
+from fp8gate.calibrate.points.point_worker import PointBench
 from fp8gate.calibrate.ranks import collector, rank_queue, rank_sweep
 from fp8gate.calibrate.ranks.collector import Collector, RankLimits
+from fp8gate.filter.contract.table import Incomplete
 
 SOON_DEAD = RankLimits(dead_s=2.0)
 
@@ -50,6 +64,16 @@ def become_a_rank(limits, changes):
     rank_sweep.Collector = functools.partial(Collector, limits=limits)
     for change in changes:
         change()
+
+
+def pass_time_before(point, seconds):
+    """So much time passes while this process measures its point of this number."""
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + seconds, sleep=time.sleep)
+
+    def pass_time():
+        worker_pool.time = rank_queue.time = clock
+
+    before_call(PointBench, "measure", point, pass_time)
 
 
 @pytest.fixture
@@ -171,4 +195,21 @@ def test_ctrl_c_ends_all_ranks_and_keeps_what_was_measured(ranks, gate, tmp_path
     assert leader.exit_code() == 130, leader.said
     assert other.exit_code() != 0  # by its own Ctrl-C, or as rank 0 is gone
     assert len(journal_points(tmp_path)) == 3
-    assert not list((tmp_path / "out").rglob("*.yaml"))
+    table = table_in(tmp_path)
+    assert table.incomplete == Incomplete(measured=3, of=len(SHAPES) + 2)
+    assert set(points_in_table(tmp_path)) < set(journal_points(tmp_path))  # two are repeats
+    ranks.sweep(2)
+    assert (table_in(tmp_path).incomplete, points_in_table(tmp_path)) == (None, SHAPES)
+
+
+def test_ranks_that_are_stopped_by_the_clock_leave_an_incomplete_table(ranks, tmp_path):
+    """The time is up while rank 0 measures its third point."""
+    stop_after_min = 60.0
+    ranks.arguments += ["--stop-after", str(stop_after_min)]
+    leader = ranks.start_rank(0, 1, functools.partial(pass_time_before, 3, stop_after_min * 60))
+    assert leader.exit_code() == 1, leader.said
+    table = table_in(tmp_path)
+    assert table.incomplete == Incomplete(measured=3, of=len(SHAPES) + 1)
+    assert "2 measurements are missing: the same command takes them" in leader.said
+    ranks.sweep(1)
+    assert (table_in(tmp_path).incomplete, points_in_table(tmp_path)) == (None, SHAPES)

@@ -20,6 +20,7 @@ from fp8gate.calibrate.report.page.pictures import tables_hash
 from fp8gate.calibrate.report.page.table_facts import STATUSES_WITHOUT_NUMBERS, quality, status_legend
 from fp8gate.calibrate.report.page.write_page import by_device, write_report
 from fp8gate.cli import app, options
+from fp8gate.filter.contract.bounds import Bounds, RunBounds
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.table import Grid, Spread, TableError, read_table
 from fp8gate.filter.decision.torchao_rule import torchao_converts
@@ -128,9 +129,17 @@ def test_quality_counts_what_is_not_as_it_should_be():
         "0, 2",
         "1",
         "20 points, 0.6% apart (median), 3.9% (95th percentile), 7.1% (worst)",
+        "what varies within one run",
         "one device",
         "20 points, 0.6% apart (median), 3.9% (95th percentile), 7.1% (worst); measured again beyond 0.5% and chance",
     ]
+
+
+def test_quality_tells_what_the_bounds_cover():
+    part = RunBounds(coverage=0.95, within=0.004, between=0.069, repeats=40)
+    found = quality(table(protocol=replace(PROTOCOL, bounds=Bounds(below_120_us=part))))
+    expected = "below 120 us: 95.0% of the points in another sweep, by 6.9% beside 0.4% within one run (40 repeats)"
+    assert found["bounds cover"] == expected
 
 
 def test_quality_tells_of_several_devices():

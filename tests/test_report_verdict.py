@@ -10,7 +10,8 @@ from builders import DEVICE, make_point, make_table, write_file, write_folder
 from msgspec.structs import replace
 
 from fp8gate.calibrate.report.page.verdict import DeviceVerdict, PlanMeasurement, few_wins_sentence
-from fp8gate.filter.contract.plan import Candidate, read_plan, write_plan
+from fp8gate.filter.contract.plans.plan import Candidate
+from fp8gate.filter.contract.plans.plan_file import read_plan, write_plans
 from fp8gate.filter.contract.table import read_table
 from fp8gate.filter.decision.lookup import Lookup
 
@@ -44,7 +45,7 @@ def write_small_plan(folder, **fields):
     measured = read_plan(PLANS / "llama3-8b-rowwise-m8192.yaml")
     plan = replace(measured, control=1.0, convert=("mlp.down_proj",), candidates=candidates, **fields)
     (folder / "plans").mkdir()
-    write_plan(plan, folder / "plans" / "llama3-8b-rowwise-m8192.yaml")
+    write_plans([plan], folder / "plans" / "llama3-8b-rowwise-m8192.yaml")
 
 
 def test_without_a_plan_the_table_predicts(folder):
@@ -115,7 +116,7 @@ def test_where_nothing_wins_one_sentence_is_the_verdict(tmp_path):
     ("speedups", "start"),
     [
         ([0.2, 0.57], "Convert nothing: float8 never wins here; the best of 2"),
-        ([0.2, 1.02], "Convert nothing: float8 wins nowhere by 1.05x"),
+        ([0.2, 1.02], "Convert next to nothing: float8 wins nowhere by 1.05x, as the filter asks"),
         ([*[0.2] * 40, 1.3], "Float8 loses nearly everywhere here: 1 of 41 measured points reach 1.05x"),
         ([0.2, 1.3], None),
     ],

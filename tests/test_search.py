@@ -9,7 +9,7 @@ import random
 import pytest
 
 from fp8gate.calibrate.planning.search import BF16_SET, Rules, gain, search, search_all
-from fp8gate.filter.contract.plan import read_plan
+from fp8gate.filter.contract.plans.plan_file import read_plan
 from fp8gate.filter.locate.places import packaged_thresholds
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")

@@ -15,7 +15,7 @@ import torch
 from builders import DEVICE, SOFTWARE_HERE, make_point, make_table, write_file
 from plans import make_plan
 
-from fp8gate.filter.contract.plan import write_plan
+from fp8gate.filter.contract.plans.plan_file import write_plans
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.model.model_config import BUNDLED
 
@@ -75,7 +75,7 @@ def test_every_choice_trains(
     llama: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = write_file(TABLE, tmp_path / "rowwise.yaml")
-    write_plan(make_plan(), tmp_path / "plan.yaml")
+    write_plans([make_plan()], tmp_path / "plan.yaml")
     options = ("--recipe", "rowwise", "--tables", table, "--plan", tmp_path / "plan.yaml", "--out", tmp_path / "out")
     bench(llama, monkeypatch, *options)
 

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from plans import TINY_CONFIG
+from real_forward import rows_of_calls
 from torch import nn
 from typer.testing import CliRunner
 
@@ -16,7 +17,7 @@ from fp8gate.cli import app
 from fp8gate.filter.model.model_config import ModelError
 from fp8gate.filter.observe.describe import describe_model
 from fp8gate.filter.observe.observe import observe
-from fp8gate.filter.observe.transformers_model import example_inputs
+from fp8gate.filter.observe.transformers_build import example_inputs
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers")
 
@@ -124,23 +125,6 @@ def build(model_type, name=None, device="cpu"):
         pytest.skip(f"{model_type}: {type(error).__name__}: {error}")
 
 
-def seen_by_hooks(model, inputs):
-    """(calls, fewest rows) of each linear that a real forward calls."""
-    rows: dict[str, list[int]] = {}
-    for name, linear in model.named_modules():
-        if isinstance(linear, nn.Linear):
-            hook = lambda _, args, name=name: rows.setdefault(name, []).append(args[0].numel() // args[0].shape[-1])  # noqa: E731
-            linear.register_forward_pre_hook(hook)
-    made = {
-        key: torch.zeros(value.shape, dtype=value.dtype) if value.dtype == torch.long else torch.randn(value.shape)
-        for key, value in inputs.items()
-    }
-    torch.manual_seed(0)
-    with torch.no_grad():
-        model.train()(**made)
-    return {name: (len(found), min(found)) for name, found in rows.items()}
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
@@ -150,10 +134,11 @@ def test_what_is_observed_is_what_a_real_forward_does(model_type, name):
     model = build(model_type, name)
     inputs = example_inputs(model, model.config, TOKENS, samples=2)
     observed = observe(build(model_type, name, device="meta"), inputs).linears
-    real = seen_by_hooks(model, inputs)
-    assert {fqn: seen.calls for fqn, seen in observed.items() if seen.calls} == {fqn: n for fqn, (n, _) in real.items()}
+    real = rows_of_calls(model, inputs)
+    called = {fqn: seen.calls for fqn, seen in observed.items() if seen.calls}
+    assert called == {fqn: len(rows) for fqn, rows in real.items()}
     known = {fqn: seen.rows for fqn, seen in observed.items() if seen.rows is not None}
-    assert known == {fqn: rows for fqn, (_, rows) in real.items() if fqn in known}
+    assert known == {fqn: min(rows) for fqn, rows in real.items() if fqn in known}
     assert {fqn for fqn in real if fqn not in known} <= {fqn for fqn in real if "expert" in fqn}
 
 
@@ -260,10 +245,15 @@ def test_what_transformers_cannot_build_says_what_to_do(tmp_path, facts, complai
 
 def test_explain_takes_linears_from_the_command_line(tmp_path):
     base = ["explain", "mine", "--recipe", "rowwise", "--tokens", "8192", "--device", "H200", "--json"]
-    linears = ["--linear", "q,4096,4096,32", "--linear", "expert,4096,14336,8,256"]
+    sizes = ("q,4096,4096,32", "o,4096,4096,32", "expert,4096,14336,8,256")
+    linears = [part for size in sizes for part in ("--linear", size)]
     shown = json.loads(CliRunner().invoke(app, [*base, *linears]).stdout)
     rows = {row["fqn"]: (row["count"], row["m"], row["k"], row["n"], row["convert"]) for row in shown["layers"]}
-    assert rows == {"q": (32, 8192, 4096, 4096, False), "expert": (8, 256, 4096, 14336, False)}
+    assert rows == {
+        "q": (32, 8192, 4096, 4096, True),  # at 1.04x: its name says that it shares its input
+        "o": (32, 8192, 4096, 4096, False),
+        "expert": (8, 256, 4096, 14336, False),
+    }
     assert shown["note"] is None
     assert not any("fp8gate plan" in remark for remark in shown["remarks"])
     twice = CliRunner().invoke(app, [*base, "--linear", "q,64,64,1", "--linear", "q,64,64,1"])

@@ -10,8 +10,8 @@ import torch
 from torch._inductor.runtime import triton_heuristics
 
 from fp8gate.calibrate.device.cuda.launch_tuning import tune_by
-from fp8gate.calibrate.device.cuda.timer import HEAD_START, CudaTimer
-from fp8gate.calibrate.device.timer import TUNING_RUNS
+from fp8gate.calibrate.device.cuda.timer import HEAD_START, CapturedArm, CudaTimer
+from fp8gate.calibrate.device.timer import TUNING_RUNS, Sample
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ class FakeGpu:
         self.times_us, self.now_us, self.log = iter(times_us), 0.0, []
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=2**16))
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing, external: FakeEvent(self))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.log.append("wait"))
 
     def enqueue(self, name, time_us):
@@ -91,6 +91,43 @@ class LoggedTimer(CudaTimer):
 
     def flush(self):
         self.gpu.enqueue("flush", 60.0)
+
+
+class FakeGraph:
+    """Rounds of one arm as a graph: the GPU runs it at its own pace, whenever the host launches it."""
+
+    def __init__(self, gpu, name, rounds):
+        self.gpu, self.name = gpu, name
+        self.events = [tuple(FakeEvent(gpu) for _ in range(4)) for _ in range(rounds)]
+
+    def replay(self):
+        self.gpu.now_us += 500.0  # a loaded host
+        self.gpu.log.append(self.name)
+        for one in self.events:
+            for event, time_us in zip(one, (60.0, 10.0, 60.0, 20.0), strict=True):  # before the event
+                self.gpu.now_us += time_us
+                event.record()
+
+
+def captured(gpu, name, rounds=4):
+    graph = FakeGraph(gpu, name, rounds)
+    return CapturedArm(graph, graph.events, None)
+
+
+@pytest.mark.parametrize(("asked", "replays"), [(1, 1), (4, 1), (5, 2)])
+def test_a_replay_gives_all_its_rounds_and_nothing_of_the_host(monkeypatch, asked, replays):
+    gpu = FakeGpu(monkeypatch, [])
+    rounds = LoggedTimer(gpu).rounds([captured(gpu, "a")], [[0]] * asked)
+    assert rounds == [[Sample(10.0, 20.0)]] * (4 * replays)
+    assert gpu.log == ["a", "wait"] * replays
+
+
+def test_arms_take_turns_replay_by_replay(monkeypatch):
+    gpu = FakeGpu(monkeypatch, [])
+    orders = [[0, 1], [1, 0], [0, 1], [1, 0]]
+    rounds = LoggedTimer(gpu).rounds([captured(gpu, "a", 4), captured(gpu, "b", 1)], orders)
+    assert rounds == [[Sample(10.0, 20.0)] * 2] * 4
+    assert gpu.log == ["a", "b", "wait", "b", "a", "wait", "a", "b", "wait", "b", "a", "wait"]
 
 
 def test_the_shortest_of_all_runs_counts(monkeypatch):

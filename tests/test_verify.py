@@ -20,7 +20,7 @@ from fp8gate.calibrate.device.registry import describe_device
 from fp8gate.calibrate.points import setup
 from fp8gate.calibrate.sweep.run_sweep import SweepResult
 from fp8gate.cli import app
-from fp8gate.filter.contract.plan import write_plan
+from fp8gate.filter.contract.plans.plan_file import write_plans
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Spread
 
@@ -81,7 +81,7 @@ def test_a_table_that_holds_is_exit_code_0(verify):
 
 def test_plans_are_read_too_but_not_measured(verify, folder):
     path = folder / "here" / "plans" / "tiny.yaml"
-    write_plan(make_plan(), path)
+    write_plans([make_plan()], path)
     assert "2 tables and 1 plans read and checked" in verify().stdout
     path.write_text("schema: 1\n")
     result = verify()

@@ -10,14 +10,14 @@ from plans import make_plan
 from typer.testing import CliRunner
 
 from fp8gate.cli import app, options
-from fp8gate.filter.contract.plan import write_plan
+from fp8gate.filter.contract.plans.plan_file import write_plans
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(options, "find_spec", lambda name: None)
     write_folder(tmp_path, make_table(make_point(32, 64, 128)))
-    write_plan(make_plan(), tmp_path / "nvidia-h200" / "plans" / "tiny.yaml")
+    write_plans([make_plan()], tmp_path / "nvidia-h200" / "plans" / "tiny.yaml")
     return tmp_path
 
 
@@ -36,6 +36,7 @@ def test_as_json_they_are_named(folder):
         "measured": False,
         "files": [str(folder / "nvidia-h200" / "rowwise.yaml")],
         "plans": [str(folder / "nvidia-h200" / "plans" / "tiny.yaml")],
+        "incomplete": {},
     }
 
 

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,10 +158,15 @@ def _observed_shapes(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, 
     finally:
         for hook in hooks:
             hook.remove()
+    return one_shape_each(shapes, [block_role(name) for name, _ in linears_in(module)])
+
+
+def one_shape_each(shapes: Mapping[str, Collection[LinearShape]], roles: Iterable[str]) -> dict[str, LinearShape]:
+    """The shape of each role that was seen, in this order. Raises BlockError if a role has several."""
     for role, found in shapes.items():
         if len(found) > 1:
             raise BlockError(f"{role}: expected linears of one shape, found {', '.join(map(str, sorted(found)))}")
-    return {block_role(name): shape for name, _ in linears_in(module) for shape in shapes.get(block_role(name), ())}
+    return {role: shape for role in roles for shape in shapes.get(role, ())}
 
 
 def _identity(module: nn.Module, inputs: Mapping[str, Any], about: str) -> str:

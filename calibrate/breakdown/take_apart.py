@@ -108,8 +108,9 @@ class _ProfilingBench:
         clocks_mhz: list[int] = []
         while not samples or (time.perf_counter() < end and len(samples) < rounds):
             before = time.perf_counter()
-            samples += [sample for (sample,) in self.timer.rounds([prepared], [[0]] * batch)]
-            batch = max(1, round(BATCH_S * batch / (time.perf_counter() - before)))
+            found = self.timer.rounds([prepared], [[0]] * batch)
+            samples += [sample for (sample,) in found]
+            batch = max(1, round(BATCH_S * len(found) / (time.perf_counter() - before)))
             if (clock_mhz := self.watch.sm_clock_mhz()) is not None:
                 clocks_mhz.append(clock_mhz)
             if slowdown := self.watch.slowdown():

@@ -3,9 +3,11 @@
 In: two tables. Out: a `Comparison`: the points that changed by more than chance, the decisions that flip, how far all
 points have shifted together, and what this means for models.
 
-Two honest sweeps differ too. Each point varies within its bounds, and from one process or board to the next it varies
-by the spread that the tables state. Only a change that exceeds both together counts. Where chance allows so much that
-a change which matters would not show, a comparison without findings says nothing: `can_tell` is False then.
+Two honest sweeps differ too: at each point by what the bounds of both allow, mostly. Beyond that are a few points by
+chance, so a finding is a point that changed far beyond its bounds, or more points beyond theirs than chance allows.
+Bounds of older tables cover one run only: there a point changed if it exceeds the bounds and a multiple of the spread
+that the tables state. Where chance allows so much that a change which matters would not show, a comparison without
+findings says nothing: `can_tell` is False then.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from fp8gate.calibrate.comparison.point_change import PointChange, compare_points, most_by_chance
 from fp8gate.calibrate.timing.statistics import Interval, ratio_of
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
@@ -28,11 +31,6 @@ from fp8gate.filter.model.parallel import Shards
 SHIFT = 0.03
 """How far all speedups together may shift by chance. Two H200 of one machine differ by up to 2.2 % (the median over the
 points of a size, LOG.md)."""
-SPREADS = 3.0
-"""How many times the spread a point may change by chance, beside its bounds. The spread is the 95th percentile of the
-repeated points; the mean of both tables is taken, because each repeats 20 points only. Of the 1221 speedups of two
-sweeps, the one that differed most lay at 2.4 spreads, beside its bounds (LOG.md, 2026-11-25)."""
-DEFAULT_SPREAD = 0.05  # for tables that state none
 FINDABLE = 0.10
 """A change of all speedups together must show if it is as large. It would flip 16 to 31 of the 407 decisions of an H200
 table; two honest sweeps flip 2 to 8."""
@@ -41,29 +39,6 @@ FINDABLE_AT_A_POINT = 0.25
 the median point 14, 18 and 20 % (rowwise, rowwise_with_gw_hp, tensorwise), so no less can be asked of honest tables."""
 CONFIDENCE = 0.99
 MIN_POINTS = 8  # the fewest that give bounds at that confidence
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PointChange:
-    """One shape that both tables measured. allowed: how far ln(after / before) may be from 0 by chance."""
-
-    before: Point
-    after: Point
-    allowed: float
-    flips: bool
-
-    @property
-    def shape(self) -> LinearShape:
-        return self.before.shape
-
-    @property
-    def change(self) -> float:
-        """0.1 means that the speedup is 10 % higher."""
-        return _speedup(self.after) / _speedup(self.before) - 1
-
-    @property
-    def is_beyond_chance(self) -> bool:
-        return abs(math.log(1 + self.change)) > self.allowed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +82,15 @@ class Comparison:
         return sorted(found, key=lambda point: -abs(math.log(1 + point.change)))
 
     @property
+    def beyond_bounds(self) -> list[PointChange]:
+        """The points that differ by more than the bounds of both allow. A few do by chance."""
+        return [point for point in self.points if point.is_beyond_bounds]
+
+    @property
+    def has_many_beyond_bounds(self) -> bool:
+        return len(self.beyond_bounds) > most_by_chance(len(self.points))
+
+    @property
     def flips(self) -> list[PointChange]:
         """The points whose decision changes, whether by chance or not."""
         return [point for point in self.points if point.flips]
@@ -122,7 +106,8 @@ class Comparison:
 
     @property
     def has_findings(self) -> bool:
-        return bool(self.changed or self.lost or self.has_shifted or self.shifted_tokens)
+        found = self.changed or self.lost or self.has_shifted or self.shifted_tokens
+        return bool(found) or self.has_many_beyond_bounds
 
     @property
     def allowance(self) -> float | None:
@@ -169,8 +154,8 @@ def compare_tables(
         raise TableError(f"{before.recipe}: the tables have no point in common")
     lookups = Lookup(before), Lookup(after)
     pairs = [(old[shape], new[shape]) for shape in common]
-    spread = (_spread(before) + _spread(after)) / 2
-    points = tuple(_compare(a, b, spread, min_speedup) for a, b in pairs if _has_numbers(a) and _has_numbers(b))
+    parts = before.protocol, after.protocol
+    points = tuple(compare_points(a, b, parts, min_speedup) for a, b in pairs if _has_numbers(a) and _has_numbers(b))
     return Comparison(
         recipe=before.recipe,
         before=before,
@@ -210,12 +195,6 @@ def _width(shift: Interval) -> float:
     return math.log(max(shift.high / shift.estimate, shift.estimate / shift.low))
 
 
-def _compare(before: Point, after: Point, spread: float, min_speedup: float) -> PointChange:
-    bounds = math.hypot(_half_width(before), _half_width(after))
-    flips = (_speedup(before) >= min_speedup) != (_speedup(after) >= min_speedup)
-    return PointChange(before=before, after=after, allowed=bounds + SPREADS * spread, flips=flips)
-
-
 def _compare_model(
     name: str, config: ModelConfig, shards: Shards, lookups: tuple[Lookup, Lookup], min_speedup: float
 ) -> ModelChange:
@@ -236,20 +215,5 @@ def _compare_model(
     return ModelChange(name=name, before_us=before_us, after_us=after_us, stale_us=stale_us, flipped=tuple(flipped))
 
 
-def _spread(table: Table) -> float:
-    return table.protocol.spread.p95 if table.protocol.spread else DEFAULT_SPREAD
-
-
 def _has_numbers(point: Point) -> bool:
     return point.status in WITH_NUMBERS
-
-
-def _speedup(point: Point) -> float:
-    assert point.speedup, point
-    return point.speedup
-
-
-def _half_width(point: Point) -> float:
-    assert point.speedup_low, point
-    assert point.speedup_high, point
-    return math.log(point.speedup_high / point.speedup_low) / 2

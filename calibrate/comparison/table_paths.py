@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from fp8gate.filter.contract.plan import PLANS, read_plan
+from fp8gate.filter.contract.plans.plan import PLANS
+from fp8gate.filter.contract.plans.plan_file import read_plans
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
-from fp8gate.filter.contract.table import Table, TableError, read_table
+from fp8gate.filter.contract.table import Incomplete, Table, TableError, read_table
 
 
 def read_tables(path: Path) -> dict[Path, Table]:
@@ -32,8 +33,13 @@ def read_all(folder: Path) -> tuple[dict[Path, Table], tuple[Path, ...]]:
     if not tables:
         raise TableError(f"{folder}: expected tables such as nvidia-h200/rowwise.yaml; found none")
     for path in plans:
-        read_plan(path)
+        read_plans(path)
     return tables, plans
+
+
+def incomplete_of(tables: Mapping[Path, Table]) -> dict[Path, Incomplete]:
+    """Those whose sweep was stopped, and how far it came."""
+    return {path: table.incomplete for path, table in tables.items() if table.incomplete}
 
 
 def by_recipe(files: Mapping[Path, Table]) -> dict[Recipe, tuple[Path, Table]]:

@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from fp8gate.calibrate.comparison.compare_tables import Comparison, compare_tables
-from fp8gate.calibrate.comparison.table_paths import by_recipe, read_all
+from fp8gate.calibrate.comparison.table_paths import by_recipe, incomplete_of, read_all
 from fp8gate.calibrate.points.noise import TOO_MANY
 from fp8gate.calibrate.points.setup import Setup, make_setup
 from fp8gate.calibrate.processes.run_folder import run_folder
@@ -25,7 +25,7 @@ from fp8gate.filter.contract.errors import UnfinishedError
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.software_check import stale
-from fp8gate.filter.contract.table import WITH_NUMBERS, Grid, Table
+from fp8gate.filter.contract.table import WITH_NUMBERS, Grid, Incomplete, Table
 
 
 class UnverifiedError(UnfinishedError):
@@ -37,7 +37,7 @@ class Verification:
     """files, plans: every table and every plan that was found; all of them could be read.
 
     comparisons: empty if no table is of this device. stale: how the software of a table differs from the software here.
-    compared: the file of each table that was compared.
+    compared: the file of each table that was compared. incomplete: how far the sweep came that was stopped, by file.
     """
 
     device: str
@@ -46,6 +46,7 @@ class Verification:
     comparisons: tuple[Comparison, ...]
     stale: Mapping[Recipe, str]
     compared: Mapping[Recipe, Path]
+    incomplete: Mapping[Path, Incomplete]
 
     @property
     def contradicted(self) -> dict[Recipe, Path]:
@@ -87,6 +88,7 @@ def verify(folder: Path, device: torch.device, *, points: int, min_speedup: floa
         comparisons=tuple(compare_tables(here[r], again[r], min_speedup=min_speedup) for r in here),
         stale={recipe: found for recipe, table in here.items() if (found := stale(table.software))},
         compared={recipe: path for recipe, (path, _) in files.items()},
+        incomplete=incomplete_of(tables),
     )
 
 
@@ -102,6 +104,7 @@ def _measure_again(
             device=device,
             setup=setup,
             out=Path(out),
+            writes_incomplete=False,
             workers=workers,
         )
     if not result.tables:

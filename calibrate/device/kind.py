@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fp8gate.calibrate.device.timing_lock import TimingLock
     from fp8gate.calibrate.device.watch import Watch
 
-from fp8gate.filter.contract.table import Device, DeviceKindName, Grid
+from fp8gate.filter.contract.table import Device, DeviceKindName, Grid, TimerName
 
 FAR = 1.25
 """A speedup is measured again if it is so many times what lies between its neighbours on the grid. Of 2304 speedups of
@@ -34,6 +34,8 @@ class NoiseLimits:
     waited: seconds that the threads waited for a processor, per second of measuring. measures_twice: whether every
     point is measured by a second process later; otherwise a share of the points is, and those that look like noise.
     far: a speedup looks like noise if it is so many times what lies between its neighbours on the grid.
+    repeats: of so many points of each class of `Bounds`, a second process shows what differs from run to run.
+    between_runs: how far ln(speedup) is taken to differ from run to run, in each class, where repeats are too few.
     """
 
     width: float
@@ -41,6 +43,8 @@ class NoiseLimits:
     waited: float
     measures_twice: bool
     far: float = FAR
+    repeats: int = 0
+    between_runs: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +59,7 @@ class MeasuringDefaults:
     copy_bytes: of the source of a copy, more than any cache.
     """
 
-    timer: Literal["cuda_graphs", "wall_clock"]
+    timer: TimerName
     compiles: bool
     control: float
     noise: NoiseLimits

@@ -63,7 +63,7 @@ class Timer(Protocol[Prepared]):
         """Run once and return what was computed, for the numeric check."""
 
     def rounds(self, prepared: Sequence[Prepared], orders: Sequence[Order]) -> list[list[Sample]]:
-        """Run a round for each order. Returns the samples of each round, in the order of `prepared`."""
+        """Run a round for each order, or more. Returns the samples of each round, in the order of `prepared`."""
 
     def forget_results(self, prepared: Prepared) -> None:
         """Let other arms compute in the memory of these results: nobody asks for them any more."""

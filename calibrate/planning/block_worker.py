@@ -30,7 +30,7 @@ from fp8gate.calibrate.device.watch import Watch
 from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET, RoleSet
 from fp8gate.calibrate.processes.channel import Channel
 from fp8gate.calibrate.timing.steady_run import run_steadily
-from fp8gate.filter.contract.plan import PlanProtocol
+from fp8gate.filter.contract.plans.plan import PlanProtocol
 from fp8gate.filter.contract.recipes import Recipe
 
 MAX_ERROR = 0.45

@@ -32,7 +32,7 @@ from fp8gate.calibrate.planning.visit_rounds import VisitRounds
 from fp8gate.calibrate.processes.run_folder import run_folder
 from fp8gate.calibrate.sweep.progress import steps_bar
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.plan import Candidate, Plan, PlanProtocol, exceeds_control
+from fp8gate.filter.contract.plans.plan import Candidate, Plan, PlanProtocol, exceeds_control
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.model.model_linears import grouped_weights
 
@@ -45,19 +45,23 @@ def plan(
     *,
     recipe: Recipe,
     name: str = "block",
+    layers: str = "",
     recomputed: bool = False,
     **options: Any,
 ) -> Plan:
     """Plan any block of layers. Linears are grouped by role: the name within the block without layer indices.
 
     example_inputs: the arguments that it is called with in training. Random data replaces the parameters, and the
-    inputs that require a gradient. recomputed: under activation checkpointing. options: of `plan_subject`.
+    inputs that require a gradient. layers: which layers of the model are such blocks ("transformer_blocks.0-18"); ""
+    for all that are in a list named `layers`. recomputed: under activation checkpointing. options: of `plan_subject`.
     Raises BlockError for a block that cannot be planned.
     """
     blueprint = Blueprint.of(block, example_inputs, recomputed=recomputed)
     whole = {role: (shape.k, shape.n) for role, shape in blueprint.shapes.items()}
     tokens = max(shape.m for shape in blueprint.shapes.values())
-    return plan_subject(Subject(name=name, blueprint=blueprint, whole=whole, tokens=tokens), recipe=recipe, **options)
+    return plan_subject(
+        Subject(name=name, blueprint=blueprint, whole=whole, tokens=tokens, layers=layers), recipe=recipe, **options
+    )
 
 
 def plan_subject(
@@ -107,7 +111,8 @@ def plan_subject(
             BlockWorkerPool(job, workers, until=until) as pool,
             steps_bar(shows_bar) as bar,
         ):
-            say(f"{setup.device.name}: {subject.name}, {recipe}, {len(roles)} roles, {workers} workers, {journal.path}")
+            what = " ".join(filter(None, (subject.name, subject.layers)))
+            say(f"{setup.device.name}: {what}, {recipe}, {len(roles)} roles, {workers} workers, {journal.path}")
             if journal.had_no_checksums:
                 say(f"warning: {journal.path} had no checksums: its visits were taken as they are, and have them now")
             rounds = VisitRounds(pool, journal, subject.blueprint.shapes, say, start=start, until=until, bar=bar)
@@ -163,6 +168,7 @@ def _make_plan(
         convert=rounds.in_order(chosen),
         exhaustive=exhaustive,
         left_out=subject.left_out,
+        layers=subject.layers,
         candidates=tuple(candidates),
     )
 

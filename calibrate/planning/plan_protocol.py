@@ -13,7 +13,7 @@ from fp8gate.calibrate.arms.linear import inductor_settings
 from fp8gate.calibrate.device.capacity import default_workers
 from fp8gate.calibrate.device.registry import KINDS, kind_of
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.plan import PlanProtocol
+from fp8gate.filter.contract.plans.plan import PlanProtocol
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.table import Device
 

@@ -14,12 +14,13 @@ from fp8gate.calibrate.arms.blueprint import linears_in
 from fp8gate.calibrate.planning.search import RoleSet
 from fp8gate.calibrate.planning.subject import Subject
 from fp8gate.filter.contract.names import block_role
-from fp8gate.filter.contract.plan import TableUsed
+from fp8gate.filter.contract.plans.plan import TableUsed
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Table, TableError
-from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, decide
+from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import Lookup
+from fp8gate.filter.decision.shared_input import decide_linear, input_kind
 from fp8gate.filter.decision.torchao_rule import torchao_converts
 from fp8gate.filter.locate.find_table import find_table
 
@@ -51,7 +52,7 @@ class TableAnswer:
         convert = [
             role
             for role in possible
-            if decide(shapes[role], lookup, min_speedup=DEFAULT_MIN_SPEEDUP, recomputed=recomputed).convert
+            if decide_linear(input_kind(role), shapes[role], lookup, recomputed=recomputed).convert
         ]
         counts = Counter(block_role(name) for name, _ in linears_in(subject.blueprint.template))
         saved_us = {role: counts[role] * _saved_us(shapes[role], lookup, recomputed) for role in possible}

@@ -12,7 +12,7 @@ import msgspec
 
 from fp8gate.calibrate.points.setup import Header
 from fp8gate.calibrate.sweep.journal import Journal
-from fp8gate.filter.contract.plan import CandidateStatus, PlanProtocol
+from fp8gate.filter.contract.plans.plan import CandidateStatus, PlanProtocol
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.table import Device, Positive, Software
 

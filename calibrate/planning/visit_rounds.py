@@ -19,7 +19,7 @@ from fp8gate.calibrate.planning.block_worker_pool import BlockWorkerDiedError, B
 from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET, RoleSet
 from fp8gate.calibrate.planning.visit_journal import PlanJournal, VisitRecord
 from fp8gate.calibrate.sweep.progress import Steps, StepsBar
-from fp8gate.filter.contract.plan import CandidateStatus
+from fp8gate.filter.contract.plans.plan import CandidateStatus
 
 MAX_ATTEMPTS = 2  # calls in which a set may fail: memory may have been taken the first time
 MAX_SLOWDOWNS = 3  # in a row: the GPU will not get faster by waiting
@@ -57,14 +57,17 @@ class VisitRounds:
                 self._note(record)
 
     def __call__(self, candidates: Sequence[RoleSet], visits: int) -> dict[RoleSet, tuple[float, ...]]:
-        """Raises StoppedError when the time is up or the GPU slows down again and again, BlockWorkerDiedError."""
+        """Raises StoppedError when the time is up or the GPU slows down again and again, BlockWorkerDiedError.
+
+        A journal may know more visits. They are left out, so that a search that is run again asks the same questions.
+        """
         self._steps = Steps(self._count(candidates, visits))
         while lacking := [one for one in candidates if self._lacks(one, visits)]:
             new = [one for one in dict.fromkeys([BF16_SET, *lacking]) if one not in self._loaded]
             if new:
                 self._load(new)
             self._run_round(list(dict.fromkeys([BF16_SET, *(one for one in lacking if one not in self.failed)])))
-        return {one: self.log_ratios(one) for one in candidates}
+        return {one: self.log_ratios(one)[:visits] for one in candidates}
 
     @property
     def candidates(self) -> list[RoleSet]:

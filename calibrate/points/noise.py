@@ -1,7 +1,7 @@
 """Which numbers are noise: they are never called measured, and decide nothing. Pure.
 
 In: all records of a recipe, the device's `NoiseLimits`. Out: a `Row` for each shape: its row of the table, and why it
-is noise if it is.
+is noise if it is; and what the rows' bounds cover.
 
 A measurement is disturbed if its bounds are too wide or its process had to wait for a processor. A point counts if its
 last undisturbed measurement agrees with another one, whichever process took it, or is the only one there is.
@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from fp8gate.calibrate.device.kind import NoiseLimits
+from fp8gate.calibrate.points.bounds import RepeatedPoint, run_bounds, widened
 from fp8gate.calibrate.points.point_record import PointRecord, make_point
 from fp8gate.calibrate.timing.statistics import Interval
+from fp8gate.filter.contract.bounds import Bounds, RunBounds, is_small
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Point, SweepProtocol
@@ -27,7 +29,6 @@ TOO_MANY = 0.1
 """The share of noise from which on a sweep has not done its work. An interpolation takes 8 points around a shape: at a
 tenth, more than half of them lack one."""
 MIN_DISAGREEING = 2  # points whose repeats disagree; a single one may be bad luck
-DOUBT_QUANTILE = 0.95  # of how far two measurements of a point are apart: bounds cover at least that much
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,29 +47,43 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Measurement:
-    """One record of a shape that has numbers. disturbed: why it cannot be trusted, or ""."""
+    """One record of a shape with numbers. bf16_us: as a row states it. disturbed: why it cannot be trusted, or ""."""
 
     record: PointRecord
     speedup: Interval
+    bf16_us: float
     disturbed: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Verdict:
-    """What counts of a shape's measurements: the chosen one and those that confirm it; or why they are noise."""
+    """What counts of a shape's measurements: the chosen one and those that confirm it; or why they are noise.
+
+    repeat: the one that shows how far another sweep is from the chosen one. Where all points are measured twice, it is
+    one that confirms, as it would be in another sweep.
+    """
 
     chosen: _Measurement
     witnesses: tuple[_Measurement, ...] = ()
+    repeat: _Measurement | None = None
     noise: str = ""
 
 
 def judge(
     records: Iterable[PointRecord], recipe: Recipe, protocol: SweepProtocol, limits: NoiseLimits
 ) -> dict[LinearShape, Row]:
-    """The row of every shape that was measured for the recipe, sorted by shape.
+    """The row of every shape that was measured for the recipe, sorted by shape: `judge_with_bounds` without bounds."""
+    return judge_with_bounds(records, recipe, protocol, limits)[0]
 
-    A shape's last measurement that is no repeat and not disturbed gives the numbers. Where every point is measured
-    twice, the bounds cover both measurements, and are at least as wide as measurements of a point mostly differ.
+
+def judge_with_bounds(
+    records: Iterable[PointRecord], recipe: Recipe, protocol: SweepProtocol, limits: NoiseLimits
+) -> tuple[dict[LinearShape, Row], Bounds | None]:
+    """The row of every shape that was measured for the recipe, sorted by shape, and what the rows' bounds cover.
+
+    A shape's last measurement that is no repeat and not disturbed gives the numbers. The bounds cover what varies
+    within its run, what repeats say of the difference between runs, and each measurement that confirms it. There are no
+    bounds without numbers.
     """
     by_shape: dict[LinearShape, list[PointRecord]] = defaultdict(list)
     for record in records:
@@ -76,18 +91,19 @@ def judge(
             by_shape[record.shape].append(record)
     measured = {shape: _measurements(found, recipe, protocol, limits) for shape, found in by_shape.items()}
     verdicts = {shape: _verdict(found, limits) for shape, found in measured.items()}
-    doubt = _doubt(verdicts.values()) if limits.measures_twice else None
+    bounds = _bounds([verdict for verdict in verdicts.values() if verdict and not verdict.noise], limits)
     rows = {}
     for shape in sorted(by_shape):
         firsts = [record for record in by_shape[shape] if not record.repeat]
         if verdict := verdicts[shape]:
-            point = _point(verdict, recipe, protocol, doubt)
+            part = bounds.of(verdict.chosen.bf16_us) if bounds else None
+            point = _point(verdict, recipe, protocol, part)
             is_disturbed = bool(verdict.chosen.disturbed)
             times = len(measured[shape])
             rows[shape] = Row(point=point, noise=verdict.noise, is_disturbed=is_disturbed, measurements=times)
         elif firsts:
             rows[shape] = Row(point=firsts[-1].point(recipe, protocol))
-    return rows
+    return rows, bounds
 
 
 def calm(records: Iterable[PointRecord], limits: NoiseLimits) -> list[PointRecord]:
@@ -127,7 +143,8 @@ def _measurements(
     for record in records:
         if record.status(recipe) == "measured":
             speedup = record.speedup(recipe, protocol)
-            found.append(_Measurement(record=record, speedup=speedup, disturbed=_disturbed(record, speedup, limits)))
+            bf16_us, disturbed = sum(record.times_us(recipe, protocol)[:2]), _disturbed(record, speedup, limits)
+            found.append(_Measurement(record=record, speedup=speedup, bf16_us=bf16_us, disturbed=disturbed))
     return found
 
 
@@ -159,7 +176,19 @@ def _verdict(found: Sequence[_Measurement], limits: NoiseLimits) -> _Verdict | N
     if others and not agreeing:
         speedups = ", ".join(f"{one.speedup.estimate:.4g}" for one in found)
         return _Verdict(chosen=chosen, noise=f"its measurements disagree: {speedups}")
-    return _Verdict(chosen=chosen, witnesses=tuple(one for one in agreeing if not one.disturbed))
+    witnesses = tuple(one for one in agreeing if not one.disturbed)
+    repeats = witnesses if limits.measures_twice else _repeats(chosen, others)
+    return _Verdict(chosen=chosen, witnesses=witnesses, repeat=repeats[0] if repeats else None)
+
+
+def _repeats(chosen: _Measurement, others: Sequence[_Measurement]) -> Sequence[_Measurement]:
+    """Those that other processes took of a random sample of points, whatever they say, those of other devices first.
+
+    Second looks do not count: they were taken at points that looked like noise.
+    """
+    process = chosen.record.process
+    found = [one for one in others if one.record.repeat and one.record.process != process and not one.disturbed]
+    return sorted(found, key=lambda one: one.record.measured_on == chosen.record.measured_on)
 
 
 def _apart(one: _Measurement, other: _Measurement) -> float:
@@ -168,21 +197,30 @@ def _apart(one: _Measurement, other: _Measurement) -> float:
     return max(quotient, 1 / quotient)
 
 
-def _doubt(verdicts: Collection[_Verdict | None]) -> float:
-    """By what factor two undisturbed measurements of a point differ, at most in DOUBT_QUANTILE of all cases."""
-    apart = sorted(_apart(v.chosen, one) for v in verdicts if v and not v.noise for one in v.witnesses)
-    return apart[math.ceil(DOUBT_QUANTILE * len(apart)) - 1] if apart else 1.0
+def _bounds(verdicts: Sequence[_Verdict], limits: NoiseLimits) -> Bounds | None:
+    """By class of bf16 time. Points that are noise do not count: their rows have no bounds."""
+    small, large = (
+        _class_bounds([verdict for verdict in verdicts if is_small(verdict.chosen.bf16_us) is of_small], known)
+        for of_small, known in zip((True, False), limits.between_runs, strict=True)
+    )
+    return Bounds(below_120_us=small, from_120_us=large) if small or large else None
 
 
-def _point(verdict: _Verdict, recipe: Recipe, protocol: SweepProtocol, doubt: float | None) -> Point:
-    """The row. doubt: by how much the bounds are to be widened at least; None leaves them as the one run gave them."""
-    record, speedup = verdict.chosen.record, verdict.chosen.speedup
-    if verdict.noise:
+def _class_bounds(verdicts: Sequence[_Verdict], known: float) -> RunBounds | None:
+    if not verdicts:
+        return None
+    repeated = [RepeatedPoint(v.chosen.speedup, v.repeat.speedup.estimate) for v in verdicts if v.repeat]
+    return run_bounds(repeated, [verdict.chosen.speedup for verdict in verdicts], known=known)
+
+
+def _point(verdict: _Verdict, recipe: Recipe, protocol: SweepProtocol, part: RunBounds | None) -> Point:
+    """The row. part: what its bounds cover."""
+    record = verdict.chosen.record
+    if verdict.noise or part is None:
         return Point(record.m, record.k, record.n, None, None, None, None, None, None, None, "noisy")
-    if doubt is None:
-        return record.point(recipe, protocol)
-    low = min(speedup.low, speedup.estimate / doubt, *(one.speedup.low for one in verdict.witnesses))
-    high = max(speedup.high, speedup.estimate * doubt, *(one.speedup.high for one in verdict.witnesses))
+    speedup = widened(verdict.chosen.speedup, part.between)
+    low = min(speedup.low, *(one.speedup.low for one in verdict.witnesses), speedup.estimate)
+    high = max(speedup.high, *(one.speedup.high for one in verdict.witnesses), speedup.estimate)
     return make_point(record.shape, record.times_us(recipe, protocol), Interval(speedup.estimate, low, high), protocol)
 
 

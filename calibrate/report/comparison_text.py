@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,10 +16,10 @@ from fp8gate.calibrate.comparison.compare_tables import (
     SHIFT,
     Comparison,
     ModelChange,
-    PointChange,
 )
+from fp8gate.calibrate.comparison.point_change import PointChange, most_by_chance
 from fp8gate.calibrate.timing.statistics import Interval
-from fp8gate.filter.contract.table import Table
+from fp8gate.filter.contract.table import Incomplete, Table
 from fp8gate.filter.terminal_table import render_table
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "shift": None if shift is None else msgspec.to_builtins(shift),
         "shifts": {str(m): msgspec.to_builtins(shift_of_m) for m, shift_of_m in comparison.shifts.items()},
         "changed": [_point_json(point) for point in comparison.changed],
+        "beyond_bounds": len(comparison.beyond_bounds),
         "flips": [_point_json(point) for point in comparison.flips],
         "models": [
             {
@@ -77,7 +78,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 def verification_text(verification: Verification) -> str:
     """Say which files were read, and whether this device still measures what they say."""
-    checked = files_text(verification.files, verification.plans)
+    checked = files_text(verification.files, verification.plans, verification.incomplete)
     if not verification.comparisons:
         return f"{checked}; none is of {verification.device}: nothing was measured"
     lines = [f"{checked}; {_verdict(verification)}"]
@@ -85,9 +86,15 @@ def verification_text(verification: Verification) -> str:
     return "\n".join(lines) + "\n\n" + comparison_text(verification.comparisons)
 
 
-def files_text(tables: Collection[Path], plans: Collection[Path]) -> str:
-    """How many files were read, all of them valid."""
-    return f"{len(tables)} tables{f' and {len(plans)} plans' if plans else ''} read and checked"
+def files_text(tables: Collection[Path], plans: Collection[Path], incomplete: Mapping[Path, Incomplete]) -> str:
+    """How many files were read, all of them valid, and which of the tables are incomplete."""
+    named = ", ".join(f"{path} ({how_far})" for path, how_far in incomplete.items())
+    doubt = f", of which incomplete: {named}" if named else ""
+    return f"{len(tables)} tables{f' and {len(plans)} plans' if plans else ''} read and checked{doubt}"
+
+
+def incomplete_json(incomplete: Mapping[Path, Incomplete]) -> dict[str, Any]:
+    return {str(path): msgspec.to_builtins(how_far) for path, how_far in incomplete.items()}
 
 
 def _verdict(verification: Verification) -> str:
@@ -103,6 +110,7 @@ def verification_json(verification: Verification) -> dict[str, Any]:
     return {
         "device": verification.device,
         "files": [str(path) for path in verification.files],
+        "incomplete": incomplete_json(verification.incomplete),
         "measured": bool(verification.comparisons),
         "holds": _holds(verification),
         "can_tell": verification.can_tell if verification.comparisons else None,
@@ -126,6 +134,7 @@ def _sentences(comparison: Comparison) -> list[str]:
         _shift_sentence(comparison),
         *(f"{m} tokens: {_percent(shift)}, more than {SHIFT:.0%}" for m, shift in comparison.shifted_tokens.items()),
         f"{len(comparison.changed)} points changed beyond chance",
+        *_beyond_bounds(comparison),
         f"{len(flips)} decisions flip, {by_chance} of them within what two honest sweeps differ by",
     ]
     lines += _doubts(comparison)
@@ -133,6 +142,17 @@ def _sentences(comparison: Comparison) -> list[str]:
         named = ", ".join(map(str, comparison.lost[:MOST_NAMED]))
         lines.append(f"{len(comparison.lost)} points lost their numbers: {named}")
     return lines
+
+
+def _beyond_bounds(comparison: Comparison) -> list[str]:
+    """Nothing for tables that do not say what their bounds cover."""
+    if any(point.bounds is None for point in comparison.points):
+        return []
+    points, most = len(comparison.points), most_by_chance(len(comparison.points))
+    verdict = "more than" if comparison.has_many_beyond_bounds else "of"
+    return [
+        f"{len(comparison.beyond_bounds)} of {points} beyond the bounds of both, {verdict} {most} that chance allows"
+    ]
 
 
 def _doubts(comparison: Comparison) -> list[str]:
@@ -203,17 +223,19 @@ def _table(rows: Sequence[tuple[object, ...]], headers: Sequence[str], form: For
 
 
 def _name(table: Table, form: Format) -> str:
-    """Device, torch and day. In Markdown, nothing in a name from a file is markup or HTML."""
+    """Device, torch, day, and how far a stopped sweep came. In Markdown, nothing in a name is markup or HTML."""
     name = f"{table.device.name}, torch {table.software.torch}"
-    return f"{MARKUP.sub(_BACKSLASH, name) if form == 'markdown' else name}, {table.measured_at:%Y-%m-%d}"
+    escaped = MARKUP.sub(_BACKSLASH, name) if form == "markdown" else name
+    return f"{escaped}, {table.measured_at:%Y-%m-%d}" + (f", {table.incomplete}" if table.incomplete else "")
 
 
-def _provenance(table: Table) -> dict[str, str]:
+def _provenance(table: Table) -> dict[str, Any]:
     return {
         "device": table.device.name,
         "torch": table.software.torch,
         "torchao": table.software.torchao,
         "measured_at": table.measured_at.isoformat(),
+        "incomplete": msgspec.to_builtins(table.incomplete),
     }
 
 
@@ -225,6 +247,7 @@ def _point_json(point: PointChange) -> dict[str, Any]:
         "before": point.before.speedup,
         "after": point.after.speedup,
         "allowed": round(point.allowed, 5),
+        "bounds": None if point.bounds is None else round(point.bounds, 5),
         "beyond_chance": point.is_beyond_chance,
         "flips": point.flips,
     }

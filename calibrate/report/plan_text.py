@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from fp8gate.filter.contract.plan import Candidate, Plan
-from fp8gate.filter.contract.role_names import Roles
+from fp8gate.filter.contract.plans.plan import Candidate, Plan
+from fp8gate.filter.contract.plans.role_names import Roles
 from fp8gate.filter.terminal_table import Align, render_table
 
 MAX_CANDIDATES = 8  # how many more are shown beside the choices; the file has all of them
@@ -24,7 +24,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 def plan_text(plan: Plan) -> str:
     """Say what the plan converts, what each choice is worth, and which other sets were the best of those measured."""
     software = plan.software
-    title = [plan.model, f"{plan.tokens} tokens", *([f"tp {plan.tp}"] if plan.tp > 1 else []), plan.recipe]
+    title = [
+        " ".join(filter(None, (plan.model, plan.layers))),
+        f"{plan.tokens} tokens",
+        *([f"tp {plan.tp}"] if plan.tp > 1 else []),
+        plan.recipe,
+    ]
     title += ["recomputed"] if plan.recompute == "full" else []
     title += [name for name, is_on in plan.protocol.inductor.items() if is_on]
     named = choices(plan)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -30,14 +32,19 @@ def summarize(table: Table) -> str:
 def sweep_json(result: SweepResult) -> dict[str, Any]:
     """The tables that were written, by recipe; the report; and the points that are left, were left out, or were off."""
     return {
-        "tables": {
-            table.recipe: {"path": str(path), "points": Counter(point.status for point in table.points)}
-            for path, table in result.tables.items()
-        },
+        "tables": _tables_json(result.tables),
+        "incomplete": _tables_json(result.incomplete),
         "report": msgspec.to_builtins(result.report),
         "remaining": result.remaining,
         "capped": {str(shape): why for shape, why in sorted(result.capped.items())},
         "off": {str(shape): error for shape, error in sorted(result.off.items())},
+    }
+
+
+def _tables_json(tables: Mapping[Path, Table]) -> dict[str, Any]:
+    return {
+        table.recipe: {"path": str(path), "points": Counter(point.status for point in table.points)}
+        for path, table in tables.items()
     }
 
 

@@ -3,7 +3,8 @@
 In: tables. Out: one table with every point of all of them. The order in which they are given does not matter. Where
 several tables have a point, its speedup is the weighted mean of theirs on the scale of ln(speedup), with weights
 1 / variance from their bounds. Where they differ by more than these bounds say, the merged bounds cover all of them,
-and where that makes them too wide, the point is noise.
+and where that makes them too wide, the point is noise. A table made of an incomplete one is incomplete. The header
+states the widest bounds, those of a point that only one table has.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from fp8gate.calibrate.device.registry import KINDS
 from fp8gate.calibrate.points.point_record import make_point
 from fp8gate.calibrate.sweep.grid import union
 from fp8gate.calibrate.timing.statistics import Interval
+from fp8gate.filter.contract.bounds import COVERAGE, Bounds, RunBounds
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import (
     WITH_NUMBERS,
     EstimateKind,
+    Incomplete,
     Point,
     Spread,
     Status,
@@ -40,7 +43,13 @@ NO_NUMBERS: tuple[Status, ...] = (
     "out_of_memory",
 )  # the first of these that a table has counts
 Row = Sequence[float]  # a point's seven numbers, in the order of the table's columns
-OWN_FIELDS = {"spread", "controls", "devices", "between"}  # a protocol's results, which differ from sweep to sweep
+OWN_FIELDS = {
+    "spread",
+    "controls",
+    "devices",
+    "between",
+    "bounds",
+}  # a protocol's results, which differ from sweep to sweep
 
 
 def merge_tables(tables: Mapping[str, Table]) -> Table:
@@ -60,19 +69,29 @@ def merge_tables(tables: Mapping[str, Table]) -> Table:
         for point in table.points:
             by_shape[point.shape].append(point)
     width = KINDS[first.device.kind].defaults.noise.width
+    protocol = _merged_protocol([table.protocol for table in ordered])
     return msgspec.structs.replace(
         first,
-        protocol=_merged_protocol([table.protocol for table in ordered]),
+        protocol=protocol,
         measured_at=max(table.measured_at for table in ordered),
+        incomplete=_incomplete(ordered),
         grid=union(*(table.grid for table in ordered)),
-        points=tuple(combine_points(by_shape[shape], first.protocol, width) for shape in sorted(by_shape)),
+        points=tuple(combine_points(by_shape[shape], protocol, width) for shape in sorted(by_shape)),
     )
+
+
+def _incomplete(tables: Sequence[Table]) -> Incomplete | None:
+    """That of all stopped sweeps together. What they lack may be in the other tables, which nobody can tell."""
+    found = [table.incomplete for table in tables if table.incomplete]
+    if not found:
+        return None
+    return Incomplete(measured=sum(one.measured for one in found), of=sum(one.of for one in found))
 
 
 def combine_points(points: Sequence[Point], protocol: SweepProtocol, width: float) -> Point:
     """One point from several of the same shape. Those without numbers only count if none has any.
 
-    width: from which bounds on, high / low, several that disagree are noise.
+    width: from which bounds on, high / low, several that disagree are noise, beside what differs from run to run.
     """
     with_numbers = [point for point in points if point.status in WITH_NUMBERS]
     if not with_numbers:
@@ -80,12 +99,13 @@ def combine_points(points: Sequence[Point], protocol: SweepProtocol, width: floa
     if len(with_numbers) == 1:
         return with_numbers[0]
     rows = [[number for number in point.numbers if number] for point in with_numbers]
-    z = NormalDist().inv_cdf((1 + protocol.confidence) / 2)
+    z = NormalDist().inv_cdf((1 + (COVERAGE if protocol.bounds else protocol.confidence)) / 2)
     sigmas = [max((math.log(high) - math.log(low)) / 2 / z, ROUNDING) for *_, low, high in rows]
     weights = [1 / sigma**2 for sigma in sigmas]
     speedup = _combined_speedup(rows, weights, z, protocol.estimate)
     shape = with_numbers[0].shape
-    if speedup.high > width * speedup.low:
+    part = protocol.bounds.of(sum(rows[0][:2])) if protocol.bounds else None
+    if speedup.high > width * math.exp(2 * part.between if part else 0.0) * speedup.low:
         return Point(shape.m, shape.k, shape.n, *(None,) * 7, "noisy")
     return make_point(shape, _combined_times(rows, weights, protocol.estimate), speedup, protocol)
 
@@ -142,6 +162,26 @@ def _merged_protocol(protocols: Sequence[SweepProtocol]) -> SweepProtocol:
         controls=_pooled(protocol.controls for protocol in protocols),
         devices=max(protocol.devices for protocol in protocols),
         between=_pooled(protocol.between for protocol in protocols),
+        bounds=_widest_bounds([protocol.bounds for protocol in protocols if protocol.bounds]),
+    )
+
+
+def _widest_bounds(bounds: Sequence[Bounds]) -> Bounds | None:
+    small, large = (
+        _widest([part for part in parts if part])
+        for parts in ([one.below_120_us for one in bounds], [one.from_120_us for one in bounds])
+    )
+    return Bounds(below_120_us=small, from_120_us=large) if bounds else None
+
+
+def _widest(parts: Sequence[RunBounds]) -> RunBounds | None:
+    if not parts:
+        return None
+    return RunBounds(
+        coverage=min(part.coverage for part in parts),
+        within=max(part.within for part in parts),
+        between=max(part.between for part in parts),
+        repeats=sum(part.repeats for part in parts),
     )
 
 
@@ -158,6 +198,9 @@ def _difference(one: Table, other: Table) -> str:
         for field in sorted({*ours.__struct_fields__} - OWN_FIELDS):
             if getattr(ours, field) != getattr(theirs, field):
                 return f"{part}.{field} is {getattr(theirs, field)}, but {getattr(ours, field)}"
+    ours, theirs = ("there" if table.protocol.bounds else "missing" for table in (one, other))
+    if ours != theirs:  # such bounds are of different widths, which are no weights then
+        return f"protocol.bounds is {theirs}, but {ours}"
     return ""
 
 

@@ -7,8 +7,8 @@ Try it: fp8gate calibrate --grid quick --out /tmp/tables
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -29,13 +29,19 @@ from fp8gate.calibrate.sweep.journal import SweepJournal
 from fp8gate.calibrate.sweep.progress import Observer, make_observer
 from fp8gate.calibrate.sweep.session import JournalLedger, SessionResult, SweepSession
 from fp8gate.calibrate.sweep.sweep_report import SweepReport, make_sweep_report
-from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks, second_looks, tasks_left
-from fp8gate.calibrate.sweep.table_writing import require_nothing_lost, require_same_device, rows_of, write_tables
+from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks, repeats_for_bounds, second_looks, tasks_left
+from fp8gate.calibrate.sweep.table_writing import (
+    require_nothing_lost,
+    require_same_device,
+    rows_of,
+    write_incomplete_tables,
+    write_tables,
+)
 from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Device, Grid, Table
+from fp8gate.filter.contract.table import Device, Grid, Incomplete, Table
 
 MAX_LOOKS = 2
 """A second measurement that contradicts the first does not tell which of them is wrong; a third one does."""
@@ -45,8 +51,8 @@ MAX_LOOKS = 2
 class SweepResult:
     """What a sweep came to. Without tables it is not complete; the same call goes on from there.
 
-    off: control points whose ratio of bf16 to bf16 was off again and again, and by how much. With any of them no table
-    is written.
+    incomplete: the tables of what there is, which it wrote instead. off: control points whose ratio of bf16 to bf16 was
+    off again and again, and by how much. With any of them no table is written.
     """
 
     tables: dict[Path, Table]
@@ -54,6 +60,7 @@ class SweepResult:
     remaining: int
     capped: dict[LinearShape, str]
     off: dict[LinearShape, float]
+    incomplete: Mapping[Path, Table] = field(default_factory=dict)
 
 
 class Measuring(Protocol):
@@ -106,6 +113,7 @@ def sweep(
     out: Path,
     fresh: bool = False,
     stop_after_s: float | None = None,
+    writes_incomplete: bool = True,
     workers: int | None = None,
     seed: int = 0,
     measuring: Measuring | None = None,
@@ -113,7 +121,8 @@ def sweep(
     """Measure `shapes` for `recipes` and write one table a recipe under `out`.
 
     grid: the axes that the table will state. fresh: put an existing journal aside instead of going on with it.
-    stop_after_s: begin no further point after so many seconds, and write no table unless all are done.
+    stop_after_s: begin no further point after so many seconds. writes_incomplete: if it ends before all points are
+    measured, by this or by an error, write incomplete tables of those that are.
     workers: processes that compile and measure, 0 for this one alone; None: as the cores and the protocol allow.
     seed: of the order of points, of the choice of controls and repeats, and of the data. measuring: None for this
     process alone.
@@ -140,12 +149,19 @@ def sweep(
         tasks = tasks_left(setup, wanted, recipes, journal.records, seed)
         own_tasks = tasks.own_tasks(kind_of(device).identity(device, 0))
         todo = len(tasks.tasks) + len(own_tasks) * measuring.ranks
-        with make_observer(todo, protocols) as observer:
-            _say_start(observer, journal, todo, len(wanted), capped)
-            ledger = JournalLedger(journal, observer)
-            session = measuring.measure(tasks, ledger, device, workers, stop_after_s)
-        stop_at = None if stop_after_s is None else start + stop_after_s
-        session = _look_again(session, tasks, wanted, ledger, device, look_workers, stop_at)
+        ledger = JournalLedger(journal, make_observer(todo, protocols), asked=todo)
+        before = len(wanted) + len(tasks.repeats) * measuring.ranks - todo
+        unfinished = _Unfinished(folder, grid, recipes, before, fresh)
+        try:
+            with ledger.observer as observer:
+                _say_start(observer, journal, todo, len(wanted), capped)
+                session = measuring.measure(tasks, ledger, device, workers, stop_after_s)
+            stop_at = None if stop_after_s is None else start + stop_after_s
+            session = _look_again(session, tasks, wanted, ledger, device, look_workers, stop_at)
+        except BaseException as error:  # Ctrl-C and signals too
+            if writes_incomplete and not isinstance(error, InputError):  # after which another command is to be run
+                unfinished.write(ledger)
+            raise
         if not ledger.measured and not session.remaining:
             _say_nothing_was_left(ledger)
         tables = {}
@@ -161,7 +177,47 @@ def sweep(
             capped=len(capped),
             total_s=time.monotonic() - start,
         )
-        return SweepResult(tables, report, session.remaining, capped, ledger.off)
+        incomplete = unfinished.write(ledger) if session.remaining and writes_incomplete else {}
+        return SweepResult(tables, report, session.remaining, capped, ledger.off, incomplete)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unfinished:
+    """Writes what there is of a sweep that ends early. before: how many measurements earlier calls took."""
+
+    folder: Path
+    grid: Grid
+    recipes: Sequence[Recipe]
+    before: int
+    fresh: bool
+
+    def write(self, ledger: JournalLedger) -> Mapping[Path, Table]:
+        """The incomplete tables, by file; it says what is missing. None if controls were off: numbers are not trusted.
+
+        That they cannot be written must not hide why the sweep ended, so it is only said.
+        """
+        of = self.before + ledger.asked
+        measured = of - max(1, ledger.left)
+        if ledger.off:
+            ledger.say(f"no table is written: bf16 against itself was off at {len(ledger.off)} points")
+        if ledger.off or not measured:
+            return {}
+        incomplete = Incomplete(measured=measured, of=of)
+        try:
+            tables = write_incomplete_tables(
+                self.folder, self.grid, self.recipes, ledger.journal, incomplete, self.fresh
+            )
+        except OSError as error:
+            ledger.say(f"the incomplete tables cannot be written: {error}")
+            return {}
+        for path, why in tables.withheld.items():
+            ledger.say(f"{path} {why}")
+        for path in tables.written:
+            ledger.say(f"wrote {path}, incomplete: {incomplete}")
+        if tables.written:
+            again = "the same command without --fresh" if self.fresh else "the same command"
+            ledger.say(f"{of - measured} measurements are missing: {again} takes them and completes the tables")
+        return tables.written
 
 
 def _look_again(
@@ -173,7 +229,8 @@ def _look_again(
     workers: int,
     stop_at: float | None,
 ) -> SessionResult:
-    """Measure what may be noise once more, and again if that does not tell. Returns all sessions together.
+    """Measure what may be noise once more, and again if that does not tell; and first of all the repeats that tell how
+    far two runs differ. Returns all sessions together.
 
     All points are measured twice where the repeats of a share disagree. It ends early on a machine so busy that another
     look would be noise too. With several ranks, only rank 0 looks.
@@ -184,12 +241,19 @@ def _look_again(
         if not attempt and repeats_disagree(rows.values()):
             limits = replace(limits, measures_twice=True)
         looks = second_looks(wanted, rows, limits)
-        if not looks or session.remaining or ledger.off or (attempt and mostly_disturbed(rows.values())):
+        repeats = []
+        if not attempt and workers:  # a repeat needs another process
+            repeats = repeats_for_bounds(wanted, rows, ledger.journal.records, tasks.seed, limits)
+        if not (looks or repeats) or session.remaining or ledger.off or (attempt and mostly_disturbed(rows.values())):
             break
         stop_after_s = None if stop_at is None else max(0.0, stop_at - time.monotonic())
-        with make_observer(len(looks), tasks.protocols) as ledger.observer:
-            ledger.say(f"{len(looks)} points are measured again, to tell numbers from noise")
-            again = msgspec.structs.replace(tasks, tasks=tuple(looks), repeats=())
+        with make_observer(len(looks) + len(repeats), tasks.protocols) as ledger.observer:
+            if looks:
+                ledger.say(f"{len(looks)} points are measured again, to tell numbers from noise")
+            if repeats:
+                ledger.say(f"{len(repeats)} points are repeated, to tell how far two runs differ")
+            ledger.asked += len(looks) + len(repeats)
+            again = msgspec.structs.replace(tasks, tasks=(*looks, *repeats), repeats=())
             session = session.then(MeasuringAlone().measure(again, ledger, device, workers, stop_after_s))
     return session
 

@@ -39,12 +39,17 @@ class Ledger(Protocol):
 
 
 class JournalLedger:
-    """The ledger of a whole sweep: the journal, and what this call has added to it."""
+    """The ledger of a whole sweep: the journal, what this call has added to it, and how much it was asked to add."""
 
-    def __init__(self, journal: SweepJournal, observer: Observer) -> None:
-        self.journal, self.observer = journal, observer
+    def __init__(self, journal: SweepJournal, observer: Observer, asked: int = 0) -> None:
+        self.journal, self.observer, self.asked = journal, observer, asked
         self.measured: list[PointRecord] = []
         self.off: dict[LinearShape, float] = {}
+
+    @property
+    def left(self) -> int:
+        """How many of the measurements asked for are not there."""
+        return self.asked - len(self.measured) - len(self.off)
 
     def keep(self, task: Task, record: PointRecord) -> None:
         self.journal.append(record)

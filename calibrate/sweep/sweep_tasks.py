@@ -1,7 +1,7 @@
 """What a sweep still has to measure: the points that lack a number, controls, and repeats that show the spread. Pure.
 
 In: the shapes wanted, a journal's records. Out: `SweepTasks`; and when these are done, those that are measured once
-more to tell numbers from noise.
+more: to tell numbers from noise, and to show how far two runs differ.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from fp8gate.calibrate.points.noise import Row, far_from_neighbours
 from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.calibrate.points.setup import Setup
 from fp8gate.calibrate.points.task_queue import Task
+from fp8gate.filter.contract.bounds import is_small
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import SweepProtocol
 
 MAX_ATTEMPTS = 2  # a point without numbers is tried once more by the next run: memory may have been taken then
 CONTROL_SHARE = REPEAT_SHARE = 0.05
+MAX_REPEAT_SHARE = 1 / 3  # of the points of a class: repeats must not take as long as the sweep itself
 
 
 class SweepTasks(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +99,35 @@ def second_looks(
         suspected = by_shape.keys() if limits.measures_twice else far_from_neighbours(by_shape, limits)
         doubtful |= {shape for shape in suspected if by_shape[shape].measurements == 1}
     return [Task(shape) for shape in wanted if shape in doubtful]
+
+
+def repeats_for_bounds(
+    wanted: Sequence[LinearShape],
+    rows: Mapping[Recipe, Mapping[LinearShape, Row]],
+    records: Sequence[PointRecord],
+    seed: int,
+    limits: NoiseLimits,
+) -> list[Task]:
+    """The repeats that each class of points still lacks, in the order of `wanted`. They are random points of the class.
+
+    One repeat measures all recipes. Which class a point is of, only its first measurement tells. Repeats of earlier
+    calls count, so that a sweep that goes on takes no more of them than one that ran through.
+    """
+    times_us = {
+        shape: row.point.bf16_fwd_us + row.point.bf16_bwd_us
+        for by_shape in rows.values()
+        for shape, row in by_shape.items()
+        if row.point.bf16_fwd_us and row.point.bf16_bwd_us
+    }
+    repeated = {record.shape for record in records if record.repeat}
+    chosen: set[LinearShape] = set()
+    for small in (True, False):
+        of_class = sorted(shape for shape in wanted if shape in times_us and is_small(times_us[shape]) is small)
+        missing = [shape for shape in of_class if shape not in repeated]
+        lacking = min(limits.repeats, int(MAX_REPEAT_SHARE * len(of_class))) - (len(of_class) - len(missing))
+        random.Random(seed).shuffle(missing)
+        chosen.update(missing[: max(0, lacking)])
+    return [Task(shape, repeat=True) for shape in wanted if shape in chosen]
 
 
 def _share(share: float, count: int) -> int:

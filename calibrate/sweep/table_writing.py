@@ -1,19 +1,21 @@
 """From a journal's records to the tables, and what a new table may replace.
 
-In: a journal, a folder. Out: `<folder>/<recipe>.yaml`, either for all recipes or for none.
+In: a journal, a folder. Out: `<folder>/<recipe>.yaml`, either for all recipes or for none; of a stopped sweep, for
+each recipe that has a number, marked as incomplete.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from fp8gate.calibrate.device.kind import NoiseLimits
 from fp8gate.calibrate.device.registry import KINDS
-from fp8gate.calibrate.points.noise import TOO_MANY, Row, calm, judge
+from fp8gate.calibrate.points.noise import TOO_MANY, Row, calm, judge, judge_with_bounds
 from fp8gate.calibrate.points.point_record import CONTROL, PointRecord
 from fp8gate.calibrate.points.setup import Setup
 from fp8gate.calibrate.sweep.grid import union
@@ -23,7 +25,7 @@ from fp8gate.filter.contract import table as contract
 from fp8gate.filter.contract.errors import InputError, UnfinishedError
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import WITH_NUMBERS, Grid, Table, TableError, read_table
+from fp8gate.filter.contract.table import WITH_NUMBERS, Grid, Incomplete, Table, TableError, read_table
 
 
 class TooNoisyError(UnfinishedError):
@@ -39,12 +41,13 @@ def make_table(grid: Grid, recipe: Recipe, setup: Setup, records: Sequence[Point
     """A recipe's table from a journal's records. What counts of several records of a shape, `judge` says.
 
     `measured_at` is that of the newest record, so that the same measurements give the same file. Repeats only go into
-    the protocol's spread. `estimate` is set here and not in the set-up, as it says what was made of the samples, not
-    how they were taken: samples of an older journal give a table like any other.
+    the protocol's spread and into the bounds. `estimate` is set here and not in the set-up, as it says what was made
+    of the samples, not how they were taken: samples of an older journal give a table like any other.
     """
     firsts = [record for record in records if recipe in record.arms and not record.repeat]
     controlled = {record.shape: record for record in firsts if CONTROL in record.arms}
     protocol = setup.protocols[recipe]
+    rows, bounds = judge_with_bounds(records, recipe, protocol, _limits(setup))
     return Table(
         recipe=recipe,
         device=setup.device,
@@ -56,10 +59,11 @@ def make_table(grid: Grid, recipe: Recipe, setup: Setup, records: Sequence[Point
             devices=len(devices_of(records)),
             between=between_devices(recipe, protocol, records),
             estimate="quotient_of_times",
+            bounds=bounds,
         ),
         measured_at=max(record.measured_at for record in firsts),
         grid=grid,
-        points=tuple(row.point for row in rows_of(recipe, setup, records).values()),
+        points=tuple(row.point for row in rows.values()),
     )
 
 
@@ -119,6 +123,51 @@ def write_tables(
     return tables
 
 
+@dataclass(frozen=True, slots=True)
+class IncompleteTables:
+    """written: by file. withheld: why there is none, or why an earlier one was kept, by file."""
+
+    written: Mapping[Path, Table]
+    withheld: Mapping[Path, str]
+
+
+def write_incomplete_tables(
+    folder: Path, grid: Grid, recipes: Sequence[Recipe], journal: SweepJournal, incomplete: Incomplete, fresh: bool
+) -> IncompleteTables:
+    """Write what a stopped sweep has measured for each recipe that has a number: one answers its own shape already.
+
+    A complete table is never replaced by an incomplete one, whatever `fresh` says, and neither is an incomplete one
+    in which more points were timed.
+    """
+    records, tables, withheld = tuple(journal.records), {}, {}
+    for recipe in recipes:
+        path = folder / f"{recipe}.yaml"
+        if not any(row.point.speedup for row in rows_of(recipe, journal.setup, records).values()):
+            withheld[path] = "is not written: no point has a number yet"
+            continue
+        table = msgspec.structs.replace(make_table(grid, recipe, journal.setup, records), incomplete=incomplete)
+        if reason := _why_kept(path, table, fresh):
+            withheld[path] = f"is kept: {reason}"
+        else:
+            tables[path] = table if fresh else _with_earlier_axes(table, path)
+    contract.write_tables(tables)
+    return IncompleteTables(tables, withheld)
+
+
+def _why_kept(path: Path, table: Table, fresh: bool) -> str | None:
+    """Why the table that is there is better than an incomplete one; None if there is none, or a worse one."""
+    if not path.exists():
+        return None
+    try:
+        earlier = read_table(path)
+    except TableError as error:
+        return None if fresh else f"it cannot be read ({error})"
+    if earlier.incomplete is None:
+        return "it is complete"
+    had, has = (sum(point.status in (*WITH_NUMBERS, "noisy") for point in one.points) for one in (earlier, table))
+    return f"it has {had} points that were timed, this sweep {has}" if had > has else None
+
+
 def _require_no_number_lost(table: Table, earlier: Table, path: Path, records: Sequence[PointRecord]) -> None:
     had = {p.shape for p in earlier.points if p.status in WITH_NUMBERS}
     lost = [p.shape for p in table.points if p.status not in (*WITH_NUMBERS, "noisy") and p.shape in had]
@@ -134,7 +183,12 @@ def _require_no_number_lost(table: Table, earlier: Table, path: Path, records: S
 
 
 def _require_little_noise(table: Table, earlier: Table, path: Path) -> None:
-    """A table of numbers must not be replaced by one of noise, as a busy host gives it."""
+    """A table of numbers must not be replaced by one of noise, as a busy host gives it.
+
+    The numbers of an incomplete table may be: they were not looked at twice yet.
+    """
+    if earlier.incomplete:
+        return
     had = {p.shape for p in earlier.points if p.status in WITH_NUMBERS}
     lost = [p for p in table.points if p.status == "noisy" and p.shape in had]
     if len(lost) > TOO_MANY * len(had):

@@ -88,7 +88,7 @@ def _settle(
         rounds = timer.rounds(arms, balanced_orders(len(arms), batch, rng))
         now, passes = time.perf_counter(), passes + 1
         busy_s = sum(sample.fwd_us + sample.bwd_us for one in rounds for sample in one) / 1e6
-        batch = max(1, round(batch_s / ((now - before) / batch)))
+        batch = max(1, round(batch_s / ((now - before) / len(rounds))))
         is_idle = passes > 1 and busy_s < BUSY_SHARE * (now - before)
         if is_idle or now >= start + at_most_s:
             return batch, is_idle

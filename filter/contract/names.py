@@ -7,14 +7,12 @@ within its block, without indices: "self_attn.q_proj".
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "base_layer")
 """torch.compile, activation checkpointing, FSDP, Lightning and PEFT put these parts into module names."""
 _OUTER_WRAPPERS = (("module",), ("base_model", "model"))
 """DistributedDataParallel and DeepSpeed put the first of these in front of every name, PEFT the second."""
-
-_BLOCK = re.compile(r"((?:model\.|language_model\.)*layers\.(?:\d+|\*))\.")
-"""No other prefix: vision towers have layers too."""
 
 _HUGGING_FACE = {
     "attention": "self_attn",
@@ -32,6 +30,7 @@ _TORCHTITAN_ONLY = "qkv_linear"
 """torchtitan puts this part between the attention and its projections. Hugging Face has no such part."""
 
 
+@lru_cache(maxsize=2**17)
 def plain_name(fqn: str) -> str:
     """A layer's name as the model's author wrote it, without the parts that wrappers put into it."""
     if "._" not in fqn and not fqn.startswith(("_", "module.", "base_model.")) and not fqn.endswith(".base_layer"):
@@ -54,15 +53,6 @@ def without_wrappers(names: list[str]) -> list[str]:
 def without_indices(fqn: str) -> str:
     """The name with layer indices as *: "layers.3.mlp.w1" -> "layers.*.mlp.w1"."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", fqn)
-
-
-def split_block(fqn: str) -> tuple[str, str] | None:
-    """The block that a module is in, and its name in there: "model.layers.3.mlp.w1" -> ("model.layers.3", "mlp.w1").
-
-    None if it is in no block. Its name is without wrappers. Its layer index may be *.
-    """
-    found = _BLOCK.match(fqn)
-    return (found[1], fqn[found.end() :]) if found else None
 
 
 def block_role(name_in_block: str) -> str:

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, get_args
 
 import msgspec
 
+from fp8gate.filter.contract.bounds import Bounds
 from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.plain_yaml import (
     convert,
@@ -26,6 +27,7 @@ from fp8gate.filter.contract.plain_yaml import (
 from fp8gate.filter.contract.reading.messages import FileError
 from fp8gate.filter.contract.reading.plain_values import MAX_SIZE
 from fp8gate.filter.contract.reading.point_rows import PointRows
+from fp8gate.filter.contract.reading.row_numbers import row_problem
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 
@@ -39,10 +41,6 @@ Status = Literal["measured", "ambiguous", "out_of_memory", "unstable", "failed",
 """noisy: the point was timed, but its times are noise: its bounds are too wide, or measurements of it disagree."""
 WITH_NUMBERS: tuple[Status, ...] = ("measured", "ambiguous")
 EstimateKind = Literal["paired_rounds", "quotient_of_times"]
-QUOTIENT_TOLERANCE: dict[EstimateKind, float] = {"quotient_of_times": 0.005, "paired_rounds": 0.10}
-"""How far a row's speedup may be from the quotient of the row's own times. Where it is that quotient, the rounding to 4
-digits moves it by at most 0.15 %. Where it was estimated from paired rounds, all but one of 2,772 rows agree within
-6 %."""
 
 
 class TableError(FileError):
@@ -91,6 +89,10 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     worst: Annotated[float, msgspec.Meta(ge=0)]
 
 
+TimerName = Literal["cuda_graph_events", "cuda_graphs", "wall_clock"]
+"""GPU time by events inside of CUDA graphs, or by events around their launch (until 2026-11-26); on a CPU, time."""
+
+
 class SweepProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the numbers were taken. Tables with different protocols are not comparable.
 
@@ -101,8 +103,8 @@ class SweepProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     again, and so does bf16: for near_s at the power limit, else for run_s. Only the last run counts.
     rounds: how many samples an arm has after its first run, and after its second. A sample is the mean of a part of the
     run's rounds.
-    confidence: that of the bounds. They cover what varies within one run. They do not cover what differs from run to
-    run, which `spread` shows.
+    confidence: that of the part of the bounds that varies within one run.
+    bounds: what the bounds cover, and both of their parts. Without it they cover only what varies within one run.
     threshold, tolerance: a point is ambiguous if its bounds straddle the threshold and are wider than `tolerance`.
     control: how far bf16 timed against itself may be from 1, beyond chance and 0.5 us. controls: how far it was.
     spread: how far a second process on the same device was from the first, at the points that it measured again.
@@ -112,7 +114,7 @@ class SweepProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     the same number, with the bounds of that estimate; tables had this before they named their estimate.
     """
 
-    timer: Literal["cuda_graphs", "wall_clock"]
+    timer: TimerName
     compile: bool
     inductor: dict[str, bool]
     bf16: Literal["eager", "compiled"]
@@ -133,6 +135,7 @@ class SweepProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     devices: Size = 1
     between: Spread | None = None
     estimate: EstimateKind = "paired_rounds"
+    bounds: Bounds | None = None
 
 
 class Grid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -143,13 +146,25 @@ class Grid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     n: tuple[Size, ...] = ()
 
 
+class Incomplete(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far the table's sweep had come when it was stopped: `measured` of the `of` measurements that it was to take.
+
+    Each point is measured, and some are measured again. A point that the sweep did not come to has no row.
+    """
+
+    measured: Size
+    of: Size
+
+    def __str__(self) -> str:
+        return f"{self.measured} of {self.of} measurements"
+
+
 class Point(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The row of one shape. Only a row whose status is in WITH_NUMBERS has numbers; in all others they are None.
 
     Times are in microseconds, each the median of the samples of one arm in one direction. speedup: bf16 time / float8
-    time of forward plus backward, as `SweepProtocol.estimate` says. speedup_low, speedup_high: its bounds at the
-    protocol's confidence, for what varies within one run. Where every point is measured twice, as on a CPU, they cover
-    both measurements too.
+    time of forward plus backward, as `SweepProtocol.estimate` says. speedup_low, speedup_high: its bounds, as
+    `SweepProtocol.bounds` says. They cover every measurement of the point that agrees with it, too.
     """
 
     m: Size
@@ -184,7 +199,10 @@ POINT_ROWS = PointRows(_Points, numbers=len(COLUMNS) - 4, statuses=get_args(Stat
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"schema_": "schema"}):
-    """Everything measured for one device and recipe. The file has the fields in this order."""
+    """Everything measured for one device and recipe. The file has the fields in this order.
+
+    incomplete: only in the table of a sweep that was stopped. The same command goes on, and then writes it without.
+    """
 
     schema_: Literal[1] = 1
     recipe: Recipe
@@ -192,6 +210,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     software: Software
     protocol: SweepProtocol
     measured_at: Annotated[datetime, msgspec.Meta(tz=True)]
+    incomplete: Incomplete | None = None
     grid: Grid
     columns: tuple[str, ...] = COLUMNS
     points: tuple[Point, ...]
@@ -235,6 +254,8 @@ def format_table(table: Table) -> str:
     """The file's text: keys in fixed order, one point a line sorted by (m, k, n), numbers rounded."""
     header = msgspec.to_builtins(table)
     del header["points"]
+    if table.incomplete is None:
+        del header["incomplete"]
     lines = [yaml_line(key, value) for key, value in header.items()]
     rows = (_format_point(point) for point in sorted(table.points, key=lambda p: p.shape))
     return "".join(lines) + "points:\n" + "".join(rows)
@@ -250,6 +271,11 @@ def _check(table: Table, source: str) -> None:
         values = getattr(table.grid, axis)
         if list(values) != sorted(set(values)):
             raise TableError(f"{source}: $.grid.{axis}: expected ascending sizes, each once; found {list(values)}")
+    if table.incomplete and table.incomplete.measured >= table.incomplete.of:
+        raise TableError(
+            f"{source}: $.incomplete.measured: expected fewer than $.incomplete.of, {table.incomplete.of}; "
+            f"found {table.incomplete.measured}"
+        )
     if not table.points:
         raise TableError(f"{source}: $.points: expected at least one point")
     _check_points(table.points, table.protocol.estimate, source)
@@ -258,46 +284,14 @@ def _check(table: Table, source: str) -> None:
 def _check_points(points: Sequence[Point], estimate: EstimateKind, source: str) -> None:
     previous = (0, 0, 0)
     for i, point in enumerate(points):
-        _check_numbers(point, estimate, f"{source}: $.points[{i}]")
+        is_measured = point.status in WITH_NUMBERS
+        if problem := row_problem(COLUMNS[3:-1], point.numbers, point.status, estimate, is_measured=is_measured):
+            raise TableError(f"{source}: $.points[{i}]{problem}")
         shape = (point.m, point.k, point.n)
         if shape <= previous:
             problem = "is there twice" if shape == previous else f"comes after {previous}"
             raise TableError(f"{source}: $.points[{i}]: {shape} {problem}; expected each once, sorted by m, k, n")
         previous = shape
-
-
-def _check_numbers(point: Point, estimate: EstimateKind, where: str) -> None:
-    """A row has all its numbers or none, as its status says."""
-    numbers = [number for number in point.numbers if number is not None]
-    is_measured = point.status in WITH_NUMBERS
-    if len(numbers) != (len(COLUMNS) - 4 if is_measured else 0):
-        cells = zip(COLUMNS[3:-1], point.numbers, strict=True)
-        column, number = next(cell for cell in cells if (cell[1] is None) == is_measured)
-        expected = "a finite number" if is_measured else "null"
-        raise TableError(f"{where}.{column}: expected {expected} for status {point.status}, found {number}")
-    if is_measured:
-        _check_speedup(numbers, estimate, where)
-
-
-def _check_speedup(numbers: Sequence[float], estimate: EstimateKind, where: str) -> None:
-    """The row's numbers agree with each other.
-
-    Noise can move a paired estimate further from the quotient of the times than its tolerance. Such a row is accepted
-    if its own bounds say so.
-    """
-    bf16_fwd_us, bf16_bwd_us, fp8_fwd_us, fp8_bwd_us, speedup, low, high = numbers
-    if not low <= speedup <= high:
-        raise TableError(
-            f"{where}.speedup: expected speedup_low <= speedup <= speedup_high, found {low}, {speedup}, {high}"
-        )
-    bf16_us, fp8_us, tolerance = bf16_fwd_us + bf16_bwd_us, fp8_fwd_us + fp8_bwd_us, QUOTIENT_TOLERANCE[estimate]
-    quotient = bf16_us / fp8_us
-    is_within_bounds = estimate == "paired_rounds" and low <= quotient <= high
-    if not (abs(speedup * fp8_us - bf16_us) <= tolerance * bf16_us or is_within_bounds):
-        raise TableError(
-            f"{where}.speedup: expected the quotient of the row's times, {quotient:.4g}, within {tolerance:.1%} "
-            f"(protocol.estimate: {estimate}), found {speedup}"
-        )
 
 
 def _format_point(point: Point) -> str:

@@ -11,9 +11,9 @@ from fp8gate.filter.decision.lookup import Lookup
 
 DEFAULT_MIN_SPEEDUP = 1.05
 """A layer that wins by little is better left alone: it saves little of its block's time, but changes what the layers
-around it cost. In eight plans of an H200 (`python benchmarks/plan_choices.py`) the table's set loses 1.0 % of a block
-on average at 1.05 and 2.9 % at 1.02. For example, llama3-8b's wk and wv gain 1.03x each on their own (tensorwise), and
-cost 6 % of the block when both are converted together with wq."""
+around it cost. It holds for linears with an input of their own: see `shared_input`. What is known of these comes from
+output projections near 1.0x in five blocks (`python benchmarks/plan_choices.py`): converting them costs up to 1.4 % of
+the block and gains up to 0.3 %."""
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,8 +87,10 @@ def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decisi
     verdict = [] if wins else [f"below {min_speedup:.{digits}f}x"]
     if has_failed:
         verdict = ["float8 failed at the nearest point"]  # a fast neighbour does not make a wrong result right
+    elif wins and not estimate.is_proven:
+        verdict = ["no shape as small was measured yet"]
     return Decision(
-        convert=wins and not has_failed,
+        convert=wins and not has_failed and estimate.is_proven,
         reason=", ".join([*verdict, *_provenance(estimate, min_speedup)]),
         shape=shape,
         digits=digits,
@@ -131,7 +133,8 @@ def _provenance(estimate: Estimate, min_speedup: float) -> list[str]:
         parts.append("ambiguous")
     if _straddles(estimate, min_speedup) and not estimate.outside:
         digits = _digits(estimate, min_speedup)
-        parts.append(f"bounds {estimate.speedup_low:.{digits}f} to {estimate.speedup_high:.{digits}f} within one run")
+        bounds = f"bounds {estimate.speedup_low:.{digits}f} to {estimate.speedup_high:.{digits}f}"
+        parts.append(f"{bounds} {estimate.bounds_cover}".rstrip())
     if estimate.forwards > 1:
         parts.append("recomputed")
     if estimate.is_frozen:

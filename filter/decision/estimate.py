@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -24,7 +24,10 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     the factor by which the speedup falls from the border on, if it goes on falling as it did up to there; 1 if it rises
     or the shape is inside, None if the table does not tell. The speedup and its low bound have it in them.
     from_tokens: a smaller number of tokens whose speedup is used, because the shape's own tokens were not measured
-    around its k and n; or None. forwards: how often the forward runs. is_frozen: the weight needs no gradient.
+    around its k and n; or None. is_proven: False only in an incomplete table, without any measured point that is at
+    most as large as the shape in every size: the win of a larger one says nothing then. forwards: how often the forward
+    runs. is_frozen: the weight needs no gradient. bounds_cover: what the bounds cover, "" for whatever another sweep
+    measures.
     """
 
     speedup: float
@@ -42,8 +45,10 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     octaves_outside: float = 0.0
     trend: float | None = 1.0
     from_tokens: int | None = None
+    is_proven: bool = True
     forwards: int = 1
     is_frozen: bool = False
+    bounds_cover: Literal["", "within one run"] = "within one run"
 
     @property
     def is_far_outside(self) -> bool:
@@ -59,9 +64,14 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
         return self.bf16_us / self.speedup
 
     def is_unsure(self, min_speedup: float) -> bool:
-        """Whether it lies outside, and the border's answer is not that of the trend, or there is none."""
+        """Whether it lies outside, and the border's answer is not that of the trend, or there is none.
+
+        What is not proven is unsure only where it would win.
+        """
         if not self.outside:
             return False
+        if not self.is_proven and self.speedup >= min_speedup:
+            return True
         if self.trend is None or self.is_far_outside:
             return True
         return self.speedup < min_speedup <= self.speedup / self.trend

@@ -5,27 +5,30 @@ In: a `DescribedModel` and a filter. Out: an `Explanation`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-from fp8gate.filter.contract.plan import Candidate
+from fp8gate.filter.contract.plans.plan import Plan
+from fp8gate.filter.contract.plans.role_names import RoleNames, Roles
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Table, TableError
-from fp8gate.filter.decision.decide import Decision, decide
+from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.decision.estimate import MAX_OCTAVES_OUTSIDE, Estimate
 from fp8gate.filter.decision.lookup import Lookup
+from fp8gate.filter.decision.shared_input import decide_linear, input_kind
 from fp8gate.filter.decision.torchao_rule import torchao_converts
 from fp8gate.filter.findings import Finding
 from fp8gate.filter.layer_filter import AutoFilter
 from fp8gate.filter.model.described_model import DescribedModel, LinearRole, role_shape
 from fp8gate.filter.model.parallel import Shards
-from fp8gate.filter.plan_decisions import PlanDecisions
+from fp8gate.filter.plan_decisions import ModelPlans
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerExplanation:
-    """One kind of linear: the shape that a rank holds, what decides about it, and its times by the table.
+    """Linears of one kind with one decision: the shape that a rank holds, what decides, and the times by the table.
 
     decision: the filter's. by_table: what the table alone would decide. torchao: whether torchao's rule would convert
     it, None if torchao has no rule for the recipe. stays: it is bf16 in every choice, as float8 cannot compute it or
@@ -69,22 +72,30 @@ class Choice:
     """One way to choose what to convert, and what it is worth.
 
     us: forward + backward of all linears of a rank for one microbatch, in microseconds: a sum of the table's times,
-    without what fusion in a compiled model adds or takes away. in_block: the plan's measurement of this choice inside
-    the compiled block, if there is a plan and it measured this set.
+    without what fusion in a compiled model adds or takes away. in_block: what the plans measured of this choice inside
+    the compiled blocks, if there are plans and they measured these sets.
     """
 
     name: str
     converted: tuple[LayerExplanation, ...]
     us: float
-    in_block: Candidate | None
+    in_block: SpeedupInBlocks | None
+
+
+class SpeedupInBlocks(NamedTuple):
+    """bf16 time / a choice's time of forward plus backward, summed over all blocks of the model, with bounds."""
+
+    speedup: float
+    speedup_low: float
+    speedup_high: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
     """What a filter decides about a model, and what other choices are worth.
 
-    choices: bf16 first, the filter's last; torchao's rule is left out for a recipe without one. plan: the plan that
-    decides, None if the table does. plan_command: what measures one, None if `fp8gate plan` does not know the model.
+    choices: bf16 first, the filter's last; torchao's rule is left out for a recipe without one. plans: those that
+    decide, None if the table does. plan_command: what measures one, None if `fp8gate plan` does not know the model.
     measure_command: what measures the shapes. findings: what should be known before the decisions are trusted. note:
     what the times leave out, or None.
     """
@@ -93,10 +104,10 @@ class Explanation:
     table: Table
     layers: list[LayerExplanation]
     choices: list[Choice]
-    plan: PlanDecisions | None
+    plans: ModelPlans | None
     plan_command: str | None
     measure_command: str
-    min_speedup: float
+    min_speedup: float | None
     findings: list[Finding]
     note: str | None
 
@@ -135,25 +146,37 @@ def explain(model: DescribedModel, wants_float8: AutoFilter) -> Explanation:
     shards, lookup = Shards(settings.parallel, settings.tokens), Lookup(wants_float8.table, settings.lookup)
     linears = model.linears
     shapes = [role_shape(linear, shards) for linear in linears]
-    findings = wants_float8.examine([(linear.name, linear) for linear in linears], observation=model.observation)
+    named = [(name, linear) for linear in linears for name in linear.names]
+    findings = wants_float8.examine(named, observation=model.observation)
     estimates = _estimates(model, shapes, lookup, wants_float8)
     layers = [
-        _explain_layer(linear, shape, estimate, lookup, wants_float8, _is_called(linear, model))
+        _explain_layer(part, shape, estimate, lookup, wants_float8, model)
         for linear, shape, estimate in zip(linears, shapes, estimates, strict=True)
+        for part in _by_decision(linear, wants_float8)
     ]
-    plan = wants_float8.plans.chosen if any(layer.decision.planned for layer in layers) else None
+    plans = wants_float8.plans.chosen if any(layer.decision.planned for layer in layers) else None
     return Explanation(
         model=model.name,
         table=wants_float8.table,
         layers=layers,
-        choices=list(_choices(layers, plan)),
-        plan=plan,
-        plan_command=wants_float8.plans.command(model.name) if model.can_be_planned else None,
+        choices=list(_choices(layers, plans)),
+        plans=plans,
+        plan_command=wants_float8.plans.command(model.name) if model.has_config else None,
         measure_command=_measure_command(model, wants_float8),
         min_speedup=settings.min_speedup,
         findings=findings,
         note=model.note,
     )
+
+
+def _by_decision(linear: LinearRole, wants_float8: AutoFilter) -> list[LinearRole]:
+    """The linears of one kind, apart where the filter decides differently: layers of several kinds may share them."""
+    names: defaultdict[Decision, list[str]] = defaultdict(list)
+    for name in linear.names:
+        names[wants_float8.decisions[name]].append(name)
+    if len(names) == 1:
+        return [linear]
+    return [replace(linear, count=len(some), known_names=tuple(some)) for some in names.values()]
 
 
 def _estimates(
@@ -194,9 +217,9 @@ def _explain_layer(
     estimate: Estimate,
     lookup: Lookup,
     wants_float8: AutoFilter,
-    is_called: bool,
+    model: DescribedModel,
 ) -> LayerExplanation:
-    settings = wants_float8.settings
+    settings, is_called = wants_float8.settings, _is_called(linear, model)
     recomputed = settings.recomputes(linear.name)
     estimate = estimate.recomputed() if recomputed else estimate
     far = estimate.is_far_outside
@@ -204,7 +227,8 @@ def _explain_layer(
     sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
     decision = by_table = wants_float8.decisions[linear.name]
     if decision.planned:
-        by_table = decide(shape, lookup, min_speedup=settings.min_speedup, recomputed=recomputed)
+        kind = input_kind(linear.name, model.observation)
+        by_table = decide_linear(kind, shape, lookup, min_speedup=settings.min_speedup, recomputed=recomputed)
     return LayerExplanation(
         linear=linear,
         shape=shape,
@@ -225,24 +249,45 @@ def _is_called(linear: LinearRole, model: DescribedModel) -> bool:
     return seen is None or seen.calls > 0
 
 
-def _choices(layers: list[LayerExplanation], plan: PlanDecisions | None) -> Iterator[Choice]:
+def _choices(layers: list[LayerExplanation], plans: ModelPlans | None) -> Iterator[Choice]:
     ways: list[tuple[str, Chooses]] = [(BF16, lambda layer: False), (ALL, lambda layer: True)]
     if all(layer.torchao is not None for layer in layers):
         ways.append((RULE, lambda layer: bool(layer.torchao)))
     ways.append((TABLE, lambda layer: layer.by_table.convert))
-    if plan:
+    if plans:
         ways.append((PLAN, lambda layer: layer.decision.convert))
     for name, chooses in ways:
         converted = tuple(layer for layer in layers if chooses(layer))
         total = sum(layer.linear.count * (layer.fp8_us if layer in converted else layer.bf16_us) for layer in layers)
-        yield Choice(name=name, converted=converted, us=total, in_block=_in_block(converted, plan))
+        yield Choice(name=name, converted=converted, us=total, in_block=_in_blocks(layers, converted, plans))
 
 
-def _in_block(converted: tuple[LayerExplanation, ...], plan: PlanDecisions | None) -> Candidate | None:
-    """The plan's measurement of the roles that are converted."""
-    if plan is None:
+def _in_blocks(
+    layers: list[LayerExplanation], converted: tuple[LayerExplanation, ...], plans: ModelPlans | None
+) -> SpeedupInBlocks | None:
+    """What the plans measured of these roles, for all blocks; None if a block's set was not measured."""
+    if plans is None:
         return None
-    places = [plan.plan.place(layer.linear.name) for layer in converted if not layer.stays]
-    roles = {role for place in places if place for role in place.roles}
-    found = plan.plan.candidate(tuple(role for role in plan.plan.shapes if role in roles))
-    return found if found and found.speedup is not None else None
+    bf16_us, us = 0.0, [0.0, 0.0, 0.0]
+    for plan in plans.plans:
+        for roles in _converted_in_blocks(plan, layers, converted):
+            found, bf16 = plan.candidate(roles), plan.candidate(())
+            if not (found and bf16 and bf16.fwd_us and bf16.bwd_us):
+                return None
+            for i, ratio in enumerate((found.speedup, found.speedup_low, found.speedup_high)):
+                if ratio is None:
+                    return None
+                us[i] += (bf16.fwd_us + bf16.bwd_us) / ratio
+            bf16_us += bf16.fwd_us + bf16.bwd_us
+    return SpeedupInBlocks(*(bf16_us / one for one in us)) if bf16_us else None
+
+
+def _converted_in_blocks(
+    plan: Plan, layers: list[LayerExplanation], converted: tuple[LayerExplanation, ...]
+) -> list[Roles]:
+    """The roles that are converted in each of the plan's blocks."""
+    names, blocks = RoleNames(plan.shapes, plan.layers), defaultdict[str, set[str]](set)
+    for layer in layers:
+        for place in filter(None, map(names.place, layer.linear.names)):
+            blocks[place.block].update(place.roles if layer in converted and not layer.stays else ())
+    return [tuple(role for role in plan.shapes if role in roles) for roles in blocks.values()]

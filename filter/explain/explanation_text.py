@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fp8gate.filter.contract.plan import Candidate
+from fp8gate.filter.contract.plans.layer_names import DEFAULT
 from fp8gate.filter.contract.recipes import MOST_ACCURATE_FIRST, Recipe
-from fp8gate.filter.explain.explanation import ALL, BF16, PLAN, RULE, TABLE, Explanation
+from fp8gate.filter.explain.explanation import ALL, BF16, PLAN, RULE, TABLE, Explanation, SpeedupInBlocks
 from fp8gate.filter.explain.remarks import remarks, shared_remarks
+from fp8gate.filter.plan_decisions import ModelPlans
 from fp8gate.filter.terminal_table import Align, render_table
 
 JSON_NAMES = {BF16: "bf16", ALL: "all_float8", RULE: "torchao_rule", TABLE: "table", PLAN: "plan"}
@@ -21,18 +22,18 @@ def explanation_json(title: Mapping[str, Any], explanation: Explanation) -> dict
     """One explanation as plain data. title: what was asked (model, tokens, degrees); it comes first, unchanged."""
     choices = {name: explanation.choice(choice) for choice, name in JSON_NAMES.items()}
     choices["fp8gate"] = explanation.chosen
-    plan = explanation.plan
+    plans = explanation.plans
     return {
         **title,
         "recipe": explanation.table.recipe,
         "device": explanation.table.device.name,
-        "plan": None if plan is None else {"file": plan.source, "model": plan.plan.model, "convert": plan.plan.convert},
+        "plan": None if plans is None else _plans_json(plans),
         "layers": [layer.row() for layer in explanation.layers],
         "predicted": {
             **{f"{name}_us": choice.us if choice else None for name, choice in choices.items()},
             "speedup": {name: explanation.speedup_of(one) if one else None for name, one in choices.items()},
         },
-        "in_block": {name: _in_block_json(one.in_block) for name, one in choices.items() if one and one.in_block},
+        "in_block": {name: one.in_block._asdict() for name, one in choices.items() if one and one.in_block},
         "findings": [{"category": one.category.__name__, "message": one.message} for one in explanation.findings],
         "remarks": list(remarks(explanation)),
         "note": explanation.note,
@@ -81,7 +82,7 @@ def recipes_text(title: str, explanations: Mapping[Recipe, Explanation]) -> str:
     ranked = [recipe for recipe in MOST_ACCURATE_FIRST if recipe in explanations]
     headers = ["recipe, most accurate first", "float8", "by the", "predicted ms", "speedup", "slower than fastest"]
     rows = [list(_recipe_row(recipe, explanations)) for recipe in ranked]
-    if any(explanation.plan for explanation in explanations.values()):
+    if any(explanation.plans for explanation in explanations.values()):
         headers.append("measured in the block")
         for recipe, row in zip(ranked, rows, strict=True):
             row.append(_in_block_text(explanations[recipe].chosen.in_block))
@@ -98,7 +99,7 @@ def _recipe_row(recipe: Recipe, explanations: Mapping[Recipe, Explanation]) -> I
     explanation = explanations[recipe]
     yield recipe
     yield ", ".join(layer.linear.role for layer in explanation.chosen.converted) or "none"
-    yield "plan" if explanation.plan else "table"
+    yield "plan" if explanation.plans else "table"
     yield f"{explanation.chosen.us / 1e3:.1f}"
     yield f"{explanation.speedup:.3f}x"
     yield f"{slower(explanations, recipe):.1%}"
@@ -120,7 +121,7 @@ def slower(explanations: Mapping[Recipe, Explanation], recipe: Recipe) -> float:
 
 def _choices_text(explanation: Explanation) -> str:
     headers = ["linears, forward + backward", "predicted ms", "speedup"]
-    if explanation.plan:
+    if explanation.plans:
         headers.append("measured in the block")
     align: list[Align] = ["left", "right", "right", "right"]
     return render_table(headers, list(_choice_rows(explanation)), align=align[: len(headers)])
@@ -129,16 +130,15 @@ def _choices_text(explanation: Explanation) -> str:
 def _choice_rows(explanation: Explanation) -> Iterator[tuple[str, ...]]:
     for choice in explanation.choices:
         row = (choice.name, f"{choice.us / 1e3:.1f}", f"{explanation.speedup_of(choice):.3f}x")
-        yield (*row, _in_block_text(choice.in_block) or "not measured") if explanation.plan else row
+        yield (*row, _in_block_text(choice.in_block) or "not measured") if explanation.plans else row
         if choice.name == ALL and explanation.choice(RULE) is None:
-            yield (RULE, "no rule", "", *([""] if explanation.plan else []))
+            yield (RULE, "no rule", "", *([""] if explanation.plans else []))
 
 
-def _in_block_text(candidate: Candidate | None) -> str:
-    return f"{candidate.speedup:.3f}x" if candidate and candidate.speedup else ""
+def _plans_json(plans: ModelPlans) -> dict[str, Any]:
+    kinds = [{"layers": plan.layers or DEFAULT, "convert": plan.convert} for plan in plans.plans]
+    return {"file": plans.source, "model": plans.model, "kinds": kinds}
 
 
-def _in_block_json(candidate: Candidate | None) -> dict[str, float | None]:
-    assert candidate, "asked only where there is one"
-    numbers = {"speedup": candidate.speedup, "speedup_low": candidate.speedup_low}
-    return {**numbers, "speedup_high": candidate.speedup_high}
+def _in_block_text(found: SpeedupInBlocks | None) -> str:
+    return f"{found.speedup:.3f}x" if found else ""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.plan import PLANS, Plan, PlanError, read_plan
+from fp8gate.filter.contract.plans.plan import PLANS, PlanError
+from fp8gate.filter.contract.plans.plan_file import Plans, read_plans
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.locate.places import places
 
@@ -20,7 +21,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class FoundPlan(NamedTuple):
-    plan: Plan
+    plans: Plans
     file: Path
 
 
@@ -41,13 +42,14 @@ def find_plans(*, device: str, recipe: Recipe, tokens: int, tables: str | os.Pat
         if not re.search(rf"-{recipe}-m{tokens}[.-]", path.name):
             continue
         try:
-            plan = read_plan(path)
+            plans = read_plans(path)
         except PlanError as error:
             problems.append(str(error))
             continue
+        plan = plans[0]
         is_same = (plan.recipe, plan.tokens, device_slug(plan.device.name)) == (recipe, tokens, device_slug(device))
-        found += [FoundPlan(plan, path)] if is_same else []
-    return FoundPlans(sorted(found, key=lambda one: one.plan.measured_at, reverse=True), problems)
+        found += [FoundPlan(plans, path)] if is_same else []
+    return FoundPlans(sorted(found, key=lambda one: one.plans[0].measured_at, reverse=True), problems)
 
 
 def plan_files(tables: str | os.PathLike[str] | None = None, *, device: str) -> list[Path]:

@@ -16,8 +16,8 @@ class LinearRole:
 
     role: a short name for them: Llama's, such as "wq", or their name within a block. fqn: their name in the model,
     layer indices as *. count: how many there are. in_features, out_features: of the whole linear, before it is divided
-    among ranks. rows: of its input for one microbatch; None for the tokens. example: the name of one of them, which no
-    other role has; empty for `fqn` with 0 for indices.
+    among ranks. rows: of its input for one microbatch; None for the tokens. known_names: of all of them in the model;
+    empty if they are `fqn` with the indices from 0 on.
     """
 
     role: str
@@ -26,12 +26,20 @@ class LinearRole:
     in_features: int
     out_features: int
     rows: int | None = None
-    example: str = ""
+    known_names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all of them in the model; of one that stands for all if only their number is known."""
+        if self.known_names:
+            return self.known_names
+        indices = range(self.count) if self.fqn.count("*") == 1 else range(1)
+        return tuple(self.fqn.replace("*", str(i)) for i in indices)
 
     @property
     def name(self) -> str:
         """The name of one of them in the model."""
-        return self.example or self.fqn.replace("*", "0")
+        return self.names[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,8 +47,8 @@ class DescribedModel:
     """The linears of a model, in forward order, and how it is divided.
 
     name: what the user calls it. parallel_plan: how tensor parallelism divides it, as `Parallel` takes it. observation:
-    what a forward has shown of the linears, by `name`; None if none was run. can_be_planned: `fp8gate plan` knows its
-    layers. has_config: `fp8gate calibrate --model` takes it. heads: field of its config -> heads of
+    what a forward has shown of the linears, by `name`; None if none was run. has_config: `fp8gate plan` and `fp8gate
+    calibrate --model` take it. heads: field of its config -> heads of
     attention, which a degree must divide. note: what is no linear, or None.
     """
 
@@ -50,7 +58,6 @@ class DescribedModel:
     observation: Observation | None = None
     heads: Mapping[str, int] = field(default_factory=dict)
     note: str | None = None
-    can_be_planned: bool = True
     has_config: bool = True
 
     def require_divisible(self, tp: int) -> None:

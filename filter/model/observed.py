@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fp8gate.filter.contract.errors import InputError
 
@@ -18,12 +18,15 @@ class ObservedLinear:
     """What one linear did in a forward.
 
     calls: how often it was called as a module. rows: the fewest rows of its input in one call; None if it was not
-    called, or if their number depends on the data. is_read: its weight was used without a call.
+    called, or if their number depends on the data. is_read: its weight was used without a call. sharing: how many other
+    linears multiply the very same tensor, the fewest in one call; None if that is not known. Linears that differ in it
+    alone are alike.
     """
 
     calls: int = 0
     rows: int | None = None
     is_read: bool = False
+    sharing: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,14 @@ class Observation:
 def _worst(one: ObservedLinear, other: ObservedLinear) -> ObservedLinear:
     if not one.calls or not other.calls:
         called = one if one.calls else other
-        return ObservedLinear(calls=called.calls, rows=called.rows, is_read=one.is_read or other.is_read)
-    rows = None if one.rows is None or other.rows is None else min(one.rows, other.rows)
-    return ObservedLinear(calls=max(one.calls, other.calls), rows=rows)
+        is_read = one.is_read or other.is_read
+        return ObservedLinear(calls=called.calls, rows=called.rows, is_read=is_read, sharing=called.sharing)
+    return ObservedLinear(
+        calls=max(one.calls, other.calls),
+        rows=_fewest(one.rows, other.rows),
+        sharing=_fewest(one.sharing, other.sharing),
+    )
+
+
+def _fewest(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else min(one, other)

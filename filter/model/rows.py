@@ -20,11 +20,11 @@ _EXPERT = re.compile(r"(^|\.)experts\.(\.|$)")
 """Of names without digits: "layers.3.experts.7.w1" is "layers..experts..w" there."""
 _FEW_ROWS = re.compile(
     r"(^|[._])(pooler|pooled|pooling|modulation|adaln\w*|ada_ln\w*|timestep\w*|time_embed\w*|time_embedding|time_mlp"
-    r"|time_emb_proj|time_text_embed|guidance_embed\w*|label_emb\w*|classifier|score)([._]|$)",
+    r"|time_emb_proj|time_text_embed|guidance_embed\w*|label_emb\w*|norm\w*\.linear|classifier|score)([._]|$)",
     re.IGNORECASE,
 )
 """Parts of names of linears that see one row a sequence, or one a microbatch, in public models of transformers and
-diffusers: poolers, classification heads, modulation by a time or label embedding."""
+diffusers: poolers, classification heads, modulation by a time or label embedding, which diffusers' norms hold."""
 
 
 class RowCount(NamedTuple):

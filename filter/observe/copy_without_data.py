@@ -15,6 +15,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from fp8gate.filter.model.observed import ObserveError
+from fp8gate.filter.model.plain_linear import HOOKS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,8 +36,8 @@ def copy_without_data(model: nn.Module, mode: Any, dtype_of: Callable[[Tensor, b
             memo[id(tensor)] = _fake_of(tensor, dtype_of)
     for name, module in model.named_modules():
         _require_no_closure(name, module)
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            memo[id(hooks)] = OrderedDict()
+        for kind in HOOKS:
+            memo[id(getattr(module, kind))] = OrderedDict()
     try:
         with mode, quiet(*FAKE_TENSORS):
             return copy.deepcopy(model, memo)

@@ -46,7 +46,6 @@ def describe_model(model: str, tokens: int, *, linears: Sequence[str] = ()) -> D
             linears=roles,
             parallel_plan={},
             observation=listed,
-            can_be_planned=False,
             has_config=False,
         )
     if not _needs_transformers(model):

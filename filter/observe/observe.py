@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,7 +93,7 @@ def _observe_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _run_without_data(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_bf16: Bf16Way
 ) -> Observation:
-    mode = _fake_mode()
+    mode = fake_mode()
     found = _run_in(mode, model, args, kwargs, in_bf16)
     _require_no_leak(mode)
     return found
@@ -120,11 +121,12 @@ def _run_in(
 
     linears = dict(linears_of(shadow))
     notes = {id(linear): _Notes() for linear in linears.values()}
+    inputs = SharedInputs()
     for linear in linears.values():
-        linear.register_forward_pre_hook(_note_call(notes[id(linear)]), with_kwargs=True)
+        linear.register_forward_pre_hook(_note_call(notes[id(linear)], inputs), with_kwargs=True)
     weights = {id(getattr(linear, "weight", None)): notes[id(linear)] for linear in linears.values()}
     dtype = torch.get_default_dtype() if in_bf16 == "nothing" else torch.bfloat16
-    with mode, _same_random_numbers(), _noting_reads(weights), _default_dtype(dtype), quiet(*FAKE_TENSORS):
+    with mode, _same_random_numbers(), _noting_reads(weights), default_dtype(dtype), quiet(*FAKE_TENSORS):
         try:
             shadow.train()
             shadow(*tree_map(fake, args), **tree_map(fake, kwargs))
@@ -163,7 +165,8 @@ def _same_random_numbers() -> Iterator[None]:
 
 
 @contextmanager
-def _default_dtype(dtype: Any) -> Iterator[None]:
+def default_dtype(dtype: Any) -> Iterator[None]:
+    """The dtype of what is made without saying which."""
     import torch
 
     earlier = torch.get_default_dtype()
@@ -174,7 +177,8 @@ def _default_dtype(dtype: Any) -> Iterator[None]:
         torch.set_default_dtype(earlier)
 
 
-def _fake_mode() -> Any:
+def fake_mode() -> Any:
+    """Tensors without data; what depends on data has a symbol for a size."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -183,20 +187,36 @@ def _fake_mode() -> Any:
 
 @dataclass(slots=True)
 class _Notes:
-    """What is seen of one linear during a forward."""
+    """What is seen of one linear during a forward. users: for each call, the linears that multiply the same tensor."""
 
     calls: int = 0
     rows: list[int | None] = field(default_factory=list)
+    users: list[set[int]] = field(default_factory=list)
     is_read: bool = False
     is_inside: bool = False
 
     def result(self) -> ObservedLinear:
         known = [rows for rows in self.rows if rows is not None]
         fewest = min(known) if known and len(known) == len(self.rows) else None
-        return ObservedLinear(calls=self.calls, rows=fewest, is_read=self.is_read and not self.calls)
+        sharing = min((len(users) - 1 for users in self.users), default=None)
+        return ObservedLinear(calls=self.calls, rows=fewest, is_read=self.is_read and not self.calls, sharing=sharing)
 
 
-def _note_call(notes: _Notes) -> Any:
+class SharedInputs:
+    """The tensors that linears were called with. None is kept alive, so a later one may have an earlier one's id."""
+
+    def __init__(self) -> None:
+        self._users: dict[int, tuple[weakref.ref[Tensor], set[int]]] = {}
+
+    def users(self, value: Tensor) -> set[int]:
+        """The linears that were called with this very tensor, by id: a set to add the next one to."""
+        known = self._users.get(id(value))
+        if known is None or known[0]() is not value:
+            known = self._users[id(value)] = weakref.ref(value), set()
+        return known[1]
+
+
+def _note_call(notes: _Notes, inputs: SharedInputs) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         (value, *_) = (*args, *kwargs.values())
         count = 1
@@ -204,6 +224,9 @@ def _note_call(notes: _Notes) -> Any:
             count = count * size
         notes.calls += 1
         notes.rows.append(count if isinstance(count, int) else count.node.maybe_as_int())
+        users = inputs.users(value)
+        users.add(id(notes))
+        notes.users.append(users)
 
     return hook
 

@@ -5,13 +5,15 @@ convert_to_float8_training(model, module_filter_fn=auto_filter("rowwise", tokens
 """
 
 from fp8gate.filter.auto_filter import auto_filter
-from fp8gate.filter.contract.plan import Plan, PlanError, read_plan
+from fp8gate.filter.contract.plans.plan import Plan, PlanError
+from fp8gate.filter.contract.plans.plan_file import read_plan, read_plans
 from fp8gate.filter.contract.table import Table, TableError, read_table
 from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.findings import (
     AmbiguousPointWarning,
     FilterWarning,
     Finding,
+    IncompleteTableWarning,
     MissingPointWarning,
     NothingConvertedWarning,
     NotPlainLinearWarning,
@@ -37,6 +39,7 @@ __all__ = [
     "Decision",
     "FilterWarning",
     "Finding",
+    "IncompleteTableWarning",
     "MissingPointWarning",
     "NotPlainLinearWarning",
     "NothingConvertedWarning",
@@ -60,5 +63,6 @@ __all__ = [
     "__version__",
     "auto_filter",
     "read_plan",
+    "read_plans",
     "read_table",
 ]

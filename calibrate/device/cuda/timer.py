@@ -1,4 +1,9 @@
-"""The timer of CUDA GPUs: GPU time of graph replays by CUDA events, with a cold L2."""
+"""The timer of CUDA GPUs: GPU time by CUDA events inside a CUDA graph, with a cold L2.
+
+The flush, the events and what is timed are nodes of one graph, so that nothing that the host does is in a number. With
+events around the launch of a graph it is: on an H200 whose host was loaded, as it is by a sweep's compilers, products
+of 25 us came out as up to 59 us. With events inside they were as on a quiet host, within 1 % (LOG.md, 2026-11-26).
+"""
 
 from __future__ import annotations
 
@@ -13,19 +18,29 @@ from fp8gate.calibrate.device.timer import TUNING_RUNS, WARM_UP_RUNS, Arm, Order
 FLUSH_L2_MULTIPLE = 4  # a read of less than twice the L2 leaves part of it; 4 also outlasts the launch of what follows
 SHORT_RUN_US = 300.0  # a longer run differs by less than 1 % from the next
 HEAD_START = 4  # flushes: they take 0.25 ms on an H200, so that the host stays ahead of the GPU while it launches runs
+ROUNDS_IN_GRAPH, LONG_ROUND_US = 4, 5000.0
+"""After each replay the host reads the events, and the GPU idles for about 50 us. Of rounds that are shorter than
+LONG_ROUND_US a graph has several."""
 
 
 @dataclass(slots=True)
 class CapturedArm:
-    """Forward and backward as CUDA graphs, and their static outputs until those are forgotten."""
+    """Rounds of forward and backward as one CUDA graph, and the last round's static outputs until those are forgotten.
 
-    forward: torch.cuda.CUDAGraph
-    backward: torch.cuda.CUDAGraph
+    events: of each round: before and after the forward, before and after the backward.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    events: list[tuple[torch.cuda.Event, ...]]
     outputs: Results | None
+
+    def samples(self) -> list[Sample]:
+        """Of the last replay, which must have ended."""
+        return [Sample(_elapsed_us(*one[:2]), _elapsed_us(*one[2:])) for one in self.events]
 
 
 class CudaTimer:
-    """GPU time by CUDA events around graph replays. A read flushes the L2 before each.
+    """GPU time by CUDA events inside graphs. A read flushes the L2 before each forward and each backward.
 
     shares_memory: all arms compute in one pool of memory. An arm computes everything that it reads, except its
     operands. So once its results are forgotten, the next arm may use the same memory: many blocks need no more than
@@ -52,22 +67,35 @@ class CudaTimer:
     def prepare(self, arm: Arm) -> CapturedArm:
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
+        start, end = _event(), _event()
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_RUNS):
+                start.record()
                 arm.backward(arm.forward())
+                end.record()
         torch.cuda.synchronize(self.device)
+        rounds = ROUNDS_IN_GRAPH if _elapsed_us(start, end) < LONG_ROUND_US else 1
         torch.cuda.empty_cache()  # a capture cannot free what the warm-up left in the allocator's cache
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self._pool, stream=stream):
-            output = arm.forward()
-        with torch.cuda.graph(backward, pool=forward.pool(), stream=stream):
-            gradients = arm.backward(output)
-        return CapturedArm(forward, backward, Results(output.detach(), gradients))
+        graph, events = torch.cuda.CUDAGraph(), [tuple(_event(external=True) for _ in range(4)) for _ in range(rounds)]
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            for one in events:
+                results = self._round(arm, one)
+        return CapturedArm(graph, events, results)
+
+    def _round(self, arm: Arm, events: tuple[torch.cuda.Event, ...]) -> Results:
+        self.flush()
+        events[0].record()
+        output = arm.forward()
+        events[1].record()
+        self.flush()
+        events[2].record()
+        gradients = arm.backward(output)
+        events[3].record()
+        return Results(output.detach(), gradients)
 
     def results(self, prepared: CapturedArm) -> Results:
         assert prepared.outputs
-        prepared.forward.replay()
-        prepared.backward.replay()
+        prepared.graph.replay()
         return prepared.outputs
 
     def forget_results(self, prepared: CapturedArm) -> None:
@@ -75,23 +103,19 @@ class CudaTimer:
         prepared.outputs = None
 
     def rounds(self, prepared: Sequence[CapturedArm], orders: Sequence[Order]) -> list[list[Sample]]:
-        """Enqueue a head start and all rounds before the host waits, so that it stays ahead of the GPU."""
-        for _ in range(HEAD_START):
-            self.flush()
-        events = [
-            {i: (self._timed(prepared[i].forward.replay), self._timed(prepared[i].backward.replay)) for i in order}
-            for order in orders
-        ]
-        torch.cuda.synchronize(self.device)
-        return [
-            [Sample(_elapsed_us(*one[i][0]), _elapsed_us(*one[i][1])) for i in range(len(prepared))] for one in events
-        ]
+        """At least as many rounds as there are orders: all of a graph, for each arm in turn."""
+        found: list[list[Sample]] = []
+        while len(found) < len(orders):
+            for i in orders[len(found)]:
+                prepared[i].graph.replay()
+            torch.cuda.synchronize(self.device)
+            found += [list(one) for one in zip(*(arm.samples() for arm in prepared), strict=False)]
+        return found
 
     def free(self, prepared: Sequence[CapturedArm]) -> None:
         torch.cuda.synchronize(self.device)
         for arm in prepared:
-            arm.forward.reset()
-            arm.backward.reset()
+            arm.graph.reset()
             for tensor in (arm.outputs.output, *arm.outputs.gradients) if arm.outputs else ():
                 tensor.untyped_storage().resize_(0)
         torch.cuda.empty_cache()
@@ -122,8 +146,9 @@ class CudaTimer:
         torch.sum(self._flush_buffer, dim=0, out=self._flush_result)  # a read: a write would leave dirty lines
 
 
-def _event() -> torch.cuda.Event:
-    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+def _event(*, external: bool = False) -> torch.cuda.Event:
+    """external: recorded as a node of a graph."""
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True, external=external)  # type: ignore[no-untyped-call]
     return event
 
 

@@ -14,8 +14,8 @@ from fp8gate.calibrate.report.speedup_map import map_tokens
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Table
-from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, decide
 from fp8gate.filter.decision.lookup import Lookup
+from fp8gate.filter.decision.shared_input import decide_linear, input_kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,15 +47,19 @@ def layer_rows(
             roles=", ".join(layer.roles),
             k=layer.k,
             n=layer.n,
-            cells=tuple(_cell(LinearShape(m, layer.k, layer.n), lookup, scale) for lookup, m in columns),
+            cells=tuple(_cell(layer.roles, LinearShape(m, layer.k, layer.n), lookup, scale) for lookup, m in columns),
         )
         for layer in layers
     ]
 
 
-def _cell(shape: LinearShape, lookup: Lookup, scale: ColourScale) -> LayerCell:
-    decision = decide(shape, lookup, min_speedup=DEFAULT_MIN_SPEEDUP)
-    if decision.speedup is None:
-        return LayerCell(text="-", colour=None, reason=decision.reason)
-    text = f"{decision.speedup:.2f}{' ✓' if decision.convert else ''}"
-    return LayerCell(text=text, colour=scale.css_colour(decision.speedup), reason=decision.reason)
+def _cell(roles: Sequence[str], shape: LinearShape, lookup: Lookup, scale: ColourScale) -> LayerCell:
+    decisions = {role: decide_linear(input_kind(role), shape, lookup) for role in roles}
+    speedup = decisions[roles[0]].speedup
+    reason = "; ".join(dict.fromkeys(decision.reason for decision in decisions.values()))
+    if speedup is None:
+        return LayerCell(text="-", colour=None, reason=reason)
+    converted = [role for role, decision in decisions.items() if decision.convert]
+    which = "" if len(converted) == len(roles) else f" {', '.join(converted)}"
+    text = f"{speedup:.2f}{f' ✓{which}' if converted else ''}"
+    return LayerCell(text=text, colour=scale.css_colour(speedup), reason=reason)

@@ -13,9 +13,11 @@ from typing import Any, get_args
 import msgspec
 
 from fp8gate.calibrate.report.speedup_map import CAPPED, UNMEASURED, map_tokens, short_status, without_row
+from fp8gate.filter.contract.bounds import Bounds
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.table import WITH_NUMBERS, Spread, Status, Table
 
+RESULTS = ("spread", "controls", "between", "bounds")  # fields of a protocol that are told as `quality`
 TablesByRecipe = Mapping[Recipe, tuple[Path, Table]]
 
 STATUS_WORDS = {
@@ -44,12 +46,13 @@ def quality(table: Table) -> dict[str, str]:
     protocol = table.protocol
     return {
         "points": str(len(table.points)),
-        "ambiguous (?): its own run could not tell it from 1.0": str(statuses["ambiguous"]),
+        "ambiguous (?): its bounds include 1.0": str(statuses["ambiguous"]),
         "within the spread (95th percentile) of 1.0: another sweep may differ": _count_near(table),
         "without a number": ", ".join(missing) or "0",
-        "left out as too large (cap), not asked for (-)": f"{holes[CAPPED]}, {holes[UNMEASURED]}",
+        "left out as too large (cap), not asked for or not yet measured (-)": f"{holes[CAPPED]}, {holes[UNMEASURED]}",
         "on no map: their tokens are not the grid's": str(sum(point.m not in on_maps for point in table.points)),
         "again by another process": _spread(protocol.spread),
+        "bounds cover": _bounds(protocol.bounds),
         "on several devices": _spread(protocol.between) if protocol.devices > 1 else "one device",
         "bf16 against itself": f"{_spread(protocol.controls)}; measured again beyond {protocol.control:.1%} and chance",
     }
@@ -60,6 +63,18 @@ def _count_near(table: Table) -> str:
     if spread is None:
         return "not known"
     return str(sum(point.speedup is not None and abs(point.speedup - 1) <= spread.p95 for point in table.points))
+
+
+def _bounds(bounds: Bounds | None) -> str:
+    if bounds is None:
+        return "what varies within one run"
+    parts = {"below 120 us": bounds.below_120_us, "from 120 us": bounds.from_120_us}
+    return "; ".join(
+        f"{name}: {part.coverage:.1%} of the points in another sweep, by {part.between:.1%} beside {part.within:.1%} "
+        f"within one run ({part.repeats} repeats)"
+        for name, part in parts.items()
+        if part
+    )
 
 
 def _spread(spread: Spread | None) -> str:
@@ -82,5 +97,5 @@ def _facts(path: Path, table: Table) -> dict[str, str]:
     facts = {"file": path.name, "measured at": f"{table.measured_at:%Y-%m-%d %H:%M %Z}"}
     for part in (table.device, table.software, table.protocol):
         fields: dict[str, Any] = msgspec.to_builtins(part)
-        facts |= {name: str(value) for name, value in fields.items() if name not in ("spread", "controls", "between")}
+        facts |= {name: str(value) for name, value in fields.items() if name not in RESULTS}
     return facts

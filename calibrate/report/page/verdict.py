@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from fp8gate.calibrate.comparison.usual_models import ShownModel, shown_models
 from fp8gate.calibrate.report.colour_scale import FEW_WINS
 from fp8gate.calibrate.report.page.table_facts import TablesByRecipe
-from fp8gate.filter.contract.plan import Plan
+from fp8gate.filter.contract.plans.plan import Plan
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Point
-from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP, decide
+from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import Lookup
+from fp8gate.filter.decision.shared_input import SHARED_MIN_SPEEDUP, decide_linear, input_kind
 from fp8gate.filter.locate.find_plan import find_plans
 from fp8gate.filter.model.described_model import LinearRole
 from fp8gate.filter.model.model_config import linear_roles, not_linear
-from fp8gate.filter.plan_decisions import PlanDecisions
+from fp8gate.filter.plan_decisions import ModelPlans
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,13 +106,15 @@ class DeviceVerdict:
             recipe: find_plans(device=device, recipe=recipe, tokens=tokens, tables=file)
             for recipe, (file, _) in files.items()
         }
-        self._plans = {recipe: [one.plan for one in plans.plans] for recipe, plans in found.items()}
+        self._plans = {
+            recipe: [one.plans[0] for one in plans.plans if len(one.plans) == 1] for recipe, plans in found.items()
+        }
         self._problems = tuple(dict.fromkeys(problem for plans in found.values() for problem in plans.problems))
 
     def make(self) -> Verdict:
         """The verdict for all bundled models. Without a plan or a point that wins there is only a sentence."""
         points = [point for table in self._tables.values() for point in table.points]
-        wins = any((point.speedup or 0) >= DEFAULT_MIN_SPEEDUP for point in points)
+        wins = any((point.speedup or 0) >= SHARED_MIN_SPEEDUP for point in points)
         has_plans = any(plan.convert for plans in self._plans.values() for plan in plans)
         models = [self._of_model(model) for model in shown_models()] if wins or has_plans else []
         return Verdict(
@@ -143,7 +146,7 @@ class DeviceVerdict:
 def few_wins_sentence(points: Collection[Point]) -> str | None:
     """One sentence for a device where float8 wins nowhere, or at less than FEW_WINS of the points. Else None.
 
-    To win is to reach the speedup from which the filter converts.
+    To win is to reach the speedup from which the filter converts a linear with an input of its own.
     """
     speedups = [point.speedup for point in points if point.speedup is not None]
     wins, best = sum(speedup >= DEFAULT_MIN_SPEEDUP for speedup in speedups), max(speedups, default=0.0)
@@ -153,9 +156,10 @@ def few_wins_sentence(points: Collection[Point]) -> str | None:
     if best < 1:
         return f"Convert nothing: float8 never wins here; {reached}."
     if not wins:
-        return f"Convert nothing: float8 wins nowhere by {DEFAULT_MIN_SPEEDUP:g}x, as the filter asks; {reached}."
+        asks = f"{DEFAULT_MIN_SPEEDUP:g}x, as the filter asks of linears that share no input"
+        return f"Convert next to nothing: float8 wins nowhere by {asks}; {reached}."
     reach = f"{wins} of {len(speedups)} measured points reach {DEFAULT_MIN_SPEEDUP:g}x"
-    return f"Float8 loses nearly everywhere here: {reach}, from which the filter converts."
+    return f"Float8 loses nearly everywhere here: {reach}, from which the filter converts linears that share no input."
 
 
 def _table_row(recipe: Recipe, times: list[_LinearTimes]) -> VerdictRow:
@@ -191,7 +195,7 @@ def _is_planned(plan: Plan, linear: LinearRole) -> bool:
 
 def _fits(plan: Plan, shapes: Mapping[str, LinearShape]) -> bool:
     """Whether the filter would use this plan for a model with these shapes, if nothing is recomputed or left out."""
-    return PlanDecisions(plan, "", recomputes=_never).fits(shapes, None, leaves_out=_never)
+    return ModelPlans((plan,), "", recomputes=_never).fits(shapes, None, leaves_out=_never)
 
 
 def _never(fqn: str) -> bool:
@@ -205,7 +209,7 @@ def _times(linear: LinearRole, shape: LinearShape, lookup: Lookup) -> _LinearTim
         return None
     return _LinearTimes(
         linear=linear,
-        convert=decide(shape, lookup, min_speedup=DEFAULT_MIN_SPEEDUP).convert,
+        convert=decide_linear(input_kind(linear.fqn), shape, lookup).convert,
         bf16_ms=linear.count * estimate.bf16_us / 1e3,
         float8_ms=linear.count * estimate.fp8_us / 1e3,
     )

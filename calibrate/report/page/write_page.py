@@ -21,7 +21,7 @@ from fp8gate.calibrate.report.page.table_facts import TablesByRecipe, provenance
 from fp8gate.calibrate.report.page.verdict import DeviceVerdict, Verdict
 from fp8gate.calibrate.report.speedup_map import map_tokens, speedup_maps
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
-from fp8gate.filter.contract.table import Table, TableError, read_table
+from fp8gate.filter.contract.table import Incomplete, Table, TableError, read_table
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import Lookup
 from fp8gate.filter.locate.find_table import table_files
@@ -39,11 +39,15 @@ class RecipeSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceSection:
-    """Everything about one device. limit: the speedup of the last colour, if it is not the usual one."""
+    """Everything about one device. limit: the speedup of the last colour, if it is not the usual one.
+
+    incomplete: how far the sweeps came that were stopped.
+    """
 
     name: str
     verdict: Verdict
     limit: float | None
+    incomplete: dict[Recipe, Incomplete]
     overview: Picture
     all_tokens: Picture
     recipes: dict[Recipe, RecipeSection]
@@ -104,6 +108,7 @@ def _section(device: str, files: TablesByRecipe) -> DeviceSection:
         name=device,
         verdict=DeviceVerdict(device, files, lookups, usual).make(),
         limit=None if scale.limit == USUAL_LIMIT else scale.limit,
+        incomplete={recipe: table.incomplete for recipe, table in tables.items() if table.incomplete},
         overview=draw.overview(),
         all_tokens=draw.all_tokens(),
         recipes={

@@ -63,8 +63,9 @@ def calibrate_command(
     """Measure this device and write its tables.
 
     Every point is kept in a journal beside the tables as soon as it is measured: after Ctrl-C, a kill or
-    --stop-after, the same command goes on where it was. Tables are written when all points are measured. Exit code 1
-    if points remain, if no table was written because bf16 differed from itself, or if too many points are noise.
+    --stop-after, the same command goes on where it was. Stopped before its end, it writes tables of what there is,
+    marked as incomplete, which the filter takes and names; they never replace complete ones. Exit code 1 if points
+    remain, if no table was written because bf16 differed from itself, or if too many points are noise.
     """
     require("calibrate")
     chosen, extra = _parse_recipes(recipes), _extra_shapes(model, tokens, tp)
@@ -145,7 +146,9 @@ def _print_result(result: SweepResult) -> None:
         typer.echo(f"wrote {path}: {', '.join(f'{count} {status}' for status, count in sorted(statuses.items()))}")
     typer.echo(result.report.text())
     if result.remaining:
-        typer.echo(f"{result.remaining} points remain: run the same command to go on; no table was written")
+        count = len(result.incomplete)
+        written = f"{count} incomplete tables were written" if count else "no table was written"
+        typer.echo(f"{result.remaining} points remain: run the same command to go on; {written}")
     for shape, error in result.off.items():
         typer.echo(f"{shape}: bf16 against itself was {error:.1%} off, {MAX_RETRIES + 1} times: no table was written")
 

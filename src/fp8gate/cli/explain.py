@@ -15,7 +15,6 @@ from fp8gate.cli.options import (
     FilterFqnsOption,
     JsonOption,
     LinearOption,
-    MinSpeedupOption,
     ModelArgument,
     RecipeOrAll,
     Recompute,
@@ -62,7 +61,13 @@ def explain_command(
         LookupName,
         typer.Option(help="Interpolate between the measured points around a shape, or take the nearest one."),
     ] = DEFAULT_LOOKUP,
-    min_speedup: MinSpeedupOption = DEFAULT_MIN_SPEEDUP,
+    min_speedup: Annotated[
+        float | None,
+        typer.Option(
+            help="Convert every linear from this speedup on; by default from 1.05, and from 1.0 where linears share "
+            "their input, but for value projections with tensorwise."
+        ),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with code 1 where the filter in training code would warn.")
     ] = False,
@@ -74,7 +79,7 @@ def explain_command(
 
     For example: fp8gate explain llama3-70b --recipe rowwise --tokens 8192 --tp 8 --device H200
     """
-    if not min_speedup > 0:
+    if min_speedup is not None and not min_speedup > 0:
         raise InputError(f"--min-speedup: expected a ratio above 0, such as {DEFAULT_MIN_SPEEDUP}; got {min_speedup}")
     asked = {"model": model, "tokens": tokens, "tp": tp, "cp": cp, "recompute": recompute}
     if not model and not linear:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from fp8gate.cli.options import JsonOption, print_json
@@ -25,17 +26,22 @@ def merge_command(
     Points that several tables have are combined by their bounds, which widen where the tables disagree; where they
     disagree too far, the point is noisy and has no numbers. The order of the tables does not matter. What differs in
     recipe, device, software or protocol is refused. Merge what was measured, not what was merged before: a table that
-    goes in twice counts twice.
+    goes in twice counts twice. With an incomplete table, of a sweep that was stopped, the merged one is incomplete.
     """
     from fp8gate.calibrate.sweep.merge import merge_tables
 
     if out.resolve() in [path.resolve() for path in tables]:
         raise InputError(f"--out: expected another file than the tables, which would count again next time; got {out}")
-    merged = merge_tables({str(path): read_table(path) for path in tables})
+    read = {path: read_table(path) for path in tables}
+    merged = merge_tables({str(path): table for path, table in read.items()})
     write_table(merged, out)
     noisy = sum(point.status == "noisy" for point in merged.points)
     if as_json:
-        print_json({"table": str(out), "points": len(merged.points), "noisy": noisy, "tables": len(tables)})
+        counts = {"points": len(merged.points), "noisy": noisy, "tables": len(tables)}
+        print_json({"table": str(out), **counts, "incomplete": msgspec.to_builtins(merged.incomplete)})
     else:
         doubt = f", {noisy} of them noisy" if noisy else ""
         typer.echo(f"wrote {out}: {len(merged.points)} points of {len(tables)} tables{doubt}")
+        for path, table in read.items():
+            if table.incomplete:
+                typer.echo(f"incomplete, as {path} is, with {table.incomplete}: complete that one and merge again")

@@ -5,6 +5,8 @@ Try it: fp8gate plan llama3-8b --recipe rowwise --tokens 8192
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Annotated
 
 import typer
@@ -28,7 +30,7 @@ from fp8gate.cli.options import (
     require,
     start_measuring,
 )
-from fp8gate.filter.contract.plan import write_plan
+from fp8gate.filter.contract.plans.plan_file import write_plans
 from fp8gate.filter.locate.places import default_out
 
 PLANNING_PACKAGES = (*MEASURING_PACKAGES, "transformers")
@@ -70,10 +72,10 @@ def plan_command(
     from fp8gate.calibrate.device.registry import choose_device
     from fp8gate.calibrate.planning.plan_block import plan_subject
     from fp8gate.calibrate.planning.plan_protocol import make_protocol
-    from fp8gate.calibrate.planning.subject import model_subject, plan_path
+    from fp8gate.calibrate.planning.subject import model_subjects, plan_path
     from fp8gate.calibrate.report.plan_text import plan_json, plan_text
 
-    subject = model_subject(
+    subjects, problems = model_subjects(
         model,
         tokens=tokens,
         sequence=sequence,
@@ -81,27 +83,34 @@ def plan_command(
         recomputed=recompute == "full",
         filter_fqns=tuple(patterns_of(filter_fqns)),
     )
+    for problem in problems:
+        typer.echo(f"warning: not planned: {problem}", err=True)
     torch_device = choose_device(device)
-    plans = {}
+    plans = []
     for name in recipes_of(recipe):
-        path = plan_path(out or default_out(), subject, name, torch_device, emulate_precision_casts)
-        plans[path] = plan_subject(
-            subject,
-            recipe=name,
-            device=torch_device,
-            protocol=make_protocol(torch_device, name, emulate_precision_casts),
-            tables=tables,
-            exhaustive=exhaustive,
-            workers=workers,
-            out=path.parent,
-            fresh=not resume,
-            stop_after_s=None if stop_after is None else stop_after * 60,
-            say=lambda message: typer.echo(message, err=True),
-            shows_bar=True,
-        )
-        write_plan(plans[path], path)
+        path = plan_path(out or default_out(), subjects, name, torch_device, emulate_precision_casts)
+        until = math.inf if stop_after is None else time.monotonic() + stop_after * 60
+        of_kinds = [
+            plan_subject(
+                subject,
+                recipe=name,
+                device=torch_device,
+                protocol=make_protocol(torch_device, name, emulate_precision_casts),
+                tables=tables,
+                exhaustive=exhaustive,
+                workers=workers,
+                out=path.parent,
+                fresh=not resume,
+                stop_after_s=until - time.monotonic(),
+                say=lambda message: typer.echo(message, err=True),
+                shows_bar=True,
+            )
+            for subject in subjects
+        ]
+        write_plans(of_kinds, path)
         typer.echo(f"wrote {path}", err=True)
+        plans += of_kinds
     if as_json:
-        print_json({"plans": [plan_json(plan) for plan in plans.values()]})
+        print_json({"plans": [plan_json(plan) for plan in plans]})
     else:
-        typer.echo("\n\n".join(map(plan_text, plans.values())))
+        typer.echo("\n\n".join(map(plan_text, plans)))

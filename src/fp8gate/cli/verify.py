@@ -70,14 +70,16 @@ def verify_command(
 
 
 def _check_files(location: Path, as_json: bool) -> None:
-    from fp8gate.calibrate.comparison.table_paths import read_all
-    from fp8gate.calibrate.report.comparison_text import files_text
+    from fp8gate.calibrate.comparison.table_paths import incomplete_of, read_all
+    from fp8gate.calibrate.report.comparison_text import files_text, incomplete_json
 
     tables, plans = read_all(location)
+    incomplete = incomplete_of(tables)
     if as_json:
-        print_json({"measured": False, "files": [*map(str, tables)], "plans": [*map(str, plans)]})
+        files = {"files": [*map(str, tables)], "plans": [*map(str, plans)], "incomplete": incomplete_json(incomplete)}
+        print_json({"measured": False, **files})
     else:
-        typer.echo(files_text(tables, plans))
+        typer.echo(files_text(tables, plans, incomplete))
 
 
 def _next_step(found: Verification, tables: Path | None, points: int) -> str | None:

@@ -14,12 +14,14 @@ from pathlib import Path
 
 from fp8gate.filter.contract.devices import device_slug, local_device_name
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.plan import PLANS, read_plan
+from fp8gate.filter.contract.plans.plan import PLANS
+from fp8gate.filter.contract.plans.plan_file import read_plans
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.software_check import DRIVER_VERSION, stale
 from fp8gate.filter.contract.table import WITH_NUMBERS
 from fp8gate.filter.locate.find_plan import plan_files
 from fp8gate.filter.locate.find_table import find_table, table_files
+from fp8gate.filter.locate.incomplete_table import completing_command
 from fp8gate.filter.locate.places import default_out, places, shown
 
 PACKAGES = ("fp8gate", "torch", "torchao", "triton", "transformers")
@@ -40,12 +42,17 @@ class DeviceFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundFile:
-    """A table or plan that the filter would use. what: the recipe, of a plan the model too. problem: why it cannot."""
+    """A table or plan that the filter would use. what: the recipe, of a plan the model too. problem: why it cannot.
+
+    incomplete: how far the sweep of a table came that was stopped. completed_by: the command that completes it.
+    """
 
     what: str
     path: str
     measured: str = ""
     stale: str | None = None
+    incomplete: str | None = None
+    completed_by: str | None = None
     problem: str | None = None
 
 
@@ -154,7 +161,15 @@ def _tables() -> Iterator[FoundFile]:
         numbers = sum(point.status in WITH_NUMBERS for point in table.points)
         measured = f"{numbers} of {len(table.points)} points, {table.measured_at:%Y-%m-%d}"
         problem = None if numbers else "no point has a number: measure again when nothing else runs here"
-        yield FoundFile(what=recipe, path=shown(path), measured=measured, stale=stale(table.software), problem=problem)
+        yield FoundFile(
+            what=recipe,
+            path=shown(path),
+            measured=measured + (", incomplete" if table.incomplete else ""),
+            stale=stale(table.software),
+            incomplete=str(table.incomplete) if table.incomplete else None,
+            completed_by=completing_command(path) if table.incomplete else None,
+            problem=problem,
+        )
 
 
 def _is_missing(error: InputError) -> bool:
@@ -165,7 +180,7 @@ def _is_missing(error: InputError) -> bool:
 def _plans(device: str) -> Iterator[FoundFile]:
     for path in plan_files(device=device):
         try:
-            plan = read_plan(path)
+            plan = read_plans(path)[0]
         except InputError as error:
             yield FoundFile(what=path.stem, path=shown(path), problem=str(error))
             continue
@@ -186,7 +201,7 @@ def _out() -> tuple[Path | None, str | None]:
 
 
 def _waiting(folder: Path) -> Iterator[Path]:
-    """Journals with records to which nothing was written since. Tables and plans are written when all is measured."""
+    """Journals with records to which nothing was written since, as a kill leaves them."""
     for here in (folder, folder / PLANS):
         done = max((path.stat().st_mtime for path in here.glob("*.yaml")), default=0.0)
         for journal in sorted(here.glob("journal-*.jsonl")):

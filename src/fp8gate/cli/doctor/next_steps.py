@@ -28,6 +28,7 @@ def problems(checkup: Checkup) -> list[str]:
         found.append(f"no table for this device: {', '.join(checkup.missing)}")
     found += [f"{file.what}: {file.problem}" for file in (*checkup.tables, *checkup.plans) if file.problem]
     found += [f"{file.what} was measured with {file.stale}" for file in (*checkup.tables, *checkup.plans) if file.stale]
+    found += [f"{file.what} is incomplete, with {file.incomplete}" for file in checkup.tables if file.incomplete]
     found += [f"{journal} waits to be gone on with" for journal in checkup.waiting]
     found += [checkup.out_problem] if checkup.out_problem else []
     return found
@@ -45,6 +46,8 @@ def next_steps(checkup: Checkup) -> list[Step]:
                 "with the same options: it goes on",
             )
         )
+    elif commands := list(dict.fromkeys(table.completed_by for table in checkup.tables if table.completed_by)):
+        steps.append(Step(commands[0], "with the same options: it goes on, and completes the tables"))
     elif checkup.missing or any(table.problem for table in checkup.tables):
         steps.append(_calibrate(checkup))
     if any(file.stale for file in checkup.tables):

@@ -1,34 +1,22 @@
-"""The plan: which roles of one block train faster in float8 together, measured inside the compiled block.
+"""The plan: which roles of one block train faster in float8 together, measured inside the compiled block. Pure.
 
-In: a file, or a `Plan` built from measurements. Out: a validated `Plan`, or a file that reads well in a diff.
-Try it: python -c "from fp8gate.filter.contract.plan import read_plan; print(read_plan('FILE.yaml').convert)"
+In: what was measured. Out: a `Plan`, and whether its numbers go together.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
-from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.plain_yaml import (
-    convert,
-    format_number,
-    load_plain_yaml,
-    read_text,
-    require_schema,
-    write_atomically,
-    yaml_line,
-)
+from fp8gate.filter.contract.plans.layer_names import PATTERN
+from fp8gate.filter.contract.plans.role_names import PlaceInBlock, RoleNames, Roles
 from fp8gate.filter.contract.reading.messages import FileError
 from fp8gate.filter.contract.recipes import Recipe
-from fp8gate.filter.contract.role_names import PlaceInBlock, RoleNames, Roles
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Device, Positive, Size, Software
+from fp8gate.filter.contract.table import Device, Positive, Size, Software, TimerName
 
 CandidateStatus = Literal["measured", "out_of_memory", "failed"]
 
@@ -52,7 +40,7 @@ class PlanProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     inductor: the settings that candidates were compiled with. bf16 was compiled with the defaults.
     """
 
-    timer: Literal["cuda_graphs", "wall_clock"]
+    timer: TimerName
     compile: bool
     inductor: dict[str, bool]
     l2: Literal["cold"]
@@ -110,8 +98,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     roles that float8 cannot compute. left_alone: modules of the block that hold several matrices in one parameter, such
     as experts. table: None if there was no table. torchao: the roles that torchao's rule converts, None for a recipe
     without a rule. control: the speedup of bf16 over itself, compiled and loaded a second time; None if that failed. A
-    set is chosen only if it gains more. exhaustive: every set was measured. left_out: roles that were to stay in bf16;
-    the file has them only if there are any.
+    set is chosen only if it gains more. exhaustive: every set was measured. left_out: roles that were to stay in bf16.
+    layers: which layers of the model are such blocks, as `LayerNames` reads it ("model.layers.1-45"); "" for all that
+    are in a list named `layers`. A file has the last two only if they say something.
     """
 
     schema_: Literal[1] = 1
@@ -135,12 +124,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     convert: Roles
     exhaustive: bool
     left_out: Roles = ()
+    layers: Annotated[str, msgspec.Meta(pattern=f"^({PATTERN})?$")] = ""
     columns: tuple[str, ...] = COLUMNS
     candidates: tuple[Candidate, ...]
 
     def place(self, fqn: str) -> PlaceInBlock | None:
         """Where a linear is in a whole model of Hugging Face or torchtitan. None if it is in no block."""
-        return RoleNames(self.shapes).place(fqn)
+        return RoleNames(self.shapes, self.layers).place(fqn)
 
     @property
     def possible(self) -> Roles:
@@ -165,70 +155,11 @@ def exceeds_control(speedup_low: float, control: float | None) -> bool:
     return control is not None and speedup_low > max(1.0, control, 1 / control)
 
 
-def read_plan(path: str | os.PathLike[str]) -> Plan:
-    """Read and validate a plan file.
+def check_plan(plan: Plan, source: str) -> None:
+    """Check what types cannot: column names, known roles, duplicates, consistent numbers, and that the choice wins.
 
-    Raises PlanError if the file cannot be read, is not plain YAML data, or breaks the schema in any way.
+    Raises PlanError, which begins with `source`.
     """
-    return parse_plan(read_text(path, PlanError), source=str(path))
-
-
-def parse_plan(text: str, *, source: str) -> Plan:
-    """`read_plan` for text already in memory; `source` names it in errors."""
-    data = load_plain_yaml(text, source=source, error=PlanError)
-    require_schema(data, source=source, error=PlanError)
-    plan = convert(data, Plan, source=source, error=PlanError)
-    _check(plan, source)
-    return plan
-
-
-def load_plan(plan: Plan | str | os.PathLike[str]) -> tuple[Plan, str]:
-    """The plan, read if it is a path, and the name that messages give it."""
-    if not isinstance(plan, Plan):
-        return read_plan(plan), str(plan)
-    source = f"of {plan.model}"
-    _check(plan, source)
-    return plan, source
-
-
-def require_same_training(plan: Plan, source: str, *, recipe: Recipe, device: str, tokens: int) -> None:
-    """Raises PlanError if the plan was measured for other training. tokens: of one rank, after context parallelism."""
-    for field, expected, found in (("recipe", recipe, plan.recipe), ("tokens", tokens, plan.tokens)):
-        if expected != found:
-            raise PlanError(f"{source}: $.{field}: expected {expected}, found {found}")
-    if device_slug(plan.device.name) != device_slug(device):
-        raise PlanError(f"{source}: $.device.name: expected {device}, found {plan.device.name}")
-
-
-def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
-    """Write atomically. Raises PlanError, and writes nothing, if the file could not be read again."""
-    text = format_plan(plan)
-    parse_plan(text, source=str(path))
-    write_atomically({Path(path): text})
-
-
-def format_plan(plan: Plan) -> str:
-    """The file's text: keys in a fixed order, one shape or candidate a line, rounded numbers."""
-    header = msgspec.to_builtins(plan)
-    del header["candidates"]
-    if not plan.left_out:
-        del header["left_out"]
-    lines = [f"{key}:\n{_shapes(plan)}" if key == "shapes" else yaml_line(key, value) for key, value in header.items()]
-    return "".join(lines) + "candidates:\n" + "".join(map(_format_candidate, plan.candidates))
-
-
-def _shapes(plan: Plan) -> str:
-    return "".join(f"  {yaml_line(role, list(shape))}" for role, shape in plan.shapes.items())
-
-
-def _format_candidate(candidate: Candidate) -> str:
-    convert = yaml_line("convert", list(candidate.convert)).removeprefix("convert:").strip()
-    numbers = map(format_number, (*candidate.numbers, candidate.predicted, candidate.error))
-    return f"  - [{', '.join([convert, str(candidate.visits), *numbers, candidate.status])}]\n"
-
-
-def _check(plan: Plan, source: str) -> None:
-    """Check what types cannot: column names, known roles, duplicates, consistent numbers, and that the choice wins."""
     if plan.columns != COLUMNS:
         raise PlanError(f"{source}: $.columns: expected {list(COLUMNS)}, found {list(plan.columns)}")
     if not plan.shapes:

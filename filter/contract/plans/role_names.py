@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
-from fp8gate.filter.contract.names import hugging_face_name, plain_name, split_block
+from fp8gate.filter.contract.names import hugging_face_name, plain_name
+from fp8gate.filter.contract.plans.layer_names import LayerNames
 
 Roles = tuple[str, ...]
 
@@ -28,9 +29,13 @@ class PlaceInBlock(NamedTuple):
 
 
 class RoleNames:
-    """Finds the roles of linears. The layers of a model share their names within a block, so each is found once."""
+    """Finds the roles of linears. The layers of a model share their names within a block, so each is found once.
 
-    def __init__(self, roles: Iterable[str]) -> None:
+    layers: which layers are the blocks, see `LayerNames`.
+    """
+
+    def __init__(self, roles: Iterable[str], layers: str = "") -> None:
+        self._layers, self._may_be_model = LayerNames(layers), not layers
         self._known = {hugging_face_name(role): role for role in roles}
         self._roles = cache(self._find_roles)
         self._places: dict[str, PlaceInBlock | None] = {}
@@ -47,9 +52,9 @@ class RoleNames:
 
     def _find_place(self, fqn: str) -> PlaceInBlock | None:
         name = plain_name(fqn)
-        if found := split_block(name):
-            return PlaceInBlock(found[0], self._roles(found[1]))
-        roles = self._roles(name)
+        if found := self._layers.split(name):
+            return PlaceInBlock(found.layer, self._roles(found.inner))
+        roles = self._roles(name) if self._may_be_model else ()
         return PlaceInBlock("", roles) if roles else None
 
     def alike(self, fqn: str) -> str | None:

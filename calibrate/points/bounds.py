@@ -1,0 +1,69 @@
+"""Bounds that another sweep confirms: what varies within a run, and what repeats show to differ between runs. Pure.
+
+In: pairs of measurements of the same points, by two processes. Out: the `RunBounds` of a class of points, and the
+widened bounds of a point.
+
+Repeats in other processes of one sweep differ as much as two sweeps on two boards do (LOG.md, 2026-11-26), so they show
+what differs from run to run. All half widths are those of ln(speedup).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from fp8gate.calibrate.timing.statistics import Interval
+from fp8gate.filter.contract.bounds import COVERAGE, RunBounds
+
+QUANTILE = 0.975
+"""Of the differences that are seen. It is more than COVERAGE, as that of a few dozen repeats is itself not known well:
+the 95 % quantile of 40 covers less than 95 % of the points in 4 of 10 sweeps."""
+DIGITS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatedPoint:
+    """The speedup that the table states, and that of another process."""
+
+    stated: Interval
+    again: float
+
+    @property
+    def unexplained(self) -> float:
+        """By how much they differ, beyond what varies within the stated run."""
+        apart = math.log(self.again / self.stated.estimate)
+        low, high = half_widths(self.stated)
+        return math.sqrt(max(0.0, apart**2 - (high if apart > 0 else low) ** 2))
+
+
+def run_bounds(
+    repeated: Sequence[RepeatedPoint], stated: Sequence[Interval], *, known: float, quantile: float = QUANTILE
+) -> RunBounds:
+    """The bounds of one class. stated: all its points. known: `between` of such devices, where repeats are too few.
+
+    Of R differences the one of rank q (R + 1) is at least as large as another one with probability q, whatever their
+    distribution; the largest one is with R / (R + 1).
+    """
+    count = len(repeated)
+    ranked = sorted(point.unexplained for point in repeated)
+    between = ranked[min(count, math.ceil(quantile * (count + 1))) - 1] if ranked else 0.0
+    coverage = min(COVERAGE, math.floor(1000 * count / (count + 1)) / 1000)
+    return RunBounds(
+        coverage=coverage,
+        within=round(median(sum(half_widths(interval)) / 2 for interval in stated), DIGITS),
+        between=round(between if coverage == COVERAGE else max(between, known), DIGITS),
+        repeats=count,
+    )
+
+
+def widened(speedup: Interval, between: float) -> Interval:
+    """The bounds of one run, and what differs from run to run. Each side by itself."""
+    low, high = (math.exp(math.hypot(half, between)) for half in half_widths(speedup))
+    return Interval(speedup.estimate, speedup.estimate / low, speedup.estimate * high)
+
+
+def half_widths(speedup: Interval) -> tuple[float, float]:
+    """Below and above the estimate."""
+    return math.log(speedup.estimate / speedup.low), math.log(speedup.high / speedup.estimate)

@@ -8,7 +8,7 @@ of a set is not the sum of what its linears gain.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from fp8gate.filter.contract.names import plain_name, without_indices
@@ -45,14 +45,14 @@ class ModelPlans:
 
     def __init__(self, plans: Plans, source: str, recomputes: Callable[[str], bool], *, is_found: bool = False) -> None:
         """is_found: nobody gave them: they fit all blocks, and have nothing to say of what is in none."""
-        self.plans, self.source = plans, source
-        self._kinds = [_KindDecisions(plan, source, recomputes, is_found=is_found) for plan in plans]
-        self._lists = [LayerNames(layers) for layers in {whole_list(plan.layers) for plan in plans}]
+        self.source, self.model = source, plans[0].model
+        self._every = [_KindDecisions(plan, source, recomputes, is_found=is_found) for plan in plans]
+        self._kinds = self._every
 
     @property
-    def model(self) -> str:
-        """The model that they were measured for."""
-        return self.plans[0].model
+    def plans(self) -> Plans:
+        """Those that decide: all of them, or those of the lists of layers that fit the model that `fits` saw last."""
+        return tuple(kind.plan for kind in self._kinds)
 
     def fits(
         self,
@@ -60,23 +60,45 @@ class ModelPlans:
         left_alone: Collection[str] | None,
         leaves_out: Callable[[str], bool] = lambda fqn: False,
     ) -> bool:
-        """Whether every block of a model is one that was measured: its roles, their shapes, its recomputation.
+        """Whether a list of a model's layers has only blocks that were measured: their roles, shapes, recomputation.
 
+        A model may have several, such as a vision tower's and the text's. Those that do not fit are the table's.
         shapes: what a rank multiplies in each linear of the model, by name; None for one that no plan can decide.
         left_alone: names of the modules that hold several matrices in one parameter, layer indices as *; None if they
         are not known. leaves_out: whether the user leaves a linear in bf16; a plan that left out others does not fit.
         """
-        for fqn, shape in shapes.items():  # most plans of other models differ at the first linear
+        self._kinds = self._every
+        lists = {kind.layers: LayerNames(kind.layers) for kind in self._every}
+        for fqn, shape in shapes.items():
             kind = self._kind_of(fqn)
-            if (kind is None and self._is_of_the_layers(fqn)) or (kind and not kind.has_measured(fqn, shape)):
+            if kind is None:
+                lists = {name: layers for name, layers in lists.items() if not layers.split(plain_name(fqn))}
+            elif kind.layers in lists and not kind.has_measured(fqn, shape):
+                del lists[kind.layers]
+            if not lists:  # most plans of other models differ at the first linear
                 return False
-        present = [kind for kind in self._kinds if kind.blocks(shapes)]
-        if not present or not self._has_same_grouped(present, left_alone):
-            return False
-        return all(kind.has_whole_blocks(shapes, leaves_out) for kind in present)
+        fitting = [name for name in lists if self._has_whole_blocks(name, shapes, left_alone, leaves_out)]
+        self._kinds = [kind for kind in self._every if kind.layers in fitting]
+        return bool(fitting)
+
+    def _has_whole_blocks(
+        self,
+        layers: str,
+        linears: Collection[str],
+        left_alone: Collection[str] | None,
+        leaves_out: Callable[[str], bool],
+    ) -> bool:
+        """Whether the model has this list of layers, each block with all roles and the experts that were measured."""
+        present = [kind for kind in self._every if kind.layers == layers and kind.blocks(linears)]
+        if left_alone is not None:
+            places = (LayerNames(layers).split(plain_name(fqn)) for fqn in left_alone)
+            if {place.inner for place in places if place} != {one for kind in present for one in kind.plan.left_alone}:
+                return False
+        return bool(present) and all(kind.has_whole_blocks(linears, leaves_out) for kind in present)
 
     def forget(self) -> None:
         """Prepare for another model: none of its blocks is decided."""
+        self._kinds = self._every
         for kind in self._kinds:
             kind.forget()
 
@@ -90,7 +112,10 @@ class ModelPlans:
             known = ", ".join(plan.layers for plan in self.plans)
             message = f"$.layers: {without_indices(fqn)} is in other layers than {known}; the table decides"
             return _mismatch_finding(self.source, message)
-        return (kind or self._kinds[0]).decide(fqn, shape)
+        if kind is None:
+            answers = [one.decide(fqn, shape) for one in self._kinds]
+            return next((answer for answer in answers if answer is not None), None)
+        return kind.decide(fqn, shape)
 
     def decide_blocks(self, decisions: Decisions) -> None:
         """Settle what each block of a model converts.
@@ -116,28 +141,15 @@ class ModelPlans:
 
     def _is_of_the_layers(self, fqn: str) -> bool:
         """Whether it is in a list of layers that the plans are about, in a layer that is in none of them."""
-        return any(layers.split(plain_name(fqn)) for layers in self._lists)
-
-    def _has_same_grouped(self, present: Iterable[_KindDecisions], left_alone: Collection[str] | None) -> bool:
-        """Whether each list of layers has the modules that its plans say hold several matrices."""
-        if left_alone is None:
-            return True
-        expected: defaultdict[str, set[str]] = defaultdict(set)
-        for kind in present:
-            expected[whole_list(kind.plan.layers)].update(kind.plan.left_alone)
-        for layers, names in expected.items():
-            places = (LayerNames(layers).split(plain_name(fqn)) for fqn in left_alone)
-            if {place.inner for place in places if place} != names:
-                return False
-        return True
+        return any(LayerNames(kind.layers).split(plain_name(fqn)) for kind in self._kinds)
 
 
 class _KindDecisions:
-    """Turns the plan of one kind of layers into decisions."""
+    """Turns the plan of one kind of layers into decisions. layers: the list that these layers are in."""
 
     def __init__(self, plan: Plan, source: str, recomputes: Callable[[str], bool], *, is_found: bool) -> None:
         self._is_found = is_found
-        self.plan, self.source = plan, source
+        self.plan, self.source, self.layers = plan, source, whole_list(plan.layers)
         self._names = RoleNames(plan.shapes, plan.layers)
         self._fitting: set[tuple[Roles, LinearShape, str]] = set()
         self._recomputes = recomputes
@@ -248,8 +260,8 @@ class _KindDecisions:
         role = self._names.alike(fqn)
         if not in_block and (role is None or self._is_found):
             return None
-        layers = self.plan.layers or "layers.<i>"
-        why = "is none of its roles" if in_block else f"is not named (model.){layers}.{role}"
+        layers = self.plan.layers or "(model.)layers.<i>"
+        why = "is none of its roles" if in_block else f"is not named {layers}.{role}"
         return self._finding(f"$.shapes: {without_indices(fqn)} {why}; the table decides")
 
     def _differs(self, linears: BlockLinears, decisions: Decisions) -> bool:

@@ -12,6 +12,7 @@ from fp8gate.calibrate.arms.block import Block
 from fp8gate.calibrate.arms.blueprint import BlockError
 from fp8gate.calibrate.device.cpu import CpuTimer
 from fp8gate.calibrate.planning.subject import model_subjects, sequence_of
+from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="needs transformers")
@@ -167,24 +168,24 @@ def test_a_sliding_window_is_a_mask(blueprint):
 def test_all_of_a_list_are_named_without_their_number(subjects):
     ((subject,), _) = subjects()
     assert subject.layers == "model.layers.*"
-    assert subject.names["mlp.up_proj"] == "model.layers.0.mlp.up_proj"
 
 
 @pytest.mark.parametrize(
     ("fields", "options", "complaint"),
     [
         ({}, {"tp": 4}, "tp: expected a divisor of num_key_value_heads = 2; got 4"),
+        ({}, {"filter_fqns": ("layers.0.mlp",)}, r"leaves mlp.gate_proj out of some of model.layers.\* only"),
         ({"intermediate_size": 129}, {"tp": 2}, r"tp: model.layers.0.mlp.gate_proj: tp = 2 does not divide n = 129"),
         ({}, {"sequence": 24}, "sequence: expected a divisor of tokens = 64; got 24"),
     ],
 )
 def test_what_does_not_divide_is_an_error(subjects, fields, options, complaint):
-    with pytest.raises(BlockError, match=complaint):
+    with pytest.raises(InputError, match=complaint):
         subjects(fields, **options)
 
 
 def test_a_model_without_a_parallel_plan_is_not_divided(subjects):
-    with pytest.raises(BlockError, match=r"tp: .* has no tensor parallel plan in transformers; any block can be"):
+    with pytest.raises(BlockError, match=r"tp: .* has no tensor parallel plan in transformers that divides its"):
         subjects(whole=VISION, tp=2)
 
 
@@ -282,6 +283,25 @@ def test_encoder_and_decoder_are_two_lists_and_the_first_of_each_computes_the_po
     cross = found[2].blueprint.inputs["encoder_hidden_states"]
     assert cross.requires_grad
     assert results(found[3].blueprint)[1] == 0.0
+
+
+def test_a_model_that_hears_is_called_once(subjects):
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
+    ffn = {"decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 100}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
+    positions = {"max_source_positions": 32, "max_target_positions": 32, "num_mel_bins": 16}
+    architecture = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
+    found, problems = subjects(whole={**architecture, **sizes, **ffn, **tokens, **positions})
+    assert (problems, [one.layers for one in found]) == ([], ["model.encoder.layers.*", "model.decoder.layers.*"])
+
+
+def test_what_is_left_out_as_a_whole_is_said_and_the_others_are_planned(subjects):
+    found, problems = subjects(whole=GEMMA_THAT_SEES, filter_fqns=("vision_tower",))
+    assert [one.layers.rpartition(".")[2] for one in found] == ["0,2-3", "1"]
+    (problem,) = problems
+    assert problem.endswith("no linear that may be converted: left out, or no multiples of 16")
+    with pytest.raises(BlockError, match=r"no layer of it can be planned: model.layers.\*: no linear that may be"):
+        subjects(filter_fqns=("layers",))
 
 
 def test_a_model_whose_layers_have_no_linear_is_an_error(subjects):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from builders import make_point, make_table, write_folder
 from plans import make_plan
@@ -112,6 +113,19 @@ def test_if_one_layer_differs_no_plan_is_found(folder, changed):
     names, _ = checked(folder, {**LAYERS, **changed})
     assert "model.layers.0.self_attn.q_proj" not in names
     assert names[:1] == ["model.layers.0.mlp.gate_proj"]  # as the table says
+
+
+def test_a_list_of_layers_that_differs_is_the_tables_and_the_other_the_plans(folder):
+    """Such as a vision tower, whose rows depend on the images, beside the text."""
+    tower = msgspec.structs.replace(plan_of("model.tower.layers.*", {"fc": Q}, ("fc",), 3.0), shapes={"fc": (48, *Q)})
+    write(folder, (*plans(), tower))
+    names, wants_float8 = checked(folder, {**LAYERS, "model.tower.layers.0.fc": Q})
+    assert names == BY_PLANS
+    assert [plan.layers for plan in wants_float8.plans.chosen.plans] == ["model.layers.0", "model.layers.1-2"]
+    names, wants_float8 = checked(folder, {"model.tower.layers.0.fc": Q})
+    assert (names, wants_float8.plans.chosen) == ([], None)
+    names, _ = checked(folder)
+    assert names == BY_PLANS
 
 
 def test_a_given_plan_names_the_layers_it_is_not_about(folder):

@@ -7,7 +7,7 @@ import pytest
 from plans import CANDIDATES, make_plan
 
 from fp8gate.filter.contract.names import block_role
-from fp8gate.filter.contract.plans.layer_names import LayerNames, layers_pattern
+from fp8gate.filter.contract.plans.layer_names import LayerNames, common_name, layers_pattern
 from fp8gate.filter.contract.plans.plan import Candidate, PlanError
 from fp8gate.filter.contract.plans.plan_file import format_plans, parse_plans, read_plan, read_plans, write_plans
 from fp8gate.filter.contract.plans.role_names import RoleNames
@@ -169,6 +169,18 @@ def test_a_wrong_document_is_named_by_its_number():
         parse_plans(text, source="plan.yaml")
 
 
+@pytest.mark.parametrize(
+    "text", ["# a licence\n---\n{}", "---\n{}---\n", "{}---\n# the end\n", "{}--- # again\n# none\n"]
+)
+def test_what_says_nothing_is_no_document(text):
+    assert parse_plans(text.format(format_plans([DENSE])), source="plan.yaml") == (DENSE,)
+
+
+def test_an_empty_range_of_layers_is_an_error():
+    with pytest.raises(PlanError, match=r"\$.layers: expected ranges from low to high; found 'model.layers.5-3'"):
+        parsed(format_plans([make_plan(layers="model.layers.5-3")]))
+
+
 def test_there_are_at_most_64_kinds():
     with pytest.raises(PlanError, match="expected at most 64 kinds of layers, found 65"):
         parse_plans("---\n".join(["schema: 1\n"] * 65), source="plan.yaml")
@@ -207,6 +219,21 @@ def test_a_layer_is_found_by_its_list_and_its_index(pattern, fqn, found):
 def test_indices_are_written_as_ranges(indices, pattern):
     assert layers_pattern("h", indices) == pattern
     assert [i for i in range(20) if LayerNames(pattern).split(f"h.{i}.x")] == sorted(indices)
+
+
+@pytest.mark.parametrize(
+    ("names", "name"),
+    [
+        (["h.0.q"], "h.0.q"),
+        (["h.3.q", "h.1.q", "h.2.q"], "h.1-3.q"),
+        (["h.0.q", "g.1.q"], None),
+        (["h.0.q", "h.1.k"], None),
+        (["h.0.q", "lm_head"], None),
+        (["h.0.experts.1.q", "h.0.experts.2.q"], None),
+    ],
+)
+def test_linears_that_differ_by_their_layer_have_one_name(names, name):
+    assert common_name(names) == name
 
 
 def test_a_bare_feed_forwards_roles_are_no_experts():

@@ -175,8 +175,7 @@ def test_roles_that_are_to_stay_in_bf16_are_in_no_set_and_in_the_file():
         blueprint=Blueprint.of(Block(), [block_input()], recomputed=False),
         whole=dict.fromkeys(("inner", "outer"), (32, 64)),
         tokens=16,
-        names={"inner": "layers.0.inner", "outer": "layers.0.outer"},
-        filter_fqns=("layers.0.inner",),
+        left_out=("inner",),
     )
     found = plan_subject(subject, recipe="rowwise", protocol=PROTOCOL)
     assert (found.left_out, found.possible) == (("inner",), ("outer",))

@@ -32,13 +32,13 @@ from fp8gate.filter.observe.observe import fake_mode, first_line_of
 class LayerKind:
     """Layers of a model that do the same.
 
-    names: of the layers, as `LayerNames` reads it. example: the name of one of them. module: that one, without data.
+    names: of the layers, as `LayerNames` reads it. layers: their names in the model. module: one of them, without data.
     inputs: the keyword arguments that the model calls it with. Those that require a gradient are zeros. shapes: (m, k,
     n) of each role. does: a text that differs from that of every other kind.
     """
 
     names: str
-    example: str
+    layers: tuple[str, ...]
     module: nn.Module
     inputs: Mapping[str, Any]
     shapes: dict[str, LinearShape]
@@ -93,10 +93,11 @@ class _WatchedList:
 
     def kinds(self) -> Iterator[LayerKind]:
         for does, seen in self._seen.items():
-            is_all = len(set(seen.indices)) == len(self.layers)
+            indices = sorted(set(seen.indices))
+            is_all = len(indices) == len(self.layers)
             yield LayerKind(
-                names=f"{self.name}.*" if is_all else layers_pattern(self.name, set(seen.indices)),
-                example=f"{self.name}.{seen.indices[0]}",
+                names=f"{self.name}.*" if is_all else layers_pattern(self.name, indices),
+                layers=tuple(f"{self.name}.{i}" for i in indices),
                 module=seen.module,
                 inputs=seen.inputs,
                 shapes=seen.shapes,
@@ -159,13 +160,19 @@ def _what_it_does(layer: nn.Module, inputs: Mapping[str, Any]) -> str:
 
     Numbers among the settings are left out, as an index of the layer is one; what they change shows in sizes or inputs.
     """
-    settings = [
-        sorted(f"{name}={value}" for name, value in vars(module).items() if isinstance(value, str | bool | None))
-        for module in layer.modules()
-    ]
+    settings = [sorted(_plain_values(vars(module))) for module in layer.modules()]
+    given = sorted(_plain_values(inputs))
     sizes = [(name, tuple(one.shape)) for name, one in layer.named_parameters()]
     leaves = [(name, tuple(one.shape), one.dtype, one.requires_grad) for name, one in named_leaves(inputs)]
-    return f"{layer} {settings} {sizes} {sorted(inputs)} {leaves}"
+    return f"{layer} {settings} {sizes} {given} {leaves}"
+
+
+def _plain_values(values: Mapping[str, Any]) -> Iterator[str]:
+    """Each name, with its value if that is plain: a window of attention may be a pair of numbers."""
+    for name, value in values.items():
+        kinds = str | bool | int | None if isinstance(value, tuple) else str | bool | None
+        is_plain = all(isinstance(one, kinds) for one in (value if isinstance(value, tuple) else (value,)))
+        yield f"{name}={value}" if is_plain else name
 
 
 def _run_without_data(layer: nn.Module, inputs: Mapping[str, Any]) -> _Seen:
@@ -215,4 +222,5 @@ def _make_outside_real(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 
 
 def _zeros_of(linear: nn.Linear, x: Tensor) -> Tensor:
-    return x.new_zeros((*x.shape[:-1], linear.out_features)).requires_grad_(x.requires_grad)
+    is_trained = x.requires_grad or linear.weight.requires_grad
+    return x.new_zeros((*x.shape[:-1], linear.out_features)).requires_grad_(is_trained)

@@ -22,8 +22,9 @@ from fp8gate.calibrate.timing.statistics import Interval, ratio_of
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import WITH_NUMBERS, Point, Table, TableError
-from fp8gate.filter.decision.decide import decide
+from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import Lookup
+from fp8gate.filter.decision.shared_input import decide_linear, input_kind
 from fp8gate.filter.model.described_model import role_shape
 from fp8gate.filter.model.model_config import ModelConfig, linear_roles
 from fp8gate.filter.model.parallel import Shards
@@ -143,7 +144,8 @@ def compare_tables(
 ) -> Comparison:
     """Compare the points that both measured.
 
-    models: for each of them a name, a config and how it is divided. Raises TableError for tables of different recipes
+    min_speedup: from which a point's decision counts as float8; if it is not the default, models are decided by it too,
+    else by the filter's rule. models: for each of them a name, a config and how it is divided. Raises TableError for tables of different recipes
     or without a common point.
     """
     if before.recipe != after.recipe:
@@ -155,6 +157,7 @@ def compare_tables(
     lookups = Lookup(before), Lookup(after)
     pairs = [(old[shape], new[shape]) for shape in common]
     parts = before.protocol, after.protocol
+    asked = None if min_speedup == DEFAULT_MIN_SPEEDUP else min_speedup
     points = tuple(compare_points(a, b, parts, min_speedup) for a, b in pairs if _has_numbers(a) and _has_numbers(b))
     return Comparison(
         recipe=before.recipe,
@@ -166,7 +169,7 @@ def compare_tables(
         lost=tuple(a.shape for a, b in pairs if _has_numbers(a) and not _has_numbers(b)),
         shift=_shift(points),
         shifts=_shifts(points),
-        models=tuple(_compare_model(name, config, shards, lookups, min_speedup) for name, config, shards in models),
+        models=tuple(_compare_model(name, config, shards, lookups, asked) for name, config, shards in models),
     )
 
 
@@ -196,14 +199,16 @@ def _width(shift: Interval) -> float:
 
 
 def _compare_model(
-    name: str, config: ModelConfig, shards: Shards, lookups: tuple[Lookup, Lookup], min_speedup: float
+    name: str, config: ModelConfig, shards: Shards, lookups: tuple[Lookup, Lookup], min_speedup: float | None
 ) -> ModelChange:
+    """What both tables say of a model whose linears the filter chooses. min_speedup: as the filter takes it."""
     old, new = lookups
     before_us = after_us = stale_us = 0.0
     flipped = []
     for linear in linear_roles(config):
         shape = role_shape(linear, shards)
-        then, now = (decide(shape, lookup, min_speedup=min_speedup).convert for lookup in (old, new))
+        kind = input_kind(linear.name)
+        then, now = (decide_linear(kind, shape, lookup, min_speedup=min_speedup).convert for lookup in (old, new))
         old_times, new_times = old(shape), new(shape)
         if old_times is None or new_times is None:
             raise TableError(f"{old.table.recipe}: a table without any number tells nothing of {name}")

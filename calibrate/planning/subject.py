@@ -6,8 +6,9 @@ In: a model's name or its config.json. Out: a `Subject` for each kind of its lay
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from torch.utils._pytree import tree_map_only
 from fp8gate.calibrate.arms.blueprint import BlockError, Blueprint, linears_in
 from fp8gate.calibrate.arms.divided_layers import divide_layers
 from fp8gate.calibrate.arms.linear import inductor_settings
-from fp8gate.calibrate.arms.model_layers import layer_kinds
+from fp8gate.calibrate.arms.model_layers import LayerKind, layer_kinds, layer_lists
 from fp8gate.calibrate.device.registry import describe_device
 from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import block_role
+from fp8gate.filter.contract.plans.layer_names import LayerNames
 from fp8gate.filter.contract.plans.plan import PLANS, PlanError
-from fp8gate.filter.contract.plans.plan_file import read_plans
+from fp8gate.filter.contract.plans.plan_file import MAX_KINDS, read_plans
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.model.model_config import BUNDLED, config_json
 from fp8gate.filter.model.observed import ObserveError
@@ -48,8 +50,7 @@ class Subject:
     """What is planned: one kind of a model's layers.
 
     name: of the model. layers: which of its layers, as `LayerNames` reads it; "" for a block that is the model. whole:
-    (in_features, out_features) of each role before it is divided. names: of a linear of each role in the whole model.
-    filter_fqns: roles with one of these in that name stay in bf16.
+    (in_features, out_features) of each role before it is divided. left_out: roles that are to stay in bf16.
     """
 
     name: str
@@ -59,14 +60,7 @@ class Subject:
     layers: str = ""
     sequence: int | None = None
     tp: int = 1
-    names: Mapping[str, str] = field(default_factory=dict)
-    filter_fqns: tuple[str, ...] = ()
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        """The roles that `filter_fqns` leave in bf16."""
-        names = {role: self.names.get(role, role) for role in self.blueprint.shapes}
-        return tuple(role for role, name in names.items() if any(pattern in name for pattern in self.filter_fqns))
+    left_out: tuple[str, ...] = ()
 
     @property
     def possible(self) -> tuple[str, ...]:
@@ -92,36 +86,66 @@ def model_subjects(
     built = build_model(model, config_json(model))
     is_text = getattr(built.module, "main_input_name", TEXT) == TEXT
     length = sequence_of(longest_sequence(built.config), tokens, sequence) if is_text else None
-    for name, heads in heads_of(built).items():
-        if heads % tp:
-            raise BlockError(f"tp: expected a divisor of {name} = {heads}; got {tp}")
     whole = {name: (linear.in_features, linear.out_features) for name, linear in linears_in(built.module)}
     if tp > 1:
         _divide(model, built, tokens, tp)
     with quiet_transformers():
-        calls = dict(_calls(built, tokens, length))
+        try:
+            calls = dict(_calls(built, tokens, length))
+        except ObserveError as error:
+            raise BlockError(f"{model}: its forward cannot be run without data: {error}. But {IN_PYTHON}") from error
         kinds, problems = layer_kinds(built.module, calls)
-    if not kinds:
-        raise BlockError(f"{model}: no layer of it can be planned: {'; '.join(problems)}. But {IN_PYTHON}")
-    inner = tuple(name for name in calls if name)
     subjects = []
     for kind in kinds:
-        names = {block_role(fqn): f"{kind.example}.{fqn}" for fqn, _ in linears_in(kind.module)}
-        subject = Subject(
-            name=model if model in BUNDLED else _name_of(Path(model)),
-            blueprint=Blueprint.made(
-                kind.module, kind.inputs, kind.shapes, recomputed, about=f"{built.config} {kind.does}"
-            ),
-            whole={role: whole[names[role]] for role in kind.shapes},
-            tokens=tokens,
-            layers=kind.names,
-            sequence=None if kind.example.startswith(inner) else length,
-            tp=tp,
-            names=names,
-            filter_fqns=filter_fqns,
-        )
-        subjects.append(subject)
+        of_tower = any(kind.names.startswith(f"{name}.") for name in calls if name)
+        names = {block_role(fqn): fqn for fqn, _ in linears_in(kind.module)}
+        try:
+            subject = Subject(
+                name=model if model in BUNDLED else _name_of(Path(model)),
+                blueprint=Blueprint.made(
+                    kind.module, kind.inputs, kind.shapes, recomputed, about=f"{built.config} {kind.does}"
+                ),
+                whole={role: whole[f"{kind.layers[0]}.{names[role]}"] for role in kind.shapes},
+                tokens=tokens,
+                layers=kind.names,
+                sequence=None if of_tower else length,
+                tp=tp,
+                left_out=tuple(role for role in kind.shapes if _is_left_out(names[role], kind, filter_fqns)),
+            )
+        except BlockError as error:
+            problems.append(f"{kind.names}: {error}")
+            continue
+        if subject.possible:
+            subjects.append(subject)
+        else:
+            problems.append(f"{kind.names}: no linear that may be converted: left out, or no multiples of 16")
+    _require_a_file(model, subjects, problems)
     return subjects, problems
+
+
+def _require_a_file(model: str, subjects: Sequence[Subject], problems: Sequence[str]) -> None:
+    """Raises BlockError for subjects whose plans could not be written together, before anything is measured."""
+    if not subjects:
+        raise BlockError(f"{model}: no layer of it can be planned: {'; '.join(problems)}. But {IN_PYTHON}")
+    if len(subjects) > MAX_KINDS:
+        raise BlockError(f"{model}: expected at most {MAX_KINDS} kinds of layers, found {len(subjects)}; {IN_PYTHON}")
+    for one, other in itertools.combinations(subjects, 2):
+        if LayerNames(one.layers).overlaps(LayerNames(other.layers)):
+            raise BlockError(f"{model}: {one.layers} is called in two ways, so that no plan can decide it")
+
+
+def _is_left_out(role: str, kind: LayerKind, filter_fqns: Sequence[str]) -> bool:
+    """Raises InputError for a pattern that leaves a role out of some of these layers only."""
+    for pattern in filter_fqns:
+        found = [pattern in f"{layer}.{role}" for layer in kind.layers]
+        if all(found):
+            return True
+        if any(found):
+            raise InputError(
+                f"--filter-fqns: {pattern!r} leaves {role} out of some of {kind.names} only, of which one block is "
+                "measured; plan without it: the filter then uses what was measured of the rest"
+            )
+    return False
 
 
 def sequence_of(longest: int | None, tokens: int, asked: int | None) -> int:
@@ -137,19 +161,30 @@ def sequence_of(longest: int | None, tokens: int, asked: int | None) -> int:
 
 
 def _divide(model: str, built: BuiltModel, tokens: int, tp: int) -> None:
+    for name, heads in heads_of(built).items():
+        if heads % tp:
+            raise BlockError(f"tp: expected a divisor of {name} = {heads}; got {tp}")
     plan = own_plan(built)
-    if not plan:
-        raise BlockError(f"tp: {model} has no tensor parallel plan in transformers; {IN_PYTHON}")
-    divide_layers(built.module, Shards(Parallel(tp=tp, plan=plan), tokens), tp)
+    layers = [layer for _, layers in layer_lists(built.module) for layer in layers.values()]
+    before = [parameter.shape for layer in layers for parameter in layer.parameters()]
+    if plan:
+        divide_layers(built.module, Shards(Parallel(tp=tp, plan=plan), tokens), tp)
+    if before == [parameter.shape for layer in layers for parameter in layer.parameters()]:
+        raise BlockError(
+            f"tp: {model} has no tensor parallel plan in transformers that divides its layers; {IN_PYTHON}"
+        )
 
 
 def _calls(built: BuiltModel, tokens: int, sequence: int | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """What the model, and the models inside it that take images or sound, are called with: zeros on the CPU."""
+    """What the model, and the models inside one of text that take images or sound, are called with: zeros on the CPU.
+
+    sequence: tokens of one sequence of text; None for a model that takes something else.
+    """
     inputs = microbatch(built.module, built.config, tokens, sequence)
     if hasattr(built.config, "use_cache"):
         inputs["use_cache"] = False
     yield "", tree_map_only(Tensor, _zeros, inputs)
-    for name, tower in towers(built.module):
+    for name, tower in towers(built.module) if sequence else ():
         with contextlib.suppress(ObserveError):  # its layers are then ones that these inputs do not reach
             yield name, tree_map_only(Tensor, _zeros, microbatch(tower, tower.config, tokens))
 

@@ -41,7 +41,7 @@ from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Device, Grid, Incomplete, Table
+from fp8gate.filter.contract.table import Device, Grid, Incomplete, Table, TableError
 
 MAX_LOOKS = 2
 """A second measurement that contradicts the first does not tell which of them is wrong; a third one does."""
@@ -207,7 +207,7 @@ class _Unfinished:
             tables = write_incomplete_tables(
                 self.folder, self.grid, self.recipes, ledger.journal, incomplete, self.fresh
             )
-        except OSError as error:
+        except (OSError, TableError) as error:
             ledger.say(f"the incomplete tables cannot be written: {error}")
             return {}
         for path, why in tables.withheld.items():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from fp8gate.filter.contract.plans.layer_names import common_name
 from fp8gate.filter.contract.plans.plan import Plan
 from fp8gate.filter.contract.plans.role_names import RoleNames, Roles
 from fp8gate.filter.contract.shapes import LinearShape
@@ -176,7 +177,10 @@ def _by_decision(linear: LinearRole, wants_float8: AutoFilter) -> list[LinearRol
         names[wants_float8.decisions[name]].append(name)
     if len(names) == 1:
         return [linear]
-    return [replace(linear, count=len(some), known_names=tuple(some)) for some in names.values()]
+    return [
+        replace(linear, fqn=common_name(some) or linear.fqn, count=len(some), known_names=tuple(some))
+        for some in names.values()
+    ]
 
 
 def _estimates(
@@ -265,12 +269,14 @@ def _choices(layers: list[LayerExplanation], plans: ModelPlans | None) -> Iterat
 def _in_blocks(
     layers: list[LayerExplanation], converted: tuple[LayerExplanation, ...], plans: ModelPlans | None
 ) -> SpeedupInBlocks | None:
-    """What the plans measured of these roles, for all blocks; None if a block's set was not measured."""
+    """What the plans measured of these roles, for all their blocks; None if a block or its set was not measured."""
     if plans is None:
         return None
     bf16_us, us = 0.0, [0.0, 0.0, 0.0]
     for plan in plans.plans:
         for roles in _converted_in_blocks(plan, layers, converted):
+            if roles is None:
+                return None
             found, bf16 = plan.candidate(roles), plan.candidate(())
             if not (found and bf16 and bf16.fwd_us and bf16.bwd_us):
                 return None
@@ -284,10 +290,14 @@ def _in_blocks(
 
 def _converted_in_blocks(
     plan: Plan, layers: list[LayerExplanation], converted: tuple[LayerExplanation, ...]
-) -> list[Roles]:
-    """The roles that are converted in each of the plan's blocks."""
+) -> Iterator[Roles | None]:
+    """The roles that are converted in each of the plan's blocks; None for a block that is not the measured one."""
     names, blocks = RoleNames(plan.shapes, plan.layers), defaultdict[str, set[str]](set)
+    others: set[str] = set()
     for layer in layers:
         for place in filter(None, map(names.place, layer.linear.names)):
             blocks[place.block].update(place.roles if layer in converted and not layer.stays else ())
-    return [tuple(role for role in plan.shapes if role in roles) for roles in blocks.values()]
+            if not place.roles or any(layer.shape != plan.shape(role) for role in place.roles):
+                others.add(place.block)
+    for block, roles in blocks.items():
+        yield None if block in others else tuple(role for role in plan.shapes if role in roles)

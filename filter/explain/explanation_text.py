@@ -98,7 +98,7 @@ def recipes_text(title: str, explanations: Mapping[Recipe, Explanation]) -> str:
 def _recipe_row(recipe: Recipe, explanations: Mapping[Recipe, Explanation]) -> Iterator[str]:
     explanation = explanations[recipe]
     yield recipe
-    yield ", ".join(layer.linear.role for layer in explanation.chosen.converted) or "none"
+    yield ", ".join(dict.fromkeys(layer.linear.role for layer in explanation.chosen.converted)) or "none"
     yield "plan" if explanation.plans else "table"
     yield f"{explanation.chosen.us / 1e3:.1f}"
     yield f"{explanation.speedup:.3f}x"

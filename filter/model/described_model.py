@@ -48,8 +48,8 @@ class DescribedModel:
 
     name: what the user calls it. parallel_plan: how tensor parallelism divides it, as `Parallel` takes it. observation:
     what a forward has shown of the linears, by `name`; None if none was run. has_config: `fp8gate plan` and `fp8gate
-    calibrate --model` take it. heads: field of its config -> heads of
-    attention, which a degree must divide. note: what is no linear, or None.
+    calibrate --model` take it. heads: field of its config -> heads of attention, which a degree must divide. note: what
+    is no linear, or None.
     """
 
     name: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -94,8 +95,9 @@ def microbatch(module: Any, config: Any, tokens: int, sequence: int | None = Non
     if getattr(module, "main_input_name", TEXT) != TEXT:
         one = observe(module, example_inputs(module, config, tokens))
         rows = Counter(seen.rows for seen in one.linears.values() if seen.rows)
-        many = tokens / rows.most_common(1)[0][0] if rows else 1.0
-        samples = FLOAT8_MULTIPLE * max(1, round(many / FLOAT8_MULTIPLE))  # so that their rows are such a multiple
+        rows_of_one = rows.most_common(1)[0][0] if rows else FLOAT8_MULTIPLE
+        step = FLOAT8_MULTIPLE // math.gcd(rows_of_one, FLOAT8_MULTIPLE)  # so that their rows are such a multiple
+        samples = step * max(1, round(tokens / rows_of_one / step))
     return example_inputs(module, config, tokens, sequence=sequence, samples=samples)
 
 

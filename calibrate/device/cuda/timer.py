@@ -105,8 +105,10 @@ class CudaTimer:
     def rounds(self, prepared: Sequence[CapturedArm], orders: Sequence[Order]) -> list[list[Sample]]:
         """At least as many rounds as there are orders: all of a graph, for each arm in turn."""
         found: list[list[Sample]] = []
-        while len(found) < len(orders):
-            for i in orders[len(found)]:
+        for order in orders:
+            if len(found) >= len(orders):
+                break
+            for i in order:
                 prepared[i].graph.replay()
             torch.cuda.synchronize(self.device)
             found += [list(one) for one in zip(*(arm.samples() for arm in prepared), strict=False)]

@@ -6,7 +6,7 @@ In: a pattern such as "model.layers.1-45". Out: for a linear's name, the layer t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 _INDICES = r"\d{1,6}(-\d{1,6})?"
@@ -14,6 +14,7 @@ PATTERN = rf"[A-Za-z_][A-Za-z0-9_.]*\.(\*|{_INDICES}(,{_INDICES})*)"
 """The name of a list of layers, and which of them: *, or indices and ranges of indices."""
 
 DEFAULT = "layers.*"
+_IN_LAYER = re.compile(r"(.*?)\.(\d+)\.(.*)")
 _MODEL = ("model", "language_model", "transformer")
 """Parts in front of a list's name that depend on which class holds the layers: a model with or without its head, or
 one that sees images too. Vision towers have other names, so their layers are not mistaken for those of the text."""
@@ -48,6 +49,11 @@ class LayerNames:
             return None
         return InLayer(found[1], fqn[found.end() :])
 
+    @property
+    def has_none(self) -> bool:
+        """Whether a range of it is empty."""
+        return self._ranges is not None and not all(self._ranges)
+
     def overlaps(self, other: LayerNames) -> bool:
         """Whether a layer is in both."""
         if self._names != other._names:
@@ -76,6 +82,15 @@ def layers_pattern(stack: str, indices: Iterable[int]) -> str:
         else:
             runs.append([index, index])
     return f"{stack}.{','.join(f'{low}' if low == high else f'{low}-{high}' for low, high in runs)}"
+
+
+def common_name(names: Collection[str]) -> str | None:
+    """One name for linears that differ by their layer's index: "model.layers.1-45.mlp.up_proj". None for others."""
+    found = [match.groups() for match in map(_IN_LAYER.fullmatch, names) if match]
+    if len(found) < len(names) or len({(stack, inner) for stack, _, inner in found}) > 1:
+        return None
+    stack, _, inner = found[0]
+    return f"{layers_pattern(stack, (int(index) for _, index, _ in found))}.{inner}"
 
 
 def _range(text: str) -> range:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from fp8gate.filter.contract.plans.layer_names import PATTERN
+from fp8gate.filter.contract.plans.layer_names import PATTERN, LayerNames
 from fp8gate.filter.contract.plans.role_names import PlaceInBlock, RoleNames, Roles
 from fp8gate.filter.contract.reading.messages import FileError
 from fp8gate.filter.contract.recipes import Recipe
@@ -164,6 +164,8 @@ def check_plan(plan: Plan, source: str) -> None:
         raise PlanError(f"{source}: $.columns: expected {list(COLUMNS)}, found {list(plan.columns)}")
     if not plan.shapes:
         raise PlanError(f"{source}: $.shapes: expected at least one role")
+    if LayerNames(plan.layers).has_none:
+        raise PlanError(f"{source}: $.layers: expected ranges from low to high; found {plan.layers!r}")
     table = () if plan.table is None else plan.table.convert
     fields = {"indivisible": plan.indivisible, "torchao": plan.torchao or (), "table.convert": table}
     for field, roles in {**fields, "left_out": plan.left_out}.items():

@@ -31,8 +31,8 @@ from fp8gate.filter.contract.recipes import Recipe
 Plans = tuple[Plan, ...]
 """The plans of one model, one for each kind of its layers: same training, other layers."""
 
-_BETWEEN = re.compile(r"^---[ \t]*$", re.MULTILINE)
-_MAX_KINDS = 64
+_BETWEEN = re.compile(r"^---(?:[ \t]+#.*)?[ \t]*\r?$", re.MULTILINE)
+MAX_KINDS = 64
 _OF_THE_MODEL = ("recipe", "model", "tokens", "tp", "recompute")
 """What all plans of a model have in common, beside the device."""
 _ONLY_IF_SAID = ("left_out", "layers")
@@ -56,9 +56,9 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
 
 def parse_plans(text: str, *, source: str) -> Plans:
     """`read_plans` for text already in memory; `source` names it in errors."""
-    texts = [one for one in _BETWEEN.split(text) if one.strip()] or [text]
-    if len(texts) > _MAX_KINDS:
-        raise PlanError(f"{source}: expected at most {_MAX_KINDS} kinds of layers, found {len(texts)}")
+    texts = [one for one in _BETWEEN.split(text) if _says_something(one)] or [text]
+    if len(texts) > MAX_KINDS:
+        raise PlanError(f"{source}: expected at most {MAX_KINDS} kinds of layers, found {len(texts)}")
     names = [source] if len(texts) == 1 else [f"{source}: document {i + 1}" for i in range(len(texts))]
     plans = tuple(_parse(one, name) for one, name in zip(texts, names, strict=True))
     _check_together(plans, source)
@@ -119,6 +119,11 @@ def _format_candidate(candidate: Candidate) -> str:
     convert = yaml_line("convert", list(candidate.convert)).removeprefix("convert:").strip()
     numbers = map(format_number, (*candidate.numbers, candidate.predicted, candidate.error))
     return f"  - [{', '.join([convert, str(candidate.visits), *numbers, candidate.status])}]\n"
+
+
+def _says_something(text: str) -> bool:
+    """Whether there is more than blanks and comments, such as a licence before the first document."""
+    return any(line.strip() and not line.lstrip().startswith("#") for line in text.splitlines())
 
 
 def _parse(text: str, source: str) -> Plan:

@@ -145,8 +145,8 @@ def compare_tables(
     """Compare the points that both measured.
 
     min_speedup: from which a point's decision counts as float8; if it is not the default, models are decided by it too,
-    else by the filter's rule. models: for each of them a name, a config and how it is divided. Raises TableError for tables of different recipes
-    or without a common point.
+    else by the filter's rule. models: for each of them a name, a config and how it is divided.
+    Raises TableError for tables of different recipes or without a common point.
     """
     if before.recipe != after.recipe:
         raise TableError(f"recipe: {before.recipe} and {after.recipe}; only tables of one recipe can be compared")

@@ -191,14 +191,14 @@ class AutoFilter:
         for name in self._model.without_linears or ():
             shards.style(name)
         linears = self._model.linears
-        if self.plans.is_auto:
+        if self.plans.is_auto or self.plans.chosen:
             shapes = {fqn: self._linears.shape_of(fqn, size) for fqn, size in linears}
-            self.plans.look_at(shapes, self._model.left_alone)
+            refused = {fqn for fqn, size in linears if self._linears.is_refused(fqn, size)}
+            self.plans.look_at({**shapes, **dict.fromkeys(refused)}, self._model.left_alone)
+            if self.plans.chosen:
+                leaves_out = self.settings.leaves_out
+                self.plans.chosen.decide_blocks(shapes, lambda fqn: fqn in refused or leaves_out(fqn))
         self.decisions.update((fqn, self._linears.decide(fqn, size)) for fqn, size in linears)
-        if self.plans.chosen:
-            self.plans.chosen.decide_blocks(self.decisions)
-            self._linears.forget_linears()
-            self.decisions.update((fqn, self._linears.decide(fqn, size)) for fqn, size in linears)
         for finding in self.plans.findings():
             self._findings.add(finding)
 

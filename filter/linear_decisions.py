@@ -60,15 +60,16 @@ class LinearDecisions:
         return self._by_linear.get((fqn, size)) or self._decide(fqn, size)
 
     def shape_of(self, fqn: str, size: LinearSize) -> LinearShape | None:
-        """What a rank multiplies in the linear known as `fqn`; None if no plan can decide it, as it is not plain."""
+        """What a rank multiplies in the linear known as `fqn`; None if the degree does not divide it."""
         plain = plain_name(fqn)
-        count = self.rows.of(plain)
-        if size.refused or count.refused or size.is_frozen:
-            return None
         try:
-            return self._local_shape(plain, size, count.rows)
+            return self._local_shape(plain, size, self.rows.of(plain).rows)
         except ShardError:
             return None
+
+    def is_refused(self, fqn: str, size: LinearSize) -> bool:
+        """Whether no plan can decide a linear, as it is not plain, is never called, or needs no weight gradient."""
+        return bool(size.refused or size.is_frozen or self.rows.of(plain_name(fqn)).refused)
 
     def forget(self) -> None:
         """Prepare for another model."""
@@ -82,10 +83,6 @@ class LinearDecisions:
         self._by_shape.clear()
         self._by_linear.clear()
         self._doubted.clear()
-
-    def forget_linears(self) -> None:
-        """Decide every linear again when it comes. Findings about a shape are not added again."""
-        self._by_linear.clear()
 
     def _decide(self, fqn: str, size: LinearSize) -> Decision:
         plain = plain_name(fqn)

@@ -21,6 +21,7 @@ from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.findings import Finding, PlanMismatchWarning
 
 Decisions = Mapping[str, Decision]
+Shapes = Mapping[str, LinearShape | None]
 BlockLinears = Mapping[str, Roles]
 """The linears of one block: fqn -> its roles, empty for a linear that the plan does not know."""
 
@@ -56,7 +57,7 @@ class ModelPlans:
 
     def fits(
         self,
-        shapes: Mapping[str, LinearShape | None],
+        shapes: Shapes,
         left_alone: Collection[str] | None,
         leaves_out: Callable[[str], bool] = lambda fqn: False,
     ) -> bool:
@@ -117,13 +118,14 @@ class ModelPlans:
             return next((answer for answer in answers if answer is not None), None)
         return kind.decide(fqn, shape)
 
-    def decide_blocks(self, decisions: Decisions) -> None:
+    def decide_blocks(self, shapes: Shapes, stays: Callable[[str], bool]) -> None:
         """Settle what each block of a model converts.
 
-        decisions: of all linears of the model, made before any block was settled.
+        shapes: what a rank multiplies in each linear of the model, by name; None if that is not known. stays: whether a
+        linear stays in bf16, whatever a plan says.
         """
         for kind in self._kinds:
-            kind.decide_blocks(decisions)
+            kind.decide_blocks(shapes, stays)
 
     def findings(self, decisions: Decisions) -> Iterator[Finding]:
         """The blocks that convert another set than their plan's, and a model that has none of the plans' roles.
@@ -201,10 +203,10 @@ class _KindDecisions:
         reason = "the plan: bf16" + (suffix if place.roles[0] in self.plan.convert else "")
         return Decision(convert=False, shape=shape, reason=reason, planned=True)
 
-    def decide_blocks(self, decisions: Decisions) -> None:
+    def decide_blocks(self, shapes: Shapes, stays: Callable[[str], bool]) -> None:
         """See `ModelPlans.decide_blocks`."""
-        for block, linears in self.blocks(decisions).items():
-            self._by_block[block] = self._decide_block(linears, decisions)
+        for block, linears in self.blocks(shapes).items():
+            self._by_block[block] = self._decide_block(linears, shapes, stays)
 
     def findings(self, decisions: Decisions) -> Iterator[Finding]:
         """The blocks that convert another set than the plan's."""
@@ -212,18 +214,19 @@ class _KindDecisions:
         found: Counter[tuple[tuple[str, ...], bool]] = Counter()
         for linears in blocks.values():
             if any(decisions[fqn].planned or decisions[fqn].point for fqn in linears):
-                found[self._converted_names(linears, decisions), self._differs(linears, decisions)] += 1
+                shapes = {fqn: decisions[fqn].shape for fqn in linears}
+                found[self._converted_names(linears, decisions), self._differs(linears, shapes)] += 1
         for (names, differs), count in found.items():
             if differs or names != self.plan.convert:
                 known = "in blocks that were not measured" if differs else self._measured(names)
                 message = f"{count} of {len(blocks)} blocks convert {_listed(names)}, {known}"
                 yield self._finding(f"$.convert: {message}; expected {_listed(self.plan.convert)}")
 
-    def _decide_block(self, linears: BlockLinears, decisions: Decisions) -> _BlockDecision:
-        if self._differs(linears, decisions):
+    def _decide_block(self, linears: BlockLinears, shapes: Shapes, stays: Callable[[str], bool]) -> _BlockDecision:
+        if self._differs(linears, shapes):
             return _BlockDecision(None)
         present = {role for roles in linears.values() for role in roles}
-        barred = {role for fqn, roles in linears.items() if not decisions[fqn].planned for role in roles}
+        barred = {role for fqn, roles in linears.items() if shapes[fqn] is None or stays(fqn) for role in roles}
         left = tuple(role for role in self.plan.convert if role in present - barred)
         neighbours = "" if all(linears.values()) else "measured without the linears beside its own"
         if left == self.plan.convert:
@@ -264,10 +267,10 @@ class _KindDecisions:
         why = "is none of its roles" if in_block else f"is not named {layers}.{role}"
         return self._finding(f"$.shapes: {without_indices(fqn)} {why}; the table decides")
 
-    def _differs(self, linears: BlockLinears, decisions: Decisions) -> bool:
+    def _differs(self, linears: BlockLinears, shapes: Shapes) -> bool:
         """Whether one of a block's linears is not the one that the plan measured: then no set of it was measured."""
         for fqn, roles in linears.items():
-            shape = decisions[fqn].shape
+            shape = shapes[fqn]
             if roles and shape and self._mismatch(fqn, roles, shape):
                 return True
         return False

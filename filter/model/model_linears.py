@@ -67,11 +67,12 @@ def _is_grouped(module: Any) -> bool:
 
 def _multiplies(module: Any) -> bool:
     """Whether it holds a matrix and is neither an nn.Linear nor an embedding or a convolution."""
+    if is_torch_linear(type(module)):
+        return False
     matrices = (module._parameters.get(name) for name in ("weight", "in_proj_weight"))
     if not any(_ndim(p) == 2 and min(p.shape) > 1 for p in matrices):
         return False
-    is_other = any(hasattr(module, mark) for mark in ("embedding_dim", "kernel_size"))
-    return not (is_other or is_torch_linear(type(module)))
+    return not any(hasattr(module, mark) for mark in ("embedding_dim", "kernel_size"))
 
 
 def _ndim(parameter: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from multiprocessing import parent_process
 from typing import Any
 
@@ -10,6 +11,10 @@ import torch
 from builders import DEVICE, MEASURED_AT, SOFTWARE_HERE
 from torch import Tensor, nn
 
+from fp8gate.calibrate.arms.block import Block as RealBlock
+from fp8gate.calibrate.arms.blueprint import Blueprint
+from fp8gate.calibrate.device.cpu import CpuTimer
+from fp8gate.calibrate.device.timer import Results
 from fp8gate.filter.contract.plans.plan import Candidate, Plan, PlanProtocol, TableUsed
 
 TINY_CONFIG = {
@@ -70,6 +75,16 @@ class HangsInChildren(Block):
 
 def block_input() -> Tensor:
     return torch.randn(16, 32, dtype=torch.bfloat16, requires_grad=True)
+
+
+def block_results(blueprint: Blueprint, roles: Iterable[str] = (), inductor: Any = None) -> tuple[Results, float]:
+    """What a block computes on the CPU with these roles in rowwise float8, and its error."""
+    torch.manual_seed(0)
+    block = RealBlock(blueprint, torch.device("cpu"))
+    timer, arm = CpuTimer(2**16), block.arm(blueprint.ready(frozenset(roles), "rowwise", inductor, "cpu"))
+    found: list[Results] = []
+    error, _ = block.error(lambda: found.append(timer.results(arm)) or found[0])
+    return found[0], error
 
 
 def make_plan(**fields: Any) -> Plan:

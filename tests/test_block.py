@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from plans import Block, block_input
+from plans import Block, block_input, block_results
 from torch import nn
 
 from fp8gate.calibrate.arms.block import Block as RealBlock
@@ -20,16 +20,6 @@ from fp8gate.filter.contract.shapes import LinearShape
 
 CPU = torch.device("cpu")
 TIMER = CpuTimer(2**16)
-
-
-def results(blueprint, roles=(), inductor=None):
-    """What a block computes with these roles in rowwise float8, and its error."""
-    torch.manual_seed(0)
-    block = RealBlock(blueprint, CPU)
-    arm = block.arm(blueprint.ready(frozenset(roles), "rowwise", inductor, "cpu"))
-    found = []
-    error, _ = block.error(lambda: found.append(TIMER.results(arm)) or found[0])
-    return found[0], error
 
 
 # --- any block -------------------------------------------------------------------------------------------------
@@ -44,7 +34,7 @@ def test_roles_of_a_block_are_those_that_ran_with_their_rows():
 def test_inputs_may_be_named():
     blueprint = Blueprint.of(Block(), {"x": block_input(), "scale": 0.0}, recomputed=False)
     assert blueprint.inputs["scale"] == 0.0
-    found, _ = results(blueprint)
+    found, _ = block_results(blueprint)
     assert found.gradients[3].count_nonzero() == 0  # of outer's weight
 
 
@@ -89,14 +79,14 @@ def test_only_the_roles_asked_for_are_converted_and_the_block_stays_as_it_was():
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_float8_differs_from_bf16_by_its_rounding(recomputed):
     blueprint = Blueprint.of(Block(), [block_input()], recomputed=recomputed)
-    assert results(blueprint)[1] == 0.0
-    assert 0.02 < results(blueprint, ["inner", "outer"])[1] < 0.3
+    assert block_results(blueprint)[1] == 0.0
+    assert 0.02 < block_results(blueprint, ["inner", "outer"])[1] < 0.3
 
 
 def test_a_result_that_is_not_finite_has_no_error_that_could_be_small():
     blueprint = Blueprint.of(Block(), [block_input()], recomputed=False)
     block = RealBlock(blueprint, CPU)
-    found, _ = results(blueprint)
+    found, _ = block_results(blueprint)
     broken = Results(found.output, (*found.gradients[:-1], found.gradients[-1] * torch.nan))
     error, name = block.error(lambda: broken)
     assert math.isnan(error)
@@ -133,7 +123,7 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_not_compared():
         "inner.weight",
         "outer.weight",
     }
-    assert results(blueprint, ["inner"])[1] < 0.3
+    assert block_results(blueprint, ["inner"])[1] < 0.3
 
 
 def test_what_a_block_adds_to_its_input_is_compared_not_their_sum():
@@ -208,7 +198,7 @@ def sent(module, recomputed):
 
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_compiled_products_compute_the_same_and_run_once_in_each_direction(compiled_runs, recomputed):
-    assert results(sent(Products(), recomputed), inductor={})[1] < 0.02
+    assert block_results(sent(Products(), recomputed), inductor={})[1] < 0.02
     assert len(compiled_runs) == 2
 
 
@@ -217,6 +207,6 @@ def test_compiled_products_compute_the_same_and_run_once_in_each_direction(compi
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_a_compiled_block_computes_the_same_in_float8(compiled_runs, recomputed):
     blueprint = sent(Block(), recomputed)
-    error = results(blueprint, ["inner"], RECIPES["rowwise"].inductor)[1]
+    error = block_results(blueprint, ["inner"], RECIPES["rowwise"].inductor)[1]
     assert len(compiled_runs) == 2
-    assert error == pytest.approx(results(blueprint, ["inner"])[1], rel=0.1)
+    assert error == pytest.approx(block_results(blueprint, ["inner"])[1], rel=0.1)

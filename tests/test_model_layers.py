@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from plans import TINY_CONFIG
+from plans import TINY_CONFIG, block_results
 
 from fp8gate.calibrate.arms.block import Block
 from fp8gate.calibrate.arms.blueprint import BlockError
@@ -97,16 +97,6 @@ def blueprint(subjects):
     return blueprint
 
 
-def results(blueprint, roles=()):
-    """What a block computes with these roles in rowwise float8, and its error."""
-    torch.manual_seed(0)
-    block = Block(blueprint, CPU)
-    arm = block.arm(blueprint.ready(frozenset(roles), "rowwise", None, "cpu"))
-    found = []
-    error, _ = block.error(lambda: found.append(TIMER.results(arm)) or found[0])
-    return found[0], error
-
-
 # --- one kind of layers ----------------------------------------------------------------------------------------
 
 
@@ -119,7 +109,7 @@ def test_its_linears_are_those_a_rank_holds(blueprint, tp, shapes):
 def test_other_dense_architectures_have_the_same_roles(blueprint, model_type):
     found = blueprint({"model_type": model_type, "head_dim": 16})
     assert found.shapes == SHAPES
-    assert 0.02 < results(found, SHAPES)[1] < 0.2
+    assert 0.02 < block_results(found, SHAPES)[1] < 0.2
 
 
 def test_the_biases_of_divided_linears_are_divided(blueprint):
@@ -134,7 +124,7 @@ def test_experts_are_left_alone_and_divided(blueprint, tp):
     assert list(found.shapes) == list(ATTENTION)
     assert found.template.mlp.experts.gate_up_proj.shape == (4, 256 // tp, 64)
     assert found.template.mlp.experts.down_proj.shape == (4, 64, 128 // tp)
-    assert results(found)[1] == 0.0
+    assert block_results(found)[1] == 0.0
 
 
 def test_it_is_called_as_its_model_calls_it(blueprint):
@@ -162,7 +152,7 @@ def test_a_sliding_window_is_a_mask(blueprint):
     assert found.inputs["attention_mask"].shape[-2:] == (32, 32)
     assert not found.inputs["attention_mask"][0, 0, 31, 8]
     assert found.inputs["attention_mask"][0, 0, 31, 30]
-    assert results(found)[1] == 0.0
+    assert block_results(found)[1] == 0.0
 
 
 def test_all_of_a_list_are_named_without_their_number(subjects):
@@ -230,7 +220,7 @@ def test_dense_layers_before_experts_are_a_kind_of_their_own(subjects):
         f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")
     ]
     assert dense.blueprint.identity != sparse.blueprint.identity
-    assert results(sparse.blueprint)[1] == 0.0
+    assert block_results(sparse.blueprint)[1] == 0.0
 
 
 def test_what_a_router_decides_is_not_compared(subjects):
@@ -267,7 +257,7 @@ def test_a_vision_tower_is_planned_beside_the_text(subjects):
     assert [one.layers.rpartition(".")[2] for one in text] == ["0,2-3", "1"]
     assert {shape.m for shape in text[0].blueprint.shapes.values()} == {64}
     assert {shape.k for role, shape in tower.blueprint.shapes.items() if "attn" in role} == {32}
-    assert results(tower.blueprint, tower.blueprint.shapes)[1] < 0.2
+    assert block_results(tower.blueprint, tower.blueprint.shapes)[1] < 0.2
 
 
 def test_encoder_and_decoder_are_two_lists_and_the_first_of_each_computes_the_positions(subjects):
@@ -282,7 +272,7 @@ def test_encoder_and_decoder_are_two_lists_and_the_first_of_each_computes_the_po
     ]
     cross = found[2].blueprint.inputs["encoder_hidden_states"]
     assert cross.requires_grad
-    assert results(found[3].blueprint)[1] == 0.0
+    assert block_results(found[3].blueprint)[1] == 0.0
 
 
 def test_a_model_that_hears_is_called_once(subjects):

@@ -42,7 +42,7 @@ from fp8gate.filter.observe.transformers_build import (
 )
 from fp8gate.filter.observe.transformers_model import heads_of, own_plan
 
-IN_PYTHON = "any block can be planned in Python: fp8gate.calibrate.planning.plan_block.plan(block, example_inputs)"
+IN_PYTHON = "any block can be planned in Python: fp8gate.calibrate.planning.plan(block, example_inputs, recipe=RECIPE)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

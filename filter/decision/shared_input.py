@@ -25,24 +25,8 @@ InputKind = Literal["own", "shared", "value"]
 """own: no other linear multiplies the linear's input. shared: others do. value: shared by query, key and value
 projections, of which this is the value projection."""
 
-_VALUES = ("v_proj", "wv", "wkv", "value", "v", "to_v")  # torchtitan builds wk and wv from one config, wkv
-_SHARED = (
-    *_VALUES,
-    "q_proj",
-    "k_proj",
-    "wq",
-    "wk",
-    "query",
-    "key",
-    "q",
-    "k",
-    "to_q",
-    "to_k",
-    "gate_proj",
-    "up_proj",
-    "w1",
-    "w3",
-)
+_VALUES = ("v_proj", "wv", "wkv", "value", "v")  # torchtitan builds wk and wv from one config, wkv
+_SHARED = (*_VALUES, "q_proj", "k_proj", "wq", "wk", "query", "key", "q", "k", "gate_proj", "up_proj", "w1", "w3")
 _KINDS: dict[str, InputKind] = {name: "value" if name in _VALUES else "shared" for name in _SHARED}
 """The last part of a name -> what it suggests."""
 _NEVER_ALL = "query, key and value are never all converted"

@@ -69,7 +69,7 @@ class ModelPlans:
         are not known. leaves_out: whether the user leaves a linear in bf16; a plan that left out others does not fit.
         """
         self._kinds = self._every
-        lists = {kind.layers: LayerNames(kind.layers) for kind in self._every}
+        lists = {kind.layers: kind.layer_names for kind in self._every}
         for fqn, shape in shapes.items():
             kind = self._kind_of(fqn)
             if kind is None:
@@ -143,7 +143,7 @@ class ModelPlans:
 
     def _is_of_the_layers(self, fqn: str) -> bool:
         """Whether it is in a list of layers that the plans are about, in a layer that is in none of them."""
-        return any(LayerNames(kind.layers).split(plain_name(fqn)) for kind in self._kinds)
+        return any(kind.layer_names.split(plain_name(fqn)) for kind in self._kinds)
 
 
 class _KindDecisions:
@@ -152,6 +152,7 @@ class _KindDecisions:
     def __init__(self, plan: Plan, source: str, recomputes: Callable[[str], bool], *, is_found: bool) -> None:
         self._is_found = is_found
         self.plan, self.source, self.layers = plan, source, whole_list(plan.layers)
+        self.layer_names = LayerNames(self.layers)
         self._names = RoleNames(plan.shapes, plan.layers)
         self._fitting: set[tuple[Roles, LinearShape, str]] = set()
         self._recomputes = recomputes

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,9 @@ class Blueprint:
     def of(cls, module: nn.Module, inputs: Sequence[Any] | Mapping[str, Any], *, recomputed: bool) -> Blueprint:
         """The blueprint of any module, called with these arguments. Raises BlockError if it has nothing to convert."""
         named = dict(inputs) if isinstance(inputs, Mapping) else by_name(module, inputs)
-        return cls.made(module, named, _observed_shapes(module, named), recomputed)
+        with torch.no_grad():
+            _, shapes = shapes_in(module, lambda: module(**named))
+        return cls.made(module, named, shapes, recomputed)
 
     @classmethod
     def made(
@@ -140,33 +142,33 @@ def empty(like: Tensor, device: torch.device) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
 
 
-def _observed_shapes(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, LinearShape]:
-    """Run the module once and note the shape that each role multiplies. Raises BlockError if a role has several."""
+def shapes_in(module: nn.Module, forward: Callable[[], Any]) -> tuple[Any, dict[str, LinearShape]]:
+    """What a forward returns, and the shape that each role of the module multiplies in it.
+
+    Raises BlockError if a role has several shapes, or if how many rows it multiplies depends on the data.
+    """
     shapes: dict[str, set[LinearShape]] = {}
 
     def note(role: str) -> Callable[[nn.Linear, tuple[Any, ...]], None]:
         def hook(linear: nn.Linear, args: tuple[Any, ...]) -> None:
             m = math.prod(args[0].shape[:-1])
+            if not isinstance(m, int):
+                raise BlockError(f"{role}: how many rows it multiplies depends on the data")
             shapes.setdefault(role, set()).add(LinearShape(m, linear.in_features, linear.out_features))
 
         return hook
 
-    hooks = [linear.register_forward_pre_hook(note(block_role(name))) for name, linear in linears_in(module)]
+    roles = [(block_role(name), linear) for name, linear in linears_in(module)]
+    hooks = [linear.register_forward_pre_hook(note(role)) for role, linear in roles]
     try:
-        with torch.no_grad():
-            module(**inputs)
+        output = forward()
     finally:
         for hook in hooks:
             hook.remove()
-    return one_shape_each(shapes, [block_role(name) for name, _ in linears_in(module)])
-
-
-def one_shape_each(shapes: Mapping[str, Collection[LinearShape]], roles: Iterable[str]) -> dict[str, LinearShape]:
-    """The shape of each role that was seen, in this order. Raises BlockError if a role has several."""
     for role, found in shapes.items():
         if len(found) > 1:
             raise BlockError(f"{role}: expected linears of one shape, found {', '.join(map(str, sorted(found)))}")
-    return {role: shape for role in roles for shape in shapes.get(role, ())}
+    return output, {role: shape for role, _ in roles for shape in shapes.get(role, ())}
 
 
 def _identity(module: nn.Module, inputs: Mapping[str, Any], about: str) -> str:

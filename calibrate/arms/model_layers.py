@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fp8gate.calibrate.arms.blueprint import BlockError, by_name, linears_in, named_leaves, one_shape_each
-from fp8gate.filter.contract.names import block_role
+from fp8gate.calibrate.arms.blueprint import BlockError, by_name, linears_in, named_leaves, on_meta, shapes_in
 from fp8gate.filter.contract.plans.layer_names import layers_pattern
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.observe.copy_without_data import FAKE_TENSORS, copy_without_data, quiet
@@ -179,28 +177,10 @@ def _run_without_data(layer: nn.Module, inputs: Mapping[str, Any]) -> _Seen:
     """Raises BlockError for linears of one role that multiply different shapes."""
     mode = fake_mode()
     shadow = copy_without_data(layer, mode, lambda tensor, _: tensor.dtype)
-    shapes: dict[str, set[LinearShape]] = {}
-    for name, linear in linears_in(shadow):
-        linear.register_forward_pre_hook(_note_shape(shapes, block_role(name)))
     fakes = tree_map_only(Tensor, lambda tensor: mode.from_tensor(tensor, static_shapes=True), inputs)
     with mode, quiet(*FAKE_TENSORS):
-        output = shadow(**fakes)
-    found = one_shape_each(shapes, [block_role(name) for name, _ in linears_in(layer)])
-    return _Seen(layer, inputs, found, tree_map_only(Tensor, _on_meta, output))
-
-
-def _note_shape(shapes: dict[str, set[LinearShape]], role: str) -> Callable[..., None]:
-    def hook(linear: nn.Linear, args: tuple[Tensor, ...]) -> None:
-        m = math.prod(args[0].shape[:-1])
-        if not isinstance(m, int):
-            raise BlockError(f"{role}: how many rows it multiplies depends on the data")
-        shapes.setdefault(role, set()).add(LinearShape(m, linear.in_features, linear.out_features))
-
-    return hook
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").requires_grad_(tensor.requires_grad)
+        output, shapes = shapes_in(shadow, lambda: shadow(**fakes))
+    return _Seen(layer, inputs, shapes, tree_map_only(Tensor, on_meta, output))
 
 
 def _zeros(tensor: Tensor) -> Tensor:

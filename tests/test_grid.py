@@ -35,7 +35,7 @@ def load(tmp_path):
 
 
 def test_every_kind_has_the_grids_that_the_command_line_names():
-    assert GRIDS == [("cuda", "default"), ("cuda", "quick"), ("cpu", "default"), ("cpu", "quick")]
+    assert [(kind, name) for kind in ("cuda", "cpu") for name in ("quick", "default", "full")] == GRIDS
 
 
 def test_the_default_gpu_grid_is_powers_of_two_over_the_whole_range():

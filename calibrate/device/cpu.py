@@ -29,6 +29,9 @@ a second. Then some bounds were narrow, and some measurements agreed, and were w
 Result = TypeVar("Result")
 
 
+EVERY_POINT = Grid(m=(128, 512), k=(256, 512, 1024), n=(256, 512, 1024))
+
+
 class Cpu(DeviceKind):
     """Nothing is compiled, and nothing tells how fast the processor runs."""
 
@@ -40,9 +43,11 @@ class Cpu(DeviceKind):
         control=CONTROL,
         noise=NOISE,
         grids={
-            "default": Grid(m=(128, 512), k=(256, 512, 1024), n=(256, 512, 1024)),
             "quick": Grid(m=(64, 128), k=(128, 256), n=(128, 256)),
+            "default": EVERY_POINT,
+            "full": EVERY_POINT,
         },
+        refined=frozenset(),
         max_point_flop=MAX_POINT_FLOP,
         worker_gib=0.0,
         visit_pause_s=0.0,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from fp8gate.filter.contract.shapes import LinearShape
@@ -27,10 +27,15 @@ class Task:
 
 
 class TaskQueue:
-    """Tasks not yet dealt out. `next` gives them in order, and those given back with `later` after all others."""
+    """Tasks not yet dealt out. `next` gives them in order, and those given back after all others.
 
-    def __init__(self, tasks: Iterable[Task]) -> None:
+    more: asked for further tasks when none is left. asked: how many tasks there were until now.
+    """
+
+    def __init__(self, tasks: Iterable[Task], more: Callable[[], Sequence[Task]] = tuple) -> None:
         self._waiting = list(tasks)
+        self._more = more
+        self.asked = len(self._waiting)
         self._repeated: set[LinearShape] = set()
         self._retries: Counter[Task] = Counter()
         self._deaths: Counter[Task] = Counter()
@@ -42,6 +47,9 @@ class TaskQueue:
 
     def next(self, measured: Container[LinearShape] = ()) -> Task | None:
         """The first task for a process that has measured these shapes: a point and its repeat need two processes."""
+        if not self._waiting:
+            self._waiting += self._more()
+            self.asked += len(self._waiting)
         for i, task in enumerate(self._waiting):
             is_pair = task.repeat or task.shape in self._repeated
             if not (is_pair and task.shape in measured):

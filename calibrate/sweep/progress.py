@@ -36,6 +36,9 @@ class Observer(Protocol):
 
     def say(self, message: str) -> None: ...
 
+    def expect(self, total: int) -> None:
+        """There will be so many steps, or fewer."""
+
 
 def make_observer(total: int, protocols: dict[Recipe, TableProtocol]) -> Observer:
     """A bar if standard error is a terminal, else lines."""
@@ -97,6 +100,9 @@ class Bar(_LiveBar):
     def say(self, message: str) -> None:
         self._progress.console.print(message, highlight=False, markup=False)
 
+    def expect(self, total: int) -> None:
+        self._progress.update(self._task, total=total)
+
 
 class Lines:
     """A line a point, with the same content."""
@@ -122,6 +128,9 @@ class Lines:
 
     def say(self, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
+
+    def expect(self, total: int) -> None:
+        self._steps.total = total
 
 
 class Steps:

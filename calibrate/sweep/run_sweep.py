@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import msgspec
 import torch
@@ -20,16 +20,18 @@ from fp8gate.calibrate.device.lock import DeviceLock
 from fp8gate.calibrate.device.registry import KINDS, kind_of
 from fp8gate.calibrate.device.timing_lock import timing_lock_file
 from fp8gate.calibrate.points.measure_point import DeviceLostError
-from fp8gate.calibrate.points.noise import calm, mostly_disturbed, repeats_disagree
+from fp8gate.calibrate.points.noise import calm
 from fp8gate.calibrate.points.point_worker import Job
 from fp8gate.calibrate.points.setup import Setup
 from fp8gate.calibrate.points.task_queue import Task, TaskQueue
+from fp8gate.calibrate.sweep.agenda import Agenda
 from fp8gate.calibrate.sweep.grid import grid_shapes, measuring_order, too_large
 from fp8gate.calibrate.sweep.journal import SweepJournal
 from fp8gate.calibrate.sweep.progress import Observer, make_observer
+from fp8gate.calibrate.sweep.refinement import Refinement
 from fp8gate.calibrate.sweep.session import JournalLedger, SessionResult, SweepSession
 from fp8gate.calibrate.sweep.sweep_report import SweepReport, make_sweep_report
-from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks, repeats_for_bounds, second_looks, tasks_left
+from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks, tasks_left
 from fp8gate.calibrate.sweep.table_writing import (
     require_nothing_lost,
     require_same_device,
@@ -41,10 +43,7 @@ from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Device, Grid, Incomplete, Table, TableError
-
-MAX_LOOKS = 2
-"""A second measurement that contradicts the first does not tell which of them is wrong; a third one does."""
+from fp8gate.filter.contract.table import Device, Grid, Incomplete, Table, TableError, read_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +79,13 @@ class Measuring(Protocol):
         """Measure them all; every record is in the ledger as soon as it is there."""
 
 
+@dataclass(frozen=True, slots=True)
 class MeasuringAlone:
-    """This process and its workers, on one device."""
+    """This process and its workers, on one device. agenda: what the same processes measure after the tasks, or None."""
 
-    ranks = ranks_here = 1
+    agenda: Agenda | None = None
+    ranks: ClassVar[int] = 1
+    ranks_here: ClassVar[int] = 1
 
     def measure(
         self, tasks: SweepTasks, ledger: JournalLedger, device: torch.device, workers: int, stop_after_s: float | None
@@ -94,13 +96,14 @@ class MeasuringAlone:
         before = len(ledger.measured) + len(ledger.off)
         with timing_lock_file() as timing_lock:
             job = Job(device, tasks.protocols, tasks.seed, timing_lock, measured_on)
-            session = SweepSession(job, TaskQueue(todo), ledger, stop_after_s=stop_after_s)
+            queue = TaskQueue(todo, self.agenda.more) if self.agenda else TaskQueue(todo)
+            session = SweepSession(job, queue, ledger, stop_after_s=stop_after_s)
             try:
-                session.measure(min(workers, len(todo)))
+                session.measure(min(workers, len(todo) + (self.agenda.undecided if self.agenda else 0)))
             except DeviceLostError as error:
                 ledger.keep(Task(error.record.shape), error.record)
                 raise
-        return session.result(remaining=len(todo) - (len(ledger.measured) + len(ledger.off) - before))
+        return session.result(remaining=queue.asked - (len(ledger.measured) + len(ledger.off) - before))
 
 
 def sweep(
@@ -113,6 +116,7 @@ def sweep(
     out: Path,
     fresh: bool = False,
     stop_after_s: float | None = None,
+    refines: bool = False,
     writes_incomplete: bool = True,
     workers: int | None = None,
     seed: int = 0,
@@ -121,8 +125,9 @@ def sweep(
     """Measure `shapes` for `recipes` and write one table a recipe under `out`.
 
     grid: the axes that the table will state. fresh: put an existing journal aside instead of going on with it.
-    stop_after_s: begin no further point after so many seconds. writes_incomplete: if it ends before all points are
-    measured, by this or by an error, write incomplete tables of those that are.
+    stop_after_s: begin no further point after so many seconds. refines: of the grid, measure a coarse part and then
+    the points near which float8 breaks even; with several ranks there is time for all. writes_incomplete: if it ends
+    before all points are measured, by this or by an error, write incomplete tables of those that are.
     workers: processes that compile and measure, 0 for this one alone; None: as the cores and the protocol allow.
     seed: of the order of points, of the choice of controls and repeats, and of the data. measuring: None for this
     process alone.
@@ -131,11 +136,11 @@ def sweep(
     fails for good, NoChildError if no worker can start.
     """
     start = time.monotonic()
-    measuring = measuring or MeasuringAlone()
+    alone = MeasuringAlone()
     folder = out / device_slug(setup.device.name)
     protocols = {recipe: setup.protocols[recipe] for recipe in recipes}
     if workers is None:
-        workers = useful_workers(setup.device, protocols, measuring.ranks_here)
+        workers = useful_workers(setup.device, protocols, (measuring or alone).ranks_here)
         look_workers = max(1, workers)  # so that another process looks again
     else:
         look_workers = workers
@@ -146,18 +151,38 @@ def sweep(
         require_same_device(folder, recipes, setup.device.name)
         if not fresh:
             require_nothing_lost(folder, recipes, wanted, journal.records)
-        tasks = tasks_left(setup, wanted, recipes, journal.records, seed)
-        own_tasks = tasks.own_tasks(kind_of(device).identity(device, 0))
-        todo = len(tasks.tasks) + len(own_tasks) * measuring.ranks
+        refinement = None
+        if refines and not measuring:
+            refinement = Refinement(grid, wanted, always=set() if fresh else _known_shapes(folder, recipes))
+        first = refinement.first if refinement else wanted
+        tasks = tasks_left(setup, first, recipes, journal.records, seed)
+        own_tasks, ranks = tasks.own_tasks(kind_of(device).identity(device, 0)), (measuring or alone).ranks
+        todo = len(tasks.tasks) + len(own_tasks) * ranks
         ledger = JournalLedger(journal, make_observer(todo, protocols), asked=todo)
-        before = len(wanted) + len(tasks.repeats) * measuring.ranks - todo
-        unfinished = _Unfinished(folder, grid, recipes, before, fresh)
+        agenda = Agenda(
+            tasks,
+            first,
+            refinement,
+            ledger,
+            repeats=look_workers > 0,
+            before=len(first) + len(tasks.repeats) * ranks - todo,
+        )
+        unfinished = _Unfinished(folder, grid, recipes, agenda, fresh)
+        if workers == look_workers:
+            alone = MeasuringAlone(agenda)
+        stop_at = None if stop_after_s is None else start + stop_after_s
         try:
             with ledger.observer as observer:
-                _say_start(observer, journal, todo, len(wanted), capped)
-                session = measuring.measure(tasks, ledger, device, workers, stop_after_s)
-            stop_at = None if stop_after_s is None else start + stop_after_s
-            session = _look_again(session, tasks, wanted, ledger, device, look_workers, stop_at)
+                _say_start(observer, journal, todo, len(first), len(wanted) - len(first), capped)
+                ledger.ask(0, agenda.undecided)
+                session = (measuring or alone).measure(tasks, ledger, device, workers, stop_after_s)
+                if not session.remaining:
+                    ledger.forget_rest()  # repeats of a rank that was lost
+                while not session.remaining and (again := agenda.more()):
+                    left_s = None if stop_at is None else max(0.0, stop_at - time.monotonic())
+                    later = msgspec.structs.replace(tasks, tasks=tuple(again), repeats=())
+                    by = MeasuringAlone(agenda)
+                    session = session.then(by.measure(later, ledger, device, look_workers, left_s))
         except BaseException as error:  # Ctrl-C and signals too
             if writes_incomplete and not isinstance(error, InputError):  # after which another command is to be run
                 unfinished.write(ledger)
@@ -173,7 +198,7 @@ def sweep(
             session,
             rows={recipe: rows_of(recipe, setup, journal.records) for recipe in recipes},
             history=calm(journal.records, KINDS[setup.device.kind].defaults.noise),
-            resumed=len(wanted) - len(tasks.tasks),
+            resumed=len(first) - len(tasks.tasks),
             capped=len(capped),
             total_s=time.monotonic() - start,
         )
@@ -183,12 +208,12 @@ def sweep(
 
 @dataclass(frozen=True, slots=True)
 class _Unfinished:
-    """Writes what there is of a sweep that ends early. before: how many measurements earlier calls took."""
+    """Writes what there is of a sweep that ends early."""
 
     folder: Path
     grid: Grid
     recipes: Sequence[Recipe]
-    before: int
+    agenda: Agenda
     fresh: bool
 
     def write(self, ledger: JournalLedger) -> Mapping[Path, Table]:
@@ -196,8 +221,8 @@ class _Unfinished:
 
         That they cannot be written must not hide why the sweep ended, so it is only said.
         """
-        of = self.before + ledger.asked
-        measured = of - max(1, ledger.left)
+        measured = self.agenda.before + ledger.asked - max(1, ledger.left)
+        of = measured + max(1, ledger.left) + self.agenda.undecided
         if ledger.off:
             ledger.say(f"no table is written: bf16 against itself was off at {len(ledger.off)} points")
         if ledger.off or not measured:
@@ -220,42 +245,13 @@ class _Unfinished:
         return tables.written
 
 
-def _look_again(
-    session: SessionResult,
-    tasks: SweepTasks,
-    wanted: Sequence[LinearShape],
-    ledger: JournalLedger,
-    device: torch.device,
-    workers: int,
-    stop_at: float | None,
-) -> SessionResult:
-    """Measure what may be noise once more, and again if that does not tell; and first of all the repeats that tell how
-    far two runs differ. Returns all sessions together.
-
-    All points are measured twice where the repeats of a share disagree. It ends early on a machine so busy that another
-    look would be noise too. With several ranks, only rank 0 looks.
-    """
-    limits = KINDS[tasks.setup.device.kind].defaults.noise
-    for attempt in range(MAX_LOOKS):
-        rows = {recipe: rows_of(recipe, tasks.setup, ledger.journal.records) for recipe in tasks.recipes}
-        if not attempt and repeats_disagree(rows.values()):
-            limits = replace(limits, measures_twice=True)
-        looks = second_looks(wanted, rows, limits)
-        repeats = []
-        if not attempt and workers:  # a repeat needs another process
-            repeats = repeats_for_bounds(wanted, rows, ledger.journal.records, tasks.seed, limits)
-        if not (looks or repeats) or session.remaining or ledger.off or (attempt and mostly_disturbed(rows.values())):
-            break
-        stop_after_s = None if stop_at is None else max(0.0, stop_at - time.monotonic())
-        with make_observer(len(looks) + len(repeats), tasks.protocols) as ledger.observer:
-            if looks:
-                ledger.say(f"{len(looks)} points are measured again, to tell numbers from noise")
-            if repeats:
-                ledger.say(f"{len(repeats)} points are repeated, to tell how far two runs differ")
-            ledger.asked += len(looks) + len(repeats)
-            again = msgspec.structs.replace(tasks, tasks=(*looks, *repeats), repeats=())
-            session = session.then(MeasuringAlone().measure(again, ledger, device, workers, stop_after_s))
-    return session
+def _known_shapes(folder: Path, recipes: Sequence[Recipe]) -> set[LinearShape]:
+    """The shapes of the tables that are there: what is known is measured again, so that nothing of it is lost."""
+    known: set[LinearShape] = set()
+    for path in (folder / f"{recipe}.yaml" for recipe in recipes):
+        if path.exists():
+            known.update(point.shape for point in read_table(path).points)
+    return known
 
 
 def _affordable(
@@ -279,10 +275,12 @@ def _say_nothing_was_left(ledger: JournalLedger) -> None:
 
 
 def _say_start(
-    observer: Observer, journal: SweepJournal, todo: int, wanted: int, capped: dict[LinearShape, str]
+    observer: Observer, journal: SweepJournal, todo: int, wanted: int, undecided: int, capped: dict[LinearShape, str]
 ) -> None:
     device = journal.setup.device
     observer.say(f"{device.name}: {todo} measurements to take at {wanted} points, journal {journal.path}")
+    if undecided:
+        observer.say(f"then those of {undecided} points near which float8 breaks even (--grid full: all)")
     if journal.set_aside:
         observer.say(f"the earlier journal is kept as {journal.set_aside}")
     if journal.had_no_checksums:

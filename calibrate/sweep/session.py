@@ -62,6 +62,15 @@ class JournalLedger:
     def say(self, message: str) -> None:
         self.observer.say(message)
 
+    def forget_rest(self) -> None:
+        """Do not wait for what is not there yet."""
+        self.asked -= self.left
+
+    def ask(self, count: int, at_most: int = 0) -> None:
+        """So many more measurements are wanted, and perhaps `at_most` others later."""
+        self.asked += count
+        self.observer.expect(self.asked + at_most)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionResult:

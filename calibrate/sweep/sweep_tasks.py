@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -63,16 +63,13 @@ def tasks_left(
 
     All recipes asked for are measured at such a shape again, in one session.
     """
-    first = [record for record in records if not record.repeat]
-    measured = {(r.shape, recipe) for r in first for recipe in r.recipes if r.status(recipe) == "measured"}
-    attempts = Counter((r.shape, recipe) for r in first for recipe in r.recipes)
     repeated: dict[tuple[LinearShape, str], set[Recipe]] = defaultdict(set)
     for record in (record for record in records if record.repeat):
         repeated[record.shape, record.measured_on].update(record.recipes)
     rng = random.Random(seed)
     controls = set(rng.sample(wanted, _share(CONTROL_SHARE, len(wanted))))
     repeats = rng.sample(wanted, _share(REPEAT_SHARE, len(wanted)))
-    left = [s for s in wanted if any((s, r) not in measured and attempts[s, r] < MAX_ATTEMPTS for r in recipes)]
+    left = unmeasured(wanted, recipes, records)
     if controls.isdisjoint(left):
         controls.update(left[:1])  # every session has its own
     return SweepTasks(
@@ -83,6 +80,16 @@ def tasks_left(
         repeats=tuple(repeats),
         repeated=tuple(where for where, found in repeated.items() if found.issuperset(recipes)),
     )
+
+
+def unmeasured(
+    shapes: Iterable[LinearShape], recipes: Sequence[Recipe], records: Sequence[PointRecord]
+) -> list[LinearShape]:
+    """Those that lack a recipe's number and have not been tried MAX_ATTEMPTS times."""
+    first = [record for record in records if not record.repeat]
+    measured = {(r.shape, recipe) for r in first for recipe in r.recipes if r.status(recipe) == "measured"}
+    attempts = Counter((r.shape, recipe) for r in first for recipe in r.recipes)
+    return [s for s in shapes if any((s, r) not in measured and attempts[s, r] < MAX_ATTEMPTS for r in recipes)]
 
 
 def second_looks(

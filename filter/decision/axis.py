@@ -20,6 +20,7 @@ class Axis:
         self.sizes = sorted(set(sizes))
         self._log2 = [(math.log2(size), size) for size in self.sizes]
         self.bracket = cache(self._bracket)  # a model's layers share their tokens and most of their sizes
+        self.wider_brackets = cache(self._wider_brackets)
         self.nearest = cache(self._nearest)
 
     def _bracket(self, size: int) -> tuple[int, list[tuple[int, float]]]:
@@ -34,9 +35,22 @@ class Axis:
             return [(size, 1.0)]
         if not 0 < i < len(self.sizes):
             return []
-        (low_log2, low), (high_log2, high) = self._log2[i - 1 : i + 1]
+        return self._between(i - 1, i, size)
+
+    def _wider_brackets(self, size: int) -> list[tuple[float, list[tuple[int, float]]]]:
+        """What `bracket` gives, and sizes on both sides that are two steps apart, each with its width in octaves."""
+        _, around = self._bracket(size)
+        found = [(0.0 if len(around) < 2 else math.log2(around[1][0] / around[0][0]), around)] if around else []
+        for i in range(len(self.sizes) - 2):
+            if self.sizes[i] < size < self.sizes[i + 2]:
+                found.append((self._log2[i + 2][0] - self._log2[i][0], self._between(i, i + 2, size)))
+        return found
+
+    def _between(self, low: int, high: int, size: int) -> list[tuple[int, float]]:
+        """Two sizes, by their index, with the weights of a size between them."""
+        (low_log2, below), (high_log2, above) = self._log2[low], self._log2[high]
         share = (math.log2(size) - low_log2) / (high_log2 - low_log2)
-        return [(low, 1.0 - share), (high, share)]
+        return [(below, 1.0 - share), (above, share)]
 
     def _nearest(self, size: int) -> tuple[int, float]:
         """The nearest size with its squared distance. The size is 0 if two are equally near."""

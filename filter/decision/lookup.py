@@ -69,10 +69,12 @@ class Lookup:
     def _interpolate(self, shape: LinearShape) -> Estimate:
         """The numbers between the 8 grid points around the shape: ln of each is linear in log2 of each axis.
 
-        A shape outside the grid is moved to its border (times still scale with the work). The largest shapes of a grid
-        are not measured. If one of the 8 points is such a shape, the next smaller m at which all were measured is used,
-        unless the nearest point is nearer. The nearest point is also used if there is no such m, or if the shape itself
-        was measured. In an incomplete table any of the 8 may be missing, so that there the point must be `_proven`.
+        A shape outside the grid is moved to its border (times still scale with the work). Far from 1, a sweep measures
+        a coarse grid alone. If one of the 8 points was not measured, those of a wider box stand in. The largest shapes
+        of a grid are not measured at all. If one of them is among the 8 points, the next smaller m at which all were
+        measured is used, unless the nearest point is nearer. The nearest point is also used if there is no such m, or
+        if the shape itself was measured. In an incomplete table any of the 8 may be missing, so that there the point
+        must be `_proven`.
         """
         nearest = self._find_nearest(shape)
         if nearest.distance > 0:
@@ -80,9 +82,9 @@ class Lookup:
             m, around_m = on_m.bracket(shape.m)
             k, around_k = on_k.bracket(shape.k)
             n, around_n = on_n.bracket(shape.n)
-            if numbers := self._blend(around_m, around_k, around_n):
-                return self._make(shape, nearest, numbers, LinearShape(m, k, n), interpolated=True)
             at_border = LinearShape(m, k, n)
+            if numbers := self._blend(around_m, around_k, around_n) or self._blend_wider(at_border):
+                return self._make(shape, nearest, numbers, at_border, interpolated=True)
             inside = nearest.distance if at_border == shape else self._find_nearest(at_border).distance
             for at_m in reversed(on_m.sizes[: bisect_left(on_m.sizes, m)]):
                 if math.log2(m / at_m) > inside + TIE_OCTAVES:
@@ -105,6 +107,16 @@ class Lookup:
             weights.append(weight_m * weight_k * weight_n)
             corners.append(logs)
         return [math.exp(sum(map(mul, weights, column))) for column in zip(*corners, strict=True)]
+
+    def _blend_wider(self, shape: LinearShape) -> list[float] | None:
+        """The `_numbers` in the smallest box around a shape of the grid's range whose corners were all measured.
+
+        Its sides are at most two steps of an axis, which is what a sweep leaves out where float8 is far from bf16.
+        """
+        sizes = (shape.m, shape.k, shape.n)
+        sides = (axis.wider_brackets(size) for axis, size in zip(self._grid, sizes, strict=True))
+        boxes = sorted(itertools.product(*sides), key=lambda box: sum(octaves for octaves, _ in box))
+        return next((found for box in boxes if (found := self._blend(*(around for _, around in box)))), None)
 
     def _proven(self, shape: LinearShape, nearest: _Nearest) -> _Nearest:
         """What counts beside points that a stopped sweep did not come to: the nearest point, but no win of larger ones.

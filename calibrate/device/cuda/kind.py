@@ -45,6 +45,9 @@ def _powers(low: int, high: int) -> tuple[int, ...]:
     return tuple(2**e for e in range(low.bit_length() - 1, high.bit_length()))
 
 
+EVERY_POINT = Grid(m=(*_powers(1024, 16384), 65536), k=(128, *_powers(512, 32768)), n=_powers(128, 32768))
+
+
 class Cuda(DeviceKind):
     """NVIDIA GPUs, as torch names them."""
 
@@ -56,9 +59,11 @@ class Cuda(DeviceKind):
         control=CONTROL,
         noise=NOISE,
         grids={
-            "default": Grid(m=(*_powers(1024, 16384), 65536), k=(128, *_powers(512, 32768)), n=_powers(128, 32768)),
             "quick": Grid(m=(2048, 8192, 32768), k=(1024, 4096, 16384), n=(256, 1024, 4096, 16384)),
+            "default": EVERY_POINT,
+            "full": EVERY_POINT,
         },
+        refined=frozenset({"default"}),
         max_point_flop=MAX_POINT_FLOP,
         worker_gib=WORKER_GIB,
         visit_pause_s=VISIT_PAUSE_S,

@@ -41,7 +41,11 @@ USUAL_TOKENS = 8192  # in the lines to paste, if they were measured
 
 def calibrate_command(
     grid: Annotated[
-        str, typer.Option(help="quick, default, a YAML file with m, k, n lists and shapes, or a table: its shapes.")
+        str,
+        typer.Option(
+            help="quick; default: a coarse grid, then the points near which float8 breaks even; full: all of them; "
+            "a YAML file with m, k, n lists and shapes; or a table: its shapes."
+        ),
     ] = "default",
     recipes: Annotated[str, typer.Option(help="Recipes to measure, separated by commas.")] = ",".join(RECIPES),
     device: DeviceOption = None,
@@ -99,7 +103,7 @@ def _run_sweep(
     seed: int,
 ) -> SweepResult | None:
     """Measure, alone or together with other ranks. Only rank 0 has the result: the others return None."""
-    from fp8gate.calibrate.device.registry import asked_kinds, choose_device
+    from fp8gate.calibrate.device.registry import KINDS, asked_kinds, choose_device
     from fp8gate.calibrate.ranks.environment import RankEnvironment
 
     environment = RankEnvironment.from_environment()
@@ -129,6 +133,7 @@ def _run_sweep(
             out=out,
             fresh=fresh,
             stop_after_s=None if stop_after_min is None else stop_after_min * 60,
+            refines=grid_name in KINDS[setup.device.kind].defaults.refined,
             workers=workers,
             seed=seed,
             measuring=MeasuringByRanks(ranks) if ranks else None,

@@ -1,0 +1,115 @@
+"""What a sweep measures after its first tasks, as their numbers come in.
+
+In: the records that are there. Out: more tasks: the points of a refined grid that are worth it, then the repeats that
+tell how far two runs differ, and at the end second looks at what may be noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from fp8gate.calibrate.device.kind import NoiseLimits
+from fp8gate.calibrate.device.registry import KINDS
+from fp8gate.calibrate.points.noise import Row, mostly_disturbed, repeats_disagree
+from fp8gate.calibrate.points.point_record import PointRecord
+from fp8gate.calibrate.points.task_queue import Task
+from fp8gate.calibrate.sweep.refinement import Refinement
+from fp8gate.calibrate.sweep.session import JournalLedger
+from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks, repeats_for_bounds, second_looks, unmeasured
+from fp8gate.calibrate.sweep.table_writing import rows_of
+from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import SweepProtocol
+
+MAX_LOOKS = 2
+"""A second measurement that contradicts the first does not tell which of them is wrong; a third one does."""
+
+
+class Agenda:
+    """The tasks that come after `tasks`, whose shapes are `wanted`.
+
+    refinement: None if every point is measured. repeats: whether repeats can be measured, by a process that has not
+    measured the point. before: how many measurements of the sweep earlier calls took.
+    """
+
+    def __init__(
+        self,
+        tasks: SweepTasks,
+        wanted: Sequence[LinearShape],
+        refinement: Refinement | None,
+        ledger: JournalLedger,
+        *,
+        repeats: bool,
+        before: int,
+    ) -> None:
+        self.wanted = list(wanted)
+        self.before = before
+        self._tasks, self._refinement, self._ledger = tasks, refinement, ledger
+        self._may_repeat = repeats
+        self._looks = 0
+        self._limits: NoiseLimits = KINDS[tasks.setup.device.kind].defaults.noise
+        self._asked_at = -1
+
+    @property
+    def undecided(self) -> int:
+        """How many points of a refined grid may still be due."""
+        return self._refinement.undecided if self._refinement else 0
+
+    def more(self) -> list[Task]:
+        """What is to be measured now that nothing else waits; none while that hangs on what is being measured.
+
+        It ends early where bf16 differs from itself, as no table will be written.
+        """
+        records = self._ledger.journal.records
+        if self._ledger.off or len(records) == self._asked_at:
+            return []
+        found = self._refined(records)
+        if not found and not self.undecided and self._may_repeat:
+            self._may_repeat = False
+            found = self._repeats(records)
+        if not found and not self._ledger.left:
+            found = self._second_looks(records)
+        if found:
+            self._ledger.ask(len(found), self.undecided)
+        else:
+            self._asked_at = len(records)
+        return found
+
+    def _refined(self, records: Sequence[PointRecord]) -> list[Task]:
+        if not self.undecided:
+            return []
+        assert self._refinement
+        protocols = self._tasks.protocols
+        due = self._refinement.due({record.shape: _speedups(record, protocols) for record in records})
+        left = unmeasured(due, self._tasks.recipes, records)
+        self.wanted += due
+        self.before += len(due) - len(left)
+        return [Task(shape) for shape in left]
+
+    def _repeats(self, records: Sequence[PointRecord]) -> list[Task]:
+        repeats = repeats_for_bounds(self.wanted, self._rows(records), records, self._tasks.seed, self._limits)
+        if repeats:
+            self._ledger.say(f"{len(repeats)} points are repeated, to tell how far two runs differ")
+        return repeats
+
+    def _rows(self, records: Sequence[PointRecord]) -> dict[Recipe, dict[LinearShape, Row]]:
+        return {recipe: rows_of(recipe, self._tasks.setup, records) for recipe in self._tasks.recipes}
+
+    def _second_looks(self, records: Sequence[PointRecord]) -> list[Task]:
+        """All points where the repeats of a share disagree. None on a machine so busy that they would be noise too."""
+        rows = self._rows(records)
+        if self._looks == MAX_LOOKS or (self._looks and mostly_disturbed(rows.values())):
+            return []
+        if not self._looks and repeats_disagree(rows.values()):
+            self._limits = replace(self._limits, measures_twice=True)
+        self._looks += 1
+        looks = second_looks(self.wanted, rows, self._limits)
+        if looks:
+            self._ledger.say(f"{len(looks)} points are measured again, to tell numbers from noise")
+        return looks
+
+
+def _speedups(record: PointRecord, protocols: Mapping[Recipe, SweepProtocol]) -> dict[Recipe, float]:
+    times = {r: record.times_us(r, protocol) for r, protocol in protocols.items() if record.status(r) == "measured"}
+    return {recipe: sum(us[:2]) / sum(us[2:]) for recipe, us in times.items()}

@@ -1,0 +1,190 @@
+"""Which points of a grid a sweep measures: a coarse grid, and where float8 breaks even all of them."""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+
+import pytest
+from test_sweep import (  # noqa: F401  # fixtures
+    _calm_host,
+    _own_device_lock,
+    _quick_points,
+    record_of,
+    run,
+    script,
+    stopped_after,
+)
+
+from fp8gate.calibrate.sweep.grid import grid_shapes
+from fp8gate.calibrate.sweep.refinement import Refinement, coarse_sizes
+from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Grid, read_table
+from fp8gate.filter.decision.lookup import Lookup
+
+SIZES = (16, 32, 64, 128, 256)
+GRID = Grid(m=SIZES, k=SIZES, n=SIZES)
+SHAPES = grid_shapes(GRID)
+COARSE = grid_shapes(Grid(m=SIZES[::2], k=SIZES[::2], n=SIZES[::2]))
+
+
+def speedup_at(shape: LinearShape) -> float:
+    """From 0.35 at the smallest shape to 2.8 at the largest, by a quarter of an octave for each octave of a size."""
+    octaves = math.log2(shape.m * shape.k * shape.n) - 12
+    return 0.35 * 2 ** (octaves / 4)
+
+
+def known(shapes):
+    return {shape: {"rowwise": speedup_at(shape)} for shape in shapes}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "coarse"),
+    [
+        ((16, 32, 64, 128, 256), (16, 64, 256)),
+        ((16, 32, 64, 128), (16, 64, 128)),
+        ((16, 32), (16, 32)),
+        ((16,), (16,)),
+        ((), ()),
+    ],
+)
+def test_a_coarse_axis_has_every_other_size_and_both_ends(sizes, coarse):
+    assert coarse_sizes(sizes) == coarse
+
+
+def test_first_come_the_coarse_points_those_beside_the_grid_and_those_of_an_earlier_table():
+    beside, of_a_table = LinearShape(48, 48, 48), LinearShape(32, 32, 32)
+    refinement = Refinement(GRID, [*SHAPES, beside], always={of_a_table})
+    assert set(refinement.first) == {*COARSE, beside, of_a_table}
+    assert refinement.undecided == len(SHAPES) - len(COARSE) - 1
+
+
+def test_the_points_near_which_float8_breaks_even_are_due_and_no_others():
+    refinement = Refinement(GRID, SHAPES)
+    due = refinement.due(known(refinement.first))
+    assert set(due) == {s for s in SHAPES if s not in COARSE and 0.8 < speedup_at(s) < 1.25}
+    assert 0 < len(due) < len(SHAPES) - len(COARSE)
+    assert (refinement.undecided, refinement.due(known(SHAPES))) == (0, [])
+
+
+def test_one_recipe_near_one_is_enough():
+    refinement = Refinement(GRID, SHAPES)
+    far = {shape: {"tensorwise": 2.0, "rowwise": 0.3} for shape in refinement.first}
+    assert refinement.due(far) == []
+    near = {shape: {**of, "rowwise_with_gw_hp": 1.1} for shape, of in far.items()}
+    assert set(Refinement(GRID, SHAPES).due(near)) == set(SHAPES) - set(COARSE)
+
+
+def test_a_point_is_decided_when_all_coarse_points_around_it_were_tried():
+    refinement = Refinement(GRID, SHAPES)
+    tried: dict = {}
+    found = []
+    for shape in random.Random(0).sample(refinement.first, len(refinement.first)):
+        tried[shape] = {"rowwise": 1.0}
+        due = refinement.due(tried)
+        for point in due:
+            around = [c for c in COARSE if all(_is_beside(a, b) for a, b in zip(_sizes(c), _sizes(point), strict=True))]
+            assert all(corner in tried for corner in around)
+        found += due
+    assert sorted(found) == sorted(set(SHAPES) - set(COARSE))
+
+
+def _sizes(shape):
+    return shape.m, shape.k, shape.n
+
+
+def _is_beside(coarse, size):
+    return coarse == size or (size not in SIZES[::2] and 0.5 <= coarse / size <= 2)
+
+
+def test_coarse_points_without_numbers_say_nothing_and_alone_they_let_a_point_be_measured():
+    lost = {COARSE[0]: {}}
+    refinement = Refinement(GRID, SHAPES)
+    assert refinement.due({**{s: {"rowwise": 2.0} for s in COARSE}, **lost}) == []
+    refinement = Refinement(GRID, SHAPES)
+    assert set(refinement.due({s: {} for s in COARSE})) == set(SHAPES) - set(COARSE)
+
+
+def test_corners_that_are_too_large_are_not_waited_for():
+    affordable = [shape for shape in SHAPES if shape.m * shape.k * shape.n < 2**22]
+    refinement = Refinement(GRID, affordable)
+    refinement.due({shape: {"rowwise": 0.9} for shape in refinement.first})
+    assert refinement.undecided == 0
+
+
+# In a sweep.
+
+
+@pytest.fixture
+def refined(run, script):  # noqa: F811
+    """Sweeps the grid, refined, with `speedup_at`."""
+    script.answer = lambda task, recipes: record_of(task, recipes, speedup=speedup_at(task.shape))
+    return functools.partial(run, SHAPES, recipes=["rowwise"], grid=GRID, refines=True)
+
+
+DUE = {*COARSE, *(s for s in SHAPES if 0.8 < speedup_at(s) < 1.25)}
+
+
+def test_a_refined_sweep_measures_what_decides_and_states_the_whole_grid(refined, script):  # noqa: F811
+    result = refined()
+    assert set(script.shapes) == DUE
+    assert set(script.shapes[: len(COARSE)]) == set(COARSE)
+    (table,) = result.tables.values()
+    assert {point.shape for point in table.points} == DUE
+    assert (table.grid, table.incomplete, result.remaining) == (GRID, None, 0)
+
+
+def test_what_was_left_out_is_answered_from_the_coarse_points(refined):
+    (table,) = refined().tables.values()
+    lookup = Lookup(table)
+    for shape in SHAPES:
+        estimate = lookup(shape)
+        assert estimate.speedup == pytest.approx(speedup_at(shape), rel=0.01)
+        assert not estimate.outside
+        assert estimate.interpolated == (shape not in DUE)
+
+
+def test_between_sizes_of_which_some_were_left_out_it_interpolates_too(refined):
+    (table,) = refined().tables.values()
+    lookup = Lookup(table)
+    for shape in (LinearShape(m, k, n) for m in (24, 96, 176) for k in (24, 96, 176) for n in (48, 208)):
+        estimate = lookup(shape)
+        assert (estimate.interpolated, estimate.outside) == (True, False)
+        assert estimate.speedup == pytest.approx(speedup_at(shape), rel=0.01)
+
+
+@pytest.mark.parametrize("points", [5, len(COARSE), len(COARSE) + 7, len(DUE)])
+def test_stopped_anywhere_it_goes_on_to_the_same_table(refined, run, tmp_path, script, stopped_after, points):  # noqa: F811
+    (whole,) = refined(out=tmp_path / "at once").tables.values()
+    script.asked.clear()
+    stopped = refined(out=tmp_path / "in parts", stop_after_s=stopped_after(points))
+    assert len(script.asked) == points
+    (table,) = stopped.incomplete.values()
+    assert table.incomplete.measured == points
+    assert table.incomplete.of > points
+    (completed,) = refined(out=tmp_path / "in parts").tables.values()
+    assert [(p.shape, p.speedup) for p in completed.points] == [(p.shape, p.speedup) for p in whole.points]
+    assert len(script.shapes) == len(set(script.shapes)) == len(DUE)
+
+
+def test_the_points_of_an_earlier_table_are_measured_again(refined, run, tmp_path, script):  # noqa: F811
+    run(SHAPES, recipes=["rowwise"], grid=GRID)
+    for journal in tmp_path.rglob("journal-*"):
+        journal.unlink()
+    script.asked.clear()
+    assert len(refined().tables) == 1
+    assert set(script.shapes) == set(SHAPES)
+    script.asked.clear()
+    (path,) = refined(fresh=True).tables
+    assert set(script.shapes) == DUE == {point.shape for point in read_table(path).points}
+
+
+def test_a_smaller_refined_grid_does_not_replace_a_table(refined, run, script):  # noqa: F811
+    run([*SHAPES, LinearShape(512, 512, 512)], recipes=["rowwise"], grid=GRID)
+    journals = next(iter(run(SHAPES, recipes=["rowwise"], grid=GRID).tables)).parent.glob("journal-*")
+    for journal in journals:
+        journal.unlink()
+    with pytest.raises(InputError, match="1 of its points are not in this sweep"):
+        refined()

@@ -25,7 +25,8 @@ from fp8gate.filter.contract.table import SweepProtocol
 
 MAX_ATTEMPTS = 2  # a point without numbers is tried once more by the next run: memory may have been taken then
 CONTROL_SHARE = REPEAT_SHARE = 0.05
-MAX_REPEAT_SHARE = 1 / 3  # of the points of a class: repeats must not take as long as the sweep itself
+MAX_REPEAT_SHARES = 2 / 3, 1 / 3
+"""Of the small and of the other points: repeats must not take as long as the sweep itself. Small ones take little."""
 
 
 class SweepTasks(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,10 +129,10 @@ def repeats_for_bounds(
     }
     repeated = {record.shape for record in records if record.repeat}
     chosen: set[LinearShape] = set()
-    for small in (True, False):
+    for small, share in zip((True, False), MAX_REPEAT_SHARES, strict=True):
         of_class = sorted(shape for shape in wanted if shape in times_us and is_small(times_us[shape]) is small)
         missing = [shape for shape in of_class if shape not in repeated]
-        lacking = min(limits.repeats, int(MAX_REPEAT_SHARE * len(of_class))) - (len(of_class) - len(missing))
+        lacking = min(limits.repeats, int(share * len(of_class))) - (len(of_class) - len(missing))
         random.Random(seed).shuffle(missing)
         chosen.update(missing[: max(0, lacking)])
     return [Task(shape, repeat=True) for shape in wanted if shape in chosen]

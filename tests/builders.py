@@ -37,7 +37,6 @@ PROTOCOL = SweepProtocol(
     threshold=1.0,
     tolerance=0.01,
     near=0.15,
-    near_s=0.4,
     control=0.005,
 )
 MEASURED_AT = datetime(2026, 11, 24, 10, tzinfo=timezone.utc)

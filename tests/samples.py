@@ -43,7 +43,6 @@ PROTOCOL = SweepProtocol(
     threshold=1.0,
     tolerance=0.01,
     near=0.15,
-    near_s=0.4,
     control=0.2,
 )
 NEVER_NOISE = NoiseLimits(width=math.inf, apart=math.inf, waited=math.inf, measures_twice=False, far=math.inf)

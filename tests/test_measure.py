@@ -14,7 +14,7 @@ import torch
 from samples import PROTOCOL, replaced
 
 from fp8gate.calibrate.arms.linear import Operands
-from fp8gate.calibrate.device.cpu import CpuTimer, CpuWatch
+from fp8gate.calibrate.device.cpu import Cpu, CpuTimer, CpuWatch
 from fp8gate.calibrate.device.timer import Results, Sample
 from fp8gate.calibrate.device.timing_lock import TimingLock, timing_lock_file
 from fp8gate.calibrate.points import measure_point as measuring
@@ -22,7 +22,7 @@ from fp8gate.calibrate.points import ready_point
 from fp8gate.calibrate.points.measure_point import DeviceLostError, condensed, measure_point
 from fp8gate.calibrate.points.point_record import CONTROL
 from fp8gate.calibrate.points.ready_point import make_ready
-from fp8gate.calibrate.points.setup import ROUNDS, make_setup
+from fp8gate.calibrate.points.setup import make_setup
 from fp8gate.calibrate.points.task_queue import Task
 from fp8gate.calibrate.timing import steady_run
 from fp8gate.filter.contract.recipes import RECIPES
@@ -36,7 +36,7 @@ PROTOCOLS = {
 WIN, LOSS, SLIGHT_LOSS = 1.5, 0.5, 0.9
 ROUND_S = 0.0065  # two fill a batch
 SETTLING = 1  # round: a run begins with at least one that does not count
-LEAST, MOST = ROUNDS
+LEAST, MOST = Cpu.defaults.rounds
 
 
 @pytest.fixture(autouse=True)
@@ -193,15 +193,10 @@ def test_only_what_is_near_runs_again_with_bf16(fake):
     assert points_of(record)["rowwise_with_gw_hp"].speedup == WIN  # over the rounds that both have
 
 
-@pytest.mark.parametrize(("limited", "seconds"), [(True, 1.0), (False, 0.2)])
-def test_the_second_run_is_long_at_the_power_limit(fake, limited, seconds):
-    """Of 40 rounds, and no fewer: 0.26 s. Of a second at the limit: 154."""
-    protocol = replaced(PROTOCOL, settle_s=0.0, run_s=0.0, near_s=seconds, rounds=(8, 48))
-    device = fake(busy=0.9, speedups={"rowwise": NEAR_NOISE})
-    measured(device, {"rowwise": protocol}, watch=FakeWatch(limited=[limited]))
-    assert [run[0] for run in rounds_in_runs(device)].count(("rowwise",)) == 2
-    counted = sum(len(run) - SETTLING for run in rounds_in_runs(device) if run[0] == ("rowwise",))
-    assert counted == 8 + (2 * round(seconds / ROUND_S / 2) if limited else 40)
+def test_with_one_count_of_rounds_nothing_runs_again(fake):
+    protocol = replaced(PROTOCOL, rounds=(LEAST,))
+    record = measured(fake(speedups={"rowwise": NEAR_NOISE}), {"rowwise": protocol})
+    assert rounds_of(record) == {"bf16": LEAST, "rowwise": LEAST}
 
 
 def test_the_control_is_timed_with_the_others_and_decides_nothing(fake):
@@ -518,7 +513,7 @@ def test_a_real_point_on_the_cpu(monkeypatch):
     with timing_lock_file() as path:
         record = measure_point(point, CpuTimer(2**16), CpuWatch(), TimingLock(path), CPU, 0)
     assert record.shape == shape
-    assert set(rounds_of(record).values()) <= set(ROUNDS)
+    assert set(rounds_of(record).values()) <= {LEAST, MOST}
     for arm in record.arms.values():
         assert arm.status == "measured"
         assert min(*arm.fwd_us, *arm.bwd_us) > 0

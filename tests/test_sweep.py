@@ -40,7 +40,7 @@ from fp8gate.calibrate.points import point_worker, task_queue, worker_pool
 from fp8gate.calibrate.points.measure_point import DeviceLostError
 from fp8gate.calibrate.points.point_record import CONTROL, ArmRecord, Stages
 from fp8gate.calibrate.points.ready_point import ReadyPoint
-from fp8gate.calibrate.points.setup import ROUNDS, make_setup
+from fp8gate.calibrate.points.setup import make_setup
 from fp8gate.calibrate.points.task_queue import MAX_RETRIES
 from fp8gate.calibrate.points.worker_pool import Died, Finished, InThisProcess, WorkerPool
 from fp8gate.calibrate.sweep import run_sweep, session
@@ -285,7 +285,7 @@ def test_the_setup_of_a_cpu_says_so():
     assert real.software.torch == torch.__version__
     for protocol in real.protocols.values():
         assert (protocol.timer, protocol.compile, protocol.inductor) == ("wall_clock", False, {})
-        assert (protocol.rounds, protocol.confidence, protocol.control) == (ROUNDS, 0.99, 0.2)
+        assert (protocol.rounds, protocol.confidence, protocol.control) == ((10, 30), 0.99, 0.2)
 
 
 # What is measured, and what is not measured again.

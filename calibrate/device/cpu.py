@@ -41,6 +41,7 @@ class Cpu(DeviceKind):
         timer="wall_clock",
         compiles=False,
         control=CONTROL,
+        rounds=(10, 30),
         noise=NOISE,
         grids={
             "quick": Grid(m=(64, 128), k=(128, 256), n=(128, 256)),

@@ -52,7 +52,8 @@ class MeasuringDefaults:
     """How devices of one kind are measured, unless asked otherwise.
 
     timer: its name in protocols. compiles: arms are compiled, and captured as CUDA graphs. control: how far bf16 timed
-    against itself may be from 1. noise: when numbers are noise. grids: by name, "quick", "default" and "full". refined:
+    against itself may be from 1. rounds: see `SweepProtocol`; 8 would give bounds at 99 %, but those of the extremes.
+    noise: when numbers are noise. grids: by name, "quick", "default" and "full". refined:
     those of which a sweep measures a coarse grid and the points near which float8 breaks even (sweep/refinement.py).
     max_point_flop: forward plus backward of the largest point of a grid that is measured. worker_gib: set aside on the
     device for each worker process; 0 where workers take none of it. visit_*: how long a plan's visit idles, settles and
@@ -64,6 +65,7 @@ class MeasuringDefaults:
     timer: TimerName
     compiles: bool
     control: float
+    rounds: tuple[int, ...]
     noise: NoiseLimits
     grids: Mapping[str, Grid]
     refined: frozenset[str]

@@ -117,7 +117,7 @@ class _PointTiming:
         self.samples: dict[ArmName, list[Sample]] = {}
         self.clocks_mhz: list[int] = []
         self.start = time.perf_counter()
-        self.burst_start, self.is_limited, self.has_been_limited = self.start, False, False
+        self.burst_start, self.is_limited = self.start, False
         self.loading_s = self.settling_s = self.timing_s = self.running_s = 0.0
         self.waited_s: float | None = None
 
@@ -174,19 +174,18 @@ class _PointTiming:
             )
 
     def _run_rounds(self) -> None:
-        """Each arm alone, in random order; then those again, and longer, on which the decision hangs."""
+        """Each arm alone, in random order; then, if there is a second run, those on which the decision hangs."""
         protocol = next(iter(self.point.protocols.values()))
         recipes: list[ArmName] = [name for name in self.prepared if name not in ("bf16", CONTROL)]
         self.burst_start = time.perf_counter()
         first, *second = protocol.rounds
-        if not self._run_all(recipes, first, protocol, protocol.run_s):
+        if not self._run_all(recipes, first, protocol):
             return
-        near = [name for name in recipes if self._is_near(name)]
-        if near and second:
-            run_s = protocol.near_s if self.has_been_limited else protocol.run_s
-            self._run_all(near, second[0], protocol, run_s)
+        near = [name for name in recipes if self._is_near(name)] if second else []
+        if near:
+            self._run_all(near, second[0], protocol)
 
-    def _run_all(self, recipes: Sequence[ArmName], target: int, protocol: SweepProtocol, run_s: float) -> bool:
+    def _run_all(self, recipes: Sequence[ArmName], target: int, protocol: SweepProtocol) -> bool:
         """Run bf16, with the control if there is one, and these recipes' arms, until each has `target` samples.
 
         Returns whether the GPU kept its speed; if not, none has any.
@@ -198,7 +197,7 @@ class _PointTiming:
             limited_settle_s = protocol.settle_s * (FIRST_SETTLE - 1) if begins else 0.0
             lacking = target - len(self.samples[run[0]])
             with self.timing_lock.timing():
-                slowdown = self._run_steadily(run, lacking, protocol.settle_s, limited_settle_s, run_s)
+                slowdown = self._run_steadily(run, lacking, protocol.settle_s, limited_settle_s, protocol.run_s)
             if slowdown:
                 self._none_counts(ArmRecord(status="unstable", detail=f"{slowdown} of the GPU while timing"))
                 return False
@@ -235,7 +234,7 @@ class _PointTiming:
         self._count_waiting(start, waited_s)
         self.clocks_mhz += run.clocks_mhz
         if run.is_limited:
-            self.is_limited = self.has_been_limited = True
+            self.is_limited = True
         if run.slowdown:
             return run.slowdown
         for name, of_arm in zip(names, zip(*run.rounds, strict=True), strict=True):

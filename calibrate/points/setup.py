@@ -24,14 +24,11 @@ is. The GPU sets its clock every 0.1 s: an arm that has settled for less runs at
 2026-11-24)."""
 POINT_PAUSE_S = 0.15
 """How long a device at its power limit idles before a run; `measure_point` says when."""
-ROUNDS = (10, 30)  # 8 would give bounds at 99 %, but those of the extremes
 CONFIDENCE = 0.99
 THRESHOLD = 1.0
 TOLERANCE = 0.01
-NEAR, NEAR_S = 0.03, 0.25
-"""At the power limit, two short runs differ by 1.5 % (one sigma), two whole seconds by 0.8 %, and the same point in
-another process by 1 to 2 % whatever the time (LOG.md, 2026-11-25 and 2026-11-26). So speedups within 3 % of the
-threshold run again for longer than others, but not for long."""
+NEAR = 0.03
+"""Where a second run is made, speedups within 3 % of the threshold have one."""
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,12 +61,11 @@ def make_setup(device: torch.device) -> Setup:
             settle_s=POINT_SETTLE_S,
             run_s=POINT_RUN_S,
             pause_s=POINT_PAUSE_S,
-            rounds=ROUNDS,
+            rounds=defaults.rounds,
             confidence=CONFIDENCE,
             threshold=THRESHOLD,
             tolerance=TOLERANCE,
             near=NEAR,
-            near_s=NEAR_S,
             control=defaults.control,
         )
         for recipe, facts in RECIPES.items()

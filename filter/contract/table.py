@@ -99,10 +99,11 @@ class SweepProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     Names that end in `_s` are seconds. settle_s, run_s: each arm runs alone on the device, first for settle_s, which do
     not count, then for run_s or longer; both are shorter for an arm that leaves the device idle half of the time.
     pause_s: a device at its power limit idles for so long after a few arms.
-    near, near_s: an arm whose speedup is within `near` of the threshold, or whose bounds straddle the threshold, runs
-    again, and so does bf16: for near_s at the power limit, else for run_s. Only the last run counts.
-    rounds: how many samples an arm has after its first run, and after its second. A sample is the mean of a part of the
-    run's rounds.
+    rounds: how many samples an arm has after its first run, and after its second if there is one. A sample is the mean
+    of a part of the run's rounds.
+    near: where there is a second run, an arm has one whose speedup is within `near` of the threshold, or whose bounds
+    straddle the threshold, and so has bf16. Only the last run counts. near_s: how long it took at the power limit, in
+    tables that have it.
     confidence: that of the part of the bounds that varies within one run.
     bounds: what the bounds cover, and both of their parts. Without it they cover only what varies within one run.
     threshold, tolerance: a point is ambiguous if its bounds straddle the threshold and are wider than `tolerance`.
@@ -128,7 +129,7 @@ class SweepProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     threshold: Positive
     tolerance: Positive
     near: Positive
-    near_s: Positive
+    near_s: Positive | None = None
     control: Positive
     spread: Spread | None = None
     controls: Spread | None = None

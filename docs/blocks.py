@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from fp8gate.filter.contract.devices import device_slug
+
 ROOT = Path(__file__).resolve().parents[1]
-DEVICE = "NVIDIA H200"
+DEVICE, H100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
 WIDTH = 110
 """Characters in a line of output: what a page shows beside its navigation without a scroll bar, and GitHub too."""
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -196,6 +198,11 @@ def _two_sweeps(two_sweeps: Any) -> str:
     return str(two_sweeps.coverage(two_sweeps.FIRST, two_sweeps.SECOND))
 
 
+def _two_h100_sweeps(two_sweeps: Any) -> str:
+    slug = device_slug(H100)
+    return str(two_sweeps.coverage(ROOT / "thresholds" / slug, ROOT / "benchmarks" / "data" / f"{slug}-second-sweep"))
+
+
 BLOCKS: dict[str, Maker] = {
     "summary": snippet_output,
     "explain": command_output,
@@ -204,8 +211,10 @@ BLOCKS: dict[str, Maker] = {
     "train_llama": benchmark("train_llama_output", _train_llama),
     "plan_choices": benchmark("plan_choices", lambda script: str(script.gains(list(script.packaged_plans(DEVICE))))),
     "against_torchao_rule": benchmark("against_torchao_rule", lambda script: str(script.compare(DEVICE))),
+    "against_h100": benchmark("against_torchao_rule", lambda script: str(script.compare(H100, min_speedup=1.0))),
     "scaling": benchmark("scaling", _scaling),
     "two_sweeps": benchmark("two_sweeps", _two_sweeps),
+    "two_h100_sweeps": benchmark("two_sweeps", _two_h100_sweeps),
 }
 """Every block there is: its name, and what makes it."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed
 from torchao.float8 import convert_to_float8_training
-from torchtitan.components.quantization.float8 import Float8LinearConverter
+from torchtitan.components.quantization.float8 import Float8Linear, Float8LinearConverter
 from torchtitan.models.common.moe import GroupedExperts
 
 from fp8gate.filter.auto_filter import auto_filter
@@ -27,6 +27,7 @@ from fp8gate.torchtitan.run import Run
 logger = logging.getLogger(__name__)
 
 _TITAN_CONVERTER = "torchtitan's Float8LinearConverter"
+_WITHOUT_IT = f"take {_TITAN_CONVERTER} out of the config"
 
 
 def convert_model(run: Run, settings: GateSettings) -> None:
@@ -41,6 +42,7 @@ def convert_model(run: Run, settings: GateSettings) -> None:
         raise InputError(
             f"{NAME}: {type(run.model).__qualname__} has no Linear.Config: its linears are built elsewhere"
         )
+    _require_known_float8(places)
     left = {place.fqn: why for place in places if (why := why_left(place, asks_head=settings.head))}
     asked = [place for place in places if place.fqn not in left]
     _require_head_rows(asked, settings)
@@ -59,6 +61,13 @@ def convert_model(run: Run, settings: GateSettings) -> None:
     convert_to_float8_training(torch.nn.Identity())
     remarks = (*_kept(converted, wanted, settings), *_unseen(run, settings, left))
     logger.info("\n".join((f"{NAME}:", wants_float8.report(), *remarks)))
+
+
+def _require_known_float8(places: Sequence[LinearPlace]) -> None:
+    """Raises InputError for float8 that another converter has changed: nothing here could take it back."""
+    for place in places:
+        if isinstance(place.config, Float8Linear.Config) and not place.is_float8:
+            raise InputError(f"{NAME}: {place.fqn} is a {type(place.config).__qualname__} already; {_WITHOUT_IT}")
 
 
 def _require_head_rows(asked: Sequence[LinearPlace], settings: GateSettings) -> None:
@@ -126,7 +135,7 @@ def _convert(places: Sequence[LinearPlace], wanted: set[str], torchao_config: ob
 
 def _require_wanted(converted: Sequence[LinearPlace], wanted: set[str], torchao_config: object) -> None:
     """Raises InputError if torchtitan's converter has converted a linear that stays in bf16, or by another recipe."""
-    fix = f'take {_TITAN_CONVERTER} out of the config, or give "replace": true to decide anew about what it converted'
+    fix = f'{_WITHOUT_IT}, or give "replace": true to decide anew about what it converted'
     if refused := [place.fqn for place in converted if place.fqn not in wanted]:
         raise InputError(
             f"{NAME}: {_TITAN_CONVERTER} has converted {len(refused)} linears that are to stay in bf16: "

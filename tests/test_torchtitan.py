@@ -1,17 +1,20 @@
 """fp8gate.torchtitan.gate, run by torchtitan's own machinery: its command line, its config tree, its overrides.
 
-Only torchtitan's Trainer is left out, as it needs a GPU. `configured` does what the Trainer does with a config before
-it builds a model.
+`configured` does what torchtitan's Trainer does with a config before it builds a model. The Trainer itself, which does
+not support a CPU, runs in the slow tests; `titan_on_cpu.py` gives it what it needs a GPU for.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
@@ -21,6 +24,7 @@ import pytest
 import torch
 import torch._inductor.config
 from builders import make_point, make_table, write_file
+from forked import Processes, free_port, run_script
 from plans import make_plan
 
 import fp8gate
@@ -29,6 +33,7 @@ from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import without_indices
 from fp8gate.filter.contract.plans.plan import Candidate
 from fp8gate.filter.contract.plans.plan_file import write_plans
+from fp8gate.filter.contract.table import Table
 
 if util.find_spec("torchtitan") is None:
     pytest.skip("not installed: torchtitan", allow_module_level=True)
@@ -40,6 +45,8 @@ from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.models.llama3 import config_registry as llama3_configs
+
+from fp8gate.torchtitan import GateSettings, gate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::fp8gate.FilterWarning"),
@@ -364,6 +371,62 @@ def test_ranks_compare_what_they_decided(debug: Callable[..., Any], monkeypatch:
         assert asked == expected
 
 
+TRAINER = Path(__file__).parent / "titan_on_cpu.py"
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Iterator[Callable[..., list[str]]]:
+    """Trains the debug model for two steps with torchtitan's Trainer, on the CPU; what each rank says."""
+    processes = Processes(tmp_path)
+
+    def start(*arguments: str, ranks: int, table: Table, **settings: Any) -> list[str]:
+        path = write_file(table, tmp_path / "rowwise.yaml")
+        entry = gate_entry(tables=str(path), emulate=True, **settings)
+        command = ("--module", "llama3", "--config", "llama3_debugmodel", "--override.imports", entry, *TINY)
+        folder = ("--dump_folder", str(tmp_path), "--training.disable_cuda_graphs", "--metrics.disable_color_printing")
+        script = functools.partial(run_script, TRAINER, 2, *command, *folder, *arguments)
+        running = [processes.start(script, **environment) for environment in rank_environments(ranks)]
+        assert [process.exit_code() for process in running] == [0] * ranks, "\n".join(p.said for p in running)
+        return [process.said for process in running]
+
+    yield start
+    processes.kill()
+
+
+def rank_environments(world: int) -> list[dict[str, object]]:
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    return [{**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1} for rank in range(world)]
+
+
+def losses(said: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"step: +\d+ +loss: +(\S+)", said)]
+
+
+@pytest.mark.slow
+def test_torchtitans_trainer_trains_what_it_was_given(train: Callable[..., list[str]]) -> None:
+    (said,) = train(ranks=1, table=TABLE, tokens=ROWS, tp=1)
+    assert "converted 18 of 30 linears to float8 rowwise" in said
+    assert "\n18 Float8Linear" in said
+    first, second = losses(said)
+    assert second < first
+
+
+@pytest.mark.slow
+def test_torchtitans_trainer_trains_under_tensor_parallelism(train: Callable[..., list[str]]) -> None:
+    """torch 2.13 lacks what torchtitan's default backend needs for it; the backend of DTensors runs."""
+    table = make_table(
+        make_point(ROWS, DIM, QKV // 2, 1.5),  # wqkv, w1 and w3
+        make_point(ROWS, DIM // 2, DIM, 0.5),  # wo
+        make_point(ROWS, HIDDEN // 2, DIM, 1.5),  # w2
+    )
+    degree = ("--parallelism.tensor_parallel_degree", "2", "--parallelism.spmd_backend", "partial_dtensor")
+    for said in train(*degree, ranks=2, table=table, tp=2):
+        assert "converted 24 of 30 linears to float8 rowwise" in said
+        assert "\n24 Float8Linear" in said
+        first, second = losses(said)
+        assert second < first
+
+
 # --- torchtitan's own converter --------------------------------------------------------------------------------
 
 
@@ -486,8 +549,6 @@ def test_recomputation_that_is_not_the_runs_is_refused(edit: Any, given: str, co
 
 
 def test_a_recipe_is_required() -> None:
-    from fp8gate.torchtitan import gate
-
     model = llama3_configs.llama3_debugmodel().model_spec.model
     with pytest.raises(InputError, match="missing required field `recipe`"):
         gate(model)
@@ -520,11 +581,38 @@ def test_strict_makes_doubts_errors(debug: Callable[..., Any]) -> None:
         debug(strict=True)  # emulated, and not compiled
 
 
+@pytest.mark.parametrize(("components", "is_compiled"), [(("model", "loss"), True), (("loss",), False), ((), False)])
+def test_training_without_compiling_the_model_is_said(a_gpu: None, components: Any, is_compiled: bool) -> None:
+    def compile_these(run: Any) -> None:
+        run.compile.enable, run.compile.components = bool(components), list(components)
+
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        configured("llama3", "llama3_8b", edit=compile_these, device="NVIDIA H200")
+    said = [warning for warning in given if issubclass(warning.category, fp8gate.UnmeasuredSettingWarning)]
+    assert bool(said) is not is_compiled
+
+
 def test_async_tensor_parallelism_is_said(a_gpu: None, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "fp8gate")
     compiled = ("--compile.enable", "--compile.enable_async_tensor_parallel")
     configured("llama3", "llama3_70b", *compiled, device="NVIDIA H200")
     assert "compile.enable_async_tensor_parallel was not measured" in caplog.text
+
+
+TRAINING_CODE = (Path(__file__).parent.parent / "docs" / "training-code.md").read_text()
+
+
+def test_the_documented_command_is_one_of_torchtitans() -> None:
+    (shown,) = re.findall(r"-m torchtitan\.train (.*?)\n```", TRAINING_CODE.replace("\\\n", " "), flags=re.S)
+    run = ConfigManager().parse_args(shlex.split(shown))
+    assert run.override.imports == [("fp8gate.torchtitan.gate", {"recipe": "rowwise"})]
+    assert run.compile.enable
+
+
+def test_every_key_is_documented() -> None:
+    rows = "".join(line.split("|")[1] for line in TRAINING_CODE.split("## FSDP2")[0].splitlines() if "|" in line)
+    assert set(re.findall(r"`(\w+)`", rows)) == set(GateSettings.__struct_fields__)
 
 
 def test_importing_fp8gate_does_not_import_torchtitan() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from builders import make_point, make_table, write_file
-from forked import MAX_WAIT_S, Processes, free_port, run_script
+from forked import MAX_WAIT_S, Processes, rank_environments, run_script
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -64,11 +64,6 @@ def run(processes: Processes) -> Callable[..., str]:
         return "\n".join(process.said for process in running)
 
     return run_example
-
-
-def rank_environments(world: int) -> list[dict[str, object]]:
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
 
 
 def losses(out: str) -> list[float]:

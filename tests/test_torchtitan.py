@@ -24,7 +24,7 @@ import pytest
 import torch
 import torch._inductor.config
 from builders import make_point, make_table, write_file
-from forked import Processes, free_port, run_script
+from forked import Processes, rank_environments, run_script
 from plans import make_plan
 
 import fp8gate
@@ -55,7 +55,9 @@ pytestmark = [
 
 H200 = {"device": "NVIDIA H200", "emulate": True}
 ROWS, DIM, HIDDEN, QKV, VOCAB = 32, 256, 768, 768, 2048  # of the debug model, with a batch of 1 x 32 tokens
-TINY = ("--training.local_batch_size", "1", "--training.seq_len", str(ROWS))
+BATCH_OF_ONE = ("--training.local_batch_size", "1")
+NO_CHECKPOINTING = "activation-checkpoint:none"
+TINY = (*BATCH_OF_ONE, "--training.seq_len", str(ROWS))
 TABLE = make_table(
     make_point(ROWS, DIM, QKV, 1.5),  # wqkv, w1 and w3, which have the same size
     make_point(ROWS, DIM, DIM, 0.5),  # wo
@@ -113,10 +115,6 @@ def asked_alone(run: Any, **settings: Any) -> AutoFilter:
     return wants_float8
 
 
-def without_checkpointing(run: Any) -> None:
-    run.activation_checkpoint = None
-
-
 @pytest.fixture
 def debug(tmp_path: Path) -> Callable[..., Any]:
     """Configures torchtitan's debug model, by a table of its sizes in which wqkv, w1 and w3 win."""
@@ -148,7 +146,7 @@ def test_llama3_8b_converts_what_the_table_says(caplog: pytest.LogCaptureFixture
 
 def test_llama3_70b_is_decided_by_its_own_tp_and_recomputation(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "fp8gate")
-    run = configured("llama3", "llama3_70b", "--training.local_batch_size", "1", tokens=8192, tp=8, **H200)
+    run = configured("llama3", "llama3_70b", *BATCH_OF_ONE, tokens=8192, tp=8, **H200)
     plan = Parallel(tp=8, plan="torchtitan")
     alone = asked_alone(run, tokens=8192, parallel=plan, recompute="full")
     wins = [fqn for fqn, decision in alone.decisions.items() if decision.convert]
@@ -165,8 +163,7 @@ def caplog_lines(caplog: pytest.LogCaptureFixture, pattern: str) -> list[str]:
 
 def test_llama3_70b_is_decided_by_its_plan_where_nothing_is_recomputed(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "fp8gate")
-    arguments = ("--training.local_batch_size", "1")
-    run = configured("llama3", "llama3_70b", *arguments, edit=without_checkpointing, **H200)
+    run = configured("llama3", "llama3_70b", *BATCH_OF_ONE, NO_CHECKPOINTING, **H200)
     assert float8_names(run) == ["feed_forward.w2", "feed_forward.w3"]
     assert "the plan: block 1.074x" in caplog.text
     assert "llama3-70b-rowwise-m8192-tp8.yaml" in caplog.text
@@ -175,8 +172,7 @@ def test_llama3_70b_is_decided_by_its_plan_where_nothing_is_recomputed(caplog: p
 @pytest.mark.parametrize("plan", ["llama3-70b", "thresholds/nvidia-h200/plans/llama3-70b-rowwise-m8192-tp8.yaml"])
 def test_a_plan_may_be_named(plan: str) -> None:
     plan = plan if "/" not in plan else str(Path(fp8gate.__file__).parent / plan)
-    arguments = ("--training.local_batch_size", "1")
-    run = configured("llama3", "llama3_70b", *arguments, edit=without_checkpointing, plan=plan, **H200)
+    run = configured("llama3", "llama3_70b", *BATCH_OF_ONE, NO_CHECKPOINTING, plan=plan, **H200)
     assert float8_names(run) == ["feed_forward.w2", "feed_forward.w3"]
 
 
@@ -385,17 +381,14 @@ def train(tmp_path: Path) -> Iterator[Callable[..., list[str]]]:
         command = ("--module", "llama3", "--config", "llama3_debugmodel", "--override.imports", entry, *TINY)
         folder = ("--dump_folder", str(tmp_path), "--training.disable_cuda_graphs", "--metrics.disable_color_printing")
         script = functools.partial(run_script, TRAINER, 2, *command, *folder, *arguments)
-        running = [processes.start(script, **environment) for environment in rank_environments(ranks)]
+        running = [
+            processes.start(script, OMP_NUM_THREADS=1, **environment) for environment in rank_environments(ranks)
+        ]
         assert [process.exit_code() for process in running] == [0] * ranks, "\n".join(p.said for p in running)
         return [process.said for process in running]
 
     yield start
     processes.kill()
-
-
-def rank_environments(world: int) -> list[dict[str, object]]:
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    return [{**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1} for rank in range(world)]
 
 
 def losses(said: str) -> list[float]:
@@ -537,15 +530,15 @@ def test_a_wrong_setting_is_refused_by_name(debug: Callable[..., Any], settings:
 
 
 @pytest.mark.parametrize(
-    ("edit", "given", "complaint"),
+    ("arguments", "given", "complaint"),
     [
-        (without_checkpointing, "full", "expected 'none', by the run's activation checkpointing, none; got 'full'"),
-        (None, "none", "expected 'full', by the run's activation checkpointing, FullAC; got 'none'"),
+        ((NO_CHECKPOINTING,), "full", "expected 'none', by the run's activation checkpointing, none; got 'full'"),
+        ((), "none", "expected 'full', by the run's activation checkpointing, FullAC; got 'none'"),
     ],
 )
-def test_recomputation_that_is_not_the_runs_is_refused(edit: Any, given: str, complaint: str) -> None:
+def test_recomputation_that_is_not_the_runs_is_refused(arguments: Any, given: str, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
-        configured("llama3", "llama3_70b", edit=edit, recompute=given, **H200)
+        configured("llama3", "llama3_70b", *arguments, recompute=given, **H200)
 
 
 def test_a_recipe_is_required() -> None:
@@ -562,18 +555,17 @@ def test_recompute_decides_where_a_part_is_checkpointed(caplog: pytest.LogCaptur
 
 
 def test_a_model_that_is_no_decoder_is_refused() -> None:
-    from torchtitan.models.flux.config_registry import flux_debugmodel
-
-    run = flux_debugmodel()
-    run.override.imports = [("fp8gate.torchtitan.gate", {"recipe": "rowwise", **H200})]
-    with pytest.raises(InputError, match=r"expected the config of a language model, a Decoder.Config; got FluxModel"):
-        apply_overrides(run.override, run)
+    complaint = r"expected the config of a language model, a Decoder.Config; got FluxModel.Config"
+    with pytest.raises(InputError, match=complaint):
+        configured("flux", "flux_debugmodel", **H200)
 
 
-def test_an_error_leaves_nothing_to_the_next_run(debug: Callable[..., Any]) -> None:
+def test_an_error_leaves_nothing_to_the_next_run(debug: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fp8gate")
     with pytest.raises(InputError):
-        debug(tp=8)
-    assert float8_names(debug()) == WIN
+        configured("flux", "flux_debugmodel", "activation-checkpoint:full", **H200)
+    assert float8_names(debug(NO_CHECKPOINTING)) == WIN
+    assert "recomputed" not in caplog.text
 
 
 def test_strict_makes_doubts_errors(debug: Callable[..., Any]) -> None:

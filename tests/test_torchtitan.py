@@ -138,6 +138,7 @@ def test_llama3_8b_converts_what_the_table_says(caplog: pytest.LogCaptureFixture
     assert found == decided
     assert float8_names(run) == ["attention.qkv_linear.wqkv", *FEED_FORWARD]
     assert "converted 128 of 160 linears to float8 rowwise" in caplog.text
+    assert "fits only if it converts all three or none of them" in caplog.text
     assert "not asked about: lm_head: the head" in caplog.text
     assert 'SelectiveAC runs a part of the forward twice, which was not measured: decided by "recompute": "none"' in (
         caplog.text
@@ -167,6 +168,15 @@ def test_llama3_70b_is_decided_by_its_plan_where_nothing_is_recomputed(caplog: p
     assert float8_names(run) == ["feed_forward.w2", "feed_forward.w3"]
     assert "the plan: block 1.074x" in caplog.text
     assert "llama3-70b-rowwise-m8192-tp8.yaml" in caplog.text
+    assert "fits only if" not in caplog.text
+
+
+def test_the_table_decides_without_a_plan() -> None:
+    run = configured("llama3", "llama3_70b", *BATCH_OF_ONE, NO_CHECKPOINTING, plan=None, **H200)
+    alone = asked_alone(run, tokens=8192, parallel=Parallel(tp=8, plan="torchtitan"), plan=None)
+    wins = [fqn for fqn, decision in alone.decisions.items() if decision.convert]
+    assert [fqn for fqn, config in linears(run).items() if isinstance(config, Float8Linear.Config)] == wins
+    assert len(wins) == 240
 
 
 @pytest.mark.parametrize("plan", ["llama3-70b", "thresholds/nvidia-h200/plans/llama3-70b-rowwise-m8192-tp8.yaml"])

@@ -18,6 +18,7 @@ from torchtitan.models.common.moe import GroupedExperts
 from fp8gate.filter.auto_filter import auto_filter
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import is_head, without_indices
+from fp8gate.filter.contract.plans.role_names import is_fused
 from fp8gate.filter.layer_filter import AutoFilter
 from fp8gate.filter.model.parallel import Parallel
 from fp8gate.torchtitan.gate_settings import NAME, GateSettings
@@ -56,10 +57,10 @@ def convert_model(run: Run, settings: GateSettings) -> None:
         _require_wanted(converted, wanted, torchao_config)
     else:
         _convert(places, wanted, torchao_config)
-    # torchao converts nothing of an Identity. What it does first is work around triton-lang/triton#11111, which
-    # corrupts float8 that is stored transposed, and which torchtitan, whose linears torchao does not convert, leaves.
+    # triton-lang/triton#11111 corrupts float8 that is stored transposed. torchao's workaround runs in this function,
+    # which torchtitan never calls. An Identity has nothing to convert.
     convert_to_float8_training(torch.nn.Identity())
-    remarks = (*_kept(converted, wanted, settings), *_unseen(run, settings, left))
+    remarks = (*_kept(converted, wanted, settings), *_unfitting(wants_float8), *_unseen(run, settings, left))
     logger.info("\n".join((f"{NAME}:", wants_float8.report(), *remarks)))
 
 
@@ -156,6 +157,13 @@ def _kept(converted: Sequence[LinearPlace], wanted: set[str], settings: GateSett
     yield f"{_TITAN_CONVERTER} had converted {len(names)} linears, and nothing else is converted"
     if others := [fqn for fqn in wanted if fqn not in names]:
         yield f"left in bf16, as that converter left them, though they win: {_listed(others)}"
+
+
+def _unfitting(wants_float8: AutoFilter) -> Iterator[str]:
+    """Why even a plan of this very model may not fit."""
+    plans = wants_float8.plans
+    if plans.is_auto and not plans.chosen and any(map(is_fused, wants_float8.decisions)):
+        yield "a plan that knows q, k and v, not wqkv, fits only if it converts all three or none of them"
 
 
 def _unseen(run: Run, settings: GateSettings, left: dict[str, str]) -> Iterator[str]:

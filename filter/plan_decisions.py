@@ -15,7 +15,7 @@ from fp8gate.filter.contract.names import plain_name, without_indices
 from fp8gate.filter.contract.plans.layer_names import LayerNames, whole_list
 from fp8gate.filter.contract.plans.plan import Plan, exceeds_control
 from fp8gate.filter.contract.plans.plan_file import Plans
-from fp8gate.filter.contract.plans.role_names import RoleNames, Roles
+from fp8gate.filter.contract.plans.role_names import RoleNames, Roles, is_fused
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.findings import Finding, PlanMismatchWarning
@@ -197,6 +197,8 @@ class _KindDecisions:
         convert, remark = self._by_block.get(place.block, self._unchecked)
         if convert is None:
             return None
+        if len(place.roles) > 1 and is_fused(fqn):
+            remark = ", ".join(filter(None, ("measured as several linears", remark)))
         suffix = f", {remark}" if remark else ""
         if place.roles[0] in convert:
             reason = f"the plan: block {self._speedup(convert):.3f}x{suffix}"
@@ -244,14 +246,15 @@ class _KindDecisions:
         recompute = "full" if self._recomputes(plain_name(fqn)) else "none"
         if (roles, shape, recompute) in self._fitting:  # the layers of a model are alike
             return None
-        shapes = [(f"shapes.{role}", shape, self.plan.shape(role)) for role in roles]
-        for field, actual, measured in (*shapes, ("recompute", recompute, self.plan.recompute)):
+        shapes = self.plan.shapes_of(roles, is_fused=is_fused(fqn)).items()
+        compared = [(f"shapes.{role}", shape, measured) for role, measured in shapes]
+        for field, actual, measured in (*compared, ("recompute", recompute, self.plan.recompute)):
             if actual != measured:
                 message = f"expected {actual}, as {without_indices(fqn)} is here; found {measured}"
                 return self._finding(f"$.{field}: {message}; the table decides")
         converted = [role for role in roles if role in self.plan.convert]
         if converted and len(converted) < len(roles):
-            expected = f"expected all or none of {_listed(roles)}, as {without_indices(fqn)} is both"
+            expected = f"expected all or none of {_listed(roles)}, as {without_indices(fqn)} is all of them"
             return self._finding(f"$.convert: {expected}; found {_listed(converted)}; the table decides")
         self._fitting.add((roles, shape, recompute))
         return None

@@ -131,6 +131,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def rank_environments(world: int) -> list[dict[str, object]]:
+    """What torchrun sets for each of the processes of one machine."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
+
+
 # In the processes.
 
 

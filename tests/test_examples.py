@@ -1,7 +1,6 @@
 """The examples run, on the CPU, with the real packages. Those of an optional package are skipped where it is missing.
 
-The sizes and the table are made up so that exactly the feed forward layers win; float8 is computed for real, but for
-torchtitan, which only emulates it on a CPU.
+The sizes and the table are made up so that exactly the feed forward layers win; float8 is computed for real.
 """
 
 from __future__ import annotations
@@ -14,16 +13,10 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
-import torch._inductor.config
 from builders import make_point, make_table, write_file
-from forked import MAX_WAIT_S, Processes, free_port, run_script
-
-from fp8gate import Parallel
+from forked import MAX_WAIT_S, Processes, rank_environments, run_script
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -73,11 +66,6 @@ def run(processes: Processes) -> Callable[..., str]:
     return run_example
 
 
-def rank_environments(world: int) -> list[dict[str, object]]:
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
-
-
 def losses(out: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", out)]
 
@@ -105,7 +93,6 @@ def test_torchao_converts_a_real_size_by_a_committed_table_without_a_gpu(run: Ca
 WITHOUT_ARGUMENTS = [
     pytest.param("torchao_convert.py", marks=needs()),
     pytest.param("accelerate_trainer.py", marks=needs("accelerate", "transformers")),
-    pytest.param("torchtitan_converter.py", marks=needs("torchtitan")),
 ]
 
 
@@ -172,93 +159,3 @@ def test_accelerate_and_trainer_convert_and_train(run: Callable[..., str], table
     assert_only_the_feed_forward_was_converted(out)
     assert all(0 < loss < 10 for loss in losses(out))
     assert losses(out)
-
-
-@needs("torchtitan")
-def test_torchtitan_decides_by_what_tensor_parallelism_leaves(run: Callable[..., str]) -> None:
-    command = ("torchtitan_converter.py", "--flavor", "70B", "--device", "NVIDIA H200", "--emulate")
-    whole, divided = run(*command), run(*command, "--tp", 8)
-    assert re.search(r"^layers.\*.feed_forward.w1 +80 +8192 +8192 +28672 +float8", whole, flags=re.M)
-    assert re.search(r"^layers.\*.feed_forward.w1 +80 +8192 +8192 +3584 +float8", divided, flags=re.M)
-    assert re.search(r"^layers.\*.attention.wo +80 +8192 +1024 +8192 +bf16", divided, flags=re.M)
-    assert re.search(r"^layers.\*.attention.qkv_linear.wqkv +80 +8192 +8192 +1280 +bf16", divided, flags=re.M)
-    for out in (whole, divided):
-        (report,) = re.findall(r"^converted (\d+) of 401 linears", out, flags=re.M)
-        assert f"\n{report} Float8Linear.Config of 401" in out
-
-
-TITAN_TABLE = make_table(
-    make_point(SEQUENCE, 256, 256, 0.5),  # wq and wo of torchtitan's debug model
-    make_point(SEQUENCE, 256, 128, 0.5),  # wq under tp = 2
-    make_point(SEQUENCE, 128, 256, 0.5),  # wo under tp = 2
-    make_point(SEQUENCE, 256, 64, 1.5),  # wkv, with 4 heads of 16
-    make_point(SEQUENCE, 256, 32, 0.5),  # wkv under tp = 2
-    make_point(SEQUENCE, 256, 768, 1.5),  # w1 and w3
-    make_point(SEQUENCE, 256, 384, 1.5),  # w1 and w3 under tp = 2
-    make_point(SEQUENCE, 768, 256, 0.5),  # w2
-    make_point(SEQUENCE, 384, 256, 1.5),  # w2 under tp = 2
-    make_point(SEQUENCE, 256, 2048, 1.5),  # lm_head
-    make_point(SEQUENCE, 256, 1024, 0.5),  # lm_head under tp = 2
-)
-
-
-@pytest.fixture
-def titan(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The torchtitan example as a module."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import torchtitan_converter
-
-    with torch._inductor.config.patch(emulate_precision_casts=False):  # torchtitan sets it for rowwise, for good
-        yield torchtitan_converter
-
-
-def debug_model(titan: ModuleType, folder: Path, *, tp: int) -> tuple[Any, Any]:
-    """torchtitan's debug model with wq and wkv apart, converted, and the converter."""
-    from torchtitan.models.common.attention import QKVLinear
-    from torchtitan.models.common.linear import Linear
-
-    config = titan.model_registry("debugmodel").model
-    for layer in config.layers:
-        layer.attention.qkv_linear = QKVLinear.Config(
-            head_dim=16,
-            wq=Linear.Config(in_features=256, out_features=256),
-            wkv=Linear.Config(in_features=256, out_features=64),
-        )
-    converter = titan.GatedFloat8Converter.Config(
-        tokens=SEQUENCE,
-        parallel=Parallel(tp=tp, plan="torchtitan"),
-        tables=str(write_file(TITAN_TABLE, folder / "rowwise.yaml")),
-        strict=True,
-        emulate=True,
-    ).build()
-    return converter.convert(config), converter
-
-
-@needs("torchtitan")
-@pytest.mark.parametrize(
-    ("tp", "converted"),
-    [
-        (1, {"attention.qkv_linear.wkv", "feed_forward.w1", "feed_forward.w3", "lm_head"}),
-        (2, {"feed_forward.w1", "feed_forward.w2", "feed_forward.w3"}),
-    ],
-)
-def test_torchtitan_swaps_the_configs_of_the_winners(
-    titan: ModuleType, tmp_path: Path, tp: int, converted: set[str]
-) -> None:
-    config, converter = debug_model(titan, tmp_path, tp=tp)
-    linears = config.traverse(titan.Linear.Config)
-    swapped = [fqn for fqn, linear, _, _ in linears if isinstance(linear, titan.Float8Linear.Config)]
-    assert {re.sub(r"^layers\.\d\.", "", fqn) for fqn in swapped} == converted
-    assert swapped == [fqn for fqn, decision in converter.filter_fn.decisions.items() if decision.convert]
-
-
-@needs("torchtitan")
-def test_torchtitan_builds_wk_and_wv_of_one_config_and_trains_them(titan: ModuleType, tmp_path: Path) -> None:
-    config, _ = debug_model(titan, tmp_path, tp=1)
-    projections = config.layers[0].attention.qkv_linear.build()
-    kinds = {name: isinstance(module, titan.Float8Linear) for name, module in projections.named_children()}
-    assert kinds == {"wq": False, "wk": True, "wv": True}
-    for linear in (projections.wq, projections.wk, projections.wv):
-        torch.nn.init.normal_(linear.weight, std=0.02)
-    sum(out.sum() for out in projections(torch.randn(1, SEQUENCE, 256))).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in projections.parameters())

@@ -243,7 +243,7 @@ def test_another_model_is_judged_anew(with_plan):
     assert all(answers(wants_float8, BLOCKS).values())
 
 
-def test_torchtitans_fused_projection_is_not_in_the_plan(with_plan):
+def test_torchtitans_fused_projection_is_not_in_a_plan_that_lacks_a_role_of_it(with_plan):
     wants_float8 = with_plan(plan=OF_TWO)
     fused, half = checked(wants_float8, {"layers.0.attention.qkv_linear.wqkv": GATE, "layers.0.feed_forward.w1": GATE})
     wqkv = "layers.*.attention.qkv_linear.wqkv"
@@ -277,7 +277,8 @@ def of_attention(*convert):
     shapes = {"self_attn.q_proj": (32, 64, 64), **dict.fromkeys(KV, (32, 64, 32))}
     best = Candidate(convert, 7, 90.0, 180.0, 1.2, 1.1, 1.3, 1.05, 0.04, "measured")
     none = {"indivisible": (), "table": None, "torchao": None}
-    return {"shapes": shapes, "convert": convert, "candidates": (TOGETHER[0], best), **none}
+    candidates = (TOGETHER[0], best) if convert else TOGETHER[:1]
+    return {"shapes": shapes, "convert": convert, "candidates": candidates, **none}
 
 
 @pytest.mark.parametrize(("convert", "expected"), [(KV, [False, True]), (("self_attn.q_proj",), [True, False])])
@@ -293,6 +294,47 @@ def test_torchtitans_wkv_cannot_be_converted_by_half(with_plan):
     assert "expected all or none of self_attn.k_proj, self_attn.v_proj, as layers.*" in torn
     assert "1 of 1 blocks convert nothing, in blocks that were not measured" in other
     assert all(d.reason.startswith("not in the plan: below 1.00x") for d in wants_float8.decisions.values())
+
+
+FUSED = {"layers.0.attention.qkv_linear.wqkv": (64, 128)}
+
+
+@pytest.mark.parametrize(
+    ("convert", "expected"),
+    [
+        (("self_attn.q_proj", *KV), (True, "the plan: block 1.200x, measured as several linears")),
+        ((), (False, "the plan: bf16")),
+    ],
+)
+def test_torchtitans_wqkv_is_three_roles_that_agree(with_plan, convert, expected):
+    wants_float8 = with_plan(plan=of_attention(*convert), on_nothing="ignore")
+    assert checked(wants_float8, FUSED) == []
+    (decision,) = wants_float8.decisions.values()
+    assert (decision.convert, decision.reason) == expected
+
+
+def test_torchtitans_wqkv_is_the_tables_if_its_roles_do_not_agree(with_plan):
+    wants_float8 = with_plan(plan=of_attention("self_attn.q_proj"))
+    torn, _ = checked(wants_float8, FUSED)
+    assert "expected all or none of self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, as layers.*" in torn
+    (decision,) = wants_float8.decisions.values()
+    assert decision.reason.startswith("not in the plan: ")
+
+
+def test_a_fused_linear_of_another_width_is_the_tables(with_plan):
+    wants_float8 = with_plan(plan=of_attention("self_attn.q_proj", *KV))
+    wider, _ = checked(wants_float8, {"layers.0.attention.qkv_linear.wqkv": (64, 64)})
+    assert "$.shapes.self_attn.q_proj: expected (32, 64, 64), as layers.*.attention.qkv_linear.wqkv is here" in wider
+    assert "found (32, 64, 128)" in wider
+
+
+def test_a_plan_of_a_fused_role_decides_it(with_plan):
+    best = Candidate(("self_attn.qkv_proj",), 7, 90.0, 180.0, 1.2, 1.1, 1.3, 1.05, 0.04, "measured")
+    none = {"indivisible": (), "table": None, "torchao": None}
+    plan = {"shapes": {"self_attn.qkv_proj": (32, 64, 128)}, "convert": best.convert, **none}
+    wants_float8 = with_plan(plan={**plan, "candidates": (TOGETHER[0], best)})
+    assert checked(wants_float8, FUSED) == []
+    assert wants_float8.decisions[next(iter(FUSED))].reason == "the plan: block 1.200x"
 
 
 def test_a_block_with_another_layer_is_the_tables_as_a_whole(with_plan):

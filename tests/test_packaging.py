@@ -29,7 +29,8 @@ def expected_files() -> set[str]:
     """Everything tracked in the four source folders, under its installed name."""
     files = {f"fp8gate/{name}" for name in ("__init__.py", "__main__.py", "py.typed")}
     package = ROOT / "src" / "fp8gate"
-    files |= {f"fp8gate/{path.relative_to(package)}" for path in (package / "cli").rglob("*.py")}
+    for folder in ("cli", "torchtitan"):
+        files |= {f"fp8gate/{path.relative_to(package)}" for path in (package / folder).rglob("*.py")}
     code = (("calibrate", "*.py"), ("filter", "*.py"))
     data = (("calibrate", "*.jinja"), ("filter", "*.json"), ("thresholds", "*.yaml"))
     for folder, pattern in (*code, *data):

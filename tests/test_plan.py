@@ -122,6 +122,31 @@ def test_torchtitans_wkv_is_two_roles():
     assert make_plan(shapes={"attention.wkv": (32, 64, 32)}).place("layers.0.attention.wkv").roles == ("attention.wkv",)
 
 
+def test_torchtitans_fused_wqkv_is_three_roles():
+    shapes = {Q: (32, 64, 64), K: (32, 64, 32), V: (32, 64, 32)}
+    place = make_plan(shapes=shapes).place("layers.0.attention.qkv_linear.wqkv")
+    assert place == ("layers.0", (Q, K, V))
+    assert make_plan(shapes={Q: (32, 64, 64)}).place("layers.0.attention.qkv_linear.wqkv").roles == ()
+
+
+@pytest.mark.parametrize("role", ["self_attn.qkv_proj", "attention.wqkv", "attention.qkv_linear.wqkv"])
+def test_a_plan_of_a_fused_role_knows_torchtitans(role):
+    plan = make_plan(shapes={role: (32, 64, 128)})
+    assert plan.place("layers.0.attention.qkv_linear.wqkv") == ("layers.0", (role,))
+    assert plan.shapes_of((role,), is_fused=True) == {role: LinearShape(32, 64, 128)}
+
+
+def test_a_fused_linear_is_as_wide_as_its_roles_together():
+    plan = make_plan(shapes={Q: (32, 64, 64), K: (32, 64, 32), V: (32, 64, 32)})
+    assert plan.shapes_of((Q, K, V), is_fused=True) == {Q: LinearShape(32, 64, 128)}
+    assert plan.shapes_of((K, V), is_fused=False) == dict.fromkeys((K, V), LinearShape(32, 64, 32))
+
+
+def test_roles_of_different_inputs_are_not_fused():
+    plan = make_plan(shapes={Q: (32, 64, 64), K: (16, 64, 32)})
+    assert list(plan.shapes_of((Q, K), is_fused=True)) == [Q, K]
+
+
 def test_a_plan_of_torchtitans_names_knows_hugging_faces():
     plan = make_plan(shapes={"attention.wq": (32, 64, 64)})
     assert plan.place("model.layers.0.self_attn.q_proj") == ("model.layers.0", ("attention.wq",))

@@ -6,10 +6,11 @@ import re
 import shlex
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from documents import ROOT, Configs, LinearConfig, script, torchtitan_interface
+from documents import ROOT, script
 from torchao.float8.float8_linear import Float8Linear
 from typer.main import get_command
 
@@ -44,11 +45,6 @@ def snippet(page: str, containing: str) -> str:
     return found
 
 
-def run(source: str) -> tuple[dict[str, Any], str]:
-    with torchtitan_interface():
-        return blocks.run_snippet(source)
-
-
 def test_a_stranger_reads_the_readme_to_its_end() -> None:
     assert len(README.splitlines()) <= MAX_LINES
 
@@ -59,14 +55,14 @@ def test_every_snippet_runs(page: str, i: int, source: str) -> None:
     for package in OPTIONAL:
         if package in source and find_spec(package) is None:
             pytest.skip(f"not installed: {package}")
-    run(source)
+    blocks.run_snippet(source)
 
 
 @ignored_warnings
 @pytest.mark.parametrize("page", [README, TRAINING_CODE, TEXTS["docs/getting-started.md"]])
 def test_the_torchao_snippet_converts_only_what_wins(page: str) -> None:
     source = next(source for source in blocks.fences(page, "python") if "convert_to_float8_training(model" in source)
-    namespace, printed = run(source)
+    namespace, printed = blocks.run_snippet(source)
     modules = dict(namespace["model"].named_modules())
     assert isinstance(modules["model.layers.0.mlp.up_proj"], Float8Linear)
     assert not isinstance(modules["model.layers.0.self_attn.v_proj"], Float8Linear)
@@ -75,26 +71,16 @@ def test_the_torchao_snippet_converts_only_what_wins(page: str) -> None:
 
 
 @ignored_warnings
-def test_the_torchtitan_snippet_converts_only_the_winner(capsys: pytest.CaptureFixture[str]) -> None:
-    namespace, _ = run(snippet(TRAINING_CODE, "GatedFloat8Converter"))
-    configs = Configs(w1=LinearConfig(4096, 14336), wk=LinearConfig(4096, 1024), lm_head=LinearConfig(4096, 128256))
-    with blocks.on_the_measured_device():
-        converter = namespace["GatedFloat8Converter"].Config(tokens=8192, filter_fqns=["lm_head"]).build()
-        assert converter.convert(configs) == ["w1"]
-    assert "converted 1 of 3 linears" in capsys.readouterr().out
-
-
-@ignored_warnings
 def test_the_parallel_snippet_refuses_what_loses_on_a_rank() -> None:
-    wants_float8 = run(snippet(TRAINING_CODE, "ColwiseParallel()"))[0]["wants_float8"]
-    assert not wants_float8(LinearConfig(8192, 8192), "layers.3.attention.wq")
+    wants_float8 = blocks.run_snippet(snippet(TRAINING_CODE, "ColwiseParallel()"))[0]["wants_float8"]
+    assert not wants_float8(SimpleNamespace(in_features=8192, out_features=8192), "layers.3.attention.wq")
     decision = wants_float8.decisions["layers.3.attention.wq"]
     assert (decision.m, decision.k, decision.n) == (4096, 8192, 1024)
 
 
 def test_a_wrong_snippet_is_found() -> None:
     with pytest.raises(TypeError):
-        run("from fp8gate import auto_filter\nauto_filter('rowwise', token=8192)")
+        blocks.run_snippet("from fp8gate import auto_filter\nauto_filter('rowwise', token=8192)")
 
 
 @pytest.mark.filterwarnings("ignore::fp8gate.StaleTableWarning")

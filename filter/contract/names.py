@@ -21,6 +21,7 @@ _HUGGING_FACE = {
     "wk": "k_proj",
     "wv": "v_proj",
     "wo": "o_proj",
+    "wqkv": "qkv_proj",
     "w1": "gate_proj",
     "w2": "down_proj",
     "w3": "up_proj",

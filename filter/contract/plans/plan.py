@@ -140,6 +140,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def shape(self, role: str) -> LinearShape:
         return LinearShape(*self.shapes[role])
 
+    def shapes_of(self, roles: Roles, *, is_fused: bool) -> dict[str, LinearShape]:
+        """The shape that one linear of these roles must have, by role: that of each of them.
+
+        is_fused: it multiplies their common input once, and is as wide as all of them together. Then the first role
+        stands for all. Roles of different inputs cannot be fused; each keeps its shape.
+        """
+        shapes = {role: self.shape(role) for role in roles}
+        inputs = {(shape.m, shape.k) for shape in shapes.values()}
+        if not is_fused or len(inputs) > 1:
+            return shapes
+        ((m, k),) = inputs
+        return {roles[0]: LinearShape(m, k, sum(shape.n for shape in shapes.values()))}
+
     def candidate(self, convert: Roles) -> Candidate | None:
         return next((candidate for candidate in self.candidates if candidate.convert == convert), None)
 

@@ -14,14 +14,17 @@ from fp8gate.filter.contract.plans.layer_names import LayerNames
 
 Roles = tuple[str, ...]
 
-_TWO_IN_ONE = {"wkv": ("wk", "wv")}  # torchtitan builds both from one config; its fused wqkv is a single product
+_SEVERAL_IN_ONE = {"wkv": ("wk", "wv"), "wqkv": ("wq", "wk", "wv")}
+"""torchtitan's name for several projections -> their names. It builds wk and wv from one config, wkv, and each is as
+large as the config says. wqkv is fused: one product, as large as all three together."""
+FUSED = ("wqkv",)
 
 
 class PlaceInBlock(NamedTuple):
     """Where a linear is in a model: in which block, and what the plan calls it there.
 
     block: such as "model.layers.3", or "" if the model itself is the block. roles: empty if the plan does not know the
-    linear, and two for a linear that a plan knows as two, such as torchtitan's wkv.
+    linear, and several for a linear that a plan knows as several, such as torchtitan's wkv and wqkv.
     """
 
     block: str
@@ -66,6 +69,11 @@ class RoleNames:
         """The roles of a linear by its name within a block. Empty if the plan lacks one of them."""
         parent, _, last = name_in_block.rpartition(".")
         names = [hugging_face_name(name_in_block)]
-        if names[0] not in self._known and last in _TWO_IN_ONE:
-            names = [hugging_face_name(f"{parent}.{part}") for part in _TWO_IN_ONE[last]]
+        if names[0] not in self._known and last in _SEVERAL_IN_ONE:
+            names = [hugging_face_name(f"{parent}.{part}") for part in _SEVERAL_IN_ONE[last]]
         return tuple(self._known[name] for name in names) if all(name in self._known for name in names) else ()
+
+
+def is_fused(fqn: str) -> bool:
+    """Whether a linear is one product in place of several, such as torchtitan's wqkv."""
+    return plain_name(fqn).rpartition(".")[2] in FUSED

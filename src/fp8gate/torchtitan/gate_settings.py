@@ -1,0 +1,56 @@
+"""The keys of `fp8gate.torchtitan.gate`, as they are given on torchtitan's command line."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.plain_yaml import convert
+from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
+
+NAME = "fp8gate.torchtitan.gate"
+"""What every error of the override begins with."""
+_TORCHAO_RULE = "auto_filter_small_kn"
+"""torchtitan takes this entry of filter_fqns for a switch. Its rule converts nothing in torchtitan 0.3.0."""
+
+
+class GateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The keys of `gate`. Those of the same name mean what they mean for `fp8gate.auto_filter`.
+
+    tokens, tp, cp, recompute: they are taken from the run. Give one to have it checked: another number is an error.
+    Only where activation checkpointing runs a part of the forward twice, recompute decides what counts ("none").
+    filter_fqns: linears whose name contains one of these stay in bf16. The head and routers do so anyway.
+    head: ask about the head as well; `rows` must then say how many rows a call of it multiplies.
+    replace: decide anew about linears that torchtitan's own Float8LinearConverter has converted.
+    emulate: compute float8 in float32, as torchtitan does it to test where the hardware has no float8.
+    """
+
+    recipe: Literal["rowwise", "rowwise_with_gw_hp"]
+    tokens: int | None = None
+    tp: int | None = None
+    cp: int | None = None
+    recompute: Literal["none", "full"] | None = None
+    filter_fqns: tuple[str, ...] = ()
+    rows: dict[str, int] = {}
+    min_speedup: float | None = None
+    lookup: LookupName = DEFAULT_LOOKUP
+    plan: str | None = "auto"
+    device: str | None = None
+    tables: str | None = None
+    strict: bool = False
+    head: bool = False
+    replace: bool = False
+    emulate: bool = False
+
+
+def read_settings(given: dict[str, Any]) -> GateSettings:
+    """Check what was given. Raises InputError, which names the key and what is expected."""
+    if unknown := [key for key in given if key not in GateSettings.__struct_fields__]:
+        known = ", ".join(GateSettings.__struct_fields__)
+        raise InputError(f"{NAME}: {unknown[0]}: no such key; expected some of {known}")
+    settings = convert(given, GateSettings, source=NAME, error=InputError)
+    if _TORCHAO_RULE in settings.filter_fqns:
+        raise InputError(f"{NAME}: filter_fqns: {_TORCHAO_RULE!r} is torchao's rule, in place of which fp8gate decides")
+    return settings

@@ -5,11 +5,14 @@
 # make test        run the tests, but for the slow ones
 # make test-slow   run the slow tests: torchrun, kills, compilers, examples
 # make check       ruff, mypy --strict and make test
+# make test-torch  run `make test` with another release of torch: make test-torch TORCH=2.14.1
 #
 # Each creates .venv when missing and installs once. VENV= (empty) uses the current Python and its torch instead.
+# TORCH=2.14.1 takes this release and the triton that it asks for, in .venv-torch-2.14.1; all else as in constraints.txt.
 # ARGS="..." is passed on: make calibrate ARGS="--grid quick"; make test ARGS="-k lookup".
 
-VENV ?= .venv
+TORCH ?=
+VENV ?= .venv$(TORCH:%=-torch-%)
 PYTHON ?= python3
 
 ifeq ($(VENV),)
@@ -22,7 +25,7 @@ endif
 
 FIGURES := docs/figures/nvidia-h200-overview-light.png docs/figures/nvidia-h200-overview-dark.png
 
-.PHONY: calibrate verify docs figures test test-slow check lint
+.PHONY: calibrate verify docs figures test test-slow test-torch check lint
 .DEFAULT_GOAL := check
 
 calibrate: $(INSTALLED)
@@ -48,6 +51,10 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -m slow $(ARGS)
 
+test-torch:
+	@test -n "$(TORCH)" || { echo "which release? make test-torch TORCH=2.14.1" >&2; exit 2; }
+	$(MAKE) test TORCH=$(TORCH)
+
 check: lint test
 
 lint: $(INSTALLED)
@@ -57,7 +64,8 @@ lint: $(INSTALLED)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[calibrate,dev]"
-	-$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[examples]"
+	sed -E -e '$(TORCH:%=s/^torch==.*/torch==%/;/^triton==/d)' constraints.txt > $(VENV)/constraints.txt
+	$(VENV)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[calibrate,dev]"
+	-$(VENV)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[examples]"
 	-$(VENV)/bin/python -m pip install --quiet --no-deps torchtitan==0.3.0
 	touch $@

@@ -1,5 +1,8 @@
-"""Hugging Face Accelerate and Trainer: the filter as `module_filter_func` of AORecipeKwargs.
+"""Hugging Face Accelerate and Trainer, each by its public interface.
 
+Accelerate converts the model itself, in `prepare`: the filter is `module_filter_func` of its AORecipeKwargs. Trainer
+takes no such handler. Convert the model before you hand it over, and let Trainer run it under bf16 autocast, which is
+what Accelerate's "fp8" does too.
     python examples/accelerate_trainer.py accelerate
     python examples/accelerate_trainer.py trainer
 take two layers of a Llama 3 8B's widths. Without a GPU they decide by the tables of an NVIDIA H200 and train nothing,
@@ -10,21 +13,19 @@ should stay in bf16.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AORecipeKwargs
-from example_options import make_parser, parse, say_that_nothing_is_trained
-from torchao.float8 import Float8LinearConfig
+from example_options import HAS_GPU, make_parser, parse, say_that_nothing_is_trained
+from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 from torchao.float8.float8_linear import Float8Linear
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from fp8gate import AutoFilter, auto_filter
 
-COMPILER = "inductor" if torch.cuda.is_available() else "no"  # the casts are fast only where they are compiled
+COMPILER = "inductor" if HAS_GPU else "no"  # the casts are fast only where they are compiled
 
 
 def main() -> None:
@@ -54,16 +55,16 @@ def main() -> None:
         return
     model = LlamaForCausalLM(config)
     ids = torch.randint(args.vocab, (args.steps, args.batch, args.sequence))
-    FRAMEWORKS[args.framework](model, ids, recipe(args, wants_float8))
+    config = Float8LinearConfig.from_recipe_name(args.recipe)
+    FRAMEWORKS[args.framework](model, ids, config, wants_float8)
     print(wants_float8.report())
     print(f"{sum(isinstance(m, Float8Linear) for m in model.modules())} Float8Linear in the model")
 
 
-def recipe(args: argparse.Namespace, wants_float8: AutoFilter) -> AORecipeKwargs:
-    return AORecipeKwargs(config=Float8LinearConfig.from_recipe_name(args.recipe), module_filter_func=wants_float8)
-
-
-def with_accelerate(model: LlamaForCausalLM, ids: torch.Tensor, recipe: AORecipeKwargs) -> None:
+def with_accelerate(
+    model: LlamaForCausalLM, ids: torch.Tensor, config: Float8LinearConfig, wants_float8: AutoFilter
+) -> None:
+    recipe = AORecipeKwargs(config=config, module_filter_func=wants_float8)
     accelerator = Accelerator(mixed_precision="fp8", kwargs_handlers=[recipe], dynamo_backend=COMPILER)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     for step, batch in enumerate(ids.to(accelerator.device)):
@@ -74,31 +75,29 @@ def with_accelerate(model: LlamaForCausalLM, ids: torch.Tensor, recipe: AORecipe
         accelerator.print(f"step {step}: loss {loss.item():.4f}")
 
 
-class Float8Trainer(Trainer):
-    """Gives "fp8" and the recipe to the Accelerator that Trainer builds: TrainingArguments know neither."""
-
-    def __init__(self, *args: Any, recipe: AORecipeKwargs, **kwargs: Any) -> None:
-        self.recipe = recipe  # first: Trainer builds its Accelerator in __init__
-        super().__init__(*args, **kwargs)
-
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        args = super()._build_accelerator_args(**kwargs)
-        return {**args, "mixed_precision": "fp8", "kwargs_handlers": [*args["kwargs_handlers"], self.recipe]}
-
-
-def with_trainer(model: LlamaForCausalLM, ids: torch.Tensor, recipe: AORecipeKwargs) -> None:
+def with_trainer(
+    model: LlamaForCausalLM, ids: torch.Tensor, config: Float8LinearConfig, wants_float8: AutoFilter
+) -> None:
+    convert_to_float8_training(model, module_filter_fn=wants_float8, config=config)
     examples = [{"input_ids": row, "labels": row} for row in ids.flatten(0, 1)]
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingArguments(
             folder,
             per_device_train_batch_size=ids.shape[1],
             num_train_epochs=1,
+            learning_rate=1e-3,
+            bf16=True,
+            use_cpu=not HAS_GPU,
             torch_compile=COMPILER != "no",
+            logging_steps=1,
             save_strategy="no",
             report_to="none",
         )
-        result = Float8Trainer(model=model, args=options, train_dataset=examples, recipe=recipe).train()
-    print(f"step {result.global_step - 1}: loss {result.training_loss:.4f} on average")
+        trainer = Trainer(model=model, args=options, train_dataset=examples)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    for step, loss in enumerate(losses):
+        print(f"step {step}: loss {loss:.4f}")
 
 
 FRAMEWORKS = {"accelerate": with_accelerate, "trainer": with_trainer}

@@ -305,7 +305,7 @@ def test_summary_says_what_is_outside_and_what_matched_nothing(table_path):
 
 
 def test_summary_says_that_the_table_is_stale_and_what_cures_it(table_path, monkeypatch):
-    monkeypatch.setattr(stale_module, "_installed", {"torch": "9.9.0"}.get)
+    monkeypatch.setattr(stale_module, "installed_version", {"torch": "9.9.0"}.get)
     wants_float8 = auto_filter("rowwise", tokens=TOKENS, tables=table_path, on_stale="ignore")
     summary = wants_float8.summary()
     assert re.search(

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
 
+import msgspec
 import pytest
 from builders import make_point, make_table, write_file
+from float8_gathers import count_float8_gathers
 from forked import MAX_WAIT_S, Processes, rank_environments, run_script
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +47,11 @@ def table(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def tensorwise_table(tmp_path: Path) -> Path:
+    return write_file(msgspec.structs.replace(TABLE, recipe="tensorwise"), tmp_path / "tensorwise.yaml")
+
+
+@pytest.fixture
 def processes(tmp_path: Path) -> Iterator[Processes]:
     started = Processes(tmp_path)
     yield started
@@ -53,10 +60,13 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
 
 @pytest.fixture
 def run(processes: Processes) -> Callable[..., str]:
-    """Runs an example to its end; what it says. ranks: how many processes, as torchrun starts them."""
+    """Runs an example to its end; what it says. ranks: how many processes, as torchrun starts them.
 
-    def run_example(name: str, *arguments: object, ranks: int = 0) -> str:
-        script = functools.partial(run_script, EXAMPLES / name, *arguments)
+    runner: what each of them does with the script and its arguments.
+    """
+
+    def run_example(name: str, *arguments: object, ranks: int = 0, runner: Callable[..., None] = run_script) -> str:
+        script = functools.partial(runner, EXAMPLES / name, *arguments)
         environments = rank_environments(ranks) if ranks else [{}]
         running = [processes.start(script, **WITHOUT_GPU, **environment) for environment in environments]
         for process in running:
@@ -70,8 +80,10 @@ def losses(out: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", out)]
 
 
-def assert_only_the_feed_forward_was_converted(out: str) -> None:
-    assert "converted 6 of 15 linears to float8 rowwise" in out
+def assert_only_the_feed_forward_was_converted(out: str, recipe: str = "rowwise") -> None:
+    in_float8 = re.findall(r"^\S+\.(\w+) +2 +\d+ +\d+ +\d+ +float8 ", out, flags=re.M)
+    assert sorted(in_float8) in (["w1", "w2", "w3"], ["down_proj", "gate_proj", "up_proj"])
+    assert f"converted 6 of 15 linears to float8 {recipe}" in out
     assert "\n6 Float8Linear in the model" in out
 
 
@@ -93,6 +105,7 @@ def test_torchao_converts_a_real_size_by_a_committed_table_without_a_gpu(run: Ca
 WITHOUT_ARGUMENTS = [
     pytest.param("torchao_convert.py", marks=needs()),
     pytest.param("accelerate_trainer.py", marks=needs("accelerate", "transformers")),
+    pytest.param("lightning_fabric.py", marks=needs("lightning")),
 ]
 
 
@@ -134,6 +147,33 @@ def test_fsdp2_converts_and_trains_on_every_rank(run: Callable[..., str], table:
     assert sorted(re.findall(r"rank (\d), step 1: loss \d", out)) == [str(rank) for rank in range(ranks)]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fsdp2_gathers_converted_weights_in_float8(run: Callable[..., str], tensorwise_table: Path, ranks: int) -> None:
+    """Each of 6 weights is gathered in the forward and the backward of 2 steps; the first has no scale to go by."""
+    asked = (*SIZES, "--recipe", "tensorwise", "--tables", tensorwise_table, "--float8-all-gather")
+    out = run("fsdp2.py", *asked, ranks=ranks, runner=count_float8_gathers)
+    assert_only_the_feed_forward_was_converted(out, "tensorwise")
+    assert out.count("UnmeasuredSettingWarning: float8_config.enable_fsdp_float8_all_gather is True") == ranks
+    assert out.count("24 casts before gathering, 12 by a known scale") == ranks
+    assert all(0 < loss < 10 for loss in losses(out))
+    assert len(losses(out)) == 2 * ranks
+
+
+def test_fsdp2_gathers_in_bf16_unless_asked(run: Callable[..., str], tensorwise_table: Path) -> None:
+    asked = (*SIZES, "--recipe", "tensorwise", "--tables", tensorwise_table)
+    out = run("fsdp2.py", *asked, ranks=2, runner=count_float8_gathers)
+    assert_only_the_feed_forward_was_converted(out, "tensorwise")
+    assert out.count("0 casts before gathering") == 2
+    assert "UnmeasuredSettingWarning" not in out
+
+
+def test_only_tensorwise_gathers_in_float8(processes: Processes) -> None:
+    script = functools.partial(run_script, EXAMPLES / "fsdp2.py", "--float8-all-gather")
+    process = processes.start(script, **WITHOUT_GPU)
+    assert process.exit_code() == 2
+    assert "--float8-all-gather needs --recipe tensorwise" in process.said
+
+
 @pytest.mark.slow
 def test_torchrun_starts_fsdp2(table: Path) -> None:
     """By the command that the example gives, in a fresh Python."""
@@ -158,4 +198,19 @@ def test_accelerate_and_trainer_convert_and_train(run: Callable[..., str], table
     out = run("accelerate_trainer.py", framework, *SIZES, "--tables", table)
     assert_only_the_feed_forward_was_converted(out)
     assert all(0 < loss < 10 for loss in losses(out))
-    assert losses(out)
+    assert len(losses(out)) == 2
+
+
+@needs("lightning")
+def test_fabric_trains_what_was_converted(run: Callable[..., str], table: Path) -> None:
+    out = run("lightning_fabric.py", *SIZES, "--tables", table)
+    assert_only_the_feed_forward_was_converted(out)
+    first, second = losses(out)
+    assert second < first
+
+
+@needs("lightning")
+def test_fabric_divides_the_converted_model_by_fsdp2(run: Callable[..., str], table: Path) -> None:
+    out = run("lightning_fabric.py", *SIZES, "--tables", table, ranks=2)
+    assert_only_the_feed_forward_was_converted(out)
+    assert sorted(re.findall(r"rank (\d), step 1: loss \d", out)) == ["0", "1"]

@@ -38,7 +38,7 @@ def points(feed_forward: float, output: float = 2.0) -> list[Point]:
 @pytest.fixture(autouse=True)
 def _nothing_is_stale(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
-    monkeypatch.setattr(software_check, "_installed", lambda package: None)
+    monkeypatch.setattr(software_check, "installed_version", lambda package: None)
     monkeypatch.setattr(software_check, "_driver", lambda: None)
 
 

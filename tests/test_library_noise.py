@@ -10,7 +10,7 @@ import warnings
 import pytest
 from samples import python
 
-from fp8gate.calibrate.processes.library_noise import PROFILER_STEPS, leave_out_noise, without_lines
+from fp8gate.calibrate.processes.library_noise import PROFILER_LINES, leave_out_noise, without_lines
 
 PYTREE = (
     "<enum 'KernelPreference'> is an Enum subclass and is now natively supported by torch.compile as an opaque value "
@@ -44,8 +44,17 @@ def test_a_logger_loses_one_message(caplog, logger, message, is_shown):
     assert bool(caplog.records) == is_shown
 
 
-@pytest.mark.parametrize(("message", "is_shown"), [(CUBLAS, False), ("cuBLAS: out of workspace", True)])
-def test_one_warning_is_left_out(message, is_shown):
+CYCLES = (
+    "Warning: Profiler clears events at the end of each cycle.Only events from the current cycle will be reported."
+    "To keep events across cycles, set acc_events=True."
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "is_shown"),
+    [(CUBLAS, False), ("cuBLAS: out of workspace", True), (CYCLES, False), ("Warning: Profiler won't start", True)],
+)
+def test_two_warnings_are_left_out(message, is_shown):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         leave_out_noise()
@@ -63,21 +72,24 @@ def test_filters_are_not_heaped_up():
 def test_lines_that_are_written_past_python_are_left_out_too(capfd):
     steps = (
         b"USDT:2026-11-26 00:45:14 13792:13792 SyncActivityProfilerHandler.cpp:52] profiler_start\n"
+        b"ERROR:2026-11-26 00:45:14 13792:13792 DeviceProperties.cpp:56] gpuGetDeviceCount failed with code 35\n"
+        b"ERROR:2026-11-26 00:45:14 13792:13792 DeviceProperties.cpp:56] gpuGetDeviceCount failed with code 46\n"
         b"ERROR:2026-11-26 00:45:14 13792:13792 CuptiActivityProfiler.cpp:52] out of buffers\n"
         b"USDT:2026-11-26 00:45:14 13792:13792 SyncActivityProfilerHandler.cpp:59] profiler_stop\n"
         b"no end of line"
     )
-    with without_lines(PROFILER_STEPS):
+    with without_lines(PROFILER_LINES):
         os.write(2, steps)
     os.write(2, b" here\n")
     assert capfd.readouterr().err == (
+        "ERROR:2026-11-26 00:45:14 13792:13792 DeviceProperties.cpp:56] gpuGetDeviceCount failed with code 46\n"
         "ERROR:2026-11-26 00:45:14 13792:13792 CuptiActivityProfiler.cpp:52] out of buffers\nno end of line here\n"
     )
 
 
 def test_an_error_gets_through_the_lines_that_are_left_out(capfd):
     def fail() -> None:
-        with without_lines(PROFILER_STEPS):
+        with without_lines(PROFILER_LINES):
             os.write(2, b"why\n")
             raise ValueError("wrong")
 

@@ -201,7 +201,7 @@ def test_the_age_of_a_plan_that_fits_is_found(folder, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wants_float8 = auto_filter("rowwise", tokens=32, tables=folder, device="NVIDIA H200")
-    monkeypatch.setattr(software_check, "_installed", {"torch": "9.9.0"}.get)
+    monkeypatch.setattr(software_check, "installed_version", {"torch": "9.9.0"}.get)
     with pytest.warns(StaleTableWarning, match=r"tiny-rowwise-m32\.yaml was measured with torch .*, here 9\.9\.0"):
         wants_float8.check([(fqn, layer(*size)) for fqn, size in LAYERS.items()])
 

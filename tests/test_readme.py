@@ -164,8 +164,8 @@ def test_every_extra_shown_exists() -> None:
 def test_the_requirements_are_those_that_pip_checks() -> None:
     assert project()["requires-python"] == ">=3.10"
     assert "| Python | 3.10 or newer |" in README
-    assert {"torch>=2.11,<2.14", "torchao>=0.18"} <= set(project()["optional-dependencies"]["calibrate"])
-    assert "| torch | 2.11 to 2.13, " in README
+    assert {"torch>=2.11", "torchao>=0.18"} <= set(project()["optional-dependencies"]["calibrate"])
+    assert "| torch | 2.11 or newer, " in README
     assert "| torchao | 0.18 or newer |" in README
 
 

@@ -19,7 +19,7 @@ from torch.profiler import profile, schedule
 from fp8gate.calibrate.breakdown.breakdown_record import Kernel, KernelKind
 from fp8gate.calibrate.device.registry import kind_of
 from fp8gate.calibrate.device.timer import Timer
-from fp8gate.calibrate.processes.library_noise import PROFILER_STEPS, without_lines
+from fp8gate.calibrate.processes.library_noise import PROFILER_LINES, without_lines
 from fp8gate.filter.contract.errors import UnfinishedError
 
 PRODUCT_KERNELS = re.compile("gemm|gemv|nvjet|xmma|cutlass|cublas|splitk", re.IGNORECASE)
@@ -60,7 +60,7 @@ def record(device: torch.device, run: Callable[[], object], before: Callable[[],
     os.environ.setdefault("TEARDOWN_CUPTI", "0")  # starting CUPTI again has crashed graphs that were captured before
     steps = schedule(wait=0, warmup=1, active=1, repeat=1)
     with (
-        without_lines(PROFILER_STEPS),
+        without_lines(PROFILER_LINES),
         profile(activities=[kind_of(device).profiler_activity()], schedule=steps) as profiler,
     ):
         before()

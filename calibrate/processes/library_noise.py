@@ -25,10 +25,16 @@ LOGGED = {
 WARNED = (
     # Threads and children make their own context when the first product needs it, as the warning says itself.
     r"Attempting to run cuBLAS, but there was no current CUDA context",
+    # Before 2.13 torch says at the first cycle what only matters with a second one. A breakdown profiles one cycle.
+    r"Warning: Profiler clears events at the end of each cycle",
 )
 """How the warnings begin that are left out."""
-PROFILER_STEPS = re.compile(rb"USDT:\S+ \S+ \d+:\d+ \w+\.cpp:\d+\] profiler_(start|stop)\s*")
-"""kineto reports that profiling begins and ends. Its setting KINETO_LOG_LEVEL would hide its errors too."""
+PROFILER_LINES = re.compile(
+    rb"USDT:\S+ \S+ \d+:\d+ \w+\.cpp:\d+\] profiler_(start|stop)\s*"
+    rb"|ERROR:\S+ \S+ \d+:\d+ DeviceProperties\.cpp:\d+\] gpuGetDeviceCount failed with code (35|100)\s*"
+)
+"""kineto reports that profiling begins and ends. In torch's builds for CUDA it also reports that there is no driver
+(35) or no GPU (100). Its setting KINETO_LOG_LEVEL would hide its other errors too."""
 
 
 class _LeftOut(logging.Filter):

@@ -19,13 +19,15 @@ def stale(software: Software) -> str | None:
     """
     differences = []
     for package in (*PACKAGES, "driver"):
-        measured, installed = getattr(software, package), _driver() if package == "driver" else _installed(package)
+        measured = getattr(software, package)
+        installed = _driver() if package == "driver" else installed_version(package)
         if measured and installed and _release(measured) != _release(installed):
             differences.append(f"{package} {_release(measured)}, here {_release(installed)}")
     return "; ".join(differences) or None
 
 
-def _installed(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of a package, or None if it is not installed."""
     from importlib import metadata  # takes longer to import than all of fp8gate
 
     try:

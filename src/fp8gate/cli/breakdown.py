@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fp8gate.cli.options import DeviceOption, JsonOption, print_json, require
+from fp8gate.cli.options import DeviceOption, JsonOption, print_json, require, say_if_untested
 from fp8gate.filter.contract.errors import EXIT_FOUND
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
@@ -31,6 +31,7 @@ def breakdown_command(
     code 1 if they do not sum to the timing within 5 %.
     """
     require("breakdown")
+    say_if_untested()
     from fp8gate.calibrate.breakdown.take_apart import break_down
     from fp8gate.calibrate.device.registry import choose_device
     from fp8gate.calibrate.report.breakdown_text import breakdown_json, breakdown_text

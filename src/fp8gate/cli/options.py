@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.software_check import installed_version
 from fp8gate.filter.contract.table import DeviceKindName
 from fp8gate.filter.locate.places import ENVIRONMENT
 from fp8gate.filter.model.model_config import BUNDLED
@@ -90,14 +92,24 @@ def _extras(missing: Sequence[str], packages: Sequence[str]) -> str:
 def start_measuring(device: DeviceKindName | None, workers: int | None) -> None:
     """Make the folder for temporary files, and start the process that workers are forked from.
 
-    That process imports torch while this one does.
+    That process imports torch while this one does. Before that, say if this torch is newer than all that were tested.
     """
+    say_if_untested()
     from fp8gate.calibrate.processes.forkserver import start_early
     from fp8gate.calibrate.processes.run_folder import use_run_folder
 
     use_run_folder()
     if workers != 0:
         start_early(device)
+
+
+def say_if_untested() -> None:
+    """Say on standard error that this torch is newer than all that were tested. Of several ranks, the first says it."""
+    from fp8gate.calibrate.device.torch_release import untested
+
+    doubt = untested(installed_version("torch"))
+    if doubt and os.environ.get("RANK", "0") == "0":
+        typer.echo(doubt, err=True)
 
 
 def print_json(data: dict[str, Any]) -> None:

@@ -18,11 +18,11 @@ from fp8gate.calibrate.arms.linear import LinearArm, Operands
 from fp8gate.calibrate.device.cuda.timer import CudaTimer
 from fp8gate.calibrate.device.registry import KINDS, describe_device, kind_of
 from fp8gate.calibrate.device.timing_lock import TimingLock, timing_lock_file
+from fp8gate.calibrate.grid.grid import grid_shapes, too_large
 from fp8gate.calibrate.points.measure_point import measure_point
 from fp8gate.calibrate.points.ready_point import make_ready
 from fp8gate.calibrate.points.setup import make_setup
 from fp8gate.calibrate.points.task_queue import Task
-from fp8gate.calibrate.sweep.grid import grid_shapes, too_large
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Device
 

@@ -1,7 +1,7 @@
 """How dense must the grid be, and which lookup reads it better?
 
 The committed tables are thinned: every other size of some axes, or to the points that a refined sweep measures
-(calibrate/sweep/refinement.py). Each thinned table decides the shapes off the grid, once by its nearest point and once
+(calibrate/grid/refinement.py). Each thinned table decides the shapes off the grid, once by its nearest point and once
 by interpolation. The shapes are those of benchmarks/against_torchao_rule.py, which says what right and loss mean.
 
 off by: how far the speedup that the lookup predicts is at most from the measured one, leaving out the worst 5 % of the
@@ -21,7 +21,7 @@ import numpy as np
 from against_torchao_rule import DATA, measured_speedups, score
 from tabulate import tabulate
 
-from fp8gate.calibrate.sweep.refinement import Refinement
+from fp8gate.calibrate.grid.refinement import Refinement
 from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import LinearShape

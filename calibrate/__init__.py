@@ -8,10 +8,11 @@ A folder imports only from those above it. A point goes from its shape to its ro
     arms/        what is timed: a linear, a block, a model's decoder layer; compiled ahead; results checked
     processes/   children that compile, wait for their turn and may die: one mechanism, every wait bounded
     points/      one shape: its protocol, its compiled linears, its timing, its record; the pool of workers
-    sweep/       many points: grid, tasks, journal, session, spread, tables, merged tables, progress
+    grid/        which shapes: named grids and files; first a coarse part, then the points that decide
+    sweep/       many points: tasks, journal, session, spread, tables, progress
     ranks/       the same over torchrun: environment, store, dealing points out, collecting them
     planning/    sets of roles inside a block: subject, protocol, search, visits, workers, the plan
     breakdown/   where the time of one linear goes, kernel by kernel: profiler, roofline, the one-sentence story
-    comparison/  two tables of one recipe: what changed; and whether a table still holds here
+    comparison/  tables of one recipe: what changed, whether one still holds here, one merged of several
     report/      for people: the page, maps, figures, and the text and JSON that commands print
 """

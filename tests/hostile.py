@@ -214,7 +214,7 @@ class LimitedReader:
 
 def readers() -> dict[str, Callable[[str], Any]]:
     """What reads each kind of file that comes from others, and three readers that break the limits."""
-    from fp8gate.calibrate.sweep.grid import load_grid
+    from fp8gate.calibrate.grid.grid import load_grid
     from fp8gate.filter.contract.plans.plan_file import read_plan
     from fp8gate.filter.contract.table import read_table
     from fp8gate.filter.model.model_config import load_model

@@ -16,13 +16,13 @@ from torch import nn
 
 from fp8gate import AmbiguousPointWarning, auto_filter
 from fp8gate.calibrate.comparison.compare_tables import compare_tables
+from fp8gate.calibrate.comparison.merge import merge_tables
 from fp8gate.calibrate.comparison.point_change import most_by_chance
 from fp8gate.calibrate.device.cuda.kind import NOISE as GPU_NOISE
 from fp8gate.calibrate.points.bounds import RepeatedPoint, run_bounds, widened
 from fp8gate.calibrate.points.noise import Row, judge_with_bounds
 from fp8gate.calibrate.points.point_record import is_near
 from fp8gate.calibrate.report.comparison_text import comparison_text
-from fp8gate.calibrate.sweep.merge import merge_tables
 from fp8gate.calibrate.sweep.sweep_tasks import repeats_for_bounds
 from fp8gate.calibrate.timing.statistics import Interval
 from fp8gate.filter.contract.bounds import Bounds, RunBounds, without_between

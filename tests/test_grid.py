@@ -7,7 +7,7 @@ from builders import make_point, make_table, write_file
 from samples import CPU, GPU, replaced
 
 from fp8gate.calibrate.device.registry import KINDS
-from fp8gate.calibrate.sweep.grid import (
+from fp8gate.calibrate.grid.grid import (
     GridError,
     grid_shapes,
     load_grid,

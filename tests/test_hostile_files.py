@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import TINY_CONFIG, make_plan
 
-from fp8gate.calibrate.sweep.grid import GridError, load_grid
+from fp8gate.calibrate.grid.grid import GridError, load_grid
 from fp8gate.filter.contract.plans.plan import PlanError
 from fp8gate.filter.contract.plans.plan_file import format_plans, read_plan
 from fp8gate.filter.contract.reading.messages import MAX_MESSAGE, FileError

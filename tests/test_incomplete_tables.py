@@ -14,8 +14,8 @@ from builders import make_point, make_table, write_file, write_folder
 from typer.testing import CliRunner
 
 from fp8gate import IncompleteTableWarning, TableError, auto_filter, read_table
+from fp8gate.calibrate.comparison.merge import merge_tables
 from fp8gate.calibrate.comparison.usual_models import shown_models
-from fp8gate.calibrate.sweep.merge import merge_tables
 from fp8gate.cli import app
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.shapes import LinearShape

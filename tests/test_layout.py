@@ -20,6 +20,7 @@ CALIBRATE = (
     "arms",
     "processes",
     "points",
+    "grid",
     "sweep",
     "ranks",
     "planning",

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import replaced
 
-from fp8gate.calibrate.sweep.merge import combine_points, merge_tables
+from fp8gate.calibrate.comparison.merge import combine_points, merge_tables
 from fp8gate.filter.contract.table import Grid, Point, Spread, TableError, format_table, parse_table
 
 

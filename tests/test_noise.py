@@ -18,11 +18,11 @@ from fp8gate.calibrate.device.cuda.kind import Cuda
 from fp8gate.calibrate.device.host_load import BUSY, HostLoad
 from fp8gate.calibrate.device.kind import FAR
 from fp8gate.calibrate.device.timer import Results, Sample
+from fp8gate.calibrate.grid.grid import grid_shapes
 from fp8gate.calibrate.points import measure_point, ready_point
 from fp8gate.calibrate.points.noise import TOO_MANY, far_from_neighbours, judge
 from fp8gate.calibrate.sweep import run_sweep, session
 from fp8gate.calibrate.sweep.agenda import MAX_LOOKS
-from fp8gate.calibrate.sweep.grid import grid_shapes
 from fp8gate.calibrate.sweep.run_sweep import sweep
 from fp8gate.calibrate.sweep.table_writing import TooNoisyError
 from fp8gate.calibrate.timing import steady_run

@@ -17,8 +17,8 @@ from test_sweep import (  # noqa: F401  # fixtures
     stopped_after,
 )
 
-from fp8gate.calibrate.sweep.grid import grid_shapes
-from fp8gate.calibrate.sweep.refinement import Refinement, coarse_sizes
+from fp8gate.calibrate.grid.grid import grid_shapes
+from fp8gate.calibrate.grid.refinement import Refinement, coarse_sizes
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, read_table

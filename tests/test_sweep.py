@@ -36,6 +36,7 @@ from fp8gate.calibrate.device import capacity
 from fp8gate.calibrate.device.cpu import Cpu
 from fp8gate.calibrate.device.host_load import HostLoad
 from fp8gate.calibrate.device.lock import DeviceBusyError
+from fp8gate.calibrate.grid.grid import grid_shapes, measuring_order
 from fp8gate.calibrate.points import point_worker, task_queue, worker_pool
 from fp8gate.calibrate.points.measure_point import DeviceLostError
 from fp8gate.calibrate.points.point_record import CONTROL, ArmRecord, Stages
@@ -44,7 +45,6 @@ from fp8gate.calibrate.points.setup import make_setup
 from fp8gate.calibrate.points.task_queue import MAX_RETRIES
 from fp8gate.calibrate.points.worker_pool import Died, Finished, InThisProcess, WorkerPool
 from fp8gate.calibrate.sweep import run_sweep, session
-from fp8gate.calibrate.sweep.grid import grid_shapes, measuring_order
 from fp8gate.calibrate.sweep.journal import JournalError, SweepJournal
 from fp8gate.calibrate.sweep.run_sweep import MeasuringAlone, sweep
 from fp8gate.calibrate.sweep.table_writing import make_table

@@ -54,7 +54,7 @@ class MeasuringDefaults:
     timer: its name in protocols. compiles: arms are compiled, and captured as CUDA graphs. control: how far bf16 timed
     against itself may be from 1. rounds: see `SweepProtocol`; 8 would give bounds at 99 %, but those of the extremes.
     noise: when numbers are noise. grids: by name, "quick", "default" and "full". refined:
-    those of which a sweep measures a coarse grid and the points near which float8 breaks even (sweep/refinement.py).
+    those of which a sweep measures a coarse grid and the points near which float8 breaks even (grid/refinement.py).
     max_point_flop: forward plus backward of the largest point of a grid that is measured. worker_gib: set aside on the
     device for each worker process; 0 where workers take none of it. visit_*: how long a plan's visit idles, settles and
     counts, and what share a set must gain to be followed. square: m = k = n of the products that tell the device's

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fp8gate.calibrate.sweep.grid import too_large
+from fp8gate.calibrate.grid.grid import too_large
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import FLOAT8_MULTIPLE, LinearShape
 from fp8gate.filter.contract.table import WITH_NUMBERS, Point, Status, Table, TableError

@@ -1,1 +1,1 @@
-"""Many points, from a grid to tables."""
+"""Many points, to their tables."""

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from fp8gate.calibrate.device.kind import NoiseLimits
 from fp8gate.calibrate.device.registry import KINDS
+from fp8gate.calibrate.grid.refinement import Refinement
 from fp8gate.calibrate.points.noise import Row, mostly_disturbed, repeats_disagree
 from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.calibrate.points.task_queue import Task
-from fp8gate.calibrate.sweep.refinement import Refinement
 from fp8gate.calibrate.sweep.session import JournalLedger
 from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks, repeats_for_bounds, second_looks, unmeasured
 from fp8gate.calibrate.sweep.table_writing import rows_of

@@ -19,16 +19,16 @@ from fp8gate.calibrate.device.capacity import useful_workers
 from fp8gate.calibrate.device.lock import DeviceLock
 from fp8gate.calibrate.device.registry import KINDS, kind_of
 from fp8gate.calibrate.device.timing_lock import timing_lock_file
+from fp8gate.calibrate.grid.grid import grid_shapes, measuring_order, too_large
+from fp8gate.calibrate.grid.refinement import Refinement
 from fp8gate.calibrate.points.measure_point import DeviceLostError
 from fp8gate.calibrate.points.noise import calm
 from fp8gate.calibrate.points.point_worker import Job
 from fp8gate.calibrate.points.setup import Setup
 from fp8gate.calibrate.points.task_queue import Task, TaskQueue
 from fp8gate.calibrate.sweep.agenda import Agenda
-from fp8gate.calibrate.sweep.grid import grid_shapes, measuring_order, too_large
 from fp8gate.calibrate.sweep.journal import SweepJournal
 from fp8gate.calibrate.sweep.progress import Observer, make_observer
-from fp8gate.calibrate.sweep.refinement import Refinement
 from fp8gate.calibrate.sweep.session import JournalLedger, SessionResult, SweepSession
 from fp8gate.calibrate.sweep.sweep_report import SweepReport, make_sweep_report
 from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks, tasks_left

@@ -15,10 +15,10 @@ import msgspec
 
 from fp8gate.calibrate.device.kind import NoiseLimits
 from fp8gate.calibrate.device.registry import KINDS
+from fp8gate.calibrate.grid.grid import union
 from fp8gate.calibrate.points.noise import TOO_MANY, Row, calm, judge, judge_with_bounds
 from fp8gate.calibrate.points.point_record import CONTROL, PointRecord
 from fp8gate.calibrate.points.setup import Setup
-from fp8gate.calibrate.sweep.grid import union
 from fp8gate.calibrate.sweep.journal import SweepJournal
 from fp8gate.calibrate.sweep.spread import between_devices, control_spread, devices_of, repeat_spread
 from fp8gate.filter.contract import table as contract

@@ -111,9 +111,9 @@ def _run_sweep(
         for asked in asked_kinds(kind):
             asked.claim(environment.local_rank, environment.local_world)
     start_measuring(kind, workers)
+    from fp8gate.calibrate.grid.grid import grid_shapes, load_grid
     from fp8gate.calibrate.points.setup import make_setup
     from fp8gate.calibrate.ranks.rank_sweep import MeasuringByRanks, join, leading, take_part
-    from fp8gate.calibrate.sweep.grid import grid_shapes, load_grid
     from fp8gate.calibrate.sweep.run_sweep import sweep
 
     device = choose_device(kind)

@@ -28,7 +28,7 @@ def merge_command(
     recipe, device, software or protocol is refused. Merge what was measured, not what was merged before: a table that
     goes in twice counts twice. With an incomplete table, of a sweep that was stopped, the merged one is incomplete.
     """
-    from fp8gate.calibrate.sweep.merge import merge_tables
+    from fp8gate.calibrate.comparison.merge import merge_tables
 
     if out.resolve() in [path.resolve() for path in tables]:
         raise InputError(f"--out: expected another file than the tables, which would count again next time; got {out}")

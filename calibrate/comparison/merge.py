@@ -17,8 +17,8 @@ from statistics import NormalDist
 import msgspec
 
 from fp8gate.calibrate.device.registry import KINDS
+from fp8gate.calibrate.grid.grid import union
 from fp8gate.calibrate.points.point_record import make_point
-from fp8gate.calibrate.sweep.grid import union
 from fp8gate.calibrate.timing.statistics import Interval
 from fp8gate.filter.contract.bounds import COVERAGE, Bounds, RunBounds
 from fp8gate.filter.contract.shapes import LinearShape

@@ -1,0 +1,1 @@
+"""Which shapes a sweep measures."""

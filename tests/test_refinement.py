@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
+from samples import NEVER_NOISE, SETUP
 from test_sweep import (  # noqa: F401  # fixtures
     _calm_host,
     _own_device_lock,
@@ -17,8 +20,12 @@ from test_sweep import (  # noqa: F401  # fixtures
     stopped_after,
 )
 
+from fp8gate.calibrate.device.cpu import Cpu
 from fp8gate.calibrate.grid.grid import grid_shapes
 from fp8gate.calibrate.grid.refinement import Refinement, coarse_sizes
+from fp8gate.calibrate.points.task_queue import Task
+from fp8gate.calibrate.sweep.agenda import Agenda
+from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, read_table
@@ -188,3 +195,59 @@ def test_a_smaller_refined_grid_does_not_replace_a_table(refined, run, script): 
         journal.unlink()
     with pytest.raises(InputError, match="1 of its points are not in this sweep"):
         refined()
+
+
+class FakeLedger:
+    """A journal's records in memory."""
+
+    def __init__(self):
+        self.journal = SimpleNamespace(records=[])
+        self.off, self.asked, self.said = {}, 0, []
+
+    @property
+    def left(self):
+        return self.asked - len(self.journal.records)
+
+    def ask(self, count, at_most):
+        self.asked += count
+
+    def say(self, message):
+        self.said.append(message)
+
+    def keep(self, tasks, process):
+        for task in tasks:
+            speedup = speedup_at(task.shape)
+            self.journal.records.append(record_of(task, ["rowwise"], speedup=speedup, process=process))
+
+
+def test_repeats_do_not_change_which_points_are_due():
+    refinement, ledger = Refinement(GRID, SHAPES), FakeLedger()
+    first = SweepTasks(setup=SETUP, recipes=("rowwise",), seed=0, tasks=())
+    agenda = Agenda(first, refinement.first, refinement, ledger, repeats=False, before=0)
+    ledger.keep([Task(shape) for shape in refinement.first], process=1)
+    for shape in refinement.first:
+        ledger.journal.records.append(record_of(Task(shape, repeat=True), ["rowwise"], speedup=1.0, process=2))
+    assert {task.shape for task in agenda.more()} == DUE - set(COARSE)
+
+
+def test_half_of_the_repeats_come_among_the_refined_points_and_none_twice(monkeypatch):
+    some = dataclasses.replace(NEVER_NOISE, repeats=8)
+    monkeypatch.setattr(Cpu, "defaults", dataclasses.replace(Cpu.defaults, noise=some))
+    refinement, ledger = Refinement(GRID, SHAPES), FakeLedger()
+    first = SweepTasks(setup=SETUP, recipes=("rowwise",), seed=0, tasks=tuple(map(Task, refinement.first)))
+    agenda = Agenda(first, refinement.first, refinement, ledger, repeats=True, before=0)
+    ledger.ask(len(first.tasks), 0)
+    ledger.keep(first.tasks, process=1)
+    batches = []
+    while tasks := agenda.more():
+        batches.append(tasks)
+        ledger.keep(tasks, process=1 + len(batches))
+    refined, rest = batches
+    repeats = [[task.shape for task in batch if task.repeat] for batch in batches]
+    assert [len(found) for found in repeats] == [4, 4]
+    assert len({*repeats[0], *repeats[1]}) == 8
+    assert set(repeats[0]) <= set(COARSE)
+    assert {task.shape for task in refined if not task.repeat} == DUE - set(COARSE)
+    assert [task.repeat for task in refined] != sorted(task.repeat for task in refined)  # they are mixed
+    assert all(task.repeat for task in rest)
+    assert not ledger.left

@@ -204,7 +204,7 @@ def _quick_points():
 def test_real_measurements_on_this_machine(tmp_path, monkeypatch):
     """Files, sweep and comparison work together; a shared CPU's times say nothing about holding or not."""
     monkeypatch.setattr(Cpu, "defaults", dataclasses.replace(Cpu.defaults, control=9.0))
-    for name, seconds in {"POINT_SETTLE_S": 0.0, "POINT_RUN_S": 0.0, "NEAR_S": 0.001}.items():
+    for name, seconds in {"POINT_SETTLE_S": 0.0, "POINT_RUN_S": 0.0}.items():
         monkeypatch.setattr(setup, name, seconds)
     grid = tmp_path / "grid.yaml"
     grid.write_text("m: [32]\nk: [32, 48, 64]\nn: [32, 48, 64]\n")

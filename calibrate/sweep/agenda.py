@@ -6,6 +6,7 @@ tell how far two runs differ, and at the end second looks at what may be noise.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -46,7 +47,8 @@ class Agenda:
         self.wanted = list(wanted)
         self.before = before
         self._tasks, self._refinement, self._ledger = tasks, refinement, ledger
-        self._may_repeat = repeats
+        self._may_repeat = self._may_repeat_early = repeats
+        self._repeated: set[LinearShape] = set()
         self._looks = 0
         self._limits: NoiseLimits = KINDS[tasks.setup.device.kind].defaults.noise
         self._asked_at = -1
@@ -67,7 +69,7 @@ class Agenda:
         found = self._refined(records)
         if not found and not self.undecided and self._may_repeat:
             self._may_repeat = False
-            found = self._repeats(records)
+            found = self._repeats(records, self._limits.repeats)
         if not found and not self._ledger.left:
             found = self._second_looks(records)
         if found:
@@ -81,14 +83,25 @@ class Agenda:
             return []
         assert self._refinement
         protocols = self._tasks.protocols
-        due = self._refinement.due({record.shape: _speedups(record, protocols) for record in records})
+        tried: dict[LinearShape, dict[Recipe, float]] = {}
+        for record in records:  # the first numbers count: with repeats, a sweep that goes on would choose other points
+            tried[record.shape] = tried.get(record.shape) or _speedups(record, protocols)
+        due = self._refinement.due(tried)
         left = unmeasured(due, self._tasks.recipes, records)
+        tasks = [Task(shape) for shape in left]
+        if tasks and self._may_repeat_early:
+            self._may_repeat_early = False
+            tasks += self._repeats(records, self._limits.repeats // 2)
+            random.Random(self._tasks.seed).shuffle(tasks)
         self.wanted += due
         self.before += len(due) - len(left)
-        return [Task(shape) for shape in left]
+        return tasks
 
-    def _repeats(self, records: Sequence[PointRecord]) -> list[Task]:
-        repeats = repeats_for_bounds(self.wanted, self._rows(records), records, self._tasks.seed, self._limits)
+    def _repeats(self, records: Sequence[PointRecord], of_each_class: int) -> list[Task]:
+        """Half of them come among the refined points: the device measures them while those compile."""
+        limits, rows = replace(self._limits, repeats=of_each_class), self._rows(records)
+        repeats = repeats_for_bounds(self.wanted, rows, records, self._tasks.seed, limits, self._repeated)
+        self._repeated.update(task.shape for task in repeats)
         if repeats:
             self._ledger.say(f"{len(repeats)} points are repeated, to tell how far two runs differ")
         return repeats

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -115,11 +115,13 @@ def repeats_for_bounds(
     records: Sequence[PointRecord],
     seed: int,
     limits: NoiseLimits,
+    asked: Collection[LinearShape] = (),
 ) -> list[Task]:
     """The repeats that each class of points still lacks, in the order of `wanted`. They are random points of the class.
 
-    One repeat measures all recipes. Which class a point is of, only its first measurement tells. Repeats of earlier
-    calls count, so that a sweep that goes on takes no more of them than one that ran through.
+    asked: shapes that are being repeated, or will be. One repeat measures all recipes. Which class a point is of, only
+    its first measurement tells. Repeats of earlier calls count, so that a sweep that goes on takes no more of them than
+    one that ran through.
     """
     times_us = {
         shape: row.point.bf16_fwd_us + row.point.bf16_bwd_us
@@ -127,7 +129,7 @@ def repeats_for_bounds(
         for shape, row in by_shape.items()
         if row.point.bf16_fwd_us and row.point.bf16_bwd_us
     }
-    repeated = {record.shape for record in records if record.repeat}
+    repeated = {*asked, *(record.shape for record in records if record.repeat)}
     chosen: set[LinearShape] = set()
     for small, share in zip((True, False), MAX_REPEAT_SHARES, strict=True):
         of_class = sorted(shape for shape in wanted if shape in times_us and is_small(times_us[shape]) is small)

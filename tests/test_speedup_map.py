@@ -58,7 +58,9 @@ def test_where_a_point_has_no_row_others_stand_in():
     map_ = speedup_maps(table)[8192]
     assert at(map_, map_.stands_in, 8192, 8192)
     assert not at(map_, map_.stands_in, 4096, 4096)
-    assert Mark(k=8192, n=8192, text="-") in map_.marks
+    hole = Mark(k=8192, n=8192, text="-")
+    assert hole in map_.marks
+    assert hole.short == ""  # the hatching says it
 
 
 def test_a_point_without_a_row_was_too_large_or_not_asked_for():

@@ -33,7 +33,7 @@ class Mark:
     """The text at one (k, n): "1.31", "1.00?" if ambiguous, or why there is no speedup: its status, cap, -.
 
     cap and - stand where the table has no row for a shape of the grid: cap if a sweep leaves the shape out as too
-    large, - if nobody asked for it.
+    large, - if it was not measured: a sweep leaves out points far from break-even, or nobody asked for it.
     """
 
     k: int
@@ -43,9 +43,9 @@ class Mark:
 
     @property
     def short(self) -> str:
-        """Only what needs attention: "?", or why there is no speedup."""
+        """Only what needs attention: "?", or why a shape that was tried, or is too large, has no speedup."""
         if self.speedup is None:
-            return self.text
+            return "" if self.text == UNMEASURED else self.text
         return "?" if self.text.endswith("?") else ""
 
 

@@ -49,7 +49,7 @@ def quality(table: Table) -> dict[str, str]:
         "ambiguous (?): its bounds include 1.0": str(statuses["ambiguous"]),
         "within the spread (95th percentile) of 1.0: another sweep may differ": _count_near(table),
         "without a number": ", ".join(missing) or "0",
-        "left out as too large (cap), not asked for or not yet measured (-)": f"{holes[CAPPED]}, {holes[UNMEASURED]}",
+        "left out as too large (cap), not measured (-)": f"{holes[CAPPED]}, {holes[UNMEASURED]}",
         "on no map: their tokens are not the grid's": str(sum(point.m not in on_maps for point in table.points)),
         "again by another process": _spread(protocol.spread),
         "bounds cover": _bounds(protocol.bounds),

@@ -114,10 +114,12 @@ def test_coarse_points_without_numbers_say_nothing_and_alone_they_let_a_point_be
     assert set(refinement.due({s: {} for s in COARSE})) == set(SHAPES) - set(COARSE)
 
 
-def test_corners_that_are_too_large_are_not_waited_for():
+def test_beside_a_coarse_point_that_is_too_large_all_are_measured():
     affordable = [shape for shape in SHAPES if shape.m * shape.k * shape.n < 2**22]
     refinement = Refinement(GRID, affordable)
-    refinement.due({shape: {"rowwise": 0.9} for shape in refinement.first})
+    assert LinearShape(128, 128, 128) in refinement.first  # beside (256, 256, 256)
+    assert LinearShape(32, 32, 32) not in refinement.first
+    assert refinement.due({shape: {"rowwise": 0.5} for shape in refinement.first}) == []
     assert refinement.undecided == 0
 
 

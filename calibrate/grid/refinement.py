@@ -1,7 +1,7 @@
 """Which points of a grid are worth measuring: first a coarse grid, then the points near which float8 breaks even. Pure.
 
 The decision hangs on the points whose speedup is about 1. Of those that are far from it, a quarter tells enough. Over
-110 shapes off the grid, the tables of an NVIDIA H200 decide the same with 237 points as with all 407 (LOG.md,
+110 shapes off the grid, the tables of an NVIDIA H200 decide the same with 240 points as with all 407 (LOG.md,
 2026-11-26; `python benchmarks/grid_density.py`).
 
 In: the shapes of a grid, the speedups known so far. Out: the shapes to measure next.
@@ -33,19 +33,23 @@ class Refinement:
     """The points of a sweep: `first` is measured in any case, the others if they are `due`.
 
     wanted: what may be measured, in that order. A shape that is not on the grid belongs to `first`: somebody asked for
-    it. So do those of `always`: an earlier table has them.
+    it. So do those of `always`, which an earlier table has, and those beside a coarse point that is too large to be
+    measured: nothing could stand in for them.
     """
 
     def __init__(self, grid: Grid, wanted: Sequence[LinearShape], always: Collection[LinearShape] = ()) -> None:
         self._axes = tuple(coarse_sizes(sizes) for sizes in (grid.m, grid.k, grid.n))
         on_grid = {shape for shape in wanted if shape.m in grid.m and shape.k in grid.k and shape.n in grid.n}
-        self.first = [s for s in wanted if s not in on_grid or s in always or self._is_coarse(s)]
-        affordable = set(self.first)
+        around = {shape: self._corners(shape) for shape in on_grid}
         self._open = {
-            shape: [(corner, weight) for corner, weight in self._corners(shape) if corner in affordable]
+            shape: around[shape]
             for shape in wanted
-            if shape not in affordable
+            if shape in on_grid
+            and shape not in always
+            and len(around[shape]) > 1
+            and all(corner in on_grid for corner, _ in around[shape])
         }
+        self.first = [shape for shape in wanted if shape not in self._open]
 
     @property
     def undecided(self) -> int:
@@ -61,11 +65,11 @@ class Refinement:
         decided = [shape for shape, around in self._open.items() if all(corner in speedups for corner, _ in around)]
         return [shape for shape in decided if _is_near(self._open.pop(shape), speedups)]
 
-    def _is_coarse(self, shape: LinearShape) -> bool:
-        return all(size in sizes for size, sizes in zip((shape.m, shape.k, shape.n), self._axes, strict=True))
-
     def _corners(self, shape: LinearShape) -> list[tuple[LinearShape, float]]:
-        """The coarse points around, each with its weight in the interpolation, which is linear in log2 of each axis."""
+        """The coarse points around, each with its weight in the interpolation, which is linear in log2 of each axis.
+
+        Of a coarse point, itself.
+        """
         around = [_sides(size, sizes) for size, sizes in zip((shape.m, shape.k, shape.n), self._axes, strict=True)]
         return [
             (LinearShape(m, k, n), by_m * by_k * by_n) for (m, by_m), (k, by_k), (n, by_n) in itertools.product(*around)

@@ -132,7 +132,7 @@ def test_as_many_combinations_as_a_table_holds_are_read(load):
 
 
 def test_a_missing_file_is_neither_a_grid_nor_a_traceback(tmp_path):
-    with pytest.raises(GridError, match=r"expected quick, default or a readable YAML file; got .*nosuch\.yaml"):
+    with pytest.raises(GridError, match=r"expected quick, default, full or a readable YAML file; got .*nosuch\.yaml"):
         load_grid(str(tmp_path / "nosuch.yaml"), "cpu")
 
 

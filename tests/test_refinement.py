@@ -6,9 +6,12 @@ import dataclasses
 import functools
 import math
 import random
+from collections import Counter
 from types import SimpleNamespace
 
+import msgspec
 import pytest
+from builders import make_point, make_table
 from samples import NEVER_NOISE, SETUP
 from test_sweep import (  # noqa: F401  # fixtures
     _calm_host,
@@ -25,6 +28,7 @@ from fp8gate.calibrate.grid.grid import grid_shapes
 from fp8gate.calibrate.grid.refinement import Refinement, coarse_sizes
 from fp8gate.calibrate.points.task_queue import Task
 from fp8gate.calibrate.sweep.agenda import Agenda
+from fp8gate.calibrate.sweep.run_sweep import MeasuringAlone
 from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
@@ -253,3 +257,73 @@ def test_half_of_the_repeats_come_among_the_refined_points_and_none_twice(monkey
     assert [task.repeat for task in refined] != sorted(task.repeat for task in refined)  # they are mixed
     assert all(task.repeat for task in rest)
     assert not ledger.left
+
+
+def test_recipes_that_were_measured_apart_decide_together(run, script):  # noqa: F811
+    script.answer = lambda task, recipes: record_of(task, recipes, speedup=3.0 if recipes == ("rowwise",) else 1.0)
+    run(SHAPES, recipes=["rowwise"], grid=GRID, refines=True)
+    assert set(script.shapes) == set(COARSE)
+    result = run(SHAPES, recipes=["tensorwise", "rowwise"], grid=GRID, refines=True)
+    assert set(script.shapes) == set(SHAPES)
+    assert (result.remaining, len(result.tables)) == (0, 2)
+
+
+def test_the_same_command_again_measures_nothing(refined, script, capsys):  # noqa: F811
+    refined()
+    script.asked.clear()
+    again = refined()
+    assert script.asked == []
+    assert (again.remaining, again.report.measured, len(again.tables)) == (0, 0, 1)
+    assert "nothing was left to measure" in capsys.readouterr().err
+
+
+def test_repeats_are_topped_up_by_points_that_were_being_measured(monkeypatch):
+    some = dataclasses.replace(NEVER_NOISE, repeats=40)
+    monkeypatch.setattr(Cpu, "defaults", dataclasses.replace(Cpu.defaults, noise=some))
+    ledger, tasks = FakeLedger(), [Task(shape) for shape in SHAPES[:36]]
+    first = SweepTasks(setup=SETUP, recipes=("rowwise",), seed=0, tasks=tuple(tasks))
+    agenda = Agenda(first, SHAPES[:36], None, ledger, repeats=True, before=0)
+    ledger.ask(36, 0)
+    ledger.keep(tasks[:24], process=1)
+    some = agenda.more()
+    assert len(some) == 8
+    ledger.keep(tasks[24:], process=1)
+    ledger.keep(some, process=2)
+    rest = agenda.more()
+    assert len({task.shape for task in [*some, *rest]}) == len(some) + len(rest) == 12
+    ledger.keep(rest, process=2)
+    assert agenda.more() == []
+
+
+def test_refined_points_are_repeated_and_looked_at_too(refined, script, monkeypatch):  # noqa: F811
+    twice = dataclasses.replace(NEVER_NOISE, measures_twice=True)
+    monkeypatch.setattr(Cpu, "defaults", dataclasses.replace(Cpu.defaults, noise=twice))
+    refined()
+    measured = Counter([*script.shapes, *script.repeats])
+    assert measured == dict.fromkeys(DUE, 2)
+
+
+def test_several_ranks_measure_every_point(refined, script):  # noqa: F811
+    refined(measuring=MeasuringAlone())
+    assert set(script.shapes) == set(SHAPES)
+
+
+def test_outside_of_the_grid_the_trend_goes_on_across_what_was_left_out(refined):
+    """From the two outermost sizes that were measured."""
+    (table,) = refined().tables.values()
+    whole = msgspec.structs.replace(table, points=tuple(make_point(*_sizes(s), speedup_at(s)) for s in SHAPES))
+    for shape in (LinearShape(8, 16, 16), LinearShape(16, 8, 24), LinearShape(64, 64, 8), LinearShape(512, 16, 16)):
+        estimate, expected = Lookup(table)(shape), Lookup(whole)(shape)
+        assert expected.trend is not None
+        assert estimate.trend == pytest.approx(expected.trend, rel=0.01)
+        assert estimate.speedup == pytest.approx(expected.speedup, rel=0.01)
+
+
+def test_the_smallest_box_around_a_gap_answers():
+    """Its corners say 2.0, those of a wider one 1.0."""
+    sizes = (16, 32, 64, 128)
+    grid = Grid(m=(16,), k=(16,), n=sizes)
+    table = make_table(*(make_point(16, 16, n, s) for n, s in ((16, 1.0), (64, 2.0), (128, 2.0))), grid=grid)
+    assert Lookup(table)(LinearShape(16, 16, 96)).speedup == pytest.approx(2.0)
+    assert Lookup(table)(LinearShape(16, 16, 32)).speedup == pytest.approx(math.sqrt(2))
+    assert Lookup(table)(LinearShape(16, 16, 48)).interpolated

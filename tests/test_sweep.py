@@ -521,7 +521,7 @@ def test_repeats_are_topped_up_to_tell_what_another_sweep_measures(run, tmp_path
     script.answer = from_another_process
     result = run(FORTY, workers=2)
     assert len(set(script.repeats)) == len(script.repeats) == 10  # two of them before the points, as without bounds
-    assert "8 points are repeated, to tell how far two runs differ" in capsys.readouterr().err
+    assert "8 points are to be repeated, to tell how far two runs differ" in capsys.readouterr().err
     for table in result.tables.values():
         found = table.protocol.bounds.from_120_us
         assert (found.repeats, found.coverage, found.between) == (10, 0.909, round(math.log(1.05), 5))

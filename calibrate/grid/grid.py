@@ -38,7 +38,7 @@ class GridFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def load_grid(name: str, kind: DeviceKindName) -> tuple[Grid, list[LinearShape]]:
-    """The axes and the single shapes of a named grid ("quick", "default"), of a YAML file, or of a table's file.
+    """The axes and the single shapes of a grid: a named one (quick, default, full), a YAML file, or a table's file.
 
     A table's grid has its points, so that the same are measured again. Raises GridError for a file that cannot be read,
     breaks the format, or names a shape float8 cannot compute; TableError for a table that breaks its format.
@@ -49,7 +49,9 @@ def load_grid(name: str, kind: DeviceKindName) -> tuple[Grid, list[LinearShape]]
     try:
         text = read_utf8(name, at_most=MAX_CHARACTERS)
     except UnreadableError as error:
-        raise GridError(f"grid: expected quick, default or a readable YAML file; got {name!r} ({error})") from error
+        raise GridError(
+            f"grid: expected quick, default, full or a readable YAML file; got {name!r} ({error})"
+        ) from error
     data = load_plain_yaml(text, source=name, error=GridError)
     if isinstance(data, dict) and "recipe" in data:
         table = parse_table(text, source=name)

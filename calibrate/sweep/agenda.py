@@ -7,6 +7,7 @@ tell how far two runs differ, and at the end second looks at what may be noise.
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -58,6 +59,11 @@ class Agenda:
         """How many points of a refined grid may still be due."""
         return self._refinement.undecided if self._refinement else 0
 
+    @property
+    def at_most(self) -> int:
+        """How many tasks may come, second looks aside."""
+        return self.undecided + (2 * self._limits.repeats if self._may_repeat else 0)
+
     def more(self) -> list[Task]:
         """What is to be measured now that nothing else waits; none while that hangs on what is being measured.
 
@@ -68,14 +74,13 @@ class Agenda:
             return []
         found = self._refined(records)
         if not found and not self.undecided and self._may_repeat:
-            self._may_repeat = False
+            self._may_repeat = self._ledger.left > 0  # what is being measured now may be repeated too
             found = self._repeats(records, self._limits.repeats)
         if not found and not self._ledger.left:
             found = self._second_looks(records)
-        if found:
-            self._ledger.ask(len(found), self.undecided)
-        else:
+        if not found:
             self._asked_at = len(records)
+        self._ledger.ask(len(found), self.undecided)
         return found
 
     def _refined(self, records: Sequence[PointRecord]) -> list[Task]:
@@ -83,10 +88,12 @@ class Agenda:
             return []
         assert self._refinement
         protocols = self._tasks.protocols
-        tried: dict[LinearShape, dict[Recipe, float]] = {}
+        tried: defaultdict[LinearShape, set[Recipe]] = defaultdict(set)
+        numbers: defaultdict[LinearShape, dict[Recipe, float]] = defaultdict(dict)
         for record in records:  # the first numbers count: with repeats, a sweep that goes on would choose other points
-            tried[record.shape] = tried.get(record.shape) or _speedups(record, protocols)
-        due = self._refinement.due(tried)
+            tried[record.shape].update(record.recipes)
+            numbers[record.shape] = _speedups(record, protocols) | numbers[record.shape]
+        due = self._refinement.due({s: numbers[s] for s, recipes in tried.items() if recipes.issuperset(protocols)})
         left = unmeasured(due, self._tasks.recipes, records)
         tasks = [Task(shape) for shape in left]
         if tasks and self._may_repeat_early:
@@ -103,7 +110,7 @@ class Agenda:
         repeats = repeats_for_bounds(self.wanted, rows, records, self._tasks.seed, limits, self._repeated)
         self._repeated.update(task.shape for task in repeats)
         if repeats:
-            self._ledger.say(f"{len(repeats)} points are repeated, to tell how far two runs differ")
+            self._ledger.say(f"{len(repeats)} points are to be repeated, to tell how far two runs differ")
         return repeats
 
     def _rows(self, records: Sequence[PointRecord]) -> dict[Recipe, dict[LinearShape, Row]]:
@@ -124,5 +131,6 @@ class Agenda:
 
 
 def _speedups(record: PointRecord, protocols: Mapping[Recipe, SweepProtocol]) -> dict[Recipe, float]:
-    times = {r: record.times_us(r, protocol) for r, protocol in protocols.items() if record.status(r) == "measured"}
+    measured = [r for r in protocols if r in record.arms and record.status(r) == "measured"]
+    times = {recipe: record.times_us(recipe, protocols[recipe]) for recipe in measured}
     return {recipe: sum(us[:2]) / sum(us[2:]) for recipe, us in times.items()}

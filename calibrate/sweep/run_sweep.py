@@ -99,7 +99,7 @@ class MeasuringAlone:
             queue = TaskQueue(todo, self.agenda.more) if self.agenda else TaskQueue(todo)
             session = SweepSession(job, queue, ledger, stop_after_s=stop_after_s)
             try:
-                session.measure(min(workers, len(todo) + (self.agenda.undecided if self.agenda else 0)))
+                session.measure(min(workers, len(todo) + (self.agenda.at_most if self.agenda else 0)))
             except DeviceLostError as error:
                 ledger.keep(Task(error.record.shape), error.record)
                 raise
@@ -155,7 +155,8 @@ def sweep(
         if refines and not measuring:
             refinement = Refinement(grid, wanted, always=set() if fresh else _known_shapes(folder, recipes))
         first = refinement.first if refinement else wanted
-        tasks = tasks_left(setup, first, recipes, journal.records, seed)
+        drawn_from = Refinement(grid, wanted).first if refinement else wanted  # whatever tables there are
+        tasks = tasks_left(setup, first, recipes, journal.records, seed, drawn_from)
         own_tasks, ranks = tasks.own_tasks(kind_of(device).identity(device, 0)), (measuring or alone).ranks
         todo = len(tasks.tasks) + len(own_tasks) * ranks
         ledger = JournalLedger(journal, make_observer(todo, protocols), asked=todo)

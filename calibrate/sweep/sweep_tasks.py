@@ -58,18 +58,24 @@ class SweepTasks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def tasks_left(
-    setup: Setup, wanted: Sequence[LinearShape], recipes: Sequence[Recipe], records: Sequence[PointRecord], seed: int
+    setup: Setup,
+    wanted: Sequence[LinearShape],
+    recipes: Sequence[Recipe],
+    records: Sequence[PointRecord],
+    seed: int,
+    drawn_from: Sequence[LinearShape],
 ) -> SweepTasks:
-    """Shapes that lack a recipe, shapes whose only attempt gave no number, and repeats of a share of all.
+    """Shapes that lack a recipe, shapes whose only attempt gave no number, and repeats of a share of `drawn_from`.
 
-    All recipes asked for are measured at such a shape again, in one session.
+    drawn_from: the shapes among which controls and repeats are; every call of a sweep gives the same. All recipes
+    asked for are measured at such a shape again, in one session.
     """
     repeated: dict[tuple[LinearShape, str], set[Recipe]] = defaultdict(set)
     for record in (record for record in records if record.repeat):
         repeated[record.shape, record.measured_on].update(record.recipes)
     rng = random.Random(seed)
-    controls = set(rng.sample(wanted, _share(CONTROL_SHARE, len(wanted))))
-    repeats = rng.sample(wanted, _share(REPEAT_SHARE, len(wanted)))
+    controls = set(rng.sample(drawn_from, _share(CONTROL_SHARE, len(drawn_from))))
+    repeats = rng.sample(drawn_from, _share(REPEAT_SHARE, len(drawn_from)))
     left = unmeasured(wanted, recipes, records)
     if controls.isdisjoint(left):
         controls.update(left[:1])  # every session has its own

@@ -83,7 +83,10 @@ class Lookup:
             k, around_k = on_k.bracket(shape.k)
             n, around_n = on_n.bracket(shape.n)
             at_border = LinearShape(m, k, n)
-            if numbers := self._blend(around_m, around_k, around_n) or self._blend_wider(at_border):
+            numbers = self._blend(around_m, around_k, around_n)
+            if not numbers and not self.table.incomplete:
+                numbers = self._blend_wider(at_border)
+            if numbers:
                 return self._make(shape, nearest, numbers, at_border, interpolated=True)
             inside = nearest.distance if at_border == shape else self._find_nearest(at_border).distance
             for at_m in reversed(on_m.sizes[: bisect_left(on_m.sizes, m)]):
@@ -197,16 +200,15 @@ class Lookup:
 
         Where the largest were not measured, at the most tokens for which both were. None if there are none.
         """
-        on_m = self._grid[0]
-        most, around_m = on_m.bracket(sizes[0])
-        fewer: list[Sequence[tuple[int, float]]] = [[(m, 1.0)] for m in reversed(on_m.sizes) if m < most]
-        for tokens in [around_m, *(fewer if i else [])]:
+        inside = [axis.bracket(size)[0] for axis, size in zip(self._grid, sizes, strict=True)]
+        fewer = [m for m in reversed(self._grid[0].sizes) if m < inside[0]]
+        for tokens in [inside[0], *(fewer if i else [])]:
             ends = []
             for end in (border, inner):
-                around = [axis.bracket(size)[1] for axis, size in zip(self._grid, sizes, strict=True)]
-                around[0] = list(tokens)
-                around[i] = [(end, 1.0)]
-                ends.append(self._blend(*around))
+                at = [tokens, *inside[1:]]
+                at[i] = end
+                around = [axis.bracket(size)[1] for axis, size in zip(self._grid, at, strict=True)]
+                ends.append(self._blend(*around) or self._blend_wider(LinearShape(*at)))
             if ends[0] and ends[1]:
                 return math.log(ends[0][0] / ends[1][0]) / abs(math.log2(border / inner))
         return None

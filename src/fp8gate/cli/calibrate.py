@@ -43,7 +43,7 @@ def calibrate_command(
     grid: Annotated[
         str,
         typer.Option(
-            help="quick; default: a coarse grid, then the points near which float8 breaks even; full: all of them; "
+            help="quick; default: on one GPU a coarse grid, then the points near which float8 breaks even; full: all; "
             "a YAML file with m, k, n lists and shapes; or a table: its shapes."
         ),
     ] = "default",

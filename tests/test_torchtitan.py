@@ -20,6 +20,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch._inductor.config
@@ -28,7 +29,7 @@ from forked import Processes, rank_environments, run_script
 from plans import make_plan
 
 import fp8gate
-from fp8gate import AutoFilter, Parallel, auto_filter
+from fp8gate import AutoFilter, Parallel, UnmeasuredSettingWarning, auto_filter
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import without_indices
 from fp8gate.filter.contract.plans.plan import Candidate
@@ -38,6 +39,7 @@ from fp8gate.filter.contract.table import Table
 if util.find_spec("torchtitan") is None:
     pytest.skip("not installed: torchtitan", allow_module_level=True)
 
+from torchao.float8 import Float8LinearConfig
 from torchtitan.components.quantization import float8 as titan_float8
 from torchtitan.components.quantization.float8 import Float8Linear
 from torchtitan.config import ConfigManager, apply_overrides
@@ -138,7 +140,6 @@ def test_llama3_8b_converts_what_the_table_says(caplog: pytest.LogCaptureFixture
     assert found == decided
     assert float8_names(run) == ["attention.qkv_linear.wqkv", *FEED_FORWARD]
     assert "converted 128 of 160 linears to float8 rowwise" in caplog.text
-    assert "fits only if it converts all three or none of them" in caplog.text
     assert "not asked about: lm_head: the head" in caplog.text
     assert 'SelectiveAC runs a part of the forward twice, which was not measured: decided by "recompute": "none"' in (
         caplog.text
@@ -307,12 +308,23 @@ def test_a_pattern_that_matches_nothing_is_said(debug: Callable[..., Any]) -> No
         debug(filter_fqns=["wqvk"])
 
 
-def test_the_head_is_asked_about_if_told(debug: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_head_is_asked_about_if_told(
+    debug: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fp8gate")
     table = make_table(*TABLE.points, make_point(ROWS // 2, DIM, VOCAB, 1.5))
     path = str(write_file(table, tmp_path / "with_head.yaml"))
     assert float8_names(debug(tables=path)) == WIN
     with_head = debug(tables=path, head=True, rows={"lm_head": ROWS // 2})
     assert float8_names(with_head) == ["lm_head", *WIN]
+    assert "the head is not compiled" not in caplog.text
+
+
+def test_a_head_beside_compiled_layers_is_not_compiled_itself(a_gpu: None, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fp8gate")
+    rows = {"lm_head": 1024}
+    configured("llama3", "llama3_8b", "--compile.enable", **{**H200, "emulate": False, "head": True, "rows": rows})
+    assert "the head is not compiled, and tables are of compiled linears" in caplog.text
 
 
 def test_what_is_computed_otherwise_is_left_alone(debug: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
@@ -330,6 +342,55 @@ def test_what_is_computed_otherwise_is_left_alone(debug: Callable[..., Any], cap
 def test_inductor_is_set_as_torchtitans_converter_sets_it(recipe: str, expected: bool) -> None:
     configured("llama3", "llama3_8b", **{**H200, "recipe": recipe})
     assert torch._inductor.config.emulate_precision_casts is expected
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
+def test_converted_linears_compute_by_the_recipe(recipe: str, a_gpu: None, tmp_path: Path) -> None:
+    table = msgspec.structs.replace(TABLE, recipe=recipe)
+    run = configured(
+        "llama3", "llama3_debugmodel", *TINY, recipe=recipe, tables=str(write_file(table, tmp_path / "t.yaml"))
+    )
+    converted = [config for config in linears(run).values() if isinstance(config, Float8Linear.Config)]
+    assert converted
+    expected = Float8LinearConfig.from_recipe_name(recipe)
+    assert all(config._torchao_config == expected for config in converted)
+
+
+def test_a_model_that_stays_in_bf16_is_compiled_as_without_the_override(debug: Callable[..., Any]) -> None:
+    debug(min_speedup=9.0)
+    assert torch._inductor.config.emulate_precision_casts is False
+
+
+def test_a_backend_that_fuses_nothing_is_no_compilation(a_gpu: None) -> None:
+    with pytest.warns(UnmeasuredSettingWarning, match=r"torch\.compile"):
+        configured(
+            "llama3",
+            "llama3_8b",
+            "--compile.enable",
+            "--compile.backend",
+            "aot_eager",
+            device="NVIDIA H200",
+            recipe="rowwise",
+        )
+
+
+def test_layers_that_share_a_config_cannot_be_decided_apart(debug: Callable[..., Any]) -> None:
+    def share(run: Any) -> None:
+        first, *others = run.model_spec.model.layers
+        for layer in others:
+            layer.feed_forward = first.feed_forward
+
+    with pytest.raises(
+        InputError, match=r"layers\.0\.feed_forward\.w\d and layers\.1\.feed_forward\.w\d have one together"
+    ):
+        debug(edit=share)
+
+
+def test_without_torchtitan_the_error_names_it() -> None:
+    script = "import sys; sys.modules['torchtitan'] = None; import fp8gate.torchtitan"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert "fp8gate.torchtitan needs torchtitan 0.3.0: pip install torchtitan==0.3.0" in done.stderr
 
 
 def test_the_workaround_for_transposed_stores_is_applied(debug: Callable[..., Any], monkeypatch: Any) -> None:

@@ -13,7 +13,10 @@ from __future__ import annotations
 from abc import ABCMeta
 from typing import Any
 
-from torchtitan.config import CompileConfig, Configurable, ParallelismConfig, TrainingConfig, override
+try:
+    from torchtitan.config import CompileConfig, Configurable, ParallelismConfig, TrainingConfig, override
+except ImportError as error:
+    raise ImportError(f"fp8gate.torchtitan needs torchtitan 0.3.0: pip install torchtitan==0.3.0 ({error})") from error
 from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
 from torchtitan.protocols.model import BaseModel
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
+import torch._inductor.config
 import torch.distributed
 from torchao.float8 import convert_to_float8_training
 from torchtitan.components.quantization.float8 import Float8Linear, Float8LinearConverter
@@ -18,7 +20,6 @@ from torchtitan.models.common.moe import GroupedExperts
 from fp8gate.filter.auto_filter import auto_filter
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import is_head, without_indices
-from fp8gate.filter.contract.plans.role_names import is_fused
 from fp8gate.filter.layer_filter import AutoFilter
 from fp8gate.filter.model.parallel import Parallel
 from fp8gate.torchtitan.gate_settings import NAME, GateSettings
@@ -38,6 +39,17 @@ def convert_model(run: Run, settings: GateSettings) -> None:
     has converted what is not to be converted.
     """
     run.require_same(settings)
+    casts_before = torch._inductor.config.emulate_precision_casts
+    is_converted = False
+    try:
+        is_converted = _convert_winners(run, settings)
+    finally:
+        if not is_converted:  # a model in bf16 is compiled as it is without this override
+            torch._inductor.config.emulate_precision_casts = casts_before
+
+
+def _convert_winners(run: Run, settings: GateSettings) -> bool:
+    """Whether any linear is in float8 then."""
     places = linear_places(run.model)
     if not places:
         raise InputError(
@@ -60,8 +72,9 @@ def convert_model(run: Run, settings: GateSettings) -> None:
     # triton-lang/triton#11111 corrupts float8 that is stored transposed. torchao's workaround runs in this function,
     # which torchtitan never calls. An Identity has nothing to convert.
     convert_to_float8_training(torch.nn.Identity())
-    remarks = (*_kept(converted, wanted, settings), *_unfitting(wants_float8), *_unseen(run, settings, left))
+    remarks = (*_kept(converted, wanted, settings), *_unseen(run, settings, left))
     logger.info("\n".join((f"{NAME}:", wants_float8.report(), *remarks)))
+    return bool(wanted)
 
 
 def _require_known_float8(places: Sequence[LinearPlace]) -> None:
@@ -159,13 +172,6 @@ def _kept(converted: Sequence[LinearPlace], wanted: set[str], settings: GateSett
         yield f"left in bf16, as that converter left them, though they win: {_listed(others)}"
 
 
-def _unfitting(wants_float8: AutoFilter) -> Iterator[str]:
-    """Why even a plan of this very model may not fit."""
-    plans = wants_float8.plans
-    if plans.is_auto and not plans.chosen and any(map(is_fused, wants_float8.decisions)):
-        yield "a plan that knows q, k and v, not wqkv, fits only if it converts all three or none of them"
-
-
 def _unseen(run: Run, settings: GateSettings, left: dict[str, str]) -> Iterator[str]:
     """What nothing was asked about, and what no table was measured with."""
     reasons: dict[str, list[str]] = {}
@@ -181,6 +187,8 @@ def _unseen(run: Run, settings: GateSettings, left: dict[str, str]) -> Iterator[
             f"{run.checkpointing} runs a part of the forward twice, which was not measured: decided by "
             f'"recompute": "{taken}"; the other choice is "{other}"'
         )
+    if settings.head and run.is_compiled:
+        yield "the head is not compiled, and tables are of compiled linears: its casts cost more than they say"
     if run.has_async_tp:
         yield "compile.enable_async_tensor_parallel was not measured: products were timed without collectives"
 

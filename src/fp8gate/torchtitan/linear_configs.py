@@ -15,8 +15,10 @@ from torchtitan.distributed.parallel_dims import MeshAxisName
 from torchtitan.models.common.dist_gemm import AllGatherFusedFeedForward, AllGatherFusedQKVLinear
 from torchtitan.models.common.linear import Linear
 
+from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import is_head, without_indices
 from fp8gate.filter.model.parallel import Style
+from fp8gate.torchtitan.gate_settings import NAME
 
 HEAD = 'the head, which the loss may call in chunks of the tokens; to ask about it, give "head": true and its rows'
 _READ = (AllGatherFusedFeedForward.Config, AllGatherFusedQKVLinear.Config)
@@ -45,8 +47,17 @@ class LinearPlace(NamedTuple):
 
 
 def linear_places(model: Any) -> list[LinearPlace]:
-    """Every linear of a model's config, converted ones too."""
-    return [LinearPlace(*found) for found in model.traverse(Linear.Config)]
+    """Every linear of a model's config, converted ones too.
+
+    Raises InputError for a config that stands for several linears: they could only be converted together.
+    """
+    places = [LinearPlace(*found) for found in model.traverse(Linear.Config)]
+    names: dict[tuple[int, str | int], str] = {}
+    for place in places:
+        first = names.setdefault((id(place.parent), place.key), place.fqn)
+        if first != place.fqn:
+            raise InputError(f"{NAME}: expected a config for each linear; {first} and {place.fqn} have one together")
+    return places
 
 
 def why_left(place: LinearPlace, *, asks_head: bool) -> str:

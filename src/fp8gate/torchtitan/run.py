@@ -21,7 +21,7 @@ class Run:
     """tokens: rows of a linear's input on one data parallel rank in a microbatch, before context parallelism.
 
     tokens_from: the fields that they come from. checkpointing: the name of the policy. recompute: what it runs twice,
-    None for a part of the forward. is_compiled: the model runs under torch.compile. has_async_tp: the collectives of
+    None for a part of the forward. is_compiled: the model is compiled by Inductor. has_async_tp: the collectives of
     tensor parallelism overlap with products.
     """
 
@@ -82,7 +82,7 @@ def read_run(parts: Mapping[str, Any]) -> Run:
         cp=parallelism.context_parallel_degree,
         checkpointing="none" if checkpointing is None else _name(checkpointing).partition(".")[0],
         recompute=_recompute(checkpointing),
-        is_compiled=compiling.enable and "model" in compiling.components,
+        is_compiled=compiling.enable and compiling.backend == "inductor" and "model" in compiling.components,
         has_async_tp=compiling.enable_async_tensor_parallel,
     )
 

@@ -5,7 +5,9 @@ then divided, then compiled by itself, as torchtitan does. All sets compute with
 memory.
 
 Between layers a rank holds its part of each sequence. It gathers the normalized tokens of all ranks before attention
-and before the MLP, and reduces and scatters what comes out of them.
+and before the MLP, and reduces and scatters what comes out of them. All of that is bf16, whatever the set. A linear
+whose scales are taken along a divided dimension needs the largest values of all ranks: with `rowwise` each float8
+linear adds two small all-reduces, which no plan of a single GPU sees.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def order(setup: TpSetup, times: Times) -> str:
     told, pairs = same + len(swapped), len(known) * (len(known) - 1) // 2
     summary = (
         f"This run tells {told} of {pairs} pairs of sets apart; bf16 differs from itself by {noise:.1%}. "
-        f"{same} have the plan's order, {len(swapped)} are swapped{':' if swapped else '.'}"
+        f"Of these, {same} in the plan's order, {len(swapped)} swapped{':' if swapped else '.'}"
     )
     return "\n".join([summary, *swapped, _best(known, times, noise)])
 

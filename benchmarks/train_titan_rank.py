@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import torch
+from torch.distributed.fsdp import FSDPModule
 from train_titan_config import HEAD, ON_GPU, model_spec, trainer_config
 from train_titan_output import LABELS, Choice, Setup
 
@@ -63,8 +64,12 @@ def train(setup: Setup, choice: Choice, async_tp: bool) -> None:
         distributed_utils.set_pg_timeouts = lambda **_: None  # it names the GPU of a barrier
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_config(setup, choice, async_tp=async_tp, dump_folder=folder).build()
-        found = sum(isinstance(module, Float8Linear) for part in trainer.model_parts for module in part.modules())
+        modules = [module for part in trainer.model_parts for module in part.modules()]
+        found = sum(isinstance(module, Float8Linear) for module in modules)
         LOGGER.info("the model has %d Float8Linear", found)
+        for module in modules if not ON_GPU else ():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no other sum of gradients
         try:
             trainer.train()
         finally:

@@ -3,10 +3,10 @@
 Each visit is one run of torchtitan's own Trainer under torchrun: Llama 3 widths with as many layers as asked for, real
 steps with AdamW, and torchtitan's own metrics, read from its log. The choices are bf16; all float8; torchao's rule,
 asked about whole linears and about a rank's shards; fp8gate by its table; fp8gate by a plan; under tensor parallelism
-bf16 and the plan with async TP too. The head stays in bf16. Choices that convert the same linears are one run. A
-round visits each run once, and every other round goes backwards, so that a drift of the GPUs is the same for all.
-Gains are over the bf16 of the same round. Each visit compiles; from the second round on, compilers find the kernels of
-the first one in the cache.
+bf16 and the plan, or else the table, with async TP too. The head stays in bf16. Choices that convert the same linears
+are one run. A round visits each run once, and every other round goes backwards, so that a drift of the GPUs is the
+same for all. Gains are over the bf16 of the same round. Each visit compiles; from the second round on, compilers find
+the kernels of the first one in the cache.
 
 Every visit is written into the journal as soon as it is done. --stop-after ends the command in time, and the same
 command goes on from the journal. torchtitan's logs of all visits are kept in one file beside it.
@@ -50,7 +50,6 @@ from fp8gate.filter.contract.table import Device, Software
 RANK = Path(__file__).with_name("train_titan_rank.py")
 LAYERS: dict[Widths, int] = {"llama3-8b": 16, "llama3-70b": 4, "tiny": 2}
 """By default. Each of two 80 GB GPUs holds its half of the parameters, and the activations of 8192 tokens."""
-ASYNC_TP: tuple[Choice, ...] = ("bf16", "plan")
 VISIT_LIMIT_S = 420.0
 """For a visit that compiles anew. A longer one has hung."""
 END_LIMIT_S = 60.0  # torchrun kills its ranks 30 s after it was told to end
@@ -171,7 +170,8 @@ def runs_of(float8: Mapping[Choice, tuple[str, ...]], *, has_async_tp: bool) -> 
         by_set[names].append(choice)
     runs = [Run(choices=tuple(choices), async_tp=False, float8=names) for names, choices in by_set.items()]
     if has_async_tp:
-        asked = [choice for choice in ASYNC_TP if choice in float8]
+        best: Choice = "plan" if "plan" in float8 else "table"
+        asked: list[Choice] = [choice for choice in ("bf16", best) if choice in float8]
         runs += [Run(choices=(choice,), async_tp=True, float8=float8[choice]) for choice in asked]
     return tuple(runs)
 

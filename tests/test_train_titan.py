@@ -130,6 +130,11 @@ def test_choices_that_convert_the_same_linears_are_one_run(titan: ModuleType) ->
     assert len(titan.runs_of(float8, has_async_tp=False)) == 3
 
 
+def test_without_a_plan_the_table_has_async_tp(titan: ModuleType) -> None:
+    runs = titan.runs_of({"bf16": (), "table": (W1,)}, has_async_tp=True)
+    assert [run.choices for run in runs if run.async_tp] == [("bf16",), ("table",)]
+
+
 def test_every_other_round_goes_backwards(output: ModuleType) -> None:
     header = make_header(output, visits=3)
     bf16, both, table = (run.name for run in header.runs)

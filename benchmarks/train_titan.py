@@ -1,0 +1,262 @@
+"""Train Llama in torchtitan on several GPUs: what each choice of float8 linears gains in tokens per second.
+
+Each visit is one run of torchtitan's own Trainer under torchrun: Llama 3 widths with as many layers as asked for, real
+steps with AdamW, and torchtitan's own metrics, read from its log. The choices are bf16; all float8; torchao's rule,
+asked about whole linears and about a rank's shards; fp8gate by its table; fp8gate by a plan; under tensor parallelism
+bf16 and the plan, or else the table, with async TP too. The head stays in bf16. Choices that convert the same linears
+are one run. A round visits each run once, and every other round goes backwards, so that a drift of the GPUs is the
+same for all. Gains are over the bf16 of the same round. Each visit compiles; from the second round on, compilers find
+the kernels of the first one in the cache.
+
+Every visit is written into the journal as soon as it is done. --stop-after ends the command in time, and the same
+command goes on from the journal. torchtitan's logs of all visits are kept in one file beside it.
+
+Run it: python benchmarks/train_titan.py --widths llama3-8b --tp 2 --recipe rowwise --plan PLAN --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple, get_args
+
+import msgspec
+from train_titan_output import (
+    LOG_EVERY,
+    Choice,
+    Header,
+    Recipe,
+    Recompute,
+    Run,
+    Setup,
+    Visit,
+    Widths,
+    last_words,
+    missing_visits,
+    read_journal,
+    read_steps,
+    report,
+)
+
+from fp8gate.filter.contract.table import Device, Software
+
+RANK = Path(__file__).with_name("train_titan_rank.py")
+LAYERS: dict[Widths, int] = {"llama3-8b": 16, "llama3-70b": 4, "tiny": 2}
+"""By default. Each of two 80 GB GPUs holds its half of the parameters, and the activations of 8192 tokens."""
+VISIT_LIMIT_S = 420.0
+"""For a visit that compiles anew. A longer one has hung."""
+END_LIMIT_S = 60.0  # torchrun kills its ranks 30 s after it was told to end
+
+
+class Listing(msgspec.Struct, frozen=True, kw_only=True):
+    """What train_titan_rank.py --list writes."""
+
+    float8: dict[Choice, tuple[str, ...]]
+    linears: int
+    device: Device
+    software: Software
+
+
+class Journal(NamedTuple):
+    """The files of one setup. Both only grow."""
+
+    visits: Path
+    log: Path
+
+    @classmethod
+    def of(cls, setup: Setup, folder: Path) -> Journal:
+        return cls(folder / f"{setup.name}.jsonl", folder / f"{setup.name}.log")
+
+
+def main() -> None:
+    arguments = parse()
+    stop_at = time.monotonic() + arguments.stop_after * 60 if arguments.stop_after else None
+    setup = setup_of(arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    journal = Journal.of(setup, arguments.out)
+    header, visits = opened(journal, header_of(setup, list_choices(setup), arguments.choices, arguments.visits))
+    while missing := next(missing_visits(header, visits), None):
+        if is_too_late(stop_at, visits):
+            break
+        run, number = missing
+        visit = make_visit(setup, run, number, journal.log, stop_at)
+        if visit is None:
+            break
+        append(journal.visits, visit)
+        visits.append(visit)
+        say(f"{run.name}, visit {number + 1}: {visit.error or described(setup, visit)} ({visit.wall_s:.0f} s)")
+    print(report(header, visits))
+    say(f"wrote {journal.visits} and {journal.log}; the same command goes on with what is missing")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", choices=get_args(Widths), required=True)
+    parser.add_argument("--layers", type=int, help=f"default: {LAYERS}")
+    degree = parser.add_mutually_exclusive_group(required=True)
+    degree.add_argument("--tp", type=int, default=1, help="tensor parallel degree, with sequence parallelism")
+    degree.add_argument("--fsdp", type=int, default=1, help="over how many ranks parameters are sharded")
+    parser.add_argument("--recompute", choices=get_args(Recompute), default="selective")
+    parser.add_argument("--recipe", choices=get_args(Recipe), required=True)
+    parser.add_argument("--unfused", action="store_true", help="q, k and v are linears of their own")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a sequence, one of which a data parallel rank has")
+    parser.add_argument("--steps", type=int, default=40, help=f"of a visit, a multiple of {LOG_EVERY}")
+    parser.add_argument(
+        "--warm-up", type=int, default=15, help=f"the first steps, which do not count; a multiple of {LOG_EVERY}"
+    )
+    parser.add_argument("--visits", type=int, default=2, help="to each choice, an even number for a fair order")
+    parser.add_argument("--tables", type=Path, help="a table or folder of tables; default: those of fp8gate")
+    parser.add_argument("--plan", type=Path, help="a plan; without one, that choice is left out")
+    parser.add_argument("--choices", nargs="+", choices=get_args(Choice), default=get_args(Choice), help="bf16 always")
+    parser.add_argument("--stop-after", type=float, metavar="MINUTES", help="end by then")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the journals and logs")
+    arguments = parser.parse_args()
+    whole = arguments.steps % LOG_EVERY == arguments.warm_up % LOG_EVERY == 0
+    if not whole or not 0 < arguments.warm_up < arguments.steps:
+        parser.error(f"--steps, --warm-up: expected multiples of {LOG_EVERY}, and fewer of warm-up than of all")
+    return arguments
+
+
+def setup_of(arguments: argparse.Namespace) -> Setup:
+    tables, plan = (str(path.resolve()) if path else None for path in (arguments.tables, arguments.plan))
+    return Setup(
+        widths=arguments.widths,
+        layers=arguments.layers or LAYERS[arguments.widths],
+        tp=arguments.tp,
+        fsdp=arguments.fsdp,
+        recipe=arguments.recipe,
+        recompute=arguments.recompute,
+        tokens=arguments.tokens,
+        steps=arguments.steps,
+        warm_up=arguments.warm_up,
+        fused=not arguments.unfused,
+        tables=tables,
+        plan=plan,
+    )
+
+
+def list_choices(setup: Setup) -> Listing:
+    """Ask a process of its own, which then frees the GPU. Raises CalledProcessError if a choice cannot be made."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "listing.json"
+        given = msgspec.json.encode(setup).decode()
+        subprocess.run([sys.executable, RANK, given, "--list", file], check=True, stdout=subprocess.DEVNULL)
+        return msgspec.json.decode(file.read_bytes(), type=Listing)
+
+
+def header_of(setup: Setup, listing: Listing, choices: Sequence[Choice], visits: int) -> Header:
+    asked = {choice: names for choice, names in listing.float8.items() if choice == "bf16" or choice in choices}
+    return Header(
+        setup=setup,
+        visits=visits,
+        linears=listing.linears,
+        device=listing.device,
+        software=listing.software,
+        runs=runs_of(asked, has_async_tp=setup.tp > 1 and listing.device.kind == "cuda"),
+    )
+
+
+def runs_of(float8: Mapping[Choice, tuple[str, ...]], *, has_async_tp: bool) -> tuple[Run, ...]:
+    """A run for each set of linears, beginning with bf16, then those with async TP."""
+    by_set: dict[tuple[str, ...], list[Choice]] = defaultdict(list)
+    for choice, names in float8.items():
+        by_set[names].append(choice)
+    runs = [Run(choices=tuple(choices), async_tp=False, float8=names) for names, choices in by_set.items()]
+    if has_async_tp:
+        best: Choice = "plan" if "plan" in float8 else "table"
+        asked: list[Choice] = [choice for choice in ("bf16", best) if choice in float8]
+        runs += [Run(choices=(choice,), async_tp=True, float8=float8[choice]) for choice in asked]
+    return tuple(runs)
+
+
+def opened(journal: Journal, header: Header) -> tuple[Header, list[Visit]]:
+    """Begin a journal, or go on with one. Raises SystemExit if it is of something else."""
+    cut_to_whole_lines(journal.visits)
+    if not journal.visits.stat().st_size:
+        append(journal.visits, header)
+        return header, []
+    found, visits = read_journal(journal.visits)
+    for name in header.__struct_fields__:
+        if getattr(found, name) != getattr(header, name):
+            raise SystemExit(
+                f"{journal.visits}: {name}: expected {getattr(header, name)}, as this command has it; found "
+                f"{getattr(found, name)}; give another folder to --out"
+            )
+    return found, visits
+
+
+def cut_to_whole_lines(file: Path) -> None:
+    """Take away a last line that was not written to its end, as its writer was killed."""
+    with open(file, "ab+") as opened_file:
+        opened_file.seek(0)
+        opened_file.truncate(opened_file.read().rfind(b"\n") + 1)
+
+
+def append(file: Path, line: Header | Visit) -> None:
+    with open(file, "ab") as opened_file:
+        opened_file.write(msgspec.json.encode(line) + b"\n")
+
+
+def is_too_late(stop_at: float | None, visits: Sequence[Visit]) -> bool:
+    """Whether another visit might not end in time, if it takes as long as the longest so far."""
+    return stop_at is not None and time.monotonic() + max((visit.wall_s for visit in visits), default=0.0) > stop_at
+
+
+def make_visit(setup: Setup, run: Run, number: int, log: Path, stop_at: float | None) -> Visit | None:
+    """Train once. None if --stop-after ended it."""
+    start = time.monotonic()
+    limit_s = VISIT_LIMIT_S if stop_at is None else min(VISIT_LIMIT_S, stop_at - start)
+    with open(log, "ab+") as file:
+        file.write(f"\n=== {run.name}, visit {number + 1}\n".encode())
+        file.flush()
+        begin = file.seek(0, os.SEEK_END)
+        code = train(setup, run, file, limit_s)
+        file.seek(begin)
+        said = file.read().decode(errors="replace")
+    wall_s = round(time.monotonic() - start, 1)
+    if code is None and limit_s < VISIT_LIMIT_S:
+        return None
+    steps = read_steps(said)
+    error = None if code == 0 and steps else f"{'hung' if code is None else last_words(said)}"
+    return Visit(run=run.name, round=number, wall_s=wall_s, steps=steps, error=error)
+
+
+def train(setup: Setup, run: Run, log: IO[bytes], limit_s: float) -> int | None:
+    """The exit code of torchrun, None if it was ended because the time was over."""
+    rank = [str(RANK), msgspec.json.encode(setup).decode(), "--choice", run.choices[0]]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(setup.ranks), "--role", "rank"]
+    command = [sys.executable, "-m", *torchrun, "--tee", "3", *rank, *(["--async-tp"] if run.async_tp else [])]
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment())
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait(END_LIMIT_S)
+        return None
+
+
+def environment() -> dict[str, str]:
+    """That of this process, with one thread for each rank's operators, and caches that outlive a visit."""
+    caches = Path(tempfile.gettempdir()) / "train-titan-caches"
+    own = {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
+    return {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **own, **os.environ}
+
+
+def described(setup: Setup, visit: Visit) -> str:
+    counted = [step for step in visit.steps if step.step > setup.warm_up]
+    return ", ".join(f"{step.tokens_per_s}" for step in counted) + " tokens/s a rank"
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""What benchmarks/train_titan.py writes, what it reads from torchtitan's log, and the tables made from both.
+
+In: the journal of one setup, a header and then a line for each visit. Out: tokens per second by choice, as Markdown.
+
+Run it: python benchmarks/train_titan_output.py DIR/*.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean, harmonic_mean
+from typing import Literal
+
+import msgspec
+from tabulate import tabulate
+
+from fp8gate.filter.contract.table import Device, Software
+
+Widths = Literal["llama3-8b", "llama3-70b", "tiny"]
+Recipe = Literal["rowwise", "rowwise_with_gw_hp"]
+Recompute = Literal["none", "selective", "full"]
+Choice = Literal["bf16", "all", "rule", "rule-shards", "table", "plan"]
+LABELS: dict[Choice, str] = {
+    "bf16": "bf16",
+    "all": "all float8",
+    "rule": "torchao's rule, whole linears",
+    "rule-shards": "torchao's rule, a rank's shards",
+    "table": "fp8gate, table",
+    "plan": "fp8gate, plan",
+}
+LOG_EVERY = 5
+"""Steps between two lines of torchtitan's log. For each line it waits for the GPU, by default every 10 steps."""
+HEADERS = ("choice", "float8 linears", "tokens/s a rank", "over bf16", "its visits", "peak GiB", "MFU", "last loss")
+_STEP = re.compile(
+    r"^(?:\[rank0\]:)?.*step: +(?P<step>\d+) +loss: +(?P<loss>\S+) +grad_norm: +\S+ +memory: +(?P<memory_gib>[\d.]+)GiB"
+    r"\S* +tps: +(?P<tokens_per_s>[\d,]+) +tflops: +(?P<tflops>[\d.,]+) +mfu: +(?P<mfu>[\d.]+%|N/A)"
+)
+_OTHER_RANK = re.compile(r"^\[rank[1-9]\d*\]:")
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
+    """What is the same for every visit.
+
+    tp, fsdp: the degrees; their product is the number of ranks. tokens: of one sequence, the batch of a data parallel
+    rank. warm_up: the first steps, which do not count. fused: q, k and v are one linear. tables, plan: files of
+    fp8gate, its own tables if None.
+    """
+
+    widths: Widths
+    layers: int
+    tp: int
+    fsdp: int
+    recipe: Recipe
+    recompute: Recompute
+    tokens: int
+    steps: int
+    warm_up: int
+    fused: bool
+    tables: str | None
+    plan: str | None
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.fsdp
+
+    @property
+    def name(self) -> str:
+        """Names the files of this setup."""
+        degree = f"tp{self.tp}" if self.fsdp == 1 else f"fsdp{self.fsdp}"
+        recompute = "no-recompute" if self.recompute == "none" else f"{self.recompute}-recompute"
+        fused = "" if self.fused else "-unfused"
+        return f"titan-{self.widths}-{self.layers}-layers{fused}-{degree}-{recompute}-{self.recipe}"
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One training run. choices: those that convert the same linears. The run is started with the first of them."""
+
+    choices: tuple[Choice, ...]
+    async_tp: bool
+    float8: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return "; ".join(LABELS[choice] for choice in self.choices) + ("; async TP" if self.async_tp else "")
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """The first line of a journal. linears: how many the layers have, the head not counted. The first run is bf16."""
+
+    setup: Setup
+    visits: int
+    linears: int
+    device: Device
+    software: Software
+    runs: tuple[Run, ...]
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of torchtitan's log. tokens_per_s: of one rank, since the line before. mfu: in percent; none in float8."""
+
+    step: int
+    loss: float
+    memory_gib: float
+    tokens_per_s: int
+    tflops: float
+    mfu: float | None
+
+
+class Visit(msgspec.Struct, frozen=True, kw_only=True):
+    """Every other line. round: each round visits all runs. error: the last line of a visit that failed."""
+
+    run: str
+    round: int
+    wall_s: float
+    steps: tuple[Step, ...]
+    error: str | None = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="journals, each written by train_titan.py")
+    print(*(report(*read_journal(file)) for file in parser.parse_args().files), sep="\n\n")
+
+
+def read_steps(log: str) -> tuple[Step, ...]:
+    """The steps that rank 0 logged. torchrun's --tee names the rank at the beginning of a line."""
+    return tuple(map(_step, filter(None, map(_STEP.match, _lines_of_rank_0(log)))))
+
+
+def last_words(log: str) -> str:
+    """The line that says best why a visit failed: the last one that names an error, else the last one."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]:)*\s*[\w.]*(Error|Exception)\b", line)]
+    return (errors or lines or ["nothing was written"])[-1][:300]
+
+
+def read_journal(file: Path) -> tuple[Header, list[Visit]]:
+    """What was measured so far. A last line that was cut off, as its writer was killed, counts as not written."""
+    first, *lines = file.read_bytes().split(b"\n")
+    return msgspec.json.decode(first, type=Header), [msgspec.json.decode(line, type=Visit) for line in lines[:-1]]
+
+
+def missing_visits(header: Header, visits: Sequence[Visit]) -> Iterator[tuple[Run, int]]:
+    """The visits that are to be made, in order. A run that failed is not visited again."""
+    done = {(visit.run, visit.round) for visit in visits}
+    failed = {visit.run for visit in visits if visit.error}
+    for number in range(header.visits):
+        for run in header.runs if number % 2 == 0 else header.runs[::-1]:
+            if (run.name, number) not in done and run.name not in failed:
+                yield run, number
+
+
+def report(header: Header, visits: Sequence[Visit]) -> str:
+    rows = [_row(header, run, visits) for run in header.runs]
+    table = tabulate(rows, headers=HEADERS, disable_numparse=True, tablefmt="github")
+    return "\n\n".join([title(header), table, *_remarks(header, visits)])
+
+
+def title(header: Header) -> str:
+    setup, software = header.setup, header.software
+    degree = f"TP {setup.tp} with sequence parallelism" if setup.fsdp == 1 else f"FSDP {setup.fsdp}"
+    qkv = "" if setup.fused else ", q and k and v apart"
+    return (
+        f"torchtitan, {setup.widths}, {setup.layers} layers{qkv}, {setup.ranks} x {header.device.name}, {degree}, "
+        f"{setup.recompute} recomputation, {setup.tokens} tokens, {setup.recipe}, steps {setup.warm_up + 1} to "
+        f"{setup.steps} (torch {software.torch}, torchao {software.torchao})"
+    )
+
+
+def tokens_per_s(setup: Setup, visit: Visit) -> float | None:
+    """Over all steps that count. The lines stand for as many steps each. None if the visit failed."""
+    counted = [step.tokens_per_s for step in visit.steps if step.step > setup.warm_up]
+    return harmonic_mean(counted) if counted and visit.error is None else None
+
+
+def _step(match: re.Match[str]) -> Step:
+    mfu = match["mfu"]
+    return Step(
+        step=int(match["step"]),
+        loss=float(match["loss"]),
+        memory_gib=float(match["memory_gib"]),
+        tokens_per_s=int(match["tokens_per_s"].replace(",", "")),
+        tflops=float(match["tflops"].replace(",", "")),
+        mfu=None if mfu == "N/A" else float(mfu.removesuffix("%")),
+    )
+
+
+def _lines_of_rank_0(log: str) -> Iterator[str]:
+    return (line for line in log.splitlines() if not _OTHER_RANK.match(line))
+
+
+def _row(header: Header, run: Run, visits: Sequence[Visit]) -> tuple[str, ...]:
+    speeds = _by_round(header.setup, run, visits)
+    last = [visit.steps[-1] for visit in visits if visit.run == run.name and visit.round in speeds]
+    mfus = [step.mfu for step in last if step.mfu is not None]
+    return (
+        run.name,
+        f"{len(run.float8)} of {header.linears}",
+        f"{fmean(speeds.values()):.0f}" if speeds else "",
+        *_gains(header, run, visits),
+        f"{max(step.memory_gib for step in last):.1f}" if last else "",
+        f"{fmean(mfus):.1f}%" if mfus else "",
+        f"{fmean(step.loss for step in last):.4f}" if last else "",
+    )
+
+
+def _by_round(setup: Setup, run: Run, visits: Sequence[Visit]) -> dict[int, float]:
+    """Tokens per second of a run's visits."""
+    found = {visit.round: tokens_per_s(setup, visit) for visit in visits if visit.run == run.name}
+    return {number: speed for number, speed in found.items() if speed is not None}
+
+
+def _gains(header: Header, run: Run, visits: Sequence[Visit]) -> tuple[str, str]:
+    """The gain in tokens per second over bf16 of the same round: its mean, and each. bf16: each over their mean."""
+    speeds, bf16 = (_by_round(header.setup, each, visits) for each in (run, header.runs[0]))
+    if run == header.runs[0]:
+        bf16 = dict.fromkeys(bf16, fmean(bf16.values())) if bf16 else {}
+    gains = [speed / bf16[number] - 1 for number, speed in sorted(speeds.items()) if number in bf16]
+    if not gains:
+        return "", ""
+    mean = "" if run == header.runs[0] else f"{fmean(gains):+.1%}"
+    return mean, ", ".join(f"{gain:+.1%}" for gain in gains)
+
+
+def _remarks(header: Header, visits: Sequence[Visit]) -> Iterator[str]:
+    bf16 = _by_round(header.setup, header.runs[0], visits).values()
+    if len(bf16) > 1:
+        yield f"bf16 against itself: its visits differ by {max(bf16) / min(bf16) - 1:.1%}"
+    if missing := len(list(missing_visits(header, visits))):
+        yield f"not measured yet: {missing} of {header.visits * len(header.runs)} visits"
+    for visit in visits:
+        if visit.error:
+            yield f"failed: {visit.run}, visit {visit.round + 1}: {visit.error}"
+
+
+if __name__ == "__main__":
+    main()

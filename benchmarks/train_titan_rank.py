@@ -1,0 +1,107 @@
+"""What each rank of benchmarks/train_titan.py runs: torchtitan's own Trainer, for one visit to one choice.
+
+Run it: benchmarks/train_titan.py does, under torchrun. With --list, which trains nothing, it takes one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch.distributed.fsdp import FSDPModule
+from train_titan_config import HEAD, ON_GPU, model_spec, trainer_config
+from train_titan_output import LABELS, Choice, Setup
+
+LOGGER = logging.getLogger("train_titan")
+
+# Not before train_titan_config, which gives torch what torchtitan asks for when it is imported.
+from torchtitan.components import metrics
+from torchtitan.components.quantization.float8 import Float8Linear
+from torchtitan.config import apply_overrides
+from torchtitan.distributed import utils as distributed_utils
+from torchtitan.models.common.linear import Linear
+from torchtitan.tools.logging import init_logger
+
+from fp8gate.calibrate.device.registry import choose_device, describe_device, describe_software
+from fp8gate.filter.decision.torchao_rule import torchao_converts
+
+
+class NoMemoryMonitor:
+    """In place of torchtitan's, which reads a GPU's memory."""
+
+    device_name = "cpu"
+
+    def get_peak_stats(self) -> Any:
+        return metrics.DeviceMemStats(0, 0, 0, 0, 0, 0)
+
+    def reset_peak_stats(self) -> None:
+        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setup", help="a Setup of train_titan_output.py, as JSON")
+    parser.add_argument("--choice", choices=LABELS, default="bf16")
+    parser.add_argument("--async-tp", action="store_true")
+    parser.add_argument("--list", type=Path, help="only write into this file what each choice would convert, and where")
+    arguments = parser.parse_args()
+    setup = msgspec.json.decode(arguments.setup, type=Setup)
+    init_logger()
+    if arguments.list:
+        arguments.list.write_bytes(msgspec.json.encode(listing(setup)))
+    else:
+        train(setup, arguments.choice, arguments.async_tp)
+
+
+def train(setup: Setup, choice: Choice, async_tp: bool) -> None:
+    if not ON_GPU:
+        metrics.build_device_memory_monitor = NoMemoryMonitor
+        distributed_utils.set_pg_timeouts = lambda **_: None  # it names the GPU of a barrier
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_config(setup, choice, async_tp=async_tp, dump_folder=folder).build()
+        modules = [module for part in trainer.model_parts for module in part.modules()]
+        found = sum(isinstance(module, Float8Linear) for module in modules)
+        LOGGER.info("the model has %d Float8Linear", found)
+        for module in modules if not ON_GPU else ():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no other sum of gradients
+        try:
+            trainer.train()
+        finally:
+            trainer.close()
+    torch.distributed.destroy_process_group()
+
+
+def listing(setup: Setup) -> dict[str, Any]:
+    """What each choice converts; how many linears the layers have; and which device and software these are."""
+    device = choose_device("cuda" if ON_GPU else "cpu")
+    float8 = {choice: float8_names(setup, choice) for choice in LABELS}
+    found = [fqn for fqn, *_ in model_spec(setup).model.traverse(Linear.Config) if fqn != HEAD]
+    return {
+        "float8": {choice: names for choice, names in float8.items() if names is not None},
+        "linears": len(found),
+        "device": describe_device(device),
+        "software": describe_software(device),
+    }
+
+
+def float8_names(setup: Setup, choice: Choice) -> list[str] | None:
+    """The linears that a choice converts, by torchtitan's own steps. None if there is no such choice here."""
+    if choice == "plan" and setup.plan is None:
+        return None
+    if choice.startswith("rule") and torchao_converts(setup.recipe, in_features=4096, out_features=4096) is None:
+        return None
+    config = trainer_config(setup, choice)
+    config.model_spec.model.update_from_config(config=config)
+    apply_overrides(config.override, config)
+    found = config.model_spec.model.traverse(Linear.Config)
+    return [fqn for fqn, linear, *_ in found if isinstance(linear, Float8Linear.Config)]
+
+
+if __name__ == "__main__":
+    main()

@@ -388,7 +388,7 @@ def test_layers_that_share_a_config_cannot_be_decided_apart(debug: Callable[...,
 
 def test_without_torchtitan_the_error_names_it() -> None:
     script = "import sys; sys.modules['torchtitan'] = None; import fp8gate.torchtitan"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    environment = {**os.environ, "PYTHONPATH": str(Path(fp8gate.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert "fp8gate.torchtitan needs torchtitan 0.3.0: pip install torchtitan==0.3.0" in done.stderr
 

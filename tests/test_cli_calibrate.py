@@ -295,7 +295,7 @@ def test_ctrl_c_before_anything_is_measured(calibrate, monkeypatch):
             "--tp: expected a divisor of the 32 heads of llama3-8b ($.num_attention_heads); got 3",
         ),
         (["--tp", "2"], "--tp: expected a --model whose shapes it divides; a grid's shapes are a rank's already"),
-        (["--grid", "nosuch.yaml"], "expected quick, default or a readable YAML file; got 'nosuch.yaml'"),
+        (["--grid", "nosuch.yaml"], "expected quick, default, full or a readable YAML file; got 'nosuch.yaml'"),
     ],
 )
 def test_bad_input_is_one_clear_line(calibrate, swept, args, complaint):

@@ -25,3 +25,13 @@ def _own_temporary_folder():
         patch.setattr(tempfile, "tempdir", folder)
         yield
     Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=AFTER_MULTIPROCESSING)
+
+
+@pytest.fixture
+def processes(tmp_path):
+    """Starts scripts in forked processes; those that are left are killed."""
+    from forked import Processes  # it loads torch
+
+    started = Processes(tmp_path)
+    yield started
+    started.kill()

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import util
 from pathlib import Path
 
@@ -49,13 +49,6 @@ def table(tmp_path: Path) -> Path:
 @pytest.fixture
 def tensorwise_table(tmp_path: Path) -> Path:
     return write_file(msgspec.structs.replace(TABLE, recipe="tensorwise"), tmp_path / "tensorwise.yaml")
-
-
-@pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
-    started = Processes(tmp_path)
-    yield started
-    started.kill()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid
+from fp8gate.filter.decision.axis import Axis
 
 LOWEST, HIGHEST = 0.8, 1.25
 """A point is measured if a recipe's speedup between the coarse points around it lies within."""
@@ -34,22 +35,21 @@ class Refinement:
 
     wanted: what may be measured, in that order. A shape that is not on the grid belongs to `first`: somebody asked for
     it. So do those of `always`, which an earlier table has, and those beside a coarse point that is too large to be
-    measured: nothing could stand in for them.
+    measured: nothing could stand in for them. first_of_any: what is in `first` whatever `always` has.
     """
 
     def __init__(self, grid: Grid, wanted: Sequence[LinearShape], always: Collection[LinearShape] = ()) -> None:
-        self._axes = tuple(coarse_sizes(sizes) for sizes in (grid.m, grid.k, grid.n))
+        self._axes = tuple(Axis(coarse_sizes(sizes)) for sizes in (grid.m, grid.k, grid.n))
         on_grid = {shape for shape in wanted if shape.m in grid.m and shape.k in grid.k and shape.n in grid.n}
         around = {shape: self._corners(shape) for shape in on_grid}
-        self._open = {
+        surrounded = {
             shape: around[shape]
             for shape in wanted
-            if shape in on_grid
-            and shape not in always
-            and len(around[shape]) > 1
-            and all(corner in on_grid for corner, _ in around[shape])
+            if shape in on_grid and len(around[shape]) > 1 and all(corner in on_grid for corner, _ in around[shape])
         }
+        self._open = {shape: corners for shape, corners in surrounded.items() if shape not in always}
         self.first = [shape for shape in wanted if shape not in self._open]
+        self.first_of_any = [shape for shape in wanted if shape not in surrounded]
 
     @property
     def undecided(self) -> int:
@@ -70,19 +70,11 @@ class Refinement:
 
         Of a coarse point, itself.
         """
-        around = [_sides(size, sizes) for size, sizes in zip((shape.m, shape.k, shape.n), self._axes, strict=True)]
+        sizes = (shape.m, shape.k, shape.n)
+        around = [axis.bracket(size)[1] for axis, size in zip(self._axes, sizes, strict=True)]
         return [
             (LinearShape(m, k, n), by_m * by_k * by_n) for (m, by_m), (k, by_k), (n, by_n) in itertools.product(*around)
         ]
-
-
-def _sides(size: int, sizes: Sequence[int]) -> list[tuple[int, float]]:
-    """The coarse size itself, or those below and above, with their weights."""
-    if size in sizes:
-        return [(size, 1.0)]
-    below, above = max(s for s in sizes if s < size), min(s for s in sizes if s > size)
-    share = math.log(size / below) / math.log(above / below)
-    return [(below, 1 - share), (above, share)]
 
 
 def _is_near(around: Sequence[tuple[LinearShape, float]], speedups: Speedups) -> bool:

@@ -45,7 +45,7 @@ class Agenda:
         repeats: bool,
         before: int,
     ) -> None:
-        self.wanted = list(wanted)
+        self._wanted = list(wanted)
         self.before = before
         self._tasks, self._refinement, self._ledger = tasks, refinement, ledger
         self._may_repeat = self._may_repeat_early = repeats
@@ -100,14 +100,14 @@ class Agenda:
             self._may_repeat_early = False
             tasks += self._repeats(records, self._limits.repeats // 2)
             random.Random(self._tasks.seed).shuffle(tasks)
-        self.wanted += due
+        self._wanted += due
         self.before += len(due) - len(left)
         return tasks
 
     def _repeats(self, records: Sequence[PointRecord], of_each_class: int) -> list[Task]:
         """Half of them come among the refined points: the device measures them while those compile."""
         limits, rows = replace(self._limits, repeats=of_each_class), self._rows(records)
-        repeats = repeats_for_bounds(self.wanted, rows, records, self._tasks.seed, limits, self._repeated)
+        repeats = repeats_for_bounds(self._wanted, rows, records, self._tasks.seed, limits, self._repeated)
         self._repeated.update(task.shape for task in repeats)
         if repeats:
             self._ledger.say(f"{len(repeats)} points are to be repeated, to tell how far two runs differ")
@@ -118,13 +118,15 @@ class Agenda:
 
     def _second_looks(self, records: Sequence[PointRecord]) -> list[Task]:
         """All points where the repeats of a share disagree. None on a machine so busy that they would be noise too."""
+        if self._looks == MAX_LOOKS:
+            return []
         rows = self._rows(records)
-        if self._looks == MAX_LOOKS or (self._looks and mostly_disturbed(rows.values())):
+        if self._looks and mostly_disturbed(rows.values()):
             return []
         if not self._looks and repeats_disagree(rows.values()):
             self._limits = replace(self._limits, measures_twice=True)
         self._looks += 1
-        looks = second_looks(self.wanted, rows, self._limits)
+        looks = second_looks(self._wanted, rows, self._limits)
         if looks:
             self._ledger.say(f"{len(looks)} points are measured again, to tell numbers from noise")
         return looks

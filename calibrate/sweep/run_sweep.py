@@ -136,11 +136,11 @@ def sweep(
     fails for good, NoChildError if no worker can start.
     """
     start = time.monotonic()
-    alone = MeasuringAlone()
+    by = measuring or MeasuringAlone()
     folder = out / device_slug(setup.device.name)
     protocols = {recipe: setup.protocols[recipe] for recipe in recipes}
     if workers is None:
-        workers = useful_workers(setup.device, protocols, (measuring or alone).ranks_here)
+        workers = useful_workers(setup.device, protocols, by.ranks_here)
         look_workers = max(1, workers)  # so that another process looks again
     else:
         look_workers = workers
@@ -155,10 +155,10 @@ def sweep(
         if refines and not measuring:
             refinement = Refinement(grid, wanted, always=set() if fresh else _known_shapes(folder, recipes))
         first = refinement.first if refinement else wanted
-        drawn_from = Refinement(grid, wanted).first if refinement else wanted  # whatever tables there are
+        drawn_from = refinement.first_of_any if refinement else wanted
         tasks = tasks_left(setup, first, recipes, journal.records, seed, drawn_from)
-        own_tasks, ranks = tasks.own_tasks(kind_of(device).identity(device, 0)), (measuring or alone).ranks
-        todo = len(tasks.tasks) + len(own_tasks) * ranks
+        own_tasks = tasks.own_tasks(kind_of(device).identity(device, 0))
+        todo = len(tasks.tasks) + len(own_tasks) * by.ranks
         ledger = JournalLedger(journal, make_observer(todo, protocols), asked=todo)
         agenda = Agenda(
             tasks,
@@ -166,24 +166,24 @@ def sweep(
             refinement,
             ledger,
             repeats=look_workers > 0,
-            before=len(first) + len(tasks.repeats) * ranks - todo,
+            before=len(first) + len(tasks.repeats) * by.ranks - todo,
         )
         unfinished = _Unfinished(folder, grid, recipes, agenda, fresh)
-        if workers == look_workers:
-            alone = MeasuringAlone(agenda)
+        if not measuring and workers == look_workers:
+            by = MeasuringAlone(agenda)
         stop_at = None if stop_after_s is None else start + stop_after_s
         try:
             with ledger.observer as observer:
                 _say_start(observer, journal, todo, len(first), len(wanted) - len(first), capped)
                 ledger.ask(0, agenda.undecided)
-                session = (measuring or alone).measure(tasks, ledger, device, workers, stop_after_s)
+                session = by.measure(tasks, ledger, device, workers, stop_after_s)
                 if not session.remaining:
                     ledger.forget_rest()  # repeats of a rank that was lost
                 while not session.remaining and (again := agenda.more()):
                     left_s = None if stop_at is None else max(0.0, stop_at - time.monotonic())
                     later = msgspec.structs.replace(tasks, tasks=tuple(again), repeats=())
-                    by = MeasuringAlone(agenda)
-                    session = session.then(by.measure(later, ledger, device, look_workers, left_s))
+                    looking = MeasuringAlone(agenda)
+                    session = session.then(looking.measure(later, ledger, device, look_workers, left_s))
         except BaseException as error:  # Ctrl-C and signals too
             if writes_incomplete and not isinstance(error, InputError):  # after which another command is to be run
                 unfinished.write(ledger)

@@ -23,7 +23,7 @@ class GateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Only where activation checkpointing runs a part of the forward twice, recompute decides what counts ("none").
     filter_fqns: linears whose name contains one of these stay in bf16. The head and routers do so anyway.
     head: ask about the head as well; `rows` must then say how many rows a call of it multiplies.
-    replace: decide anew about linears that torchtitan's own Float8LinearConverter has converted.
+    replace: decide also about linears that torchtitan's own Float8LinearConverter has converted.
     emulate: compute float8 in float32, as torchtitan does it to test where the hardware has no float8.
     """
 

@@ -61,7 +61,8 @@ def main() -> None:
 def train(setup: Setup, choice: Choice, async_tp: bool) -> None:
     if not ON_GPU:
         metrics.build_device_memory_monitor = NoMemoryMonitor
-        distributed_utils.set_pg_timeouts = lambda **_: None  # it names the GPU of a barrier
+    if not ON_GPU or not hasattr(torch.distributed, "set_timeout"):  # torch has it from 2.14 on
+        distributed_utils.set_pg_timeouts = lambda **_: None
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_config(setup, choice, async_tp=async_tp, dump_folder=folder).build()
         modules = [module for part in trainer.model_parts for module in part.modules()]

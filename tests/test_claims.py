@@ -9,6 +9,7 @@ import pytest
 from documents import ROOT, page_text
 
 from fp8gate import read_table
+from fp8gate.filter.contract.recipes import RECIPES
 
 COMPARISON, LIMITS = page_text("comparison.md"), page_text("limits.md")
 LOOKUP = " ".join((ROOT / "filter" / "decision" / "lookup.py").read_text().split())
@@ -18,7 +19,7 @@ LOOKUP = " ".join((ROOT / "filter" / "decision" / "lookup.py").read_text().split
 def _benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield
-    for name in ("two_sweeps", "against_torchao_rule", "grid_density"):
+    for name in ("two_sweeps", "against_torchao_rule", "grid_density", "unaligned_tokens"):
         sys.modules.pop(name, None)
 
 
@@ -83,6 +84,19 @@ def test_what_the_choice_of_lookup_rests_on(min_speedup, texts):
     ours, theirs = ("{}, {} and {} %".format(*losses[lookup]) for lookup in ("interpolate", "nearest"))
     for text in texts:
         assert f"{ours} against {theirs}" in text or f"is {ours}, the nearest point's {theirs}" in text
+
+
+@pytest.mark.parametrize(("device", "name"), [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200")])
+def test_what_tokens_that_are_no_multiple_of_128_cost(device, name):
+    import unaligned_tokens
+
+    printed = unaligned_tokens.compare(device)
+    rows = [[cell.strip().replace("%", " %") for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:]]
+    by_tokens = {(row[0], row[1]): row for row in rows}
+    for recipe in RECIPES:
+        plain, with_factor = (by_tokens[recipe, f"others{more}"] for more in ("", ", factor of the others"))
+        row = f"| {name}, `{recipe}` | {plain[3]} | {plain[8]} of {plain[6]} shapes | {with_factor[8]} |"
+        assert row in COMPARISON
 
 
 @pytest.mark.slow

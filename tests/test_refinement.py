@@ -229,7 +229,7 @@ class FakeLedger:
 def test_repeats_do_not_change_which_points_are_due():
     refinement, ledger = Refinement(GRID, SHAPES), FakeLedger()
     first = SweepTasks(setup=SETUP, recipes=("rowwise",), seed=0, tasks=())
-    agenda = Agenda(first, refinement.first, refinement, ledger, repeats=False, before=0)
+    agenda = Agenda(first, refinement.first, refinement, ledger, grid=GRID, repeats=False, before=0)
     ledger.keep([Task(shape) for shape in refinement.first], process=1)
     for shape in refinement.first:
         ledger.journal.records.append(record_of(Task(shape, repeat=True), ["rowwise"], speedup=1.0, process=2))
@@ -241,7 +241,7 @@ def test_half_of_the_repeats_come_among_the_refined_points_and_none_twice(monkey
     monkeypatch.setattr(Cpu, "defaults", dataclasses.replace(Cpu.defaults, noise=some))
     refinement, ledger = Refinement(GRID, SHAPES), FakeLedger()
     first = SweepTasks(setup=SETUP, recipes=("rowwise",), seed=0, tasks=tuple(map(Task, refinement.first)))
-    agenda = Agenda(first, refinement.first, refinement, ledger, repeats=True, before=0)
+    agenda = Agenda(first, refinement.first, refinement, ledger, grid=GRID, repeats=True, before=0)
     ledger.ask(len(first.tasks), 0)
     ledger.keep(first.tasks, process=1)
     batches = []
@@ -282,7 +282,7 @@ def test_repeats_are_topped_up_by_points_that_were_being_measured(monkeypatch):
     monkeypatch.setattr(Cpu, "defaults", dataclasses.replace(Cpu.defaults, noise=some))
     ledger, tasks = FakeLedger(), [Task(shape) for shape in SHAPES[:36]]
     first = SweepTasks(setup=SETUP, recipes=("rowwise",), seed=0, tasks=tuple(tasks))
-    agenda = Agenda(first, SHAPES[:36], None, ledger, repeats=True, before=0)
+    agenda = Agenda(first, SHAPES[:36], None, ledger, grid=GRID, repeats=True, before=0)
     ledger.ask(36, 0)
     ledger.keep(tasks[:24], process=1)
     some = agenda.more()

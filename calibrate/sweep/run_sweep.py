@@ -165,6 +165,7 @@ def sweep(
             first,
             refinement,
             ledger,
+            grid=grid,
             repeats=look_workers > 0,
             before=len(first) + len(tasks.repeats) * by.ranks - todo,
         )

@@ -55,7 +55,12 @@ class Lookup:
 
     def __call__(self, shape: LinearShape) -> Estimate | None:
         """The estimate for `shape`, or None if the table holds no number at all."""
-        return self._estimate(shape) if self._logs else None
+        if not self._logs:
+            return None
+        estimate, unaligned = self._estimate(shape), self.table.protocol.unaligned
+        if unaligned is None or shape.is_aligned or not estimate.point.shape.is_aligned:
+            return estimate  # a point with such tokens, which may be the shape itself, was measured as slow as they are
+        return estimate.with_unaligned_tokens(unaligned.factor)
 
     def _nearest(self, shape: LinearShape) -> Estimate:
         """The nearest point's speedup as it was measured, and its times scaled with the work."""

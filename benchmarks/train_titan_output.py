@@ -45,8 +45,9 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """What is the same for every visit.
 
     tp, fsdp: the degrees; their product is the number of ranks. tokens: of one sequence, the batch of a data parallel
-    rank. warm_up: the first steps, which do not count. fused: q, k and v are one linear. tables, plan: files of
-    fp8gate, its own tables if None.
+    rank. warm_up: the first steps, which do not count. fused: q, k and v are one linear. cuda_graphs: forward and
+    backward are one CUDA graph, as torchtitan has it unless told; else the host launches each kernel. tables, plan:
+    files of fp8gate, its own tables if None.
     """
 
     widths: Widths
@@ -59,6 +60,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     warm_up: int
     fused: bool
+    cuda_graphs: bool
     tables: str | None
     plan: str | None
 
@@ -72,7 +74,9 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
         degree = f"tp{self.tp}" if self.fsdp == 1 else f"fsdp{self.fsdp}"
         recompute = "no-recompute" if self.recompute == "none" else f"{self.recompute}-recompute"
         fused = "" if self.fused else "-unfused"
-        return f"titan-{self.widths}-{self.layers}-layers{fused}-{degree}-{recompute}-{self.recipe}"
+        graphs = "" if self.cuda_graphs else "-no-graphs"
+        size = f"{self.widths}-{self.layers}-layers{fused}-m{self.tokens}"
+        return f"titan-{size}-{degree}-{recompute}-{self.recipe}{graphs}"
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,10 +167,11 @@ def title(header: Header) -> str:
     setup, software = header.setup, header.software
     degree = f"TP {setup.tp} with sequence parallelism" if setup.fsdp == 1 else f"FSDP {setup.fsdp}"
     qkv = "" if setup.fused else ", q and k and v apart"
+    graphs = "as a CUDA graph" if setup.cuda_graphs else "launched by the host"
     return (
         f"torchtitan, {setup.widths}, {setup.layers} layers{qkv}, {setup.ranks} x {header.device.name}, {degree}, "
-        f"{setup.recompute} recomputation, {setup.tokens} tokens, {setup.recipe}, steps {setup.warm_up + 1} to "
-        f"{setup.steps} (torch {software.torch}, torchao {software.torchao})"
+        f"{setup.recompute} recomputation, {setup.tokens} tokens, {setup.recipe}, forward and backward {graphs}, "
+        f"steps {setup.warm_up + 1} to {setup.steps} (torch {software.torch}, torchao {software.torchao})"
     )
 
 

@@ -54,7 +54,7 @@ from fp8gate.filter.model.parallel import Parallel, Shards
 
 FLAVORS = {"llama3-8b": "8B", "llama3-70b": "70B", "tiny": "debugmodel"}
 HEAD = "lm_head"
-PEAK_LEARNING_RATE, LR_WARM_UP_STEPS, SEED = 3e-4, 2, 0
+PEAK_LEARNING_RATE, LR_WARM_UP_STEPS, SEED = 1e-4, 10, 0
 
 
 class Tokenizer(BaseTokenizer):  # type: ignore[misc]

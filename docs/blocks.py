@@ -217,6 +217,7 @@ BLOCKS: dict[str, Maker] = {
     "plan_choices": benchmark("plan_choices", lambda script: str(script.gains(list(script.packaged_plans(DEVICE))))),
     "plan_choices_h100": benchmark("plan_choices", lambda script: str(script.gains(list(script.packaged_plans(H100))))),
     "tp_block": benchmark("tp_block_output", _tp_block),
+    "sweep_seconds": benchmark("sweep_seconds", lambda script: str(script.report(script.read_costs()))),
     "against_torchao_rule": benchmark("against_torchao_rule", lambda script: str(script.compare(DEVICE))),
     "against_h100": benchmark("against_torchao_rule", lambda script: str(script.compare(H100, min_speedup=1.0))),
     "scaling": benchmark("scaling", _scaling),

@@ -194,6 +194,28 @@ def test_the_points_of_an_earlier_table_are_measured_again(refined, run, tmp_pat
     assert set(script.shapes) == DUE == {point.shape for point in read_table(path).points}
 
 
+def test_a_fresh_sweep_that_was_stopped_beside_a_complete_table_goes_on_with_what_decides(
+    refined,
+    run,  # noqa: F811
+    script,  # noqa: F811
+    stopped_after,  # noqa: F811
+):
+    run(SHAPES, recipes=["rowwise"], grid=GRID)
+    script.asked.clear()
+    assert refined(fresh=True, stop_after_s=stopped_after(3)).incomplete == {}  # the complete table is kept
+    (table,) = refined().tables.values()
+    assert set(script.shapes) == DUE == {point.shape for point in table.points}
+    assert len(script.shapes) == len(DUE)
+
+
+def test_a_recipe_that_a_fresh_sweep_did_not_measure_keeps_its_points(refined, run, script, stopped_after):  # noqa: F811
+    run(SHAPES, recipes=["tensorwise"], grid=GRID)
+    refined(fresh=True, stop_after_s=stopped_after(3))
+    script.asked.clear()
+    refined(recipes=["tensorwise"])
+    assert set(script.shapes) == set(SHAPES)
+
+
 def test_a_smaller_refined_grid_does_not_replace_a_table(refined, run, script):  # noqa: F811
     run([*SHAPES, LinearShape(512, 512, 512)], recipes=["rowwise"], grid=GRID)
     journals = next(iter(run(SHAPES, recipes=["rowwise"], grid=GRID).tables)).parent.glob("journal-*")

@@ -147,13 +147,14 @@ def sweep(
     wanted, capped = _affordable(grid, measuring_order(shapes, seed), setup.device, workers)
     if not wanted:
         raise InputError(f"no point to measure: all {len(capped)} were left out, {next(iter(capped.values()), '')}")
-    with DeviceLock(device), SweepJournal(folder, setup, fresh=fresh) as journal:
+    with DeviceLock(device), SweepJournal(folder, setup, fresh=fresh, replaces=recipes) as journal:
         require_same_device(folder, recipes, setup.device.name)
         if not fresh:
             require_nothing_lost(folder, recipes, wanted, journal.records)
         refinement = None
         if refines and not measuring:
-            refinement = Refinement(grid, wanted, always=set() if fresh else _known_shapes(folder, recipes))
+            kept = [recipe for recipe in recipes if recipe not in journal.replaces]
+            refinement = Refinement(grid, wanted, always=_known_shapes(folder, kept))
         first = refinement.first if refinement else wanted
         drawn_from = refinement.first_of_any if refinement else wanted
         tasks = tasks_left(setup, first, recipes, journal.records, seed, drawn_from)
@@ -247,7 +248,7 @@ class _Unfinished:
 
 
 def _known_shapes(folder: Path, recipes: Sequence[Recipe]) -> set[LinearShape]:
-    """The shapes of the tables that are there: what is known is measured again, so that nothing of it is lost."""
+    """The shapes of the tables that are kept: what is known is measured again, so that nothing of it is lost."""
     known: set[LinearShape] = set()
     for path in (folder / f"{recipe}.yaml" for recipe in recipes):
         if path.exists():

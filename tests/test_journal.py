@@ -355,7 +355,7 @@ def test_an_earlier_journal_is_gone_on_with_and_nothing_is_measured_again(tmp_pa
         setup=setup_of(CPU_HEADER),
         out=tmp_path,
     )
-    assert (result.report.measured, result.report.resumed, result.remaining) == (0, 2, 0)
+    assert (result.report.measured, result.report.resumed, result.remaining) == (0, 3, 0)
     assert [content_of(line).decode() for line in path.read_bytes().splitlines()] == [CPU_HEADER, *RECORDS]
     assert "had no checksums" in capsys.readouterr().err
     (table,) = result.tables.values()

@@ -32,7 +32,7 @@ class Agenda:
     """The tasks that come after `tasks`, whose shapes are `wanted`.
 
     refinement: None if every point is measured. repeats: whether repeats can be measured, by a process that has not
-    measured the point. before: how many measurements of the sweep earlier calls took.
+    measured the point.
     """
 
     def __init__(
@@ -43,16 +43,29 @@ class Agenda:
         ledger: JournalLedger,
         *,
         repeats: bool,
-        before: int,
     ) -> None:
         self._wanted = list(wanted)
-        self.before = before
+        self._again = {task.shape for task in tasks.tasks}
         self._tasks, self._refinement, self._ledger = tasks, refinement, ledger
         self._may_repeat = self._may_repeat_early = repeats
         self._repeated: set[LinearShape] = set()
         self._looks = 0
         self._limits: NoiseLimits = KINDS[tasks.setup.device.kind].defaults.noise
         self._asked_at = -1
+
+    @property
+    def before(self) -> int:
+        """How many measurements of this sweep earlier calls took, without those that this call takes again."""
+        records = self._ledger.journal.records
+        earlier, wanted = records[: len(records) - len(self._ledger.measured)], set(self._wanted)
+        return sum(record.shape in wanted and self._stands(record) for record in earlier)
+
+    def _stands(self, record: PointRecord) -> bool:
+        if set(record.recipes).isdisjoint(self._tasks.recipes):
+            return False
+        if record.repeat and record.shape in self._tasks.repeats:
+            return (record.shape, record.measured_on) in self._tasks.repeated
+        return record.repeat or record.shape not in self._again
 
     @property
     def undecided(self) -> int:
@@ -101,7 +114,7 @@ class Agenda:
             tasks += self._repeats(records, self._limits.repeats // 2)
             random.Random(self._tasks.seed).shuffle(tasks)
         self._wanted += due
-        self.before += len(due) - len(left)
+        self._again.update(left)
         return tasks
 
     def _repeats(self, records: Sequence[PointRecord], of_each_class: int) -> list[Task]:

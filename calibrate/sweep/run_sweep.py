@@ -161,14 +161,7 @@ def sweep(
         own_tasks = tasks.own_tasks(kind_of(device).identity(device, 0))
         todo = len(tasks.tasks) + len(own_tasks) * by.ranks
         ledger = JournalLedger(journal, make_observer(todo, protocols), asked=todo)
-        agenda = Agenda(
-            tasks,
-            first,
-            refinement,
-            ledger,
-            repeats=look_workers > 0,
-            before=len(first) + len(tasks.repeats) * by.ranks - todo,
-        )
+        agenda = Agenda(tasks, first, refinement, ledger, repeats=look_workers > 0)
         unfinished = _Unfinished(folder, grid, recipes, agenda, fresh)
         if not measuring and workers == look_workers:
             by = MeasuringAlone(agenda)
@@ -200,7 +193,7 @@ def sweep(
             session,
             rows={recipe: rows_of(recipe, setup, journal.records) for recipe in recipes},
             history=calm(journal.records, KINDS[setup.device.kind].defaults.noise),
-            resumed=len(first) - len(tasks.tasks),
+            resumed=agenda.before,
             capped=len(capped),
             total_s=time.monotonic() - start,
         )

@@ -569,15 +569,16 @@ def test_torchtitans_own_float8_config_of_405b_can_be_decided_anew(a_gpu: None) 
 
 REFUSED = [
     ({"recipes": "rowwise"}, "recipes: no such key; expected some of recipe, tokens, tp, cp"),
-    ({"recipe": "tensorwise"}, r"Invalid enum value 'tensorwise' - at `\$.recipe`"),
+    ({"recipe": "tensorwise"}, "recipe: expected one of rowwise, rowwise_with_gw_hp; got 'tensorwise'"),
     ({"tokens": "32"}, r"Expected `int \| null`, got `str` - at `\$.tokens`"),
     ({"tp": 1.5}, r"Expected `int \| null`, got `float` - at `\$.tp`"),
     ({"cp": True}, r"Expected `int \| null`, got `bool` - at `\$.cp`"),
-    ({"rows": {"lm_head": "4"}}, r"Expected `int`, got `str` - at `\$.rows"),
+    ({"rows": {"lm_head": "4"}}, r"rows\['lm_head'\]: expected rows per microbatch, an integer .*; got '4'"),
     ({"filter_fqns": "lm_head"}, r"Expected `array`, got `str` - at `\$.filter_fqns`"),
     ({"filter_fqns": ["auto_filter_small_kn"]}, "filter_fqns: 'auto_filter_small_kn' is torchao's rule"),
-    ({"recompute": "half"}, r"Invalid enum value 'half' - at `\$.recompute`"),
-    ({"lookup": "next"}, r"Invalid enum value 'next' - at `\$.lookup`"),
+    ({"recipe": None}, "recipe: expected one of rowwise, rowwise_with_gw_hp; got None"),
+    ({"recompute": "half"}, "recompute: expected one of none, full; got 'half'"),
+    ({"lookup": "next"}, "lookup: expected one of nearest, interpolate; got 'next'"),
     (
         {"tokens": 64},
         r"tokens: expected 32, by the run's training.local_batch_size x training.seq_len = 1 x 32; got 64",
@@ -614,7 +615,7 @@ def test_recomputation_that_is_not_the_runs_is_refused(arguments: Any, given: st
 
 def test_a_recipe_is_required() -> None:
     model = llama3_configs.llama3_debugmodel().model_spec.model
-    with pytest.raises(InputError, match="missing required field `recipe`"):
+    with pytest.raises(InputError, match="recipe: expected one of rowwise, rowwise_with_gw_hp; got nothing"):
         gate(model)
 
 

@@ -295,6 +295,37 @@ def test_the_config_keeps_its_sharding_and_its_initialization(debug: Callable[..
     assert (w1.in_features, w1.out_features, w1.bias) == (DIM, HIDDEN, False)
 
 
+def with_bias(run: Any) -> None:
+    for layer in run.model_spec.model.layers:
+        layer.attention.qkv_linear.wqkv.bias = layer.attention.wo.bias = True
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_bias_is_kept(debug: Callable[..., Any], with_converter: Callable[..., Any], replace: bool) -> None:
+    run = with_converter({"replace": True, "edit": with_bias}) if replace else debug(edit=with_bias)
+    assert float8_names(run) == WIN  # with its own converter, torchtitan had converted wo, too
+    biased = {without_indices(fqn).removeprefix("layers.*.") for fqn, config in linears(run).items() if config.bias}
+    assert biased == {"attention.qkv_linear.wqkv", "attention.wo"}
+
+
+@pytest.mark.parametrize(("lookup", "wins"), [("nearest", WIN), ("interpolate", [])])
+def test_the_lookup_is_the_one_asked_for(
+    debug: Callable[..., Any], tmp_path: Path, lookup: str, wins: list[str]
+) -> None:
+    table = make_table(make_point(ROWS, DIM, 512, 0.5), make_point(ROWS, DIM, 1024, 1.5))  # around QKV and HIDDEN
+    path = str(write_file(table, tmp_path / "around.yaml"))
+    assert float8_names(debug(tables=path, lookup=lookup)) == wins
+
+
+def test_layers_that_predict_further_tokens_are_not_asked_about(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fp8gate")
+    run = configured("deepseek_v3", "deepseek_v3_debugmodel_mtp", min_speedup=0.01, **H200)
+    of_mtp = {type(config) for fqn, config in linears(run).items() if fqn.startswith("mtp_layers.")}
+    assert of_mtp == {Linear.Config}
+    assert float8_names(run)
+    assert re.search(r"not asked about: .*mtp_layers\.\*\.attention\.wo.*: in no layer of the decoder", caplog.text)
+
+
 def test_filter_fqns_are_kept(debug: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "fp8gate")
     run = debug(filter_fqns=["wqkv", "layers.0.", "lm_head"])
@@ -436,6 +467,19 @@ def test_ranks_compare_what_they_decided(debug: Callable[..., Any], monkeypatch:
         asked.clear()
         debug()
         assert asked == expected
+
+
+def test_ranks_that_disagree_leave_the_config_as_it_was(debug: Callable[..., Any], monkeypatch: Any) -> None:
+    def disagree(_: AutoFilter) -> None:
+        raise fp8gate.RanksDisagreeError("rank 1 would convert other layers")
+
+    runs: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(AutoFilter, "agree", disagree)
+    with pytest.raises(fp8gate.RanksDisagreeError):
+        debug(edit=runs.append)
+    assert float8_names(*runs) == []
 
 
 TRAINER = Path(__file__).parent / "titan_on_cpu.py"

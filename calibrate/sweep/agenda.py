@@ -14,7 +14,7 @@ from dataclasses import replace
 from fp8gate.calibrate.device.kind import NoiseLimits
 from fp8gate.calibrate.device.registry import KINDS
 from fp8gate.calibrate.grid.refinement import Refinement
-from fp8gate.calibrate.grid.unaligned import FEWER, MAX_SHARE, unaligned_shapes
+from fp8gate.calibrate.grid.unaligned import FEWER, MAX_SHARE, unaligned_shapes, with_fewer_tokens
 from fp8gate.calibrate.points.noise import Row, mostly_disturbed, repeats_disagree
 from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.calibrate.points.task_queue import Task
@@ -33,8 +33,7 @@ class Agenda:
     """The tasks that come after `tasks`, whose shapes are `wanted`.
 
     grid: of its points, some are measured with fewer tokens. refinement: None if every point is measured. repeats:
-    whether repeats can be measured, by a process that has not measured the point. before: how many measurements of the
-    sweep earlier calls took.
+    whether repeats can be measured, by a process that has not measured the point.
     """
 
     def __init__(
@@ -46,10 +45,9 @@ class Agenda:
         *,
         grid: Grid,
         repeats: bool,
-        before: int,
     ) -> None:
         self._wanted = list(wanted)
-        self.before = before
+        self._again = {task.shape for task in tasks.tasks}
         self._tasks, self._refinement, self._ledger = tasks, refinement, ledger
         self._may_repeat = self._may_repeat_early = repeats
         self._repeated: set[LinearShape] = set()
@@ -60,6 +58,21 @@ class Agenda:
         self._limits: NoiseLimits = defaults.noise
         self._unaligned_points = defaults.unaligned_points
         self._asked_at = -1
+
+    @property
+    def before(self) -> int:
+        """How many measurements of this sweep earlier calls took, without those that this call takes again."""
+        records = self._ledger.journal.records
+        earlier = records[: len(records) - len(self._ledger.measured)]
+        wanted = {*self._wanted, *map(with_fewer_tokens, self._wanted)}
+        return sum(record.shape in wanted and self._stands(record) for record in earlier)
+
+    def _stands(self, record: PointRecord) -> bool:
+        if set(record.recipes).isdisjoint(self._tasks.recipes):
+            return False
+        if record.repeat and record.shape in self._tasks.repeats:
+            return (record.shape, record.measured_on) in self._tasks.repeated
+        return record.repeat or record.shape not in self._again
 
     @property
     def undecided(self) -> int:
@@ -109,7 +122,7 @@ class Agenda:
             tasks += self._repeats(records, self._limits.repeats // 2)
             random.Random(self._tasks.seed).shuffle(tasks)
         self._wanted += due
-        self.before += len(due) - len(left)
+        self._again.update(left)
         return tasks
 
     def _repeats(self, records: Sequence[PointRecord], of_each_class: int) -> list[Task]:

@@ -131,7 +131,7 @@ def debug(tmp_path: Path) -> Callable[..., Any]:
 # --- what is converted -----------------------------------------------------------------------------------------
 
 
-def test_llama3_8b_converts_what_the_table_says(caplog: pytest.LogCaptureFixture) -> None:
+def test_llama3_8b_converts_the_fastest_measured_set_with_wqkv_whole(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "fp8gate")
     run = configured("llama3", "llama3_8b", **H200)
     alone = asked_alone(run, tokens=8192)
@@ -140,6 +140,7 @@ def test_llama3_8b_converts_what_the_table_says(caplog: pytest.LogCaptureFixture
     assert found == decided
     assert float8_names(run) == ["attention.qkv_linear.wqkv", *FEED_FORWARD]
     assert "converted 128 of 160 linears to float8 rowwise" in caplog.text
+    assert len(caplog_lines(caplog, "wqkv .* the plan's fastest measured set with wqkv whole: block 1.095x")) == 1
     assert "not asked about: lm_head: the head" in caplog.text
     assert 'SelectiveAC runs a part of the forward twice, which was not measured: decided by "recompute": "none"' in (
         caplog.text

@@ -12,6 +12,7 @@ from fp8gate import read_table
 from fp8gate.filter.contract.recipes import RECIPES
 
 COMPARISON, LIMITS, PLANS = page_text("comparison.md"), page_text("limits.md"), page_text("plans.md")
+TORCHAO = "torchao's rule"
 LOOKUP = " ".join((ROOT / "filter" / "decision" / "lookup.py").read_text().split())
 
 
@@ -88,9 +89,12 @@ def test_what_the_rules_lose_against_the_plans_of_an_h100():
 def test_the_order_of_a_plans_sets_holds_with_communication():
     import tp_block_output
 
-    told = {}
+    told, gains = {}, {}
     for file in (ROOT / "benchmarks" / "data" / "tp-block").glob("*.jsonl"):
         setup, visits = tp_block_output.read_journal(file)
+        lines = tp_block_output.headline(setup, visits).splitlines()
+        rows = [[cell.strip() for cell in line.split("|")] for line in lines if "|" in line]
+        gains[setup.model] = {name: row[4].split("%")[0] for row in rows for name in row[1].split(", ")}
         printed = tp_block_output.report(setup, visits)
         assert "No set is faster than the plan's beyond the noise." in printed
         (found,) = re.findall(r"tells (\d+ of \d+) pairs of sets apart; .* plan's order, 0 swapped\.", printed)
@@ -99,6 +103,14 @@ def test_the_order_of_a_plans_sets_holds_with_communication():
         f"tells {told['llama3-8b']} pairs of sets apart for the 8B widths, and {told['llama3-70b']} for the 70B widths"
     )
     assert said in PLANS
+    large, small = gains["llama3-70b"], gains["llama3-8b"]
+    assert large["table"] == large[TORCHAO]
+    assert f"gains {large['table'][1:]} % by it, and {large['all'][1:]} % with all linears in float8" in COMPARISON
+    assert (
+        f"gains {small['table'][1:]} % by table and plan (w1, w3), and loses {small[TORCHAO][1:]} % by torc"
+        in COMPARISON
+    )
+    assert f"whose layer gains {small['plan'][1:]} %" in LIMITS
 
 
 def sweeps_of(device):

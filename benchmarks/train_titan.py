@@ -83,7 +83,8 @@ def main() -> None:
     setup = setup_of(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     journal = Journal.of(setup, arguments.out)
-    header = header_of(setup, list_choices(setup), arguments.choices, arguments.visits)
+    has_async_tp = setup.tp > 1 and not arguments.no_async_tp
+    header = header_of(setup, list_choices(setup), arguments.choices, arguments.visits, has_async_tp=has_async_tp)
     if arguments.trace:
         trace_runs(setup, header, journal.log, stop_at)
         return
@@ -124,6 +125,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tables", type=Path, help="a table or folder of tables; default: those of fp8gate")
     parser.add_argument("--plan", type=Path, help="a plan; without one, that choice is left out")
     parser.add_argument("--choices", nargs="+", choices=get_args(Choice), default=get_args(Choice), help="bf16 always")
+    parser.add_argument("--no-async-tp", action="store_true", help="leave out bf16 and fp8gate with async TP")
     parser.add_argument(
         "--trace",
         action="store_true",
@@ -166,7 +168,7 @@ def list_choices(setup: Setup) -> Listing:
         return msgspec.json.decode(file.read_bytes(), type=Listing)
 
 
-def header_of(setup: Setup, listing: Listing, choices: Sequence[Choice], visits: int) -> Header:
+def header_of(setup: Setup, listing: Listing, choices: Sequence[Choice], visits: int, *, has_async_tp: bool) -> Header:
     asked = {choice: names for choice, names in listing.float8.items() if choice == "bf16" or choice in choices}
     return Header(
         setup=setup,
@@ -174,7 +176,7 @@ def header_of(setup: Setup, listing: Listing, choices: Sequence[Choice], visits:
         linears=listing.linears,
         device=listing.device,
         software=listing.software,
-        runs=runs_of(asked, has_async_tp=setup.tp > 1 and listing.device.kind == "cuda"),
+        runs=runs_of(asked, has_async_tp=has_async_tp and listing.device.kind == "cuda"),
     )
 
 

@@ -63,6 +63,7 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     float8: dict[Choice, tuple[str, ...]]
     linears: int
     device: Device
+    gpus: tuple[str, ...]
     software: Software
 
 
@@ -84,16 +85,17 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     journal = Journal.of(setup, arguments.out)
     has_async_tp = setup.tp > 1 and not arguments.no_async_tp
-    header = header_of(setup, list_choices(setup), arguments.choices, arguments.visits, has_async_tp=has_async_tp)
+    listing = list_choices(setup)
+    header = header_of(setup, listing, arguments.choices, arguments.visits, has_async_tp=has_async_tp)
     if arguments.trace:
         trace_runs(setup, header, journal.log, stop_at)
         return
     header, visits = opened(journal, header)
-    while missing := next(missing_visits(header, visits), None):
+    while missing := next(missing_visits(header, visits, listing.gpus), None):
         if is_too_late(stop_at, visits):
             break
         run, number = missing
-        visit = make_visit(setup, run, number, journal.log, stop_at)
+        visit = make_visit(setup, run, number, listing.gpus, journal.log, stop_at)
         if visit is None:
             break
         append(journal.visits, visit)
@@ -226,7 +228,9 @@ def is_too_late(stop_at: float | None, visits: Sequence[Visit]) -> bool:
     return stop_at is not None and time.monotonic() + max((visit.wall_s for visit in visits), default=0.0) > stop_at
 
 
-def make_visit(setup: Setup, run: Run, number: int, log: Path, stop_at: float | None) -> Visit | None:
+def make_visit(
+    setup: Setup, run: Run, number: int, gpus: tuple[str, ...], log: Path, stop_at: float | None
+) -> Visit | None:
     """Train once. None if --stop-after ended it."""
     start = time.monotonic()
     limit_s = VISIT_LIMIT_S if stop_at is None else min(VISIT_LIMIT_S, stop_at - start)
@@ -242,7 +246,7 @@ def make_visit(setup: Setup, run: Run, number: int, log: Path, stop_at: float | 
         return None
     steps = read_steps(said)
     error = None if code == 0 and steps else f"{'hung' if code is None else last_words(said)}"
-    return Visit(run=run.name, round=number, wall_s=wall_s, steps=steps, error=error)
+    return Visit(run=run.name, round=number, gpus=gpus, wall_s=wall_s, steps=steps, error=error)
 
 
 def train(setup: Setup, run: Run, log: IO[bytes], limit_s: float, *more: str) -> int | None:

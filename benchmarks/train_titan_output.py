@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, harmonic_mean
@@ -114,10 +115,14 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Visit(msgspec.Struct, frozen=True, kw_only=True):
-    """Every other line. round: each round visits all runs. error: the last line of a visit that failed."""
+    """Every other line.
+
+    round: each round visits all runs. gpus: of the ranks. error: the last line of a visit that failed.
+    """
 
     run: str
     round: int
+    gpus: tuple[str, ...]
     wall_s: float
     steps: tuple[Step, ...]
     error: str | None = None
@@ -147,13 +152,25 @@ def read_journal(file: Path) -> tuple[Header, list[Visit]]:
     return msgspec.json.decode(first, type=Header), [msgspec.json.decode(line, type=Visit) for line in lines[:-1]]
 
 
-def missing_visits(header: Header, visits: Sequence[Visit]) -> Iterator[tuple[Run, int]]:
-    """The visits that are to be made, in order. A run that failed is not visited again."""
-    done = {(visit.run, visit.round) for visit in visits}
+def missing_visits(
+    header: Header, visits: Sequence[Visit], gpus: tuple[str, ...] | None = None
+) -> Iterator[tuple[Run, int]]:
+    """The visits that are to be made, in order. A run that failed is not visited again.
+
+    gpus: those at hand. A round that was begun on others begins again, as gains are over bf16 on the same GPUs. None:
+    as many as the fullest begin of each round lacks.
+    """
     failed = {visit.run for visit in visits if visit.error}
     for number in range(header.visits):
+        by_gpus: dict[tuple[str, ...], set[str]] = defaultdict(set)
+        for visit in visits:
+            if visit.round == number:
+                by_gpus[visit.gpus].add(visit.run)
+        done = max(by_gpus.values(), key=len, default=set())
+        if gpus is not None and not done | failed >= {run.name for run in header.runs}:
+            done = by_gpus[gpus]
         for run in header.runs if number % 2 == 0 else header.runs[::-1]:
-            if (run.name, number) not in done and run.name not in failed:
+            if run.name not in done | failed:
                 yield run, number
 
 
@@ -199,7 +216,7 @@ def _lines_of_rank_0(log: str) -> Iterator[str]:
 
 def _row(header: Header, run: Run, visits: Sequence[Visit]) -> tuple[str, ...]:
     speeds = _by_round(header.setup, run, visits)
-    last = [visit.steps[-1] for visit in visits if visit.run == run.name and visit.round in speeds]
+    last = [visit.steps[-1] for visit in visits if visit.run == run.name and (visit.round, visit.gpus) in speeds]
     mfus = [step.mfu for step in last if step.mfu is not None]
     return (
         run.name,
@@ -212,18 +229,21 @@ def _row(header: Header, run: Run, visits: Sequence[Visit]) -> tuple[str, ...]:
     )
 
 
-def _by_round(setup: Setup, run: Run, visits: Sequence[Visit]) -> dict[int, float]:
-    """Tokens per second of a run's visits."""
-    found = {visit.round: tokens_per_s(setup, visit) for visit in visits if visit.run == run.name}
-    return {number: speed for number, speed in found.items() if speed is not None}
+def _by_round(setup: Setup, run: Run, visits: Sequence[Visit]) -> dict[tuple[int, tuple[str, ...]], float]:
+    """Tokens per second of a run's visits, by round and GPUs."""
+    found = {(visit.round, visit.gpus): tokens_per_s(setup, visit) for visit in visits if visit.run == run.name}
+    return {place: speed for place, speed in found.items() if speed is not None}
 
 
 def _gains(header: Header, run: Run, visits: Sequence[Visit]) -> tuple[str, str]:
-    """The gain in tokens per second over bf16 of the same round: its mean, and each. bf16: each over their mean."""
+    """The gain in tokens per second over bf16 of the same round and GPUs: its mean, and each.
+
+    bf16: each over their mean.
+    """
     speeds, bf16 = (_by_round(header.setup, each, visits) for each in (run, header.runs[0]))
     if run == header.runs[0]:
         bf16 = dict.fromkeys(bf16, fmean(bf16.values())) if bf16 else {}
-    gains = [speed / bf16[number] - 1 for number, speed in sorted(speeds.items()) if number in bf16]
+    gains = [speed / bf16[place] - 1 for place, speed in sorted(speeds.items()) if place in bf16]
     if not gains:
         return "", ""
     mean = "" if run == header.runs[0] else f"{fmean(gains):+.1%}"

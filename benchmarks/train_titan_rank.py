@@ -29,7 +29,7 @@ from torchtitan.distributed import utils as distributed_utils
 from torchtitan.models.common.linear import Linear
 from torchtitan.tools.logging import init_logger
 
-from fp8gate.calibrate.device.registry import choose_device, describe_device, describe_software
+from fp8gate.calibrate.device.registry import choose_device, describe_device, describe_software, kind_of
 from fp8gate.filter.decision.torchao_rule import torchao_converts
 
 
@@ -97,6 +97,7 @@ def listing(setup: Setup) -> dict[str, Any]:
         "float8": {choice: names for choice, names in float8.items() if names is not None},
         "linears": len(found),
         "device": describe_device(device),
+        "gpus": [kind_of(device).identity(torch.device(device.type, rank), rank) for rank in range(setup.ranks)],
         "software": describe_software(device),
     }
 

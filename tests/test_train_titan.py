@@ -83,7 +83,9 @@ def make_visit(output: ModuleType, run: str, number: int, *speeds: int, **fields
         output.Step(step=5 * i, loss=9.0 - i, memory_gib=60.0 + i, tokens_per_s=speed, tflops=1.0, mfu=None)
         for i, speed in enumerate(speeds, start=1)
     ]
-    return output.Visit(**{"run": run, "round": number, "wall_s": 50.0, "steps": tuple(steps), **fields})
+    return output.Visit(
+        **{"run": run, "round": number, "gpus": ("a", "b"), "wall_s": 50.0, "steps": tuple(steps), **fields}
+    )
 
 
 # --- torchtitan's log ------------------------------------------------------------------------------------------
@@ -150,6 +152,28 @@ def test_what_is_measured_is_not_measured_again_nor_what_failed(output: ModuleTy
     visits = [make_visit(output, bf16, 0, 100), make_visit(output, both, 0, error="OutOfMemoryError")]
     left = [(run.name, number) for run, number in output.missing_visits(header, visits)]
     assert left == [(table, 0), (table, 1), (bf16, 1)]
+
+
+def test_a_round_that_was_begun_on_other_gpus_begins_again(output: ModuleType) -> None:
+    header = make_header(output)
+    bf16, both, table = (run.name for run in header.runs)
+    first = [make_visit(output, name, 0, 100) for name in (bf16, both, table)]
+    begun = [make_visit(output, table, 1, 100), make_visit(output, both, 1, 100)]
+
+    def left(gpus: Any) -> list[str]:
+        return [run.name for run, _ in output.missing_visits(header, [*first, *begun], gpus)]
+
+    assert left(("a", "b")) == left(None) == [bf16]
+    assert left(("c", "d")) == [table, both, bf16]
+
+
+def test_gains_are_not_over_bf16_on_other_gpus(output: ModuleType) -> None:
+    header = make_header(output)
+    bf16, both, _ = (run.name for run in header.runs)
+    visits = [make_visit(output, bf16, 0, 1, 1, 1000, gpus=("c", "d")), make_visit(output, both, 0, 1, 1, 1100)]
+    assert "10.0%" not in output.report(header, visits)
+    visits.append(make_visit(output, bf16, 0, 1, 1, 1000))
+    assert "| +10.0% " in output.report(header, visits)
 
 
 def test_a_journal_goes_on_after_its_writer_was_killed(titan: ModuleType, output: ModuleType, tmp_path: Path) -> None:

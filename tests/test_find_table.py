@@ -270,6 +270,7 @@ def test_unknown_device_error_lists_devices_and_the_command(tmp_path):
         find_table("rowwise", device="NVIDIA H100", tables=folder)
     assert str(error.value) == (
         f"device: no rowwise table for 'NVIDIA H100' in {folder}; measured devices: NVIDIA B200, NVIDIA H200. "
+        "To ask about one of these, name it: --device, or device= in Python. "
         "To measure this device, run on it: fp8gate calibrate --recipes rowwise"
     )
 

@@ -96,6 +96,19 @@ def test_models_and_degrees_are_all_there(folder):
     assert next(model.note for model in verdict.models if model.model == "mixtral-8x7b")
 
 
+def test_a_model_is_there_as_the_plan_divides_it(folder):
+    measured = read_plan(PLANS / "llama3-8b-rowwise-m8192.yaml")
+    write_small_plan(folder, tp=2, shapes=divided(measured.shapes))
+    assert row_of(verdict_of(folder), "llama3-8b, TP 2").plan is not None
+    assert row_of(verdict_of(folder), "llama3-8b").plan is None
+
+
+def divided(shapes):
+    """Under TP 2: each rank has half of the outputs of q, k, v, gate and up, and half of the inputs of o and down."""
+    by_input = ("self_attn.o_proj", "mlp.down_proj")
+    return {role: (m, k // 2, n) if role in by_input else (m, k, n // 2) for role, (m, k, n) in shapes.items()}
+
+
 def test_models_far_beyond_the_table_have_no_answer(tmp_path):
     small = make_table(*(make_point(8192, k, n) for k in (128, 256) for n in (128, 256)))
     verdict = verdict_of(write_folder(tmp_path, small) / "nvidia-h200")

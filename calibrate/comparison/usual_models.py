@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from fp8gate.filter.contract.shapes import LinearShape
@@ -38,9 +39,13 @@ class ShownModel:
         return {linear.fqn: role_shape(linear, shards) for linear in linear_roles(self.config)}
 
 
-def shown_models() -> list[ShownModel]:
-    """Each bundled model as a whole, and those that are usually divided like that too."""
-    degrees = [(model, tp) for model, usual in MODEL_TP.items() for tp in sorted({1, usual})]
+def shown_models(planned: Collection[tuple[str, int]] = ()) -> list[ShownModel]:
+    """Each bundled model as a whole, as it is usually divided, and as the plans have it: their models and degrees."""
+    degrees = [
+        (model, tp)
+        for model, usual in MODEL_TP.items()
+        for tp in sorted({1, usual, *(tp for name, tp in planned if name == model)})
+    ]
     return [ShownModel(name=_name(model, tp), config=BUNDLED[model], tp=tp) for model, tp in degrees]
 
 

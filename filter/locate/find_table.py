@@ -141,6 +141,8 @@ def _no_table(searched: Sequence[Place], recipe: Recipe, device: str) -> str:
     known = measured_devices(folders, recipe)
     alike = suggestions(device, sorted(_by_slug(folders, recipe)))
     meant = f" Did you mean {' or '.join(alike)}?" if alike else ""
+    if known and not alike:
+        meant = " To ask about one of these, name it: --device, or device= in Python."
     return (
         f"device: no {recipe} table for {device!r} in {', '.join(map(str, folders))}; measured devices: "
         f"{', '.join(known) or 'none'}.{meant} {_how_to_measure(recipe)}"

@@ -116,7 +116,8 @@ class DeviceVerdict:
         points = [point for table in self._tables.values() for point in table.points]
         wins = any((point.speedup or 0) >= SHARED_MIN_SPEEDUP for point in points)
         has_plans = any(plan.convert for plans in self._plans.values() for plan in plans)
-        models = [self._of_model(model) for model in shown_models()] if wins or has_plans else []
+        planned = {(plan.model, plan.tp) for plans in self._plans.values() for plan in plans}
+        models = [self._of_model(model) for model in shown_models(planned)] if wins or has_plans else []
         return Verdict(
             device=self._device,
             tokens=self._tokens,

@@ -24,6 +24,7 @@ from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.table import Incomplete, Table, TableError, read_table
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import Lookup
+from fp8gate.filter.decision.shared_input import least_text
 from fp8gate.filter.locate.find_table import table_files
 
 PAGE, TEMPLATE = "index.html", "page.html.jinja"
@@ -134,6 +135,7 @@ def render(sections: Sequence[DeviceSection]) -> str:
     return environment.get_template(TEMPLATE).render(
         sections=sections,
         min_speedup=DEFAULT_MIN_SPEEDUP,
+        least=least_text(None),
         without_rule=[recipe for recipe, facts in RECIPES.items() if facts.torchao_skips is None],
         statuses=status_legend(),
     )

@@ -22,6 +22,7 @@ from test_sweep import (  # noqa: F401  # fixtures
 from fp8gate.calibrate.device.cpu import Cpu
 from fp8gate.calibrate.grid.grid import grid_shapes
 from fp8gate.calibrate.grid.unaligned import unaligned_factor, unaligned_shapes, with_fewer_tokens
+from fp8gate.calibrate.points.point_record import CONTROL
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, Unaligned
 from fp8gate.filter.decision.decide import decide
@@ -93,7 +94,9 @@ def measure(run, script, monkeypatch):  # noqa: F811
     def answer(task, recipes):
         record = record_of(task, ["tensorwise"], speedup=1.0, process=8 if task.repeat else 7)
         slower = record_of(task, ["rowwise"], speedup=1.0 if task.shape.is_aligned else 0.9)
-        return msgspec.structs.replace(record, arms={**record.arms, **slower.arms})
+        arms = {**record.arms, **slower.arms}
+        asked = {name: arm for name, arm in arms.items() if name in ("bf16", CONTROL, *recipes)}
+        return msgspec.structs.replace(record, arms=asked)
 
     script.answer = answer
     repeats_wanted(monkeypatch, 4)
@@ -127,6 +130,15 @@ def test_a_stopped_sweep_measures_as_many_as_one_that_is_not(measure, script, st
     assert all(table.protocol.unaligned is None for table in stopped.incomplete.values())
     assert {table.protocol.unaligned.points for table in measure().tables.values()} == {5}
     assert len(set(fewer_measured(script))) == len(fewer_measured(script)) == 5
+
+
+def test_a_recipe_of_a_later_call_has_points_of_its_own(measure, script):  # noqa: F811
+    measure(recipes=["rowwise"])
+    (table,) = measure(recipes=["tensorwise"]).tables.values()
+    assert table.protocol.unaligned == Unaligned(points=5, factor=1.0)
+    for table in measure().tables.values():  # both, of which nothing is missing
+        assert table.protocol.unaligned.points == 5
+    assert len(fewer_measured(script)) == 5 + 5
 
 
 @pytest.mark.parametrize("options", [{"shapes": SHAPES[:99]}, {"grid": Grid()}, {"workers": 0}])

@@ -179,6 +179,15 @@ def test_multiples_of_128_and_measured_shapes_are_left_as_they_are():
         assert with_factor(shape) == without(shape)
 
 
+@pytest.mark.parametrize(("kind", "factor"), [("interpolate", 0.9), ("nearest", 1.0)])
+def test_a_point_off_the_grid_has_it_in_itself_and_not_in_what_is_interpolated_beside_it(kind, factor):
+    grid = Grid(m=(128, 256), k=(64, 256), n=(64, 256))
+    points = [*POINTS[:4], make_point(144, 128, 128, 0.7), *POINTS[4:]]
+    lookup = Lookup(make_table(*points, grid=grid, protocol=unaligned(0.9)), kind)
+    assert lookup(LinearShape(144, 128, 144)).unaligned == factor
+    assert lookup(LinearShape(144, 128, 128)).unaligned == 1.0
+
+
 def test_points_that_were_measured_with_such_tokens_have_it_in_them():
     points = [make_point(m, 64, n, 1.2) for m in (144, 208) for n in (64, 256)]
     assert Lookup(make_table(*points, protocol=unaligned()))(LinearShape(176, 64, 128)).speedup == pytest.approx(1.2)

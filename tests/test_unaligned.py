@@ -24,7 +24,7 @@ from fp8gate.calibrate.grid.grid import grid_shapes
 from fp8gate.calibrate.grid.unaligned import unaligned_factor, unaligned_shapes, with_fewer_tokens
 from fp8gate.calibrate.points.point_record import CONTROL
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Grid, Unaligned
+from fp8gate.filter.contract.table import Grid, Incomplete, Unaligned
 from fp8gate.filter.decision.decide import decide
 from fp8gate.filter.decision.lookup import Lookup
 
@@ -139,6 +139,12 @@ def test_a_recipe_of_a_later_call_has_points_of_its_own(measure, script):  # noq
     for table in measure().tables.values():  # both, of which nothing is missing
         assert table.protocol.unaligned.points == 5
     assert len(fewer_measured(script)) == 5 + 5
+
+
+def test_repeats_of_another_recipe_are_not_counted_as_taken(measure, stopped_after):  # noqa: F811
+    measure(recipes=["rowwise"])
+    for table in measure(stop_after_s=stopped_after(3)).incomplete.values():
+        assert table.incomplete == Incomplete(measured=3, of=len(SHAPES) + 5)  # and a twentieth of the points again
 
 
 @pytest.mark.parametrize("options", [{"shapes": SHAPES[:99]}, {"grid": Grid()}, {"workers": 0}])

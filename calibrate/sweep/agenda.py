@@ -57,6 +57,7 @@ class Agenda:
         self._tasks, self._refinement, self._ledger = tasks, refinement, ledger
         self._may_repeat = self._may_repeat_early = repeats
         self._repeated: set[LinearShape] = set()
+        self._repeated_before = repeated_shapes(ledger.journal.records, tasks.recipes)
         self._grid = grid
         self._unaligned: set[LinearShape] = set()
         self._looks = 0
@@ -74,11 +75,11 @@ class Agenda:
         return sum(record.shape in wanted and self._stands(record) for record in earlier)
 
     def _stands(self, record: PointRecord) -> bool:
-        if set(record.recipes).isdisjoint(self._tasks.recipes):
-            return False
         if record.repeat and record.shape in self._tasks.repeats:
             return (record.shape, record.measured_on) in self._tasks.repeated
-        return record.repeat or record.shape not in self._again
+        if record.repeat:
+            return record.shape in self._repeated_before
+        return record.shape not in self._again and not set(record.recipes).isdisjoint(self._tasks.recipes)
 
     @property
     def undecided(self) -> int:

@@ -23,8 +23,9 @@ from fp8gate.calibrate.device.cpu import Cpu
 from fp8gate.calibrate.grid.grid import grid_shapes
 from fp8gate.calibrate.grid.unaligned import unaligned_factor, unaligned_shapes, with_fewer_tokens
 from fp8gate.calibrate.points.point_record import CONTROL
+from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Grid, Incomplete, Unaligned
+from fp8gate.filter.contract.table import Grid, Incomplete, Unaligned, read_table, write_tables
 from fp8gate.filter.decision.decide import decide
 from fp8gate.filter.decision.lookup import Lookup
 
@@ -139,6 +140,16 @@ def test_a_recipe_of_a_later_call_has_points_of_its_own(measure, script):  # noq
     for table in measure().tables.values():  # both, of which nothing is missing
         assert table.protocol.unaligned.points == 5
     assert len(fewer_measured(script)) == 5 + 5
+
+
+def test_a_row_is_lost_though_its_shape_was_measured_with_fewer_tokens(measure, script):  # noqa: F811
+    """Such measurements give no row."""
+    (path, *_) = measure().tables
+    table, shape = read_table(path), fewer_measured(script)[0]
+    with_row = sorted([*table.points, make_point(shape.m, shape.k, shape.n, 0.9)], key=lambda point: point.shape)
+    write_tables({path: msgspec.structs.replace(table, points=tuple(with_row))})
+    with pytest.raises(InputError, match="1 of its points are not in this sweep and would be lost"):
+        measure()
 
 
 def test_repeats_of_another_recipe_are_not_counted_as_taken(measure, stopped_after):  # noqa: F811

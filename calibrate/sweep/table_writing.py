@@ -103,7 +103,8 @@ def require_nothing_lost(
     for recipe in recipes:
         path = folder / f"{recipe}.yaml"
         if path.exists() and not is_to_be_replaced(path, recipe, journal):
-            kept = {*wanted, *(record.shape for record in journal.records if recipe in record.arms)}
+            rows = {record.shape for record in journal.records if recipe in record.arms and not record.repeat}
+            kept = {*wanted, *rows}
             lost = sum(point.shape not in kept for point in read_table(path).points)
             if lost:
                 raise InputError(

@@ -202,13 +202,18 @@ def opened(journal: Journal, header: Header) -> tuple[Header, list[Visit]]:
         append(journal.visits, header)
         return header, []
     found, visits = read_journal(journal.visits)
+    require_same(found, header, journal.visits)
+    return found, visits
+
+
+def require_same(found: Header, header: Header, file: Path) -> None:
+    """Raises SystemExit if a file with the header that was found is of something else."""
     for name in header.__struct_fields__:
         if getattr(found, name) != getattr(header, name):
             raise SystemExit(
-                f"{journal.visits}: {name}: expected {getattr(header, name)}, as this command has it; found "
+                f"{file}: {name}: expected {getattr(header, name)}, as this command has it; found "
                 f"{getattr(found, name)}; give another folder to --out"
             )
-    return found, visits
 
 
 def cut_to_whole_lines(file: Path) -> None:
@@ -271,10 +276,17 @@ def environment() -> dict[str, str]:
 
 
 def trace_runs(setup: Setup, header: Header, log: Path, stop_at: float | None) -> None:
-    """Trace each run, print where its steps go, and write it beside the journal. What was written is not run again."""
+    """Trace each run, print where its steps go, and write it beside the journal. What was written is not run again.
+
+    Raises SystemExit if what was written is of something else.
+    """
     written = log.with_name(f"{setup.name}-traces.jsonl")
     cut_to_whole_lines(written)
-    traces = [msgspec.json.decode(line, type=StepTrace) for line in written.read_bytes().splitlines()]
+    if not written.stat().st_size:
+        append(written, header)
+    first, *lines = written.read_bytes().splitlines()
+    require_same(msgspec.json.decode(first, type=Header), header, written)
+    traces = [msgspec.json.decode(line, type=StepTrace) for line in lines]
     for run in header.runs:
         if any(trace.run == run.name for trace in traces):
             continue

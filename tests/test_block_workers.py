@@ -107,10 +107,18 @@ def test_processes_answer_as_this_one_does(job, tmp_path):
     assert active_children() == []
 
 
-def test_bf16_again_comes_from_another_process(job, tmp_path):
+@pytest.mark.parametrize(
+    "calls",
+    [
+        ([BF16_SET], [INNER], [CONTROL_SET]),
+        ([BF16_SET], [INNER, CONTROL_SET]),
+        ([BF16_SET, INNER, OUTER, CONTROL_SET],),  # a plan that goes on with its finalists
+    ],
+)
+def test_bf16_again_comes_from_another_process(job, tmp_path, calls):
     with BlockWorkerPool(job, 2, serve=hooked_block(note_requests, tmp_path)) as pool:
-        for sets in [BF16_SET], [INNER], [CONTROL_SET]:
-            list(pool.compile(sets))
+        for sets in calls:
+            assert dict(pool.compile(sets)) == dict.fromkeys(sets, Done())
     notes = {path.name: path.read_text().splitlines() for path in tmp_path.iterdir()}
     assert [("compile " in lines) + ("compile bf16 again" in lines) for lines in notes.values()] == [1, 1]
 

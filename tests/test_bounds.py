@@ -218,16 +218,28 @@ def test_a_class_has_forty_repeats_or_a_share_of_its_points(smalls, larges, expe
     assert (found.count(25.0), found.count(60.0)) == expected
 
 
+def repeat_of(shape, recipes=("tensorwise", "rowwise")):
+    arms = dict.fromkeys(["bf16", *recipes], timed_arm([100.0] * 8))
+    return point_record((shape.m, shape.k, shape.n), repeat=True, arms=arms)
+
+
 def test_repeats_of_earlier_calls_count_and_points_without_numbers_are_not_repeated():
     wanted, rows = rows_of([50.0] * 30)
     for by_shape in rows.values():
         by_shape[wanted[0]] = Row(point=make_point(16, 16, 16, status="failed"))
-    taken = [point_record((s.m, s.k, s.n), repeat=True) for s in wanted[1:4]]
+    taken = [repeat_of(shape) for shape in wanted[1:4]]
     (last,) = repeats_for_bounds(wanted, rows, taken, 0, FEW)
     assert last.shape not in wanted[:4]
-    done = [*taken, point_record((last.shape.m, last.shape.k, last.shape.n), repeat=True)]
-    assert repeats_for_bounds(wanted, rows, done, 0, FEW) == []
+    assert repeats_for_bounds(wanted, rows, [*taken, repeat_of(last.shape)], 0, FEW) == []
     assert repeats_for_bounds(wanted, rows, [], 0, dataclasses.replace(FEW, repeats=0)) == []
+
+
+def test_repeats_count_once_they_are_of_all_recipes():
+    wanted, rows = rows_of([50.0] * 30)
+    of_one = [repeat_of(shape, ["tensorwise"]) for shape in wanted[:4]]
+    assert len(repeats_for_bounds(wanted, rows, of_one, 0, FEW)) == 4
+    of_the_other = [repeat_of(shape, ["rowwise"]) for shape in wanted[:4]]
+    assert repeats_for_bounds(wanted, rows, [*of_one, *of_the_other], 0, FEW) == []
 
 
 # Tables.

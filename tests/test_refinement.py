@@ -7,12 +7,13 @@ import functools
 import math
 import random
 from collections import Counter
+from datetime import timedelta
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 from builders import make_point, make_table
-from samples import NEVER_NOISE, SETUP
+from samples import NEVER_NOISE, NOON, SETUP, replaced
 from test_sweep import (  # noqa: F401  # fixtures
     _calm_host,
     _own_device_lock,
@@ -224,6 +225,27 @@ def test_a_fresh_sweep_that_was_stopped_beside_a_complete_table_goes_on_with_wha
     (table,) = refined().tables.values()
     assert set(script.shapes) == DUE == {point.shape for point in table.points}
     assert len(script.shapes) == len(DUE)
+
+
+def test_a_fresh_sweep_that_was_stopped_goes_on_though_the_table_that_it_replaces_has_other_points(
+    refined,
+    run,  # noqa: F811
+    stopped_after,  # noqa: F811
+):
+    run([*SHAPES, LinearShape(512, 512, 512)], recipes=["rowwise"], grid=GRID)
+    refined(fresh=True, stop_after_s=stopped_after(3))
+    (table,) = refined().tables.values()
+    assert {point.shape for point in table.points} == DUE
+
+
+def test_a_table_that_came_after_a_fresh_start_keeps_its_points(refined, run, script):  # noqa: F811
+    refined(fresh=True)
+    later = NOON + timedelta(hours=1)
+    script.answer = lambda task, recipes: record_of(task, recipes, speedup=speedup_at(task.shape), measured_at=later)
+    other = replaced(SETUP, software=replaced(SETUP.software, torch="9.9.9"))
+    run(SHAPES, recipes=["rowwise"], grid=GRID, setup=other)
+    (table,) = refined().tables.values()
+    assert {point.shape for point in table.points} == set(SHAPES)
 
 
 def test_a_recipe_that_a_fresh_sweep_did_not_measure_keeps_its_points(refined, run, script, stopped_after):  # noqa: F811

@@ -322,6 +322,9 @@ def test_runs_are_traced_once(
     assert f"| {header.runs[1].name}" in said.out
     titan.trace_runs(header.setup, header, log, None)
     assert traced[3:] == [header.runs[2].name]  # what failed is tried again, what was traced is not
+    other = msgspec.structs.replace(header, setup=msgspec.structs.replace(header.setup, plan="/other.yaml"))
+    with pytest.raises(SystemExit, match=r"-traces\.jsonl: setup: expected .*/other\.yaml.*another folder to --out"):
+        titan.trace_runs(other.setup, other, log, None)  # it has the same names for other sets of linears
 
 
 KINDS = ("bf16 products", "float8 products", "attention", "communication", "optimizer", "casts and others")

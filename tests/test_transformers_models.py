@@ -243,6 +243,13 @@ def test_what_transformers_cannot_build_says_what_to_do(tmp_path, facts, complai
     assert "10**6" in str(facts) or "--linear NAME" in str(caught.value) or "expected at most" in str(caught.value)
 
 
+def test_the_rows_of_a_linear_with_a_star_are_those_of_every_layer():
+    base = ["explain", "mine", "--recipe", "rowwise", "--tokens", "8192", "--device", "H200", "--json"]
+    shown = json.loads(CliRunner().invoke(app, [*base, "--linear", "layers.*.expert,4096,14336,8,256"]).stdout)
+    assert [(row["fqn"], row["count"], row["m"]) for row in shown["layers"]] == [("layers.*.expert", 8, 256)]
+    assert not any("say rows=" in remark for remark in shown["remarks"])
+
+
 def test_explain_takes_linears_from_the_command_line(tmp_path):
     base = ["explain", "mine", "--recipe", "rowwise", "--tokens", "8192", "--device", "H200", "--json"]
     sizes = ("q,4096,4096,32", "o,4096,4096,32", "expert,4096,14336,8,256")

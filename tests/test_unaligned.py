@@ -22,8 +22,10 @@ from test_sweep import (  # noqa: F401  # fixtures
 from fp8gate.calibrate.device.cpu import Cpu
 from fp8gate.calibrate.grid.grid import grid_shapes
 from fp8gate.calibrate.grid.unaligned import unaligned_factor, unaligned_shapes, with_fewer_tokens
+from fp8gate.calibrate.points.point_record import CONTROL
+from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Grid, Unaligned
+from fp8gate.filter.contract.table import Grid, Incomplete, Unaligned, read_table, write_tables
 from fp8gate.filter.decision.decide import decide
 from fp8gate.filter.decision.lookup import Lookup
 
@@ -93,7 +95,9 @@ def measure(run, script, monkeypatch):  # noqa: F811
     def answer(task, recipes):
         record = record_of(task, ["tensorwise"], speedup=1.0, process=8 if task.repeat else 7)
         slower = record_of(task, ["rowwise"], speedup=1.0 if task.shape.is_aligned else 0.9)
-        return msgspec.structs.replace(record, arms={**record.arms, **slower.arms})
+        arms = {**record.arms, **slower.arms}
+        asked = {name: arm for name, arm in arms.items() if name in ("bf16", CONTROL, *recipes)}
+        return msgspec.structs.replace(record, arms=asked)
 
     script.answer = answer
     repeats_wanted(monkeypatch, 4)
@@ -127,6 +131,31 @@ def test_a_stopped_sweep_measures_as_many_as_one_that_is_not(measure, script, st
     assert all(table.protocol.unaligned is None for table in stopped.incomplete.values())
     assert {table.protocol.unaligned.points for table in measure().tables.values()} == {5}
     assert len(set(fewer_measured(script))) == len(fewer_measured(script)) == 5
+
+
+def test_a_recipe_of_a_later_call_has_points_of_its_own(measure, script):  # noqa: F811
+    measure(recipes=["rowwise"])
+    (table,) = measure(recipes=["tensorwise"]).tables.values()
+    assert table.protocol.unaligned == Unaligned(points=5, factor=1.0)
+    for table in measure().tables.values():  # both, of which nothing is missing
+        assert table.protocol.unaligned.points == 5
+    assert len(fewer_measured(script)) == 5 + 5
+
+
+def test_a_row_is_lost_though_its_shape_was_measured_with_fewer_tokens(measure, script):  # noqa: F811
+    """Such measurements give no row."""
+    (path, *_) = measure().tables
+    table, shape = read_table(path), fewer_measured(script)[0]
+    with_row = sorted([*table.points, make_point(shape.m, shape.k, shape.n, 0.9)], key=lambda point: point.shape)
+    write_tables({path: msgspec.structs.replace(table, points=tuple(with_row))})
+    with pytest.raises(InputError, match="1 of its points are not in this sweep and would be lost"):
+        measure()
+
+
+def test_repeats_of_another_recipe_are_not_counted_as_taken(measure, stopped_after):  # noqa: F811
+    measure(recipes=["rowwise"])
+    for table in measure(stop_after_s=stopped_after(3)).incomplete.values():
+        assert table.incomplete == Incomplete(measured=3, of=len(SHAPES) + 5)  # and a twentieth of the points again
 
 
 @pytest.mark.parametrize("options", [{"shapes": SHAPES[:99]}, {"grid": Grid()}, {"workers": 0}])
@@ -165,6 +194,15 @@ def test_multiples_of_128_and_measured_shapes_are_left_as_they_are():
     )
     for shape in (LinearShape(128, 100, 100), LinearShape(384, 128, 128), measured.shape):
         assert with_factor(shape) == without(shape)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("interpolate", 0.9), ("nearest", 1.0)])
+def test_a_point_off_the_grid_has_it_in_itself_and_not_in_what_is_interpolated_beside_it(kind, factor):
+    grid = Grid(m=(128, 256), k=(64, 256), n=(64, 256))
+    points = [*POINTS[:4], make_point(144, 128, 128, 0.7), *POINTS[4:]]
+    lookup = Lookup(make_table(*points, grid=grid, protocol=unaligned(0.9)), kind)
+    assert lookup(LinearShape(144, 128, 144)).unaligned == factor
+    assert lookup(LinearShape(144, 128, 128)).unaligned == 1.0
 
 
 def test_points_that_were_measured_with_such_tokens_have_it_in_them():

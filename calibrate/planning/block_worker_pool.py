@@ -84,6 +84,7 @@ class BlockWorkerPool:
         left = deque(sets)
         idle = sorted(self._children, key=list(self._compiled_by.values()).count)
         if CONTROL_SET in sets:  # a process shares tuned kernels: what bf16 is compared with must come from another
+            left = deque(sorted(sets, key=lambda roles: roles not in (BF16_SET, CONTROL_SET)))  # while all are idle
             idle.sort(key=lambda child: child is self._compiled_by.get(BF16_SET))
         busy: dict[Child, RoleSet] = {}
         while left or busy:

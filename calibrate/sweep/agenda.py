@@ -19,7 +19,13 @@ from fp8gate.calibrate.points.noise import Row, mostly_disturbed, repeats_disagr
 from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.calibrate.points.task_queue import Task
 from fp8gate.calibrate.sweep.session import JournalLedger
-from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks, repeats_for_bounds, second_looks, unmeasured
+from fp8gate.calibrate.sweep.sweep_tasks import (
+    SweepTasks,
+    repeated_shapes,
+    repeats_for_bounds,
+    second_looks,
+    unmeasured,
+)
 from fp8gate.calibrate.sweep.table_writing import rows_of
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import TOKEN_TILE, LinearShape
@@ -51,6 +57,7 @@ class Agenda:
         self._tasks, self._refinement, self._ledger = tasks, refinement, ledger
         self._may_repeat = self._may_repeat_early = repeats
         self._repeated: set[LinearShape] = set()
+        self._repeated_before = repeated_shapes(ledger.journal.records, tasks.recipes)
         self._grid = grid
         self._unaligned: set[LinearShape] = set()
         self._looks = 0
@@ -68,11 +75,11 @@ class Agenda:
         return sum(record.shape in wanted and self._stands(record) for record in earlier)
 
     def _stands(self, record: PointRecord) -> bool:
-        if set(record.recipes).isdisjoint(self._tasks.recipes):
-            return False
         if record.repeat and record.shape in self._tasks.repeats:
             return (record.shape, record.measured_on) in self._tasks.repeated
-        return record.repeat or record.shape not in self._again
+        if record.repeat:
+            return record.shape in self._repeated_before
+        return record.shape not in self._again and not set(record.recipes).isdisjoint(self._tasks.recipes)
 
     @property
     def undecided(self) -> int:
@@ -135,7 +142,7 @@ class Agenda:
         return repeats
 
     def _with_fewer_tokens(self, records: Sequence[PointRecord]) -> list[Task]:
-        """They are repeats, as they give no row. Those of earlier calls count."""
+        """They are repeats, as they give no row. Those of earlier calls count if they were of all recipes."""
         on_grid = {s for s in self._wanted if s.m in self._grid.m and s.k in self._grid.k and s.n in self._grid.n}
         if self._unaligned_points > MAX_SHARE * len(on_grid):
             return []
@@ -143,7 +150,7 @@ class Agenda:
             recipe: {s: row.point.speedup for s, row in rows.items() if s in on_grid and row.point.speedup}
             for recipe, rows in self._rows(records).items()
         }
-        self._unaligned |= {record.shape for record in records if record.repeat}
+        self._unaligned |= repeated_shapes(records, self._tasks.recipes)
         found = unaligned_shapes(speedups, self._unaligned, count=self._unaligned_points, seed=self._tasks.seed)
         self._unaligned.update(found)
         if found:

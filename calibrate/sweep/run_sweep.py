@@ -33,6 +33,7 @@ from fp8gate.calibrate.sweep.session import JournalLedger, SessionResult, SweepS
 from fp8gate.calibrate.sweep.sweep_report import SweepReport, make_sweep_report
 from fp8gate.calibrate.sweep.sweep_tasks import SweepTasks, tasks_left
 from fp8gate.calibrate.sweep.table_writing import (
+    is_to_be_replaced,
     require_nothing_lost,
     require_same_device,
     rows_of,
@@ -150,11 +151,10 @@ def sweep(
     with DeviceLock(device), SweepJournal(folder, setup, fresh=fresh, replaces=recipes) as journal:
         require_same_device(folder, recipes, setup.device.name)
         if not fresh:
-            require_nothing_lost(folder, recipes, wanted, journal.records)
+            require_nothing_lost(folder, recipes, wanted, journal)
         refinement = None
         if refines and not measuring:
-            kept = [recipe for recipe in recipes if recipe not in journal.replaces]
-            refinement = Refinement(grid, wanted, always=_known_shapes(folder, kept))
+            refinement = Refinement(grid, wanted, always=_known_shapes(folder, recipes, journal))
         first = refinement.first if refinement else wanted
         drawn_from = refinement.first_of_any if refinement else wanted
         tasks = tasks_left(setup, first, recipes, journal.records, seed, drawn_from)
@@ -240,11 +240,12 @@ class _Unfinished:
         return tables.written
 
 
-def _known_shapes(folder: Path, recipes: Sequence[Recipe]) -> set[LinearShape]:
+def _known_shapes(folder: Path, recipes: Sequence[Recipe], journal: SweepJournal) -> set[LinearShape]:
     """The shapes of the tables that are kept: what is known is measured again, so that nothing of it is lost."""
     known: set[LinearShape] = set()
-    for path in (folder / f"{recipe}.yaml" for recipe in recipes):
-        if path.exists():
+    for recipe in recipes:
+        path = folder / f"{recipe}.yaml"
+        if path.exists() and not is_to_be_replaced(path, recipe, journal):
             known.update(point.shape for point in read_table(path).points)
     return known
 

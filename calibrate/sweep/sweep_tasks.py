@@ -126,8 +126,8 @@ def repeats_for_bounds(
     """The repeats that each class of points still lacks, in the order of `wanted`. They are random points of the class.
 
     asked: shapes that are being repeated, or will be. One repeat measures all recipes. Which class a point is of, only
-    its first measurement tells. Repeats of earlier calls count, so that a sweep that goes on takes no more of them than
-    one that ran through.
+    its first measurement tells. Repeats of earlier calls count if they were of all recipes, so that a sweep that goes
+    on takes no more of them than one that ran through.
     """
     times_us = {
         shape: row.point.bf16_fwd_us + row.point.bf16_bwd_us
@@ -135,7 +135,7 @@ def repeats_for_bounds(
         for shape, row in by_shape.items()
         if row.point.bf16_fwd_us and row.point.bf16_bwd_us
     }
-    repeated = {*asked, *(record.shape for record in records if record.repeat)}
+    repeated = {*asked, *repeated_shapes(records, tuple(rows))}
     chosen: set[LinearShape] = set()
     for small, share in zip((True, False), MAX_REPEAT_SHARES, strict=True):
         of_class = sorted(shape for shape in wanted if shape in times_us and is_small(times_us[shape]) is small)
@@ -144,6 +144,15 @@ def repeats_for_bounds(
         random.Random(seed).shuffle(missing)
         chosen.update(missing[: max(0, lacking)])
     return [Task(shape, repeat=True) for shape in wanted if shape in chosen]
+
+
+def repeated_shapes(records: Iterable[PointRecord], recipes: Sequence[Recipe]) -> set[LinearShape]:
+    """The shapes whose repeats are of all these recipes: those of an earlier call may be of others alone."""
+    repeated: dict[LinearShape, set[Recipe]] = defaultdict(set)
+    for record in records:
+        if record.repeat:
+            repeated[record.shape].update(record.recipes)
+    return {shape for shape, found in repeated.items() if found.issuperset(recipes)}
 
 
 def _share(share: float, count: int) -> int:

@@ -82,17 +82,29 @@ def _limits(setup: Setup) -> NoiseLimits:
     return KINDS[setup.device.kind].defaults.noise
 
 
+def is_to_be_replaced(path: Path, recipe: Recipe, journal: SweepJournal) -> bool:
+    """Whether the fresh start of a journal is to replace the table that is there.
+
+    Not one that came later, of another set-up or merged: nobody has asked for its points to be lost.
+    """
+    if recipe not in journal.replaces:
+        return False
+    begun = min((record.measured_at for record in journal.records), default=None)
+    return begun is None or read_table(path).measured_at <= begun
+
+
 def require_nothing_lost(
-    folder: Path, recipes: Sequence[Recipe], wanted: Sequence[LinearShape], records: Sequence[PointRecord]
+    folder: Path, recipes: Sequence[Recipe], wanted: Sequence[LinearShape], journal: SweepJournal
 ) -> None:
-    """Raise InputError, before anything is measured, if a table that is there has points that this sweep has not.
+    """Raise InputError, before anything is measured, if a table that is kept has points that this sweep has not.
 
     A small sweep must not replace a large table.
     """
     for recipe in recipes:
         path = folder / f"{recipe}.yaml"
-        if path.exists():
-            kept = {*wanted, *(record.shape for record in records if recipe in record.arms)}
+        if path.exists() and not is_to_be_replaced(path, recipe, journal):
+            rows = {record.shape for record in journal.records if recipe in record.arms and not record.repeat}
+            kept = {*wanted, *rows}
             lost = sum(point.shape not in kept for point in read_table(path).points)
             if lost:
                 raise InputError(
@@ -119,17 +131,18 @@ def write_tables(
 
     Raises InputError, and writes no table, if points of an earlier table would lose their numbers: then something is
     broken, and rarely the hardware. Raises TooNoisyError if too many of them would lose theirs to noise. With `fresh`
-    the earlier tables are replaced whatever they hold.
+    the earlier tables are replaced whatever they hold, as with a journal that was begun so.
     """
     tables = {}
     for recipe in recipes:
         path = folder / f"{recipe}.yaml"
         table = make_table(grid, recipe, journal.setup, journal.records)
-        if path.exists() and not fresh:
+        if path.exists() and not fresh and not is_to_be_replaced(path, recipe, journal):
             earlier = read_table(path)
             _require_no_number_lost(table, earlier, path, journal.records)
             _require_little_noise(table, earlier, path)
-        tables[path] = table if fresh else _with_earlier_axes(table, path)
+            table = _with_earlier_axes(table, path)
+        tables[path] = table
     contract.write_tables(tables)
     return tables
 

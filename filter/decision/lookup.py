@@ -14,7 +14,7 @@ from operator import mul
 from typing import Literal, NamedTuple, get_args
 
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.shapes import TOKEN_TILE, LinearShape
 from fp8gate.filter.contract.table import Point, Status, Table
 from fp8gate.filter.decision.axis import DISTANCE_DIGITS, Axis, nearest_first
 from fp8gate.filter.decision.estimate import Estimate
@@ -59,9 +59,18 @@ class Lookup:
         if not self._logs:
             return None
         estimate, unaligned = self._estimate(shape), self.table.protocol.unaligned
-        if unaligned is None or shape.is_aligned or not estimate.point.shape.is_aligned:
-            return estimate  # a point with such tokens, which may be the shape itself, was measured as slow as they are
+        if unaligned is None or shape.is_aligned or not self._is_of_aligned(shape, estimate):
+            return estimate  # points with such tokens, which may be the shape itself, were measured as slow as they are
         return estimate.with_unaligned_tokens(unaligned.factor)
+
+    def _is_of_aligned(self, shape: LinearShape, estimate: Estimate) -> bool:
+        """Whether the points that an estimate was made of have tokens that are a multiple of 128.
+
+        An interpolation takes none that is off the grid, however near.
+        """
+        if not estimate.interpolated:
+            return estimate.point.shape.is_aligned
+        return all(m % TOKEN_TILE == 0 for m, _ in self._grid[0].bracket(shape.m)[1])
 
     def _nearest(self, shape: LinearShape) -> Estimate:
         """The nearest point's speedup as it was measured, and its times scaled with the work."""

@@ -37,8 +37,8 @@ def describe_model(model: str, tokens: int, *, linears: Sequence[str] = ()) -> D
     """
     if linears:
         roles = tuple(map(_parse_linear, linears))
-        seen = {role.name: ObservedLinear(calls=1, rows=role.rows or tokens) for role in roles}
-        if len(seen) < len(roles):
+        seen = {name: ObservedLinear(calls=1, rows=role.rows or tokens) for role in roles for name in role.names}
+        if len(seen) < sum(len(role.names) for role in roles):
             raise InputError("--linear: expected each NAME once; give linears of several sizes a name each")
         listed = Observation(seen)
         return DescribedModel(

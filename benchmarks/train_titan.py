@@ -40,7 +40,6 @@ from train_titan_output import (
     Widths,
     last_words,
     missing_visits,
-    read_journal,
     read_steps,
     report,
 )
@@ -197,23 +196,23 @@ def runs_of(float8: Mapping[Choice, tuple[str, ...]], *, has_async_tp: bool) -> 
 
 def opened(journal: Journal, header: Header) -> tuple[Header, list[Visit]]:
     """Begin a journal, or go on with one. Raises SystemExit if it is of something else."""
-    cut_to_whole_lines(journal.visits)
-    if not journal.visits.stat().st_size:
-        append(journal.visits, header)
-        return header, []
-    found, visits = read_journal(journal.visits)
-    require_same(found, header, journal.visits)
-    return found, visits
+    return header, [msgspec.json.decode(line, type=Visit) for line in lines_of(journal.visits, header)]
 
 
-def require_same(found: Header, header: Header, file: Path) -> None:
-    """Raises SystemExit if a file with the header that was found is of something else."""
+def lines_of(file: Path, header: Header) -> list[bytes]:
+    """The lines after the header, with which a new file begins. Raises SystemExit if it is of something else."""
+    cut_to_whole_lines(file)
+    if not file.stat().st_size:
+        append(file, header)
+    first, *lines = file.read_bytes().splitlines()
+    found = msgspec.json.decode(first, type=Header)
     for name in header.__struct_fields__:
         if getattr(found, name) != getattr(header, name):
             raise SystemExit(
                 f"{file}: {name}: expected {getattr(header, name)}, as this command has it; found "
                 f"{getattr(found, name)}; give another folder to --out"
             )
+    return lines
 
 
 def cut_to_whole_lines(file: Path) -> None:
@@ -233,12 +232,17 @@ def is_too_late(stop_at: float | None, visits: Sequence[Visit]) -> bool:
     return stop_at is not None and time.monotonic() + max((visit.wall_s for visit in visits), default=0.0) > stop_at
 
 
+def time_limit_s(start: float, stop_at: float | None) -> float:
+    """Of one training run, which the end of the command may cut short. Both are of `time.monotonic`."""
+    return VISIT_LIMIT_S if stop_at is None else min(VISIT_LIMIT_S, stop_at - start)
+
+
 def make_visit(
     setup: Setup, run: Run, number: int, gpus: tuple[str, ...], log: Path, stop_at: float | None
 ) -> Visit | None:
     """Train once. None if --stop-after ended it."""
     start = time.monotonic()
-    limit_s = VISIT_LIMIT_S if stop_at is None else min(VISIT_LIMIT_S, stop_at - start)
+    limit_s = time_limit_s(start, stop_at)
     with open(log, "ab+") as file:
         file.write(f"\n=== {run.name}, visit {number + 1}\n".encode())
         file.flush()
@@ -281,17 +285,12 @@ def trace_runs(setup: Setup, header: Header, log: Path, stop_at: float | None) -
     Raises SystemExit if what was written is of something else.
     """
     written = log.with_name(f"{setup.name}-traces.jsonl")
-    cut_to_whole_lines(written)
-    if not written.stat().st_size:
-        append(written, header)
-    first, *lines = written.read_bytes().splitlines()
-    require_same(msgspec.json.decode(first, type=Header), header, written)
-    traces = [msgspec.json.decode(line, type=StepTrace) for line in lines]
+    traces = [msgspec.json.decode(line, type=StepTrace) for line in lines_of(written, header)]
     for run in header.runs:
         if any(trace.run == run.name for trace in traces):
             continue
         start = time.monotonic()
-        limit_s = VISIT_LIMIT_S if stop_at is None else min(VISIT_LIMIT_S, stop_at - start)
+        limit_s = time_limit_s(start, stop_at)
         with tempfile.TemporaryDirectory() as folder, open(log, "ab") as file:
             result = Path(folder) / "trace.json"
             code = train(setup, run, file, limit_s, "--trace", str(result)) if limit_s > 0 else None

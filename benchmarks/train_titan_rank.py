@@ -66,7 +66,7 @@ def main() -> None:
 def train(setup: Setup, choice: Choice, async_tp: bool, trace: Path | None) -> None:
     if not ON_GPU:
         metrics.build_device_memory_monitor = NoMemoryMonitor
-    if not ON_GPU or not hasattr(torch.distributed, "set_timeout"):  # torch has it from 2.14 on
+    if not ON_GPU or not hasattr(torch.distributed, "set_timeout"):  # pytorch#187387, in 2.14
         distributed_utils.set_pg_timeouts = lambda **_: None
     with tempfile.TemporaryDirectory() as folder:
         traced_steps = TRACED_STEPS if trace else 0

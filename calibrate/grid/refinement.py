@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 
+from fp8gate.calibrate.grid.grid import grid_shapes
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid
@@ -40,7 +41,7 @@ class Refinement:
 
     def __init__(self, grid: Grid, wanted: Sequence[LinearShape], always: Collection[LinearShape] = ()) -> None:
         self._axes = tuple(Axis(coarse_sizes(sizes)) for sizes in (grid.m, grid.k, grid.n))
-        on_grid = {shape for shape in wanted if shape.m in grid.m and shape.k in grid.k and shape.n in grid.n}
+        on_grid = set(grid_shapes(grid)).intersection(wanted)
         around = {shape: self._corners(shape) for shape in on_grid}
         surrounded = {
             shape: around[shape]

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from fp8gate.calibrate.device.kind import NoiseLimits
 from fp8gate.calibrate.device.registry import KINDS
+from fp8gate.calibrate.grid.grid import grid_shapes
 from fp8gate.calibrate.grid.refinement import Refinement
 from fp8gate.calibrate.grid.unaligned import FEWER, MAX_SHARE, unaligned_shapes, with_fewer_tokens
 from fp8gate.calibrate.points.noise import Row, mostly_disturbed, repeats_disagree
@@ -30,6 +31,8 @@ from fp8gate.calibrate.sweep.table_writing import rows_of
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import TOKEN_TILE, LinearShape
 from fp8gate.filter.contract.table import Grid, SweepProtocol
+
+RowsByRecipe = Mapping[Recipe, Mapping[LinearShape, Row]]
 
 MAX_LOOKS = 2
 """A second measurement that contradicts the first does not tell which of them is wrong; a third one does."""
@@ -103,7 +106,8 @@ class Agenda:
         found = self._refined(records)
         if not found and not self.undecided and self._may_repeat:
             self._may_repeat = self._ledger.left > 0  # what is being measured now may be repeated too
-            found = self._repeats(records, self._limits.repeats) + self._with_fewer_tokens(records)
+            rows = self._rows(records)
+            found = self._repeats(records, rows, self._limits.repeats) + self._with_fewer_tokens(records, rows)
         if not found and not self._ledger.left:
             found = self._second_looks(records)
         if not found:
@@ -126,29 +130,29 @@ class Agenda:
         tasks = [Task(shape) for shape in left]
         if tasks and self._may_repeat_early:
             self._may_repeat_early = False
-            tasks += self._repeats(records, self._limits.repeats // 2)
+            tasks += self._repeats(records, self._rows(records), self._limits.repeats // 2)
             random.Random(self._tasks.seed).shuffle(tasks)
         self._wanted += due
         self._again.update(left)
         return tasks
 
-    def _repeats(self, records: Sequence[PointRecord], of_each_class: int) -> list[Task]:
+    def _repeats(self, records: Sequence[PointRecord], rows: RowsByRecipe, of_each_class: int) -> list[Task]:
         """Half of them come among the refined points: the device measures them while those compile."""
-        limits, rows = replace(self._limits, repeats=of_each_class), self._rows(records)
+        limits = replace(self._limits, repeats=of_each_class)
         repeats = repeats_for_bounds(self._wanted, rows, records, self._tasks.seed, limits, self._repeated)
         self._repeated.update(task.shape for task in repeats)
         if repeats:
             self._ledger.say(f"{len(repeats)} points are to be repeated, to tell how far two runs differ")
         return repeats
 
-    def _with_fewer_tokens(self, records: Sequence[PointRecord]) -> list[Task]:
+    def _with_fewer_tokens(self, records: Sequence[PointRecord], rows: RowsByRecipe) -> list[Task]:
         """They are repeats, as they give no row. Those of earlier calls count if they were of all recipes."""
-        on_grid = {s for s in self._wanted if s.m in self._grid.m and s.k in self._grid.k and s.n in self._grid.n}
+        on_grid = set(grid_shapes(self._grid)).intersection(self._wanted)
         if self._unaligned_points > MAX_SHARE * len(on_grid):
             return []
         speedups = {
-            recipe: {s: row.point.speedup for s, row in rows.items() if s in on_grid and row.point.speedup}
-            for recipe, rows in self._rows(records).items()
+            recipe: {s: row.point.speedup for s, row in by_shape.items() if s in on_grid and row.point.speedup}
+            for recipe, by_shape in rows.items()
         }
         self._unaligned |= repeated_shapes(records, self._tasks.recipes)
         found = unaligned_shapes(speedups, self._unaligned, count=self._unaligned_points, seed=self._tasks.seed)
@@ -160,7 +164,7 @@ class Agenda:
             )
         return [Task(shape, repeat=True) for shape in found]
 
-    def _rows(self, records: Sequence[PointRecord]) -> dict[Recipe, dict[LinearShape, Row]]:
+    def _rows(self, records: Sequence[PointRecord]) -> RowsByRecipe:
         return {recipe: rows_of(recipe, self._tasks.setup, records) for recipe in self._tasks.recipes}
 
     def _second_looks(self, records: Sequence[PointRecord]) -> list[Task]:

@@ -51,7 +51,7 @@ from fp8gate.filter.contract.table import Device, Software
 RANK = Path(__file__).with_name("train_titan_rank.py")
 LAYERS: dict[Widths, int] = {"llama3-8b": 16, "llama3-70b": 4, "tiny": 2}
 """By default. Each of two 80 GB GPUs holds its half of the parameters, and the activations of 8192 tokens."""
-VISIT_LIMIT_S = 420.0
+VISIT_LIMIT_S = 240.0
 """For a visit that compiles anew. A longer one has hung."""
 END_LIMIT_S = 60.0  # torchrun kills its ranks 30 s after it was told to end
 

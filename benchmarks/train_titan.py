@@ -142,7 +142,7 @@ def parse() -> argparse.Namespace:
 
 
 def setup_of(arguments: argparse.Namespace) -> Setup:
-    tables, plan = (str(path.resolve()) if path else None for path in (arguments.tables, arguments.plan))
+    tables, plan = (str(path) if path else None for path in (arguments.tables, arguments.plan))
     return Setup(
         widths=arguments.widths,
         layers=arguments.layers or LAYERS[arguments.widths],

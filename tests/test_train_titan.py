@@ -283,7 +283,9 @@ def test_a_step_is_taken_apart_by_kernels(trace: ModuleType) -> None:
     [
         ("void cutlass::device_kernel<enable_3x_kernel_for_sm9x<cutlass::float_e4m3_t, ...>>", "float8 products"),
         ("nvjet_qqtst_128x256_128x4_1x2_h_bz_coopA_TNT", "float8 products"),
+        ("nvjet_sm90_qqtst_128x256_128x4_1x2_h_bz_coopA_TNT", "float8 products"),
         ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNN", "bf16 products"),
+        ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_TNN", "bf16 products"),
         ("triton_red_fused__scaled_mm__to_copy_amax_clamp_12", "casts and others"),
         ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
         ("ncclDevKernel_AllGather_RING_LL", "communication"),

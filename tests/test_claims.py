@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from statistics import mean
 
 import pytest
 from documents import ROOT, page_text
@@ -12,6 +13,7 @@ from fp8gate import read_table
 from fp8gate.filter.contract.recipes import RECIPES
 
 COMPARISON, LIMITS, PLANS = page_text("comparison.md"), page_text("limits.md"), page_text("plans.md")
+README = " ".join((ROOT / "README.md").read_text().split())
 TORCHAO = "torchao's rule"
 LOOKUP = " ".join((ROOT / "filter" / "decision" / "lookup.py").read_text().split())
 
@@ -26,6 +28,7 @@ def _benchmarks(monkeypatch):
         "grid_density",
         "unaligned_tokens",
         "tp_block_output",
+        "train_titan_output",
         "plan_choices",
     ):
         sys.modules.pop(name, None)
@@ -80,12 +83,12 @@ def test_what_the_rules_lose_against_the_plans_of_an_h100():
         if (cells := line.split("|")[1:])
     }
     said = (
-        "The five blocks of an H100 came after the rule too: there the filter's set takes {} more time than the plan's "
+        "The eight blocks of an H100 came after the rule too: there the filter's set takes {} more time than the plan's "
         "(worst {}), 1.05x for all {} ({}), 1.00x for all {} ({}), and torchao's rule {} ({})."
     )
     rules = ("the filter's default", "1.05 for all", "1.00 for all", "torchao's rule")
     assert said.format(*(cell for rule in rules for cell in rows[rule])) in PLANS
-    assert len(plans) == 5
+    assert len(plans) == 8
 
 
 def test_the_order_of_a_plans_sets_holds_with_communication():
@@ -115,9 +118,43 @@ def test_the_order_of_a_plans_sets_holds_with_communication():
     assert f"whose layer gains {small['plan'][1:]} %" in LIMITS
 
 
+def test_what_float8_gained_in_torchtitan():
+    import train_titan_output
+
+    told, apart, losses = {}, [], []
+    for file in (ROOT / "benchmarks" / "data" / "train-titan").glob("*.jsonl"):
+        header, visits = train_titan_output.read_journal(file)
+        lines = train_titan_output.report(header, visits).splitlines()
+        rows = {cells[0]: cells[1:] for line in lines if (cells := [cell.strip() for cell in line.split("|")[1:-1]])}
+        for run in header.runs:
+            told |= {(file.stem, choice, run.async_tp): rows[run.name] for choice in run.choices}
+            gains = [float(gain.strip("%")) for gain in rows[run.name][3].split(", ")]
+            apart.append(max(gains) - min(gains))
+        ends = {visit: visit.steps[-1].loss for visit in visits}
+        bf16 = mean(loss for visit, loss in ends.items() if visit.run == "bf16")
+        losses += [abs(loss - bf16) for loss in ends.values()]
+    small, large = (next(of for of, *_ in told if of.startswith(f"llama3-{size}") and "tp2-sel" in of) for size in ("8b", "70b"))
+    gain = {key: cells[2].strip("+%-") for key, cells in told.items()}
+    assert gain[small, "table", False] == gain[small, "plan", False]
+    assert f"train {gain[small, 'plan', False]} % faster than in bf16. By torchao's rule" in README
+    assert (
+        f"rule they train {gain[small, 'rule-shards', False]} to {gain[small, 'rule', False]} % slower, and with "
+        f"everything converted {gain[small, 'all', False]} % slower" in README
+    )
+    assert f"The 70B widths gain {gain[large, 'rule', False]} %, also by the rule" in README
+    assert gain[large, "rule", False] == gain[large, "plan", False]
+    plan, bf16 = (float(told[small, choice, True][1]) for choice in ("plan", "bf16"))
+    assert f"gains {gain[small, 'plan', False]} %, and {100 * (plan / bf16 - 1):.1f} % with asynchronous" in PLANS
+    assert f"gains of the same choice by {max(apart):.1f} points or less" in PLANS
+    assert f"they are at most {max(losses):.3f} apart" in PLANS
+    assert f"and [{gain[small, 'plan', False]} % faster with them](plans.md#trained-in-torchtitan)" in LIMITS
+
+
 def sweeps_of(device):
-    """The folders of its tables and of its second sweep."""
-    return ROOT / "thresholds" / device, ROOT / "benchmarks" / "data" / f"{device}-second-sweep"
+    """The folders of two sweeps of its default grid."""
+    data = ROOT / "benchmarks" / "data"
+    first = data / f"{device}-first-sweep"
+    return first if first.exists() else ROOT / "thresholds" / device, data / f"{device}-second-sweep"
 
 
 def columns(coverage):
@@ -152,7 +189,8 @@ def test_what_tokens_that_are_no_multiple_of_128_cost(device, name):
     by_tokens = {(row[0], row[1]): row for row in rows}
     for recipe in RECIPES:
         plain, with_factor = (by_tokens[recipe, f"others{more}"] for more in ("", ", factor of the others"))
-        row = f"| {name}, `{recipe}` | {plain[3]} | {plain[8]} of {plain[6]} shapes | {with_factor[8]} |"
+        stated = next((row[8] for (of, tokens), row in by_tokens.items() if of == recipe and "times" in tokens), "none")
+        row = f"| {name}, `{recipe}` | {plain[3]} | {plain[8]} of {plain[6]} shapes | {with_factor[8]} | {stated} |"
         assert row in COMPARISON
 
 

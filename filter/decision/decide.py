@@ -125,7 +125,9 @@ def _provenance(estimate: Estimate, min_speedup: float) -> list[str]:
         parts = ["interpolated"]
     else:
         parts = [f"nearest {estimate.point.shape}"]
-    if estimate.unaligned != 1:
+    if estimate.unaligned is None:
+        parts.append(f"measured for multiples of {TOKEN_TILE} tokens only")
+    elif estimate.unaligned != 1:
         parts.append(f"times {estimate.unaligned:.2f} as the tokens are no multiple of {TOKEN_TILE}")
     if estimate.from_tokens:
         parts.append(f"from {estimate.from_tokens} tokens")

@@ -59,9 +59,9 @@ class Lookup:
         if not self._logs:
             return None
         estimate, unaligned = self._estimate(shape), self.table.protocol.unaligned
-        if unaligned is None or shape.is_aligned or not self._is_of_aligned(shape, estimate):
+        if shape.is_aligned or not self._is_of_aligned(shape, estimate):
             return estimate  # points with such tokens, which may be the shape itself, were measured as slow as they are
-        return estimate.with_unaligned_tokens(unaligned.factor)
+        return estimate.with_unaligned_tokens(unaligned.factor if unaligned else None)
 
     def _is_of_aligned(self, shape: LinearShape, estimate: Estimate) -> bool:
         """Whether the points that an estimate was made of have tokens that are a multiple of 128.

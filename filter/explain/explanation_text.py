@@ -141,4 +141,8 @@ def _plans_json(plans: ModelPlans) -> dict[str, Any]:
 
 
 def _in_block_text(found: SpeedupInBlocks | None) -> str:
-    return f"{found.speedup:.3f}x" if found else ""
+    """The speedup with the plan's bounds, which bf16 against itself has not."""
+    if found is None:
+        return ""
+    bounds = "" if found.speedup_low == found.speedup_high else f" ({found.speedup_low:.3f} to {found.speedup_high:.3f})"
+    return f"{found.speedup:.3f}x{bounds}"

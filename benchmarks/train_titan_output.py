@@ -217,8 +217,8 @@ def title(header: Header) -> str:
     qkv = "" if setup.fused else ", q and k and v apart"
     graphs = "as a CUDA graph" if setup.cuda_graphs else "launched by the host"
     return (
-        f"torchtitan, {setup.widths}, {setup.layers} layers{qkv}, {setup.ranks} x {header.device.name}, {_degree(setup)}{sequence}, "
-        f"{setup.recompute} recomputation, {setup.tokens} tokens, {setup.recipe}, forward and backward {graphs}, "
+        f"torchtitan, {setup.widths}, {setup.layers} layers{qkv}, {setup.ranks} x {header.device.name}, "
+        f"{_degree(setup)}{sequence}, {setup.recompute} recomputation, {setup.tokens} tokens, {setup.recipe}, forward and backward {graphs}, "
         f"steps {setup.warm_up + 1} to {setup.steps} (torch {software.torch}, torchao {software.torchao})"
     )
 

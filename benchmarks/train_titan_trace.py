@@ -24,7 +24,8 @@ from fp8gate.calibrate.breakdown.profiler import kernel_kind
 Kind = Literal["bf16 products", "float8 products", "attention", "communication", "optimizer", "casts and others"]
 ON_GPU = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})  # categories of a trace's events
 FLOAT8 = re.compile(r"e4m3|e5m2|float8|nvjet_(?:sm\d+_)?qq", re.IGNORECASE)
-"""In the name of a product. cuBLAS's nvjet kernels name their operands, in CUDA 13 after the architecture: q is float8."""
+"""In the name of a product. cuBLAS's nvjet kernels name their operands, since CUDA 13 behind the architecture: q is
+float8."""
 BY_NAME: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("communication", re.compile("nccl|symm_mem|multimem|barrier", re.IGNORECASE)),
     ("attention", re.compile("flash|fmha|attention", re.IGNORECASE)),

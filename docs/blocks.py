@@ -91,7 +91,7 @@ def command_output(above: str) -> str:
 
 def snippet_output(above: str) -> str:
     """What the Python snippet directly above prints, for a Llama 3 8B. A warning, which no page shows, is an error."""
-    from fp8gate.filter.findings import FilterWarning
+    from fp8gate.filter.policy.findings import FilterWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", FilterWarning)

@@ -10,8 +10,8 @@ from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.contract.table import Table
 from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.decision.shared_input import least_text
-from fp8gate.filter.plan_choice import PlanChoice
-from fp8gate.filter.settings import FilterSettings
+from fp8gate.filter.planned.plan_choice import PlanChoice
+from fp8gate.filter.policy.settings import FilterSettings
 
 
 def decisions_text(decisions: Mapping[str, Decision], *, full: bool) -> str:

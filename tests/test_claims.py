@@ -83,8 +83,8 @@ def test_what_the_rules_lose_against_the_plans_of_an_h100():
         if (cells := line.split("|")[1:])
     }
     said = (
-        "The eight blocks of an H100 came after the rule too: there the filter's set takes {} more time than the plan's "
-        "(worst {}), 1.05x for all {} ({}), 1.00x for all {} ({}), and torchao's rule {} ({})."
+        "The eight blocks of an H100 came after the rule too: there the filter's set takes {} more time than the "
+        "plan's (worst {}), 1.05x for all {} ({}), 1.00x for all {} ({}), and torchao's rule {} ({})."
     )
     rules = ("the filter's default", "1.05 for all", "1.00 for all", "torchao's rule")
     assert said.format(*(cell for rule in rules for cell in rows[rule])) in PLANS
@@ -133,7 +133,9 @@ def test_what_float8_gained_in_torchtitan():
         ends = {visit: visit.steps[-1].loss for visit in visits}
         bf16 = mean(loss for visit, loss in ends.items() if visit.run == "bf16")
         losses += [abs(loss - bf16) for loss in ends.values()]
-    small, large = (next(of for of, *_ in told if of.startswith(f"llama3-{size}") and "tp2-sel" in of) for size in ("8b", "70b"))
+    small, large = (
+        next(of for of, *_ in told if of.startswith(f"llama3-{size}") and "tp2-sel" in of) for size in ("8b", "70b")
+    )
     gain = {key: cells[2].strip("+%-") for key, cells in told.items()}
     assert gain[small, "table", False] == gain[small, "plan", False]
     assert f"train {gain[small, 'plan', False]} % faster than in bf16. By torchao's rule" in README

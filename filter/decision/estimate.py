@@ -26,9 +26,9 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     from_tokens: a smaller number of tokens whose speedup is used, because the shape's own tokens were not measured
     around its k and n; or None. is_proven: False only in an incomplete table, without any measured point that is at
     most as large as the shape in every size: the win of a larger one says nothing then. unaligned: the factor that the
-    speedup, its bounds and the float8 times have in them, as the tokens are no multiple of 128; None if the table does not
-    state it. forwards: how often the forward runs. is_frozen: the weight needs no gradient. bounds_cover: what the bounds cover, "" for whatever another
-    sweep measures.
+    speedup, its bounds and the float8 times have in them, as the tokens are no multiple of 128; None if the table does
+    not state it. forwards: how often the forward runs. is_frozen: the weight needs no gradient. bounds_cover: what the
+    bounds cover, "" for whatever another sweep measures.
     """
 
     speedup: float

@@ -12,7 +12,7 @@ from fp8gate.filter.contract.plans.layer_names import DEFAULT
 from fp8gate.filter.contract.recipes import MOST_ACCURATE_FIRST, Recipe
 from fp8gate.filter.explain.explanation import ALL, BF16, PLAN, RULE, TABLE, Explanation, SpeedupInBlocks
 from fp8gate.filter.explain.remarks import remarks, shared_remarks
-from fp8gate.filter.plan_decisions import ModelPlans
+from fp8gate.filter.planned.model_plans import ModelPlans
 from fp8gate.filter.terminal_table import Align, render_table
 
 JSON_NAMES = {BF16: "bf16", ALL: "all_float8", RULE: "torchao_rule", TABLE: "table", PLAN: "plan"}
@@ -144,5 +144,7 @@ def _in_block_text(found: SpeedupInBlocks | None) -> str:
     """The speedup with the plan's bounds, which bf16 against itself has not."""
     if found is None:
         return ""
-    bounds = "" if found.speedup_low == found.speedup_high else f" ({found.speedup_low:.3f} to {found.speedup_high:.3f})"
+    bounds = (
+        "" if found.speedup_low == found.speedup_high else f" ({found.speedup_low:.3f} to {found.speedup_high:.3f})"
+    )
     return f"{found.speedup:.3f}x{bounds}"

@@ -11,8 +11,8 @@ from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.decision.shared_input import least_text
 from fp8gate.filter.explain.explanation import BF16, PLAN, Choice, Explanation
-from fp8gate.filter.findings import OutsideGridWarning, StaleTableWarning
 from fp8gate.filter.locate.places import shown
+from fp8gate.filter.policy.findings import OutsideGridWarning, StaleTableWarning
 
 EVIDENCE = (
     "A layer near 1.0x gains little by itself and can slow its neighbours down inside a compiled block: in twelve "

@@ -218,7 +218,8 @@ def title(header: Header) -> str:
     graphs = "as a CUDA graph" if setup.cuda_graphs else "launched by the host"
     return (
         f"torchtitan, {setup.widths}, {setup.layers} layers{qkv}, {setup.ranks} x {header.device.name}, "
-        f"{_degree(setup)}{sequence}, {setup.recompute} recomputation, {setup.tokens} tokens, {setup.recipe}, forward and backward {graphs}, "
+        f"{_degree(setup)}{sequence}, {setup.recompute} recomputation, {setup.tokens} tokens, "
+        f"{setup.recipe}, forward and backward {graphs}, "
         f"steps {setup.warm_up + 1} to {setup.steps} (torch {software.torch}, torchao {software.torchao})"
     )
 

@@ -3,7 +3,8 @@
 In: the trace of some steps, as torchtitan's profiler writes it. Out: for each step the milliseconds of its kernels by
 kind, and how long the GPU ran nothing, as Markdown.
 
-A GPU that runs nothing waits for the host, which launches the kernels, or for another rank. Kernels of several streams
+Each traced step begins when the GPU has done the one before. A GPU that runs nothing waits for the host, which launches
+the kernels, or for another rank. Kernels of several streams
 run at the same time, so that the kinds may add up to more than the step.
 """
 

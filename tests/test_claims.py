@@ -153,7 +153,7 @@ def test_losses_in_torchtitan_follow_those_of_bf16():
     import train_titan_output
 
     far, last, own, ours = [], [], [], []
-    for name, header, visits in trained_in_torchtitan(train_titan_output):
+    for name, _, visits in trained_in_torchtitan(train_titan_output):
         bf16 = [[step.loss for step in visit.steps] for visit in visits if visit.run == "bf16"]
         usual = [mean(losses) for losses in zip(*bf16, strict=True)]
         for visit in visits:

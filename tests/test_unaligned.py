@@ -210,10 +210,22 @@ def test_points_that_were_measured_with_such_tokens_have_it_in_them():
     assert Lookup(make_table(*points, protocol=unaligned()))(LinearShape(176, 64, 128)).speedup == pytest.approx(1.2)
 
 
+@pytest.mark.parametrize("kind", ["interpolate", "nearest"])
+@pytest.mark.parametrize("changed", [{}, {"recomputed": True}, {"is_frozen": True}])
+@pytest.mark.parametrize("tokens", [144, 112, 320])
+def test_without_a_factor_every_such_answer_says_that_it_is_of_other_tokens(kind, changed, tokens):
+    for protocol, expected in ((PROTOCOL, None), (unaligned(0.9), 0.9)):
+        lookup = Lookup(make_table(*POINTS, protocol=protocol), kind)
+        found = decide(LinearShape(tokens, 128, 256), lookup, min_speedup=1.05, **changed)
+        assert found.unaligned == expected
+        assert ("from multiples of 128 tokens" in found.reason) is (expected is None)
+        assert ("times 0.90" in found.reason) is (expected is not None)
+
+
 def test_the_decision_is_taken_with_it_and_the_reason_says_so():
     points = [make_point(m, 64, 64, 1.1) for m in (128, 256)]
     for protocol, convert, reason in (
-        (PROTOCOL, True, "interpolated, measured for multiples of 128 tokens only"),
+        (PROTOCOL, True, "interpolated, from multiples of 128 tokens"),
         (unaligned(0.931), False, "below 1.05x, interpolated, times 0.93 as the tokens are no multiple of 128"),
     ):
         lookup = Lookup(make_table(*points, protocol=protocol))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.shapes import TOKEN_TILE
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.decision.shared_input import least_text
 from fp8gate.filter.explain.explanation import BF16, PLAN, Choice, Explanation
@@ -97,6 +98,11 @@ def _doubts(explanation: Explanation) -> Iterator[str]:
         yield (
             f"Outside the measured range, answered by the border and its trend: {', '.join(outside)}. To measure these "
             f"shapes: {explanation.measure_command}"
+        )
+    if unaligned := [layer.linear.role for layer in explanation.layers if layer.by_table.unaligned is None]:
+        yield (
+            f"Answered from multiples of {TOKEN_TILE} tokens, with which float8 is faster: {', '.join(unaligned)}. To "
+            f"measure these shapes: {explanation.measure_command}"
         )
     if differences := stale(explanation.table.software):
         device = explanation.table.device.name

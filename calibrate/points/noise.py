@@ -215,7 +215,7 @@ def _class_bounds(verdicts: Sequence[_Verdict], known: float) -> RunBounds | Non
 
 
 def _point(verdict: _Verdict, recipe: Recipe, protocol: SweepProtocol, bounds: Bounds | None) -> Point:
-    """The row. bounds: what its own cover."""
+    """The row. bounds: what those of all rows cover."""
     record = verdict.chosen.record
     if verdict.noise or bounds is None:
         return Point(record.m, record.k, record.n, None, None, None, None, None, None, None, "noisy")

@@ -34,7 +34,7 @@ quarter of a second (LOG.md, 2026-11-26)."""
 BOARD_US = 2.0
 """On two of four H100 boards all arms, bf16 too, take longer in each direction than on the other two, short or long: by
 1.2 to 2.1 us where bf16 takes less than 120 us (medians by arm, direction and size, all four pairs; LOG.md,
-2026-11-26). So it is the time between the events, not the kernels. Boards of one pair agree within 0.5 us."""
+2026-11-26). So it is the time between the events, not the kernels. The two of each kind agree within 0.5 us."""
 NOISE = NoiseLimits(
     width=1.25,
     apart=1.1,

@@ -208,9 +208,15 @@ def _two_sweeps(two_sweeps: Any) -> str:
 
 
 def _two_h100_sweeps(two_sweeps: Any) -> str:
-    data = ROOT / "benchmarks" / "data"
-    first, second = (data / f"{device_slug(H100)}-{which}-sweep" for which in ("first", "second"))
-    return str(two_sweeps.coverage(first, second))
+    return str(two_sweeps.coverage(_h100_sweep("first"), _h100_sweep("second")))
+
+
+def _third_h100_board(two_sweeps: Any) -> str:
+    return str(two_sweeps.coverage(ROOT / "thresholds" / device_slug(H100), _h100_sweep("older")))
+
+
+def _h100_sweep(which: str) -> Path:
+    return ROOT / "benchmarks" / "data" / f"{device_slug(H100)}-{which}-sweep"
 
 
 BLOCKS: dict[str, Maker] = {
@@ -229,6 +235,7 @@ BLOCKS: dict[str, Maker] = {
     "scaling": benchmark("scaling", _scaling),
     "two_sweeps": benchmark("two_sweeps", _two_sweeps),
     "two_h100_sweeps": benchmark("two_sweeps", _two_h100_sweeps),
+    "third_h100_board": benchmark("two_sweeps", _third_h100_board),
 }
 """Every block there is: its name, and what makes it."""
 

@@ -25,7 +25,7 @@ from fp8gate.calibrate.points.point_record import is_near
 from fp8gate.calibrate.report.comparison_text import comparison_text
 from fp8gate.calibrate.sweep.sweep_tasks import repeats_for_bounds
 from fp8gate.calibrate.timing.statistics import Interval
-from fp8gate.filter.contract.bounds import Bounds, RunBounds, without_between
+from fp8gate.filter.contract.bounds import Bounds, RunBounds, without_part
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import TableError, format_table, parse_table
 
@@ -52,7 +52,7 @@ def repeated(pairs):
 
 
 def covered(pairs, between):
-    bounds = [(widened(interval(one), between), math.exp(other)) for one, other in pairs]
+    bounds = [(widened(interval(one), (between, between)), math.exp(other)) for one, other in pairs]
     return mean(speedup.low <= other <= speedup.high for speedup, other in bounds)
 
 
@@ -86,11 +86,11 @@ def test_where_a_tenth_differ_and_the_others_do_not_the_bounds_cover_that():
 def test_without_a_difference_between_runs_the_bounds_stay_as_they_are():
     found = run_bounds(repeated([(0.0, 0.003)] * 40), [interval(0.0)], known=0.08)
     assert found.between == 0.0
-    assert widened(interval(0.1), 0.0).high == pytest.approx(interval(0.1).high)
+    assert widened(interval(0.1), (0.0, 0.0)).high == pytest.approx(interval(0.1).high)
 
 
 def test_each_side_is_widened_by_itself():
-    wide = widened(Interval(2.0, 2.0 * math.exp(-0.03), 2.0), 0.04)
+    wide = widened(Interval(2.0, 2.0 * math.exp(-0.03), 2.0), (0.04, 0.04))
     assert math.log(2.0 / wide.low) == pytest.approx(0.05)
     assert math.log(wide.high / 2.0) == pytest.approx(0.04)
     assert RepeatedPoint(wide, 2.0 * math.exp(0.05)).unexplained == pytest.approx(0.03)
@@ -303,8 +303,8 @@ def test_beside_a_table_that_states_no_bounds_only_what_varies_within_a_run_coun
     mixed = compare_tables(old, new, min_speedup=1.05).points[0]
     assert mixed.bounds is None
     assert mixed.allowed == pytest.approx(both_old.allowed, abs=1e-3)
-    assert without_between(HALF, 0.04) == pytest.approx(0.003)
-    assert without_between(0.03, 0.04) == 0.0
+    assert without_part(HALF, 0.04) == pytest.approx(0.003)
+    assert without_part(0.03, 0.04) == 0.0
 
 
 def test_merged_tables_state_the_widest_bounds_and_all_repeats():

@@ -116,7 +116,7 @@ class SweepProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     straddle the threshold, and so has bf16. Only the last run counts. near_s: how long it took at the power limit, in
     tables that have it.
     confidence: that of the part of the bounds that varies within one run.
-    bounds: what the bounds cover, and both of their parts. Without it they cover only what varies within one run.
+    bounds: what the bounds cover, and their parts. Without it they cover only what varies within one run.
     threshold, tolerance: a point is ambiguous if its bounds straddle the threshold and are wider than `tolerance`.
     control: how far bf16 timed against itself may be from 1, beyond chance and 0.5 us. controls: how far it was.
     spread: how far a second process on the same device was from the first, at the points that it measured again.

@@ -313,7 +313,19 @@ def test_merged_tables_state_the_widest_bounds_and_all_repeats():
     expected = RunBounds(coverage=0.875, within=0.003, between=0.05, repeats=47)
     assert merged.protocol.bounds == Bounds(below_120_us=SMALL, from_120_us=expected)
     half = math.log(merged.points[0].speedup_high / merged.points[0].speedup)
-    assert half == pytest.approx(HALF / math.sqrt(2), rel=0.01)
+    assert half == pytest.approx(HALF * math.sqrt(3 / 4), rel=0.01)
+
+
+def test_bounds_of_merged_tables_cover_another_sweep():
+    """Bounds for one sweep's difference from another hold for the mean of three, too, and not by being wide."""
+    rng, sigma = random.Random(3), 0.015
+    half = 1.96 * math.sqrt(2) * sigma
+    covered = 0
+    for _ in range(1000):
+        tables = {name: table([rng.gauss(0, sigma)], half=half, protocol=STATED) for name in "abc"}
+        point = merge_tables(tables).points[0]
+        covered += point.speedup_low <= 1.5 * math.exp(rng.gauss(0, sigma)) <= point.speedup_high
+    assert 0.94 < covered / 1000 < 0.985
 
 
 def test_wide_bounds_of_honest_tables_are_no_noise_in_a_merged_one():

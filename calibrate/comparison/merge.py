@@ -2,11 +2,12 @@
 
 In: tables. Out: one table with every point of all of them. The order in which they are given does not matter. Where
 several tables have a point, its speedup is the weighted mean of theirs on the scale of ln(speedup), with weights
-1 / variance from their bounds. Where they differ by more than these bounds say, the merged bounds cover all of them,
-and where that makes them too wide, the point is noise. What boards differ by does not become less with more sweeps, as
-these may be of one board: the bounds are combined without it, and it is added to the merged ones. A table made of an
-incomplete one is incomplete. The header states the widest bounds, those of a point that only one table has, and the
-mean factor for unaligned tokens.
+1 / variance from their bounds. Bounds for another sweep say by how much that differs from this one, so those of the
+mean of n are sqrt((n + 1) / 2) times as wide as bounds of the mean alone. Where the tables differ by more than their
+bounds say, the merged bounds cover all of them, and where that makes them too wide, the point is noise. What boards
+differ by does not become less with more sweeps, as these may be of one board: the bounds are combined without it, and
+it is added to the merged ones. A table made of an incomplete one is incomplete. The header states the widest bounds,
+those of a point that only one table has, and the mean factor for unaligned tokens.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def combine_points(points: Sequence[Point], protocol: SweepProtocol, width: floa
     weights = [1 / sigma**2 for sigma in sigmas]
     times_us = _combined_times(rows, weights, protocol.estimate)
     bf16_us, fp8_us = sum(times_us[:2]), sum(times_us[2:])
-    speedup = widened(_combined_speedup(rows, weights, z, protocol.estimate), bounds.between_boards(bf16_us, fp8_us))
+    of_mean = _combined_speedup(rows, weights, z, protocol)
+    speedup = widened(of_mean, bounds.between_boards(bf16_us, fp8_us))
     shape = with_numbers[0].shape
     if speedup.high > width * math.exp(sum(bounds.between_runs(bf16_us, fp8_us))) * speedup.low:
         return Point(shape.m, shape.k, shape.n, *(None,) * 7, "noisy")
@@ -126,10 +128,11 @@ def _without_board(point: Point, bounds: Bounds) -> Row:
     return [*times_us, speedup, alike.low, alike.high]
 
 
-def _combined_speedup(rows: Sequence[Row], weights: Sequence[float], z: float, estimate: EstimateKind) -> Interval:
-    logs = [_log_speedup(row, estimate) for row in rows]
+def _combined_speedup(rows: Sequence[Row], weights: Sequence[float], z: float, protocol: SweepProtocol) -> Interval:
+    """The mean speedup with bounds for another sweep, where the rows have such, else with bounds of the mean."""
+    logs = [_log_speedup(row, protocol.estimate) for row in rows]
     mean = _weighted_mean(logs, weights)
-    half = z / math.sqrt(sum(weights))
+    half = z / math.sqrt(sum(weights)) * (math.sqrt((len(rows) + 1) / 2) if protocol.bounds else 1.0)
     low, high = mean - half, mean + half
     chi_squared = sum(w * (log - mean) ** 2 for w, log in zip(weights, logs, strict=True))
     if chi_squared > len(logs) - 1:

@@ -153,8 +153,11 @@ def test_what_float8_gained_in_torchtitan():
     with_async = speeds[small, "plan", "async TP"] / speeds[small, "bf16", "async TP"] - 1
     assert f"gains 1.4 %, and {100 * with_async:.1f} % with asynchronous" in PLANS
     assert f"gains of the same choice by {max(apart):.1f} points or less" in PLANS
-    assert f"13452 tokens/s a rank instead of {speeds[small, 'bf16', None]:.0f} (8B, TP 2)" in PLANS
-    assert f"14039 instead of {speeds[large, 'bf16', None]:.0f} (70B)" in PLANS
+    with_graphs = {
+        name: [f"{speeds[name, choice, None]:.0f}" for choice in ("bf16", "plan")] for name in (small, large)
+    }
+    assert "| 8B, 16 layers, TP 2 | 13452 | {} | 13250 | {} |".format(*with_graphs[small]) in PLANS
+    assert "| 70B, 4 layers, TP 2 | 14039 | {} | 15232 | {} |".format(*with_graphs[large]) in PLANS
     assert "[1.4 % faster with them](plans.md#trained-in-torchtitan)" in LIMITS
 
 

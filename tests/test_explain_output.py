@@ -252,7 +252,7 @@ def test_a_plan_that_fits_decides_and_has_its_row(explained, plan_file, how):
         ("fp8gate, plan", "1.100x (1.090 to 1.110)"),
     ]
     assert which == f"The plan decides, measured in the compiled block of tiny: {plan_file}"
-    assert behind.startswith("By the sum of single linears, fp8gate, table takes")
+    assert behind.startswith("By the sum of single linears, the table's set takes")
 
 
 def test_a_plan_can_be_left_out(explained, plan_file):
@@ -352,7 +352,8 @@ def test_text_where_the_most_accurate_is_the_fastest(explained):
 
 def test_text_where_nothing_wins(explained):
     tables = dict.fromkeys(ROWWISE_WINS, points(0.9, output=0.9))
-    _, table, *_ = explained(tables, "--recipe", "all", "--tp", "2").split("\n\n")
+    _, table, sentence, *_ = explained(tables, "--recipe", "all", "--tp", "2").split("\n\n")
+    assert sentence == "No recipe converts any of them."
     assert [row[1:] for row in cells(table)[2:]] == [["none", "table", "4.5", "1.000x", "0.0%"]] * 3
 
 

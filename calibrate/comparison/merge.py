@@ -69,7 +69,8 @@ def merge_tables(tables: Mapping[str, Table]) -> Table:
     first_name, first = next(iter(tables.items()))
     for name, table in tables.items():
         if difference := _difference(first, table):
-            raise TableError(f"{name}: {difference} in {first_name}; only tables of one kind can be merged")
+            kind = "only tables of one kind can be merged, and fp8gate diff compares others"
+            raise TableError(f"{name}: {difference} in {first_name}; {kind}")
     ordered = sorted(tables.values(), key=format_table)  # so that no sum depends on the order given
     by_shape: dict[LinearShape, list[Point]] = defaultdict(list)
     for table in ordered:

@@ -88,7 +88,9 @@ def recipes_text(title: str, explanations: Mapping[Recipe, Explanation]) -> str:
             row.append(_in_block_text(explanations[recipe].chosen.in_block))
     best, device = fastest(explanations), next(iter(explanations.values())).table.device.name
     sentence = f"{best} is the fastest by the sum of the linears"
-    if best != ranked[0]:
+    if not any(explanation.chosen.converted for explanation in explanations.values()):
+        sentence = "No recipe converts any of them"
+    elif best != ranked[0]:
         sentence += f"; {ranked[0]}, the most accurate, takes {slower(explanations, ranked[0]):.1%} longer"
     align: list[Align] = ["left", "left", "left", "right", "right", "right", "right"]
     tables = [f"{title}, {device}", render_table(headers, rows, align=align[: len(headers)])]

@@ -5,6 +5,7 @@ In: an `Explanation`. Out: sentences, each with the command that settles it wher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
@@ -110,6 +111,13 @@ def _doubts(explanation: Explanation) -> Iterator[str]:
         yield (
             f"Answered from multiples of {TOKEN_TILE} tokens, with which float8 is 1 to 9 % faster: "
             f"{', '.join(unaligned)}. To measure these shapes: {explanation.measure_command}"
+        )
+    if scaled := [layer for layer in explanation.layers if layer.by_table.unaligned not in (None, 1.0)]:
+        tokens, factor = scaled[0].shape.m, scaled[0].by_table.unaligned
+        more = math.ceil(tokens / TOKEN_TILE) * TOKEN_TILE
+        yield (
+            f"Float8 is slower with {tokens} tokens, no multiple of {TOKEN_TILE}, than with {more}: the speedups of "
+            f"{explanation.table.recipe} have a factor of {factor:.2f} for that."
         )
     if differences := stale(explanation.table.software):
         device = explanation.table.device.name

@@ -224,16 +224,8 @@ def train(setup: Setup, run: Run, log: IO[bytes], limit_s: float, *more: str) ->
     """The exit code of torchrun, None if it was ended because the time was over."""
     rank = [str(RANK), msgspec.json.encode(setup).decode(), "--choice", run.choices[0]]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(setup.ranks), "--role", "rank"]
-    command = [
-        sys.executable,
-        "-m",
-        *torchrun,
-        "--tee",
-        "3",
-        *rank,
-        *(["--variant", run.variant] if run.variant else []),
-        *more,
-    ]
+    variant = ["--variant", run.variant] if run.variant else []
+    command = [sys.executable, "-m", *torchrun, "--tee", "3", *rank, *variant, *more]
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment())
     try:
         return process.wait(limit_s)

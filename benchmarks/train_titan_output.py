@@ -220,8 +220,7 @@ def title(header: Header) -> str:
     qkv = "" if setup.fused else ", q and k and v apart"
     return (
         f"torchtitan, {setup.widths}, {setup.layers} layers{qkv}, {setup.ranks} x {header.device.name}, "
-        f"{_degree(setup)}{sequence}, {setup.recompute} recomputation, {setup.tokens} tokens, "
-        f"{setup.recipe}, "
+        f"{_degree(setup)}{sequence}, {setup.recompute} recomputation, {setup.tokens} tokens, {setup.recipe}, "
         f"steps {setup.warm_up + 1} to {setup.steps} (torch {software.torch}, torchao {software.torchao})"
     )
 

@@ -4,8 +4,8 @@ In: the trace of some steps, as torchtitan's profiler writes it. Out: for each s
 kind, and how long the GPU ran nothing, as Markdown.
 
 Each traced step begins when the GPU has done the one before. A GPU that runs nothing waits for the host, which launches
-the kernels, or for another rank. Kernels of several streams
-run at the same time, so that the kinds may add up to more than the step.
+the kernels, or for another rank. Kernels of several streams run at the same time, so that the kinds may add up to more
+than the step.
 """
 
 from __future__ import annotations

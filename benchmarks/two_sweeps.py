@@ -59,7 +59,7 @@ def compare(first: Path, second: Path, min_speedup: float = DEFAULT_MIN_SPEEDUP)
     everything = [pair for pairs in by_recipe.values() for pair in pairs]
     rows = [_row(recipe, pairs) for recipe, pairs in by_recipe.items()]
     for low, high in itertools.pairwise(BF16_US):
-        rows.append(_row(f"bf16 {low:g} to {high:g} us", [p for p in everything if low <= _bf16_us(p[0]) < high]))
+        rows.append(_row(f"bf16 {low:g} to {high:g} us", [p for p in everything if low <= p[0].total_us[0] < high]))
     rows.append(_row("all", everything))
     headers = ("", "speedups", "median", "90 %", "95 %", "worst", "within 0.5 %", "within 1 %", "in the other's bounds")
     flips = [
@@ -81,11 +81,11 @@ def coverage(first: Path, second: Path) -> str:
         tables = [read_table(file) for file in files]
         board_us = KINDS[tables[0].device.kind].defaults.noise.board_us
         for small, name in ((True, f"below {SMALL_US:g} us"), (False, f"from {SMALL_US:g} us")):
-            of_class = [pair for pair in pairs if is_small(_bf16_us(pair[0])) is small]
+            of_class = [pair for pair in pairs if is_small(pair[0].total_us[0]) is small]
             stated = [[(_bounds(pair[i]), _speedup(pair[1 - i])) for pair in of_class] for i in (0, 1)]
             runs = [[_one_run(pair[i], tables[i].protocol) for pair in of_class] for i in (0, 1)]
             boards = [
-                [Bounds(board_us=board_us).between_boards(*_times_us(pair[i])) for pair in of_class] for i in (0, 1)
+                [Bounds(board_us=board_us).between_boards(*pair[i].total_us) for pair in of_class] for i in (0, 1)
             ]
             simulated = [_simulated(runs[i], runs[1 - i], boards[i]) for i in (0, 1)]
             rows.append(
@@ -152,7 +152,7 @@ def _bounds(point: Point) -> Interval:
 
 def _one_run(point: Point, protocol: SweepProtocol) -> Interval:
     """The bounds of what varies within one run."""
-    return narrowed(_bounds(point), (protocol.bounds or Bounds()).between_runs(*_times_us(point)))
+    return narrowed(_bounds(point), (protocol.bounds or Bounds()).between_runs(*point.total_us))
 
 
 def _pairs(first: Path, second: Path) -> list[Pair]:
@@ -172,16 +172,6 @@ def _row(name: str, pairs: list[Pair]) -> tuple[str, ...]:
         *(f"{share:.0%}" for share in shares),
         f"{inside:.0%}",
     )
-
-
-def _bf16_us(point: Point) -> float:
-    return _times_us(point)[0]
-
-
-def _times_us(point: Point) -> tuple[float, float]:
-    """bf16's and float8's total time."""
-    bf16_fwd_us, bf16_bwd_us, fp8_fwd_us, fp8_bwd_us = (us for us in point.numbers[:4] if us)
-    return bf16_fwd_us + bf16_bwd_us, fp8_fwd_us + fp8_bwd_us
 
 
 def _speedup(point: Point) -> float:

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from fp8gate.filter.contract.names import without_indices
-from fp8gate.filter.contract.shapes import TOKEN_TILE
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.contract.table import Table
 from fp8gate.filter.decision.decide import Decision
+from fp8gate.filter.decision.estimate import OF_ALIGNED
 from fp8gate.filter.decision.shared_input import least_text
 from fp8gate.filter.planned.plan_choice import PlanChoice
 from fp8gate.filter.policy.settings import FilterSettings
@@ -72,8 +72,7 @@ def summary_text(
         command = f"fp8gate calibrate --model CONFIG.json --tokens {settings.tokens}"
         sentences.append(f"outside the measured range: {len(outside)} ({names}); to measure them: {command}")
     if unaligned := dict.fromkeys(without_indices(fqn) for fqn, d in decisions.items() if d.unaligned is None):
-        answered = f"answered from multiples of {TOKEN_TILE} tokens, with which float8 is 1 to 9 % faster"
-        sentences.append(f"{answered}: {', '.join(unaligned)}")
+        sentences.append(f"answered from {OF_ALIGNED}: {', '.join(unaligned)}")
     if differences := stale(table.software):
         sentences.append(f"the table was measured with {differences}; to measure again: fp8gate calibrate")
     if table.incomplete:

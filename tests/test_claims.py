@@ -10,6 +10,7 @@ import pytest
 from documents import ROOT, page_text
 
 from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.decision.estimate import OF_ALIGNED
 
 COMPARISON, LIMITS, PLANS = page_text("comparison.md"), page_text("limits.md"), page_text("plans.md")
 README, CHANGES = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "CHANGELOG.md"))
@@ -234,6 +235,13 @@ def test_what_tokens_that_are_no_multiple_of_128_cost(device, name):
         stated = next((row[8] for (of, tokens), row in by_tokens.items() if of == recipe and "times" in tokens), "none")
         row = f"| {name}, `{recipe}` | {plain[3]} | {plain[8]} of {plain[6]} shapes | {with_factor[8]} | {stated} |"
         assert row in COMPARISON
+
+
+def test_how_much_faster_multiples_of_128_are_said_to_be():
+    rows = re.findall(r"\| H[12]00, `\w+` \| ([\d.]+) % \|", COMPARISON)
+    assert len(rows) == 6
+    low, high = (round(apart(map(float, rows))) for apart in (min, max))
+    assert f"float8 is {low} to {high} % faster" in OF_ALIGNED
 
 
 @pytest.mark.slow

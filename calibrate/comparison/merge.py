@@ -124,8 +124,7 @@ def combine_points(points: Sequence[Point], protocol: SweepProtocol, width: floa
 def _without_board(point: Point, bounds: Bounds) -> Row:
     """The point's numbers, its bounds without what boards differ by."""
     *times_us, speedup, low, high = (number for number in point.numbers if number)
-    part = bounds.between_boards(sum(times_us[:2]), sum(times_us[2:]))
-    alike = narrowed(Interval(speedup, low, high), part)
+    alike = narrowed(Interval(speedup, low, high), bounds.between_boards(*point.total_us))
     return [*times_us, speedup, alike.low, alike.high]
 
 

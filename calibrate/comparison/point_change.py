@@ -70,7 +70,7 @@ def compare_points(
 
 def _within(point: Point, protocol: SweepProtocol) -> float:
     """The half width of what varies within one run."""
-    sides = protocol.bounds.between_runs(*_times_us(point)) if protocol.bounds else (0.0, 0.0)
+    sides = protocol.bounds.between_runs(*point.total_us) if protocol.bounds else (0.0, 0.0)
     return without_part(_half_width(point), sum(sides) / 2)
 
 
@@ -91,12 +91,6 @@ def _spread(protocol: SweepProtocol) -> float:
 def _speedup(point: Point) -> float:
     assert point.speedup, point
     return point.speedup
-
-
-def _times_us(point: Point) -> tuple[float, float]:
-    """bf16's and float8's total time."""
-    bf16_fwd_us, bf16_bwd_us, fp8_fwd_us, fp8_bwd_us = (us for us in point.numbers[:4] if us)
-    return bf16_fwd_us + bf16_bwd_us, fp8_fwd_us + fp8_bwd_us
 
 
 def _half_width(point: Point) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import TOKEN_TILE
 from fp8gate.filter.contract.software_check import stale
+from fp8gate.filter.decision.estimate import OF_ALIGNED
 from fp8gate.filter.decision.shared_input import least_text
 from fp8gate.filter.explain.explanation import BF16, PLAN, TABLE, Choice, Explanation
 from fp8gate.filter.locate.places import shown
@@ -109,8 +110,8 @@ def _doubts(explanation: Explanation) -> Iterator[str]:
         )
     if unaligned := [layer.linear.role for layer in explanation.layers if layer.by_table.unaligned is None]:
         yield (
-            f"Answered from multiples of {TOKEN_TILE} tokens, with which float8 is 1 to 9 % faster: "
-            f"{', '.join(unaligned)}. To measure these shapes: {explanation.measure_command}"
+            f"Answered from {OF_ALIGNED}: {', '.join(unaligned)}. To measure these shapes: "
+            f"{explanation.measure_command}"
         )
     if scaled := [layer for layer in explanation.layers if layer.by_table.unaligned not in (None, 1.0)]:
         tokens, factor = scaled[0].shape.m, scaled[0].by_table.unaligned

@@ -11,8 +11,8 @@ from fp8gate.filter.contract.shapes import TOKEN_TILE
 from fp8gate.filter.contract.table import Point, Status
 
 OF_ALIGNED = f"multiples of {TOKEN_TILE} tokens, with which float8 is 1 to 9 % faster"
-"""What an answer with `unaligned` None is of. Source: the medians of the recipes, of shapes off the grids of an H100 and
-of an H200 (`python benchmarks/unaligned_tokens.py`, "others")."""
+"""What an answer with `unaligned` None is of. Source: the medians of the recipes, of shapes off the grids of an H100
+and of an H200 (`python benchmarks/unaligned_tokens.py`, "others")."""
 MAX_OCTAVES_OUTSIDE = math.log2(10)
 """Farther outside of what was measured, the border's answer says nothing: ten times as large in one dimension. Heads of
 large vocabularies lie within it (262208 rows of Gemma 3's weight, where 32768 were measured)."""

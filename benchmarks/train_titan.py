@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, get_args
 
 import msgspec
-from train_titan_journal import Journal, append, lines_of, opened
+from train_titan_journal import Journal, append, lines_of, visits_of
 from train_titan_output import (
     LOG_EVERY,
     Choice,
@@ -79,7 +79,7 @@ def main() -> None:
     if arguments.trace:
         trace_runs(setup, header, journal.log, stop_at)
         return
-    header, visits = opened(journal, header)
+    visits = visits_of(journal, header)
     while missing := next(missing_visits(header, visits, listing.gpus), None):
         if is_too_late(stop_at, visits):
             break

@@ -21,9 +21,9 @@ class Journal(NamedTuple):
         return cls(folder / f"{setup.name}.jsonl", folder / f"{setup.name}.log")
 
 
-def opened(journal: Journal, header: Header) -> tuple[Header, list[Visit]]:
-    """Begin a journal, or go on with one. Raises SystemExit if it is of something else."""
-    return header, [msgspec.json.decode(line, type=Visit) for line in lines_of(journal.visits, header)]
+def visits_of(journal: Journal, header: Header) -> list[Visit]:
+    """Those that a journal has; a new one begins. Raises SystemExit if it is of something else."""
+    return [msgspec.json.decode(line, type=Visit) for line in lines_of(journal.visits, header)]
 
 
 def lines_of(file: Path, header: Header) -> list[bytes]:

@@ -191,22 +191,22 @@ def test_gains_are_not_over_bf16_on_other_gpus(output: ModuleType) -> None:
 def test_a_journal_goes_on_after_its_writer_was_killed(titan: ModuleType, output: ModuleType, tmp_path: Path) -> None:
     header, visit = make_header(output), make_visit(output, "bf16", 0, 100, 100, 110)
     journal = titan.Journal.of(header.setup, tmp_path)
-    assert titan.opened(journal, header) == (header, [])
+    assert titan.visits_of(journal, header) == []
     titan.append(journal.visits, visit)
     with open(journal.visits, "ab") as file:
         file.write(b'{"run":"bf16","rou')
-    assert titan.opened(journal, header) == (header, [visit])
+    assert titan.visits_of(journal, header) == [visit]
     titan.append(journal.visits, visit)
-    assert titan.opened(journal, header) == (header, [visit, visit])
+    assert titan.visits_of(journal, header) == [visit, visit]
 
 
 def test_a_journal_of_something_else_is_refused(titan: ModuleType, output: ModuleType, tmp_path: Path) -> None:
     header = make_header(output)
     journal = titan.Journal.of(header.setup, tmp_path)
-    titan.opened(journal, header)
+    titan.visits_of(journal, header)
     other = make_header(output, setup=make_setup(output, steps=40))
     with pytest.raises(SystemExit, match=r"selective-recompute-rowwise\.jsonl: setup: expected .*steps=40"):
-        titan.opened(journal, other)
+        titan.visits_of(journal, other)
 
 
 def test_files_are_named_by_the_setup(output: ModuleType) -> None:

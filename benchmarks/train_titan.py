@@ -12,6 +12,8 @@ Every visit is written into the journal as soon as it is done. --stop-after ends
 command goes on from the journal. torchtitan's logs of all visits are kept in one file beside it.
 
 Run it: python benchmarks/train_titan.py --widths llama3-8b --tp 2 --recipe rowwise --plan PLAN --out DIR
+Only bf16 and the table's set, in another folder, as a journal keeps to its choices:
+python benchmarks/train_titan.py --widths llama3-8b --tp 2 --recipe rowwise --choices table --variants --out OTHER_DIR
 """
 
 from __future__ import annotations
@@ -96,42 +98,78 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_setup_options(parser)
+    add_comparison_options(parser)
+    arguments = parser.parse_args()
+    whole = arguments.steps % LOG_EVERY == arguments.warm_up % LOG_EVERY == 0
+    if not whole or not 0 < arguments.warm_up < arguments.steps:
+        parser.error(f"--steps, --warm-up: expected multiples of {LOG_EVERY}, and fewer of warm-up than of all")
+    return arguments
+
+
+def add_setup_options(parser: argparse.ArgumentParser) -> None:
+    """What is trained, as `Setup` has it."""
     parser.add_argument("--widths", choices=get_args(Widths), required=True)
-    parser.add_argument("--layers", type=int, help=f"default: {LAYERS}")
+    layers = ", ".join(f"{count} for {widths}" for widths, count in LAYERS.items())
+    parser.add_argument("--layers", type=int, help=f"default: {layers}")
     degree = parser.add_mutually_exclusive_group(required=True)
-    degree.add_argument("--tp", type=int, default=1, help="tensor parallel degree, with sequence parallelism")
-    degree.add_argument("--fsdp", type=int, default=1, help="over how many ranks parameters are sharded")
-    parser.add_argument("--recompute", choices=get_args(Recompute), default="selective")
-    parser.add_argument("--recipe", choices=get_args(Recipe), required=True)
-    parser.add_argument("--unfused", action="store_true", help="q, k and v are linears of their own")
-    parser.add_argument("--tokens", type=int, default=8192, help="of a sequence, one of which a data parallel rank has")
-    parser.add_argument("--steps", type=int, default=40, help=f"of a visit, a multiple of {LOG_EVERY}")
-    parser.add_argument(
-        "--warm-up", type=int, default=15, help=f"the first steps, which do not count; a multiple of {LOG_EVERY}"
+    degree.add_argument(
+        "--tp", type=int, default=1, help="tensor parallel degree, with sequence parallelism; 1 by default"
     )
-    parser.add_argument("--visits", type=int, default=2, help="to each choice, an even number for a fair order")
+    degree.add_argument("--fsdp", type=int, default=1, help="over how many ranks parameters are sharded; 1 by default")
+    parser.add_argument(
+        "--recompute",
+        choices=get_args(Recompute),
+        default="selective",
+        help="which forwards run again in the backward; default: %(default)s",
+    )
+    parser.add_argument("--recipe", choices=get_args(Recipe), required=True)
+    parser.add_argument("--unfused", action="store_true", help="q, k and v are linears of their own; by default one")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=8192,
+        help="of a sequence, one of which a data parallel rank has; default: %(default)s",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=40, help=f"of a visit, a multiple of {LOG_EVERY}; default: %(default)s"
+    )
+    parser.add_argument(
+        "--warm-up",
+        type=int,
+        default=15,
+        help=f"the first steps, which do not count; a multiple of {LOG_EVERY}; default: %(default)s",
+    )
     parser.add_argument("--tables", type=Path, help="a table or folder of tables; default: those of fp8gate")
-    parser.add_argument("--plan", type=Path, help="a plan; without one, that choice is left out")
-    parser.add_argument("--choices", nargs="+", choices=get_args(Choice), default=get_args(Choice), help="bf16 always")
+    parser.add_argument("--plan", type=Path, help="a plan's file; default: none, and that choice is left out")
+
+
+def add_comparison_options(parser: argparse.ArgumentParser) -> None:
+    """What is compared, how often, and where it is written."""
+    parser.add_argument(
+        "--visits", type=int, default=2, help="to each choice, an even number for a fair order; default: %(default)s"
+    )
+    parser.add_argument(
+        "--choices",
+        nargs="+",
+        choices=get_args(Choice),
+        default=get_args(Choice),
+        help="what to compare with bf16, which always runs; default: all",
+    )
     parser.add_argument(
         "--variants",
         nargs="*",
         choices=get_args(Variant),
         default=get_args(Variant),
-        help="what bf16 and fp8gate are also run with; without a name, with none",
+        help="what bf16 and fp8gate are also run with; without a name, with none; default: all",
     )
     parser.add_argument(
         "--trace",
         action="store_true",
         help="instead of timing, trace each run once: which kernels its steps consist of",
     )
-    parser.add_argument("--stop-after", type=float, metavar="MINUTES", help="end by then")
+    parser.add_argument("--stop-after", type=float, metavar="MINUTES", help="end by then; default: after all visits")
     parser.add_argument("--out", type=Path, required=True, help="folder of the journals and logs")
-    arguments = parser.parse_args()
-    whole = arguments.steps % LOG_EVERY == arguments.warm_up % LOG_EVERY == 0
-    if not whole or not 0 < arguments.warm_up < arguments.steps:
-        parser.error(f"--steps, --warm-up: expected multiples of {LOG_EVERY}, and fewer of warm-up than of all")
-    return arguments
 
 
 def setup_of(arguments: argparse.Namespace) -> Setup:

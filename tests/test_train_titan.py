@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -225,6 +226,32 @@ def test_no_visit_begins_that_may_not_end_in_time(titan: ModuleType, output: Mod
     assert not titan.is_too_late(now + 70, visits)
     assert not titan.is_too_late(now + 1, [])
     assert not titan.is_too_late(None, visits)
+
+
+def test_help_says_every_default(
+    titan: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    given = ["--widths", "tiny", "--tp", "2", "--recipe", "rowwise", "--out", "folder"]
+    monkeypatch.setattr(sys, "argv", ["train_titan.py", *given])
+    defaults = titan.parse()
+    monkeypatch.setattr(sys, "argv", ["train_titan.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        titan.parse()
+    options = re.split(r"^  (?=--)", capsys.readouterr().out, flags=re.MULTILINE)
+    said = {option.split()[0]: " ".join(option.split()) for option in options}
+    for name in ("recompute", "tokens", "steps", "warm_up", "visits"):
+        assert said[f"--{name.replace('_', '-')}"].endswith(f"; default: {getattr(defaults, name)}")
+    others = {
+        "--fsdp": f"; {defaults.fsdp} by default",
+        "--layers": "default: 16 for llama3-8b, 4 for llama3-70b, 2 for tiny",
+        "--tables": "default: those of fp8gate",
+        "--plan": "default: none, and that choice is left out",
+        "--choices": "default: all",
+        "--variants": "default: all",
+        "--stop-after": "default: after all visits",
+    }
+    assert all(said[name].endswith(default) for name, default in others.items()), said
 
 
 # --- the table ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from fp8gate.filter.contract.names import without_indices
+from fp8gate.filter.contract.shapes import TOKEN_TILE
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.contract.table import Table
 from fp8gate.filter.decision.decide import Decision
@@ -73,6 +74,9 @@ def summary_text(
         sentences.append(f"outside the measured range: {len(outside)} ({names}); to measure them: {command}")
     if unaligned := dict.fromkeys(without_indices(fqn) for fqn, d in decisions.items() if d.unaligned is None):
         sentences.append(f"answered from {OF_ALIGNED}: {', '.join(unaligned)}")
+    if scaled := {without_indices(fqn): d.unaligned for fqn, d in decisions.items() if d.unaligned not in (None, 1.0)}:
+        factor = next(iter(scaled.values()))
+        sentences.append(f"times {factor:.2f}, as the tokens are no multiple of {TOKEN_TILE}: {', '.join(scaled)}")
     if differences := stale(table.software):
         sentences.append(f"the table was measured with {differences}; to measure again: fp8gate calibrate")
     if table.incomplete:

@@ -130,7 +130,7 @@ def _provenance(estimate: Estimate, min_speedup: float) -> list[str]:
     if estimate.unaligned is None:
         parts.append(f"from multiples of {TOKEN_TILE} tokens")
     elif estimate.unaligned != 1:
-        parts.append(f"times {estimate.unaligned:.2f} as the tokens are no multiple of {TOKEN_TILE}")
+        parts.append(f"times {estimate.unaligned:.2f}")
     if estimate.from_tokens:
         parts.append(f"from {estimate.from_tokens} tokens")
     if estimate.outside:

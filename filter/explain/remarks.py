@@ -6,7 +6,7 @@ In: an `Explanation`. Out: sentences, each with the command that settles it wher
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import TOKEN_TILE
@@ -33,6 +33,7 @@ def remarks(explanation: Explanation) -> Iterator[str]:
         yield from (f"The filter takes {remark}." for remark in plans.remarks())
     if faster := _faster_by_sums(explanation):
         yield _why_behind(explanation, faster, is_brief=False)
+    yield from _factors_for_tokens([explanation])
     yield from _doubts(explanation)
     if plans is None and explanation.plan_command:
         yield f"No measured plan of this block decides. To measure one: {explanation.plan_command}"
@@ -43,6 +44,7 @@ def shared_remarks(explanations: Mapping[Recipe, Explanation]) -> Iterator[str]:
     for recipe, explanation in explanations.items():
         if faster := _faster_by_sums(explanation):
             yield f"{recipe}: {_why_behind(explanation, faster, is_brief=True)}"
+    yield from _factors_for_tokens(explanations.values())
     yield from dict.fromkeys(doubt for explanation in explanations.values() for doubt in _doubts(explanation))
     if unplanned := [recipe for recipe, explanation in explanations.items() if not explanation.plans]:
         command = explanations[unplanned[0]].plan_command
@@ -95,6 +97,24 @@ def _threshold(explanation: Explanation) -> str:
     return f"{below} or have no sure number"
 
 
+def _factors_for_tokens(explanations: Iterable[Explanation]) -> Iterator[str]:
+    """By what the speedups of each recipe are multiplied where the tokens are no multiple of 128, if they are."""
+    tokens, factors = set(), {}
+    for explanation in explanations:
+        for layer in explanation.layers:
+            factor = layer.by_table.unaligned
+            if factor not in (None, 1.0):
+                tokens.add(layer.shape.m)
+                factors[explanation.table.recipe] = f"{explanation.table.recipe} {factor:.2f}"
+    if factors:
+        fewest = min(tokens)
+        more = math.ceil(fewest / TOKEN_TILE) * TOKEN_TILE
+        yield (
+            f"Float8 is slower with {fewest} tokens, no multiple of {TOKEN_TILE}, than with {more}. Speedups are "
+            f"multiplied by a factor for that: {', '.join(factors.values())}."
+        )
+
+
 def _doubts(explanation: Explanation) -> Iterator[str]:
     """What makes the decisions less than certain, in one line a kind."""
     if far := [layer.linear.role for layer in explanation.layers if layer.is_far]:
@@ -112,13 +132,6 @@ def _doubts(explanation: Explanation) -> Iterator[str]:
         yield (
             f"Answered from {OF_ALIGNED}: {', '.join(unaligned)}. To measure these shapes: "
             f"{explanation.measure_command}"
-        )
-    if scaled := [layer for layer in explanation.layers if layer.by_table.unaligned not in (None, 1.0)]:
-        tokens, factor = scaled[0].shape.m, scaled[0].by_table.unaligned
-        more = math.ceil(tokens / TOKEN_TILE) * TOKEN_TILE
-        yield (
-            f"Float8 is slower with {tokens} tokens, no multiple of {TOKEN_TILE}, than with {more}: the speedups of "
-            f"{explanation.table.recipe} have a factor of {factor:.2f} for that."
         )
     if differences := stale(explanation.table.software):
         device = explanation.table.device.name

@@ -255,6 +255,15 @@ def test_a_plan_that_fits_decides_and_has_its_row(explained, plan_file, how):
     assert behind.startswith("By the sum of single linears, the table's set takes")
 
 
+def test_a_plan_of_another_model_is_said_in_one_line():
+    asked = ["--recipe", "rowwise", "--tokens", "8192", "--device", "H100", "--plan", "qwen3-8b"]
+    text = CliRunner().invoke(app, ["explain", "llama3-8b", *asked]).stdout
+    (line,) = (line for line in text.splitlines() if "qwen3-8b" in line)
+    differs = "expected (8192, 4096, 14336), as model.layers.*.mlp.gate_proj is here; found (8192, 4096, 12288)"
+    end = f"{differs}; different too: mlp.up_proj, mlp.down_proj; the table decides 32 of 32 blocks"
+    assert line.endswith(f"qwen3-8b-rowwise-m8192.yaml: $.shapes.mlp.gate_proj: {end}")
+
+
 def test_a_plan_can_be_left_out(explained, plan_file):
     text = explained({"rowwise": points(2.0)}, "--recipe", "rowwise", "--tp", "2", "--plan", "none")
     assert "fp8gate, plan" not in text

@@ -292,9 +292,9 @@ def test_torchtitans_wkv_is_both_roles(with_plan, convert, expected):
 
 def test_torchtitans_wkv_cannot_be_converted_by_half(with_plan):
     wants_float8 = with_plan(plan=of_attention("self_attn.q_proj", "self_attn.k_proj"))
-    torn, other = checked(wants_float8, TITAN)
+    (torn,) = checked(wants_float8, TITAN)
     assert "expected all or none of self_attn.k_proj, self_attn.v_proj, as layers.*" in torn
-    assert "1 of 1 blocks convert nothing, in blocks that were not measured" in other
+    assert torn.endswith("found self_attn.k_proj; the table decides 1 of 1 blocks")
     assert all(d.reason.startswith("not in the plan: below 1.00x") for d in wants_float8.decisions.values())
 
 
@@ -317,7 +317,7 @@ def test_torchtitans_wqkv_is_three_roles_that_agree(with_plan, convert, expected
 
 def test_torchtitans_wqkv_is_the_tables_if_its_roles_do_not_agree(with_plan):
     wants_float8 = with_plan(plan=of_attention("self_attn.q_proj"))
-    torn, _ = checked(wants_float8, FUSED)
+    (torn,) = checked(wants_float8, FUSED)
     assert "expected all or none of self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, as layers.*" in torn
     (decision,) = wants_float8.decisions.values()
     assert decision.reason.startswith("not in the plan: ")
@@ -325,7 +325,7 @@ def test_torchtitans_wqkv_is_the_tables_if_its_roles_do_not_agree(with_plan):
 
 def test_a_fused_linear_of_another_width_is_the_tables(with_plan):
     wants_float8 = with_plan(plan=of_attention("self_attn.q_proj", *KV))
-    wider, _ = checked(wants_float8, {"layers.0.attention.qkv_linear.wqkv": (64, 64)})
+    (wider,) = checked(wants_float8, {"layers.0.attention.qkv_linear.wqkv": (64, 64)})
     assert "$.shapes.self_attn.q_proj: expected (32, 64, 64), as layers.*.attention.qkv_linear.wqkv is here" in wider
     assert "found (32, 64, 128)" in wider
 
@@ -342,9 +342,9 @@ def test_a_plan_of_a_fused_role_decides_it(with_plan):
 def test_a_block_with_another_layer_is_the_tables_as_a_whole(with_plan):
     first = {"model.layers.0.self_attn.q_proj": Q, "model.layers.0.mlp.gate_proj": (64, 64)}
     wants_float8 = with_plan(plan=OF_TWO)
-    wider, set_of_it = checked(wants_float8, {**BLOCKS, **first})
+    (wider,) = checked(wants_float8, {**BLOCKS, **first})
     assert "$.shapes.mlp.gate_proj: expected (32, 64, 64), as model.layers.*.mlp.gate_proj is here" in wider
-    assert "1 of 3 blocks convert nothing, in blocks that were not measured" in set_of_it
+    assert wider.endswith("found (32, 64, 128); the table decides 1 of 3 blocks")
     converted = [fqn for fqn, decision in wants_float8.decisions.items() if decision.convert]
     assert converted == [fqn for fqn in BLOCKS if ".0." not in fqn]
 
@@ -359,9 +359,31 @@ def test_no_number_of_the_plans_is_used_in_a_block_with_another_layer(with_plan)
 
 def test_a_block_of_other_recomputation_is_the_tables(with_plan):
     wants_float8 = with_plan(plan=OF_TWO, recompute=lambda fqn: fqn.startswith("model.layers.1."))
-    messages = checked(wants_float8, {f"_orig_mod.{fqn}": size for fqn, size in BLOCKS.items()})
-    assert sum("$.recompute: expected full" in message for message in messages) == 2
-    assert "1 of 3 blocks convert mlp.gate_proj, in blocks that were not measured" in messages[-1]
+    (message,) = checked(wants_float8, {f"_orig_mod.{fqn}": size for fqn, size in BLOCKS.items()})
+    assert "$.recompute: expected full" in message
+    assert message.endswith("found none; different too: mlp.gate_proj; the table decides 1 of 3 blocks")
+
+
+def test_a_plan_of_another_model_is_said_once(with_plan):
+    """By each linear that is asked about, too: the plan's policy may be an error, which each answer raises again."""
+    wider = {fqn: (64, 2 * n) for fqn, (_, n) in BLOCKS.items()}
+    wants_float8 = with_plan(plan=OF_TWO, on_plan="error")
+    layers = [(fqn, layer(*sizes)) for fqn, sizes in wider.items()]
+    message = (
+        "of tiny: $.shapes.self_attn.q_proj: expected (32, 64, 128), as model.layers.*.self_attn.q_proj is here; found "
+        "(32, 64, 64); different too: mlp.gate_proj; the table decides 3 of 3 blocks"
+    )
+    for ask in (lambda: wants_float8.check(layers), lambda: wants_float8(layers[1][1], layers[1][0])):
+        with pytest.raises(PlanMismatchWarning) as caught:
+            ask()
+        assert str(caught.value) == message
+
+
+def test_asked_layer_by_layer_a_block_with_another_layer_is_said_at_the_check(with_plan):
+    wants_float8 = with_plan(plan=OF_TWO, filter_fqns=["gate_proj"])
+    answers(wants_float8, {**BLOCKS, "model.layers.0.mlp.gate_proj": (64, 64)})
+    with pytest.warns(PlanMismatchWarning, match="1 of 3 blocks convert self_attn.q_proj, in blocks that were not"):
+        wants_float8.check()
 
 
 def test_whole_blocks_may_be_left_out(with_plan):
@@ -387,8 +409,8 @@ def test_an_error_that_check_raises_says_each_thing_once(with_plan):
     wants_float8 = with_plan(plan=OF_TWO, on_plan="error")
     with pytest.raises(PlanMismatchWarning) as caught:
         wants_float8.check([(fqn, layer(*sizes)) for fqn, sizes in wider.items()])
-    lines = str(caught.value).splitlines()
-    assert len(lines) == len(set(lines)) == 2
+    (line,) = str(caught.value).splitlines()
+    assert line.endswith("found (32, 64, 128); the table decides 3 of 3 blocks")
 
 
 def test_no_conversion_ends_halfway(with_plan):

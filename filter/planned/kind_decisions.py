@@ -28,12 +28,13 @@ class _BlockDecision(NamedTuple):
     """What the plan decides for one block.
 
     planned: the set that the plan has for it. convert: the roles to convert, or None if the table decides. remark: what
-    the measured speedup does not cover.
+    the measured speedup does not cover. mismatch: why it is not the block that was measured, for all such blocks.
     """
 
     planned: PlannedSet
     convert: Roles | None
     remark: str = ""
+    mismatch: Finding | None = None
 
 
 class KindDecisions:
@@ -85,11 +86,11 @@ class KindDecisions:
         place = self._names.place(fqn)
         if place is None or not place.roles:
             return self._unknown(fqn, in_block=place is not None)
-        if mismatch := self._mismatch(fqn, place.roles, shape):
+        planned, convert, remark, mismatch = self._by_block.get(place.block, self._unchecked)
+        if mismatch:
             return mismatch
-        planned, convert, remark = self._by_block.get(place.block, self._unchecked)
-        if torn := self._torn(fqn, place.roles, planned):
-            return torn
+        if difference := self._difference(fqn, place.roles, shape, planned):
+            return self._finding(f"{difference}; the table decides")
         if convert is None:
             return None
         if len(place.roles) > 1 and is_fused(fqn):
@@ -103,35 +104,46 @@ class KindDecisions:
 
     def decide_blocks(self, shapes: Shapes, stays: Callable[[str], bool]) -> None:
         """See `ModelPlans.decide_blocks`."""
-        for block, linears in self.blocks(shapes).items():
-            self._by_block[block] = self._decide_block(linears, shapes, stays)
+        blocks = self.blocks(shapes)
+        differences = {block: self._differences(linears, shapes) for block, linears in blocks.items()}
+        counts = Counter(differences.values())
+        for block, linears in blocks.items():
+            planned = self._sets.of(linears)
+            if difference := differences[block]:
+                message = f"{difference}; the table decides {counts[difference]} of {len(blocks)} blocks"
+                self._by_block[block] = _BlockDecision(planned, None, mismatch=self._finding(message))
+            else:
+                self._by_block[block] = self._decide_block(planned, linears, shapes, stays)
 
     def remarks(self) -> Iterator[str]:
         """See `ModelPlans.remarks`."""
-        for planned, convert, _ in self._by_block.values():
+        for planned, convert, *_ in self._by_block.values():
             if planned != self._sets.own and planned.convert == convert:
                 yield f"{planned.name}: {self._gain(convert)}, in place of its own: {self._gain(self.plan.convert)}"
 
     def findings(self, decisions: Decisions) -> Iterator[Finding]:
-        """The blocks that convert another set than the plan's."""
+        """The blocks that are not those that were measured, or convert another set than the plan's."""
         blocks = self.blocks(decisions)
         found: Counter[tuple[tuple[str, ...], Roles, bool]] = Counter()
-        for linears in blocks.values():
-            if any(decisions[fqn].planned or decisions[fqn].point for fqn in linears):
-                shapes = {fqn: decisions[fqn].shape for fqn in linears}
-                planned = self._sets.of(linears)
-                differs = self._differs(linears, shapes, planned)
-                found[self._converted_names(linears, decisions), planned.convert, differs] += 1
+        mismatches: dict[Finding, None] = {}
+        for block, linears in blocks.items():
+            if not any(decisions[fqn].planned or decisions[fqn].point for fqn in linears):
+                continue
+            if mismatch := self._by_block.get(block, self._unchecked).mismatch:
+                mismatches[mismatch] = None
+                continue
+            differs = bool(self._differences(linears, {fqn: decisions[fqn].shape for fqn in linears}))
+            found[self._converted_names(linears, decisions), self._sets.of(linears).convert, differs] += 1
+        yield from mismatches
         for (names, expected, differs), count in found.items():
             if differs or names != expected:
                 known = "in blocks that were not measured" if differs else self._measured(names)
                 message = f"{count} of {len(blocks)} blocks convert {_listed(names)}, {known}"
                 yield self._finding(f"$.convert: {message}; expected {_listed(expected)}")
 
-    def _decide_block(self, linears: BlockLinears, shapes: Shapes, stays: Callable[[str], bool]) -> _BlockDecision:
-        planned = self._sets.of(linears)
-        if self._differs(linears, shapes, planned):
-            return _BlockDecision(planned, None)
+    def _decide_block(
+        self, planned: PlannedSet, linears: BlockLinears, shapes: Shapes, stays: Callable[[str], bool]
+    ) -> _BlockDecision:
         present = {role for roles in linears.values() for role in roles}
         barred = {role for fqn, roles in linears.items() if shapes[fqn] is None or stays(fqn) for role in roles}
         left = tuple(role for role in planned.convert if role in present - barred)
@@ -145,27 +157,41 @@ class KindDecisions:
             return _BlockDecision(planned, left, ", ".join(filter(None, ("what is left of its set", neighbours))))
         return _BlockDecision(planned, (), f"what is left of its set, {_listed(left)}, {self._measured(left)}")
 
-    def _mismatch(self, fqn: str, roles: Roles, shape: LinearShape) -> Finding | None:
-        """Why this linear is not the one that the plan measured under its roles."""
+    def _differences(self, linears: BlockLinears, shapes: Shapes) -> str:
+        """Why a block is not the one that the plan measured, so that no set of it was measured; "" if it is."""
+        planned = self._sets.of(linears)
+        found: dict[Roles, str] = {}
+        for fqn, roles in linears.items():
+            shape = shapes[fqn]
+            if roles and shape and (difference := self._difference(fqn, roles, shape, planned)):
+                found[roles] = difference
+        others = [role for roles in list(found)[1:] for role in roles]
+        return next(iter(found.values()), "") + (f"; different too: {_listed(others)}" if others else "")
+
+    def _difference(self, fqn: str, roles: Roles, shape: LinearShape, planned: PlannedSet) -> str:
+        """Why the plan cannot decide this linear, or ""."""
+        return self._mismatch(fqn, roles, shape) or self._torn(fqn, roles, planned)
+
+    def _mismatch(self, fqn: str, roles: Roles, shape: LinearShape) -> str:
+        """Why this linear is not the one that the plan measured under its roles, or ""."""
         recompute = "full" if self._recomputes(plain_name(fqn)) else "none"
         if (roles, shape, recompute) in self._fitting:  # the layers of a model are alike
-            return None
+            return ""
         shapes = self.plan.shapes_of(roles, is_fused=is_fused(fqn)).items()
         compared = [(f"shapes.{role}", shape, measured) for role, measured in shapes]
         for field, actual, measured in (*compared, ("recompute", recompute, self.plan.recompute)):
             if actual != measured:
-                message = f"expected {actual}, as {without_indices(fqn)} is here; found {measured}"
-                return self._finding(f"$.{field}: {message}; the table decides")
+                return f"$.{field}: expected {actual}, as {without_indices(fqn)} is here; found {measured}"
         self._fitting.add((roles, shape, recompute))
-        return None
+        return ""
 
-    def _torn(self, fqn: str, roles: Roles, planned: PlannedSet) -> Finding | None:
-        """Why no set of the plan can decide a linear of several roles."""
+    def _torn(self, fqn: str, roles: Roles, planned: PlannedSet) -> str:
+        """Why no set of the plan can decide a linear of several roles, or ""."""
         if not is_torn(roles, planned.convert):
-            return None
+            return ""
         expected = f"expected all or none of {_listed(roles)}, as {without_indices(fqn)} is all of them"
         found = _listed([role for role in roles if role in planned.convert])
-        return self._finding(f"$.convert: {expected}; found {found}; the table decides")
+        return f"$.convert: {expected}; found {found}"
 
     def _unknown(self, fqn: str, *, in_block: bool) -> Finding | None:
         """Why a linear without a role is not the plan's, if it could be mistaken for one of the plan's.
@@ -178,17 +204,6 @@ class KindDecisions:
         layers = self.plan.layers or "(model.)layers.<i>"
         why = "is none of its roles" if in_block else f"is not named {layers}.{role}"
         return self._finding(f"$.shapes: {without_indices(fqn)} {why}; the table decides")
-
-    def _differs(self, linears: BlockLinears, shapes: Shapes, planned: PlannedSet) -> bool:
-        """Whether one of a block's linears is not the one that the plan measured: then no set of it was measured.
-
-        That is so too for a linear that holds several roles, some of them in the set and some not.
-        """
-        for fqn, roles in linears.items():
-            shape = shapes[fqn]
-            if roles and shape and (self._mismatch(fqn, roles, shape) or is_torn(roles, planned.convert)):
-                return True
-        return False
 
     def blocks(self, linears: Collection[str]) -> dict[str, dict[str, Roles]]:
         """block -> its linears, of all linears of a model by name, which only grow until `forget`."""

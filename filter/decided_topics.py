@@ -10,7 +10,7 @@ from fp8gate.filter.contract.table import Table, format_table
 from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.decision.shared_input import least_text
 from fp8gate.filter.policy.settings import FilterSettings
-from fp8gate.filter.ranks.agreement import Topic, sha256_of
+from fp8gate.filter.ranks.agreement import Topic, digest_of
 
 
 def topics_decided(
@@ -19,7 +19,7 @@ def topics_decided(
     """All that decides, and what was decided for each layer, as plain data by topic."""
     patterns = settings.parallel.patterns()
     return {
-        "table": _digest(format_table(table)),
+        "table": digest_of(format_table(table)),
         "recipe": table.recipe,
         "tokens": settings.tokens,
         "rows": {f"rows[{pattern!r}]": str(count) for pattern, count in settings.rows.items()},
@@ -27,7 +27,7 @@ def topics_decided(
         "lookup": settings.lookup,
         "filter_fqns": sorted(set(settings.filter_fqns)),
         "recompute": "a predicate" if callable(settings.recompute) else settings.recompute,
-        "plan": _digest(format_plans(plans)) if plans else "none",
+        "plan": digest_of(format_plans(plans)) if plans else "none",
         "parallel.tp": settings.parallel.tp,
         "parallel.cp": settings.parallel.cp,
         "parallel.plan": {f"parallel.plan[{i}]": f"{p} is {p.style}" for i, p in enumerate(patterns)},
@@ -39,7 +39,3 @@ def _answer(decision: Decision, recomputed: bool) -> str:
     """What was decided for a layer, for which rows and sizes."""
     shape = f" at {decision.shape}" if decision.shape else ""
     return f"{'float8' if decision.convert else 'bf16'}{shape}{', recomputed' if recomputed else ''}"
-
-
-def _digest(text: str) -> str:
-    return f"sha256 {sha256_of(text)[:12]}"

@@ -6,11 +6,12 @@ import dataclasses
 import math
 import random
 import warnings
+from datetime import timedelta
 from statistics import mean
 
 import pytest
+from builders import MEASURED_AT, make_point, make_table, write_file
 from builders import PROTOCOL as IN_TABLES
-from builders import make_point, make_table, write_file
 from samples import NEVER_NOISE, PROTOCOL, again, measured, point_record, replaced, timed_arm
 from torch import nn
 
@@ -250,10 +251,10 @@ STATED = replaced(IN_TABLES, bounds=Bounds(below_120_us=SMALL, from_120_us=LARGE
 HALF = math.hypot(0.04, 0.003)
 
 
-def table(changes, *, half=HALF, protocol=STATED):
+def table(changes, *, half=HALF, protocol=STATED, **fields):
     """A table of points of 300 us whose speedups are 1.5, times these changes."""
     points = [make_point(16, 32, 16 * (i + 1), 1.5 * math.exp(c), spread=math.exp(half)) for i, c in enumerate(changes)]
-    return make_table(*points, protocol=protocol)
+    return make_table(*points, protocol=protocol, **fields)
 
 
 def test_a_tables_header_says_what_its_bounds_cover():
@@ -322,7 +323,10 @@ def test_bounds_of_merged_tables_cover_another_sweep():
     half = 1.96 * math.sqrt(2) * sigma
     covered = 0
     for _ in range(1000):
-        tables = {name: table([rng.gauss(0, sigma)], half=half, protocol=STATED) for name in "abc"}
+        tables = {
+            name: table([rng.gauss(0, sigma)], half=half, protocol=STATED, measured_at=MEASURED_AT + timedelta(days))
+            for days, name in enumerate("abc")
+        }
         point = merge_tables(tables).points[0]
         covered += point.speedup_low <= 1.5 * math.exp(rng.gauss(0, sigma)) <= point.speedup_high
     assert 0.94 < covered / 1000 < 0.985

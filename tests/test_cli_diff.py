@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 
 import msgspec
 import pytest
-from builders import DEVICE, PROTOCOL, make_point, make_table, write_file, write_folder
+from builders import DEVICE, MEASURED_AT, PROTOCOL, make_point, make_table, write_file, write_folder
 from typer.testing import CliRunner
 
+from fp8gate.calibrate.comparison.merge import merge_tables
 from fp8gate.cli import app
 from fp8gate.filter.contract.table import Spread
 
@@ -71,6 +73,17 @@ def test_no_name_is_markup_in_markdown(diff, tmp_path):
 def test_markdown_is_for_pull_requests(diff, tmp_path):
     path = write_file(table(), tmp_path / "a.yaml")
     assert diff(path, path, "--markdown").stdout.startswith("### rowwise: NVIDIA H200")
+
+
+def test_a_merged_table_is_told_by_its_sweeps(diff, tmp_path):
+    one = table()
+    both = merge_tables({"one": one, "later": table(1.01, measured_at=MEASURED_AT + timedelta(1))})
+    files = [write_file(each, tmp_path / f"{i}.yaml") for i, each in enumerate((one, both))]
+    title = diff(*files).stdout.splitlines()[0]
+    assert title.count("2026-11-25, 2 sweeps merged") == title.count("sweeps merged") == 1
+    (compared,) = json.loads(diff(*files, "--json").stdout)["comparisons"]
+    assert compared["before"]["merged_from"] is None
+    assert [sweep["measured_at"][:10] for sweep in compared["after"]["merged_from"]] == ["2026-11-24", "2026-11-25"]
 
 
 def test_committed_sweeps_of_one_gpu_do_not_differ_in_decisions(diff, request):

@@ -25,7 +25,10 @@ def test_points_of_both_files_are_written(merge, tmp_path):
     other = write_file(make_table(make_point(16, 32, 64)), tmp_path / "b.yaml")
     both = tmp_path / "c.yaml"
     result = merge(one, other, "--out", both)
-    assert (result.exit_code, result.stdout) == (0, f"wrote {both}: 2 points of 2 tables\n")
+    said = f"wrote {both}: 2 points of 2 tables\n"
+    said += "".join(f"merged the sweep of {sweep}\n" for sweep in read_table(both).merged_from)
+    assert (result.exit_code, result.stdout) == (0, said)
+    assert said.count("merged the sweep of 2026-11-24 10:00 UTC (sha256 ") == 2
     assert [point.n for point in read_table(both).points] == [48, 64]
 
 
@@ -34,7 +37,9 @@ def test_a_program_is_told_where_the_table_is(merge, tmp_path):
     other = write_file(make_table(make_point(16, 32, 64)), tmp_path / "b.yaml")
     result = merge(one, other, "--out", tmp_path / "c.yaml", "--json")
     counts = {"points": 2, "noisy": 0, "tables": 2, "incomplete": None}
-    assert json.loads(result.stdout) == {"table": str(tmp_path / "c.yaml"), **counts}
+    said = json.loads(result.stdout)
+    assert [sweep["measured_at"] for sweep in said.pop("merged_from")] == ["2026-11-24T10:00:00Z"] * 2
+    assert said == {"table": str(tmp_path / "c.yaml"), **counts}
 
 
 def test_a_table_is_not_merged_into_itself(merge, tmp_path):
@@ -51,6 +56,16 @@ def test_a_table_is_not_counted_twice(merge, tmp_path):
     result = merge(one, tmp_path / "." / "a.yaml", "--out", tmp_path / "c.yaml")
     assert result.exit_code == 2
     assert f"expected each table once; got {one}, {one}" in result.stderr
+    assert not (tmp_path / "c.yaml").exists()
+
+
+def test_a_copy_of_a_table_is_not_counted_twice(merge, tmp_path):
+    one = write_file(make_table(make_point(16, 32, 48)), tmp_path / "a.yaml")
+    copy = write_file(make_table(make_point(16, 32, 48)), tmp_path / "b.yaml")
+    result = merge(one, copy, "--out", tmp_path / "c.yaml")
+    assert result.exit_code == 2
+    assert f"{copy}: expected each sweep once" in result.stderr
+    assert f"is in {one} too" in result.stderr
     assert not (tmp_path / "c.yaml").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from datetime import timedelta
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from plans import make_plan
 from typer.testing import CliRunner
 
 import fp8gate
+from fp8gate.calibrate.comparison.merge import merge_tables
 from fp8gate.cli import app
 from fp8gate.cli.doctor import checkup as module
 from fp8gate.cli.doctor.checkup import Checkup, DeviceFacts, FoundFile, check_up
@@ -21,7 +23,7 @@ from fp8gate.cli.doctor.text import checkup_text
 from fp8gate.filter.contract.devices import device_slug, local_device_name
 from fp8gate.filter.contract.plans.plan_file import write_plans
 from fp8gate.filter.contract.recipes import RECIPES
-from fp8gate.filter.contract.table import Device, Incomplete
+from fp8gate.filter.contract.table import Device, Incomplete, read_table
 
 GPU = DeviceFacts(
     name="NVIDIA H200", kind="cuda", memory_gib=139.8, capability="9.0", driver="580.1.2", runs_float8=True
@@ -194,6 +196,14 @@ def test_an_incomplete_table_is_named_with_what_completes_it(here):
     assert "- rowwise_with_gw_hp is incomplete, with 4 of 9 measurements\n" in result.stdout
     completes = "  fp8gate calibrate\n    with the same options: it goes on, and completes the tables"
     assert f"next:\n{completes}" in result.stdout
+
+
+def test_a_merged_table_says_of_how_many_sweeps(here):
+    own = read_table(write_table_of_this_device(here, "rowwise"))
+    later = msgspec.structs.replace(own, measured_at=own.measured_at + timedelta(1))
+    write_file(merge_tables({"own": own, "later": later}), here / device_slug(local_device_name()) / "rowwise.yaml")
+    (found,) = check_up().tables
+    assert found.measured == "1 of 1 points, 2026-11-25, 2 sweeps merged"
 
 
 def test_a_journal_waits_until_its_tables_are_newer(here):

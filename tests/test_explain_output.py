@@ -255,6 +255,13 @@ def test_a_plan_that_fits_decides_and_has_its_row(explained, plan_file, how):
     assert behind.startswith("By the sum of single linears, the table's set takes")
 
 
+@pytest.mark.parametrize(("device", "measured"), [("H100", "2026-11-26, 2 sweeps merged"), ("H200", "2026-11-25")])
+def test_the_title_says_how_many_sweeps_were_merged(device, measured):
+    asked = ["explain", "llama3-8b", "--recipe", "rowwise", "--tokens", "8192", "--device", device]
+    title, *_ = CliRunner().invoke(app, asked).stdout.splitlines()
+    assert title.endswith(f", measured {measured})")
+
+
 def test_a_plan_of_another_model_is_said_in_one_line():
     asked = ["--recipe", "rowwise", "--tokens", "8192", "--device", "H100", "--plan", "qwen3-8b"]
     text = CliRunner().invoke(app, ["explain", "llama3-8b", *asked]).stdout

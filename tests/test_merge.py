@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from datetime import timedelta
+from pathlib import Path
 from statistics import NormalDist
 
 import pytest
@@ -14,7 +16,18 @@ from hypothesis import strategies as st
 from samples import replaced
 
 from fp8gate.calibrate.comparison.merge import combine_points, merge_tables
-from fp8gate.filter.contract.table import Grid, Point, Spread, TableError, Unaligned, format_table, parse_table
+from fp8gate.filter.contract.merged_sweep import MergedSweep
+from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.table import (
+    Grid,
+    Point,
+    Spread,
+    TableError,
+    Unaligned,
+    format_table,
+    parse_table,
+    read_table,
+)
 
 
 def point(speedup=1.5, half=0.01, *, n=48, status="measured", bf16_us=90.0):
@@ -170,8 +183,7 @@ def test_factors_for_unaligned_tokens_are_averaged():
     found = (Unaligned(points=5, factor=0.9), None, Unaligned(points=15, factor=1.0))
     tables = {str(i): table(point(), protocol=replaced(PROTOCOL, unaligned=one)) for i, one in enumerate(found)}
     assert merge_tables(tables).protocol.unaligned == Unaligned(points=20, factor=0.974)
-    without = dict.fromkeys(tables, tables["1"])
-    assert merge_tables(without).protocol.unaligned is None
+    assert merge_tables({"a": tables["1"], "b": table(point(1.4))}).protocol.unaligned is None
 
 
 def test_not_even_rounding_depends_on_the_order():
@@ -205,7 +217,11 @@ def some_tables(protocol):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sampled_from([PROTOCOL, QUOTIENTS]).flatmap(lambda p: st.lists(some_tables(p), min_size=2, max_size=3)))
+@given(
+    st.sampled_from([PROTOCOL, QUOTIENTS]).flatmap(
+        lambda p: st.lists(some_tables(p), min_size=2, max_size=3, unique_by=format_table)
+    )
+)
 def test_any_order_gives_the_same_bytes_and_a_table_that_can_be_read(tables):
     texts = {
         format_table(merge_tables({str(i): t for i, t in enumerate(order)})) for order in itertools.permutations(tables)
@@ -227,6 +243,53 @@ def test_any_order_gives_the_same_bytes_and_a_table_that_can_be_read(tables):
 def test_tables_of_different_kinds_are_refused(fields, message):
     with pytest.raises(TableError, match=message):
         merge_tables({"a.yaml": table(point()), "b.yaml": table(point(), **fields)})
+
+
+# The sweeps that a merged table names.
+
+TABLES = {
+    name: table(point(speedup), measured_at=MEASURED_AT + timedelta(days))
+    for days, (name, speedup) in enumerate({"a": 1.49, "b": 1.5, "c": 1.51}.items())
+}
+
+
+def digest(table):
+    return f"sha256 {hashlib.sha256(format_table(table).encode()).hexdigest()[:12]}"
+
+
+def test_a_merged_table_names_its_sweeps_the_oldest_first():
+    own = {name: MergedSweep(measured_at=t.measured_at, digest=digest(t)) for name, t in TABLES.items()}
+    two = merge_tables({"b": TABLES["b"], "a": TABLES["a"]})
+    assert two.merged_from == (own["a"], own["b"])
+    assert TABLES["a"].merged_from is None
+
+
+def test_a_table_that_is_merged_again_brings_all_its_sweeps():
+    two = merge_tables({name: TABLES[name] for name in "bc"})
+    three = merge_tables({"two": two, "a": TABLES["a"]})
+    assert three.merged_from == merge_tables(TABLES).merged_from
+    assert len(three.merged_from) == 3
+    text = format_table(three)
+    assert parse_table(text, source="three").merged_from == three.merged_from
+    assert text.count("measured_at: '2026-11-2") == 3
+
+
+@pytest.mark.parametrize("others", [{"c": TABLES["a"]}, {"ab": merge_tables({k: TABLES[k] for k in "ab"})}])
+def test_no_sweep_is_merged_twice(others):
+    """Not by a copy of its table, nor by a table that it was merged into."""
+    (other,) = others
+    message = rf"{other}: expected each sweep once; that of 2026-11-24 10:00 UTC \(sha256 [0-9a-f]{{12}}\) is in a too"
+    with pytest.raises(TableError, match=message):
+        merge_tables({"a": TABLES["a"], **others})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_packaged_h100_tables_are_two_sweeps_merged(recipe):
+    root = Path(__file__).parents[1]
+    data = [root / "benchmarks/data" / f"nvidia-h100-80gb-hbm3-{which}-sweep" for which in ("first", "second")]
+    merged = merge_tables({str(folder): read_table(folder / f"{recipe}.yaml") for folder in data})
+    assert format_table(merged) == (root / f"thresholds/nvidia-h100-80gb-hbm3/{recipe}.yaml").read_text()
+    assert len(merged.merged_from) == 2
 
 
 def test_one_table_is_nothing_to_merge():

@@ -6,18 +6,20 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from builders import DEVICE, PROTOCOL, make_point, make_table, write_file, write_folder
+from builders import DEVICE, MEASURED_AT, PROTOCOL, make_point, make_table, write_file, write_folder
 from msgspec.structs import replace
 from PIL import Image
 from typer.testing import CliRunner
 
 import fp8gate
+from fp8gate.calibrate.comparison.merge import merge_tables
 from fp8gate.calibrate.report.map_figures import SOURCE
 from fp8gate.calibrate.report.page.pictures import tables_hash
-from fp8gate.calibrate.report.page.table_facts import STATUSES_WITHOUT_NUMBERS, quality, status_legend
+from fp8gate.calibrate.report.page.table_facts import STATUSES_WITHOUT_NUMBERS, provenance, quality, status_legend
 from fp8gate.calibrate.report.page.write_page import by_device, write_report
 from fp8gate.cli import app, options
 from fp8gate.filter.contract.bounds import Bounds, RunBounds
@@ -149,6 +151,16 @@ def test_quality_tells_what_the_bounds_cover():
 def test_quality_tells_the_factor_for_unaligned_tokens():
     found = quality(table(protocol=replace(PROTOCOL, unaligned=Unaligned(points=8, factor=0.931))))
     assert found["tokens that are no multiple of 128"] == "0.93 of the speedup between multiples of 128 (8 points)"
+
+
+def test_provenance_names_the_sweeps_of_a_merged_table():
+    one, later = table(), table(measured_at=MEASURED_AT + timedelta(1))
+    merged = merge_tables({"one": one, "later": later})
+    found = provenance({"rowwise": (Path("r.yaml"), merged), "tensorwise": (Path("t.yaml"), table("tensorwise"))})
+    sweeps, nothing = found["merged from"]
+    assert re.fullmatch(r"2026-11-24 10:00 UTC \(sha256 \w{12}\), 2026-11-25 10:00 UTC \(sha256 \w{12}\)", sweeps)
+    assert nothing == ""
+    assert "merged from" not in provenance({"rowwise": (Path("r.yaml"), one)})
 
 
 def test_quality_tells_of_several_devices():

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import stat
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import yaml
-from builders import PROTOCOL, make_point, make_table, write_file
+from builders import MEASURED_AT, PROTOCOL, make_point, make_table, write_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fp8gate.filter.contract.merged_sweep import MergedSweep
 from fp8gate.filter.contract.plain_yaml import round_to_measured
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.table import (
@@ -96,6 +97,17 @@ def test_a_file_has_a_factor_for_unaligned_tokens_only_where_it_was_measured():
     assert "unaligned" not in TEXT
     protocol = replace(PROTOCOL, unaligned=Unaligned(points=8, factor=0.9312))
     assert ", unaligned: {points: 8, factor: 0.9312}}" in format_table(replace(TABLE, protocol=protocol))
+
+
+def test_a_file_names_sweeps_only_where_they_were_merged():
+    assert "merged_from" not in TEXT
+    times = (MEASURED_AT, MEASURED_AT + timedelta(1))
+    merged = replace(TABLE, merged_from=tuple(MergedSweep(measured_at=at, digest=SWEEP["digest"]) for at in times))
+    line = (
+        "\nmerged_from: [{measured_at: '2026-11-24T10:00:00Z', digest: sha256 0123456789ab}, "
+        "{measured_at: '2026-11-25T10:00:00Z', digest: sha256 0123456789ab}]\ngrid: "
+    )
+    assert line in format_table(merged)
 
 
 def test_written_table_is_read_back(tmp_path):
@@ -220,6 +232,7 @@ def test_table_that_could_not_be_read_is_not_written(tmp_path, table, complaint)
 
 # --- reading ---------------------------------------------------------------------------------------------------
 
+SWEEP = {"measured_at": "2026-11-24T10:00:00Z", "digest": "sha256 0123456789ab"}
 TYPE_ERRORS = {
     "schema": (("schema",), 2, "$.schema: expected 1"),
     "schema as text": (("schema",), "1", "$.schema: expected 1"),
@@ -242,6 +255,9 @@ TYPE_ERRORS = {
     "grid unsorted": (("grid", "m"), [32, 16], "$.grid.m: expected ascending"),
     "grid twice": (("grid", "k"), [32, 32], "$.grid.k: expected ascending"),
     "grid size": (("grid", "n"), [48, 0], "$.grid.n[1]"),
+    "merged from one sweep": (("merged_from",), [SWEEP], "$.merged_from"),
+    "merged from a sweep twice": (("merged_from",), [SWEEP, {**SWEEP}], "$.merged_from: expected each sweep once"),
+    "no digest": (("merged_from",), [SWEEP, {**SWEEP, "digest": "0123456789ab"}], "$.merged_from[1].digest"),
     "no points": (("points",), [], "$.points: expected at least one point"),
     "size zero": (("points", 0, 0), 0, "$.points[0][0]"),
     "size boolean": (("points", 0, 2), True, "$.points[0][2]"),
@@ -581,6 +597,11 @@ def points(draw) -> Point:
 
 
 axes = st.sets(sizes, max_size=4).map(sorted).map(tuple)
+sweeps = st.builds(
+    MergedSweep,
+    measured_at=st.datetimes(timezones=st.just(timezone.utc)),
+    digest=st.from_regex(r"sha256 [0-9a-f]{12}", fullmatch=True),
+)
 tables = st.builds(
     Table,
     points=st.lists(points(), min_size=1, max_size=3, unique_by=lambda p: p.shape).map(tuple),
@@ -595,6 +616,7 @@ tables = st.builds(
         data=names,
     ),
     measured_at=st.datetimes(timezones=st.just(timezone.utc)),
+    merged_from=st.none() | st.lists(sweeps, min_size=2, max_size=3, unique=True).map(tuple),
     grid=st.builds(Grid, m=axes, k=axes, n=axes),
 )
 

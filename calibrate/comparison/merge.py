@@ -6,8 +6,8 @@ several tables have a point, its speedup is the weighted mean of theirs on the s
 mean of n are sqrt((n + 1) / 2) times as wide as bounds of the mean alone. Where the tables differ by more than their
 bounds say, the merged bounds cover all of them, and where that makes them too wide, the point is noise. What boards
 differ by does not become less with more sweeps, as these may be of one board: the bounds are combined without it, and
-it is added to the merged ones. A table made of an incomplete one is incomplete. The header states the widest bounds,
-those of a point that only one table has, and the mean factor for unaligned tokens.
+it is added to the merged ones. A table made of an incomplete one is incomplete. The header states every sweep, the
+widest bounds, those of a point that only one table has, and the mean factor for unaligned tokens.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fp8gate.calibrate.points.bounds import narrowed, widened
 from fp8gate.calibrate.points.point_record import make_point
 from fp8gate.calibrate.timing.statistics import Interval
 from fp8gate.filter.contract.bounds import COVERAGE, Bounds, RunBounds
+from fp8gate.filter.contract.merged_sweep import MergedSweep
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import (
     WITH_NUMBERS,
@@ -40,6 +41,7 @@ from fp8gate.filter.contract.table import (
     Unaligned,
     format_table,
 )
+from fp8gate.filter.ranks.agreement import digest_of
 
 ROUNDING = 1e-4  # of ln(speedup): tables keep 4 digits, so bounds that coincide do not mean that nothing varied
 NO_NUMBERS: tuple[Status, ...] = (
@@ -62,7 +64,8 @@ OWN_FIELDS = {
 def merge_tables(tables: Mapping[str, Table]) -> Table:
     """Combine tables, given by the names (files) that errors show.
 
-    Raises TableError if there are fewer than two, or if recipe, device, software or protocol differ.
+    Raises TableError if there are fewer than two, if recipe, device, software or protocol differ, or if two of them
+    have the same sweep.
     """
     if len(tables) < 2:
         raise TableError(f"merge: expected two tables or more, got {len(tables)}")
@@ -82,10 +85,23 @@ def merge_tables(tables: Mapping[str, Table]) -> Table:
         first,
         protocol=protocol,
         measured_at=max(table.measured_at for table in ordered),
+        merged_from=_sweeps(tables),
         incomplete=_incomplete(ordered),
         grid=union(*(table.grid for table in ordered)),
         points=tuple(combine_points(by_shape[shape], protocol, width) for shape in sorted(by_shape)),
     )
+
+
+def _sweeps(tables: Mapping[str, Table]) -> tuple[MergedSweep, ...]:
+    """Those of all tables, the oldest first. A table that is merged itself has several."""
+    found: dict[MergedSweep, str] = {}
+    for name, table in tables.items():
+        own = MergedSweep(measured_at=table.measured_at, digest=digest_of(format_table(table)))
+        for sweep in table.merged_from or (own,):
+            if sweep in found:
+                raise TableError(f"{name}: expected each sweep once; that of {sweep} is in {found[sweep]} too")
+            found[sweep] = name
+    return tuple(sorted(found, key=lambda sweep: (sweep.measured_at, sweep.digest)))
 
 
 def _incomplete(tables: Sequence[Table]) -> Incomplete | None:

@@ -19,6 +19,7 @@ from fp8gate.calibrate.comparison.compare_tables import (
 )
 from fp8gate.calibrate.comparison.point_change import PointChange, most_by_chance
 from fp8gate.calibrate.timing.statistics import Interval
+from fp8gate.filter.contract.merged_sweep import measured_text
 from fp8gate.filter.contract.table import Incomplete, Table
 from fp8gate.filter.terminal_table import render_table
 
@@ -223,10 +224,14 @@ def _table(rows: Sequence[tuple[object, ...]], headers: Sequence[str], form: For
 
 
 def _name(table: Table, form: Format) -> str:
-    """Device, torch, day, and how far a stopped sweep came. In Markdown, nothing in a name is markup or HTML."""
+    """Device, torch, day, how many sweeps were merged, and how far a stopped one came.
+
+    In Markdown, nothing in a name is markup or HTML.
+    """
     name = f"{table.device.name}, torch {table.software.torch}"
     escaped = MARKUP.sub(_BACKSLASH, name) if form == "markdown" else name
-    return f"{escaped}, {table.measured_at:%Y-%m-%d}" + (f", {table.incomplete}" if table.incomplete else "")
+    measured = measured_text(table.measured_at, table.merged_from)
+    return f"{escaped}, {measured}" + (f", {table.incomplete}" if table.incomplete else "")
 
 
 def _provenance(table: Table) -> dict[str, Any]:
@@ -235,6 +240,7 @@ def _provenance(table: Table) -> dict[str, Any]:
         "torch": table.software.torch,
         "torchao": table.software.torchao,
         "measured_at": table.measured_at.isoformat(),
+        "merged_from": msgspec.to_builtins(table.merged_from),
         "incomplete": msgspec.to_builtins(table.incomplete),
     }
 

@@ -16,6 +16,7 @@ import msgspec
 
 from fp8gate.filter.contract.bounds import Bounds
 from fp8gate.filter.contract.devices import device_slug
+from fp8gate.filter.contract.merged_sweep import MergedSweep
 from fp8gate.filter.contract.plain_yaml import (
     convert,
     format_number,
@@ -221,6 +222,7 @@ POINT_ROWS = PointRows(_Points, numbers=len(COLUMNS) - 4, statuses=get_args(Stat
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"schema_": "schema"}):
     """Everything measured for one device and recipe. The file has the fields in this order.
 
+    merged_from: only in a merged table: the sweeps that it was made of, the oldest first.
     incomplete: only in the table of a sweep that was stopped. The same command goes on, and then writes it without.
     """
 
@@ -230,6 +232,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     software: Software
     protocol: SweepProtocol
     measured_at: Annotated[datetime, msgspec.Meta(tz=True)]
+    merged_from: Annotated[tuple[MergedSweep, ...], msgspec.Meta(min_length=2)] | None = None
     incomplete: Incomplete | None = None
     grid: Grid
     columns: tuple[str, ...] = COLUMNS
@@ -272,11 +275,8 @@ def write_table(table: Table, path: str | os.PathLike[str]) -> None:
 
 def format_table(table: Table) -> str:
     """The file's text: keys in fixed order, one point a line sorted by (m, k, n), numbers rounded."""
-    header = msgspec.to_builtins(table)
-    del header["points"]
-    if table.incomplete is None:
-        del header["incomplete"]
-    lines = [yaml_line(key, value) for key, value in header.items()]
+    fields = msgspec.to_builtins(table).items()
+    lines = [yaml_line(key, value) for key, value in fields if key != "points" and value is not None]
     rows = (_format_point(point) for point in sorted(table.points, key=lambda p: p.shape))
     return "".join(lines) + "points:\n" + "".join(rows)
 
@@ -287,10 +287,11 @@ def _check(table: Table, source: str) -> None:
         raise TableError(f"{source}: $.columns: expected {list(COLUMNS)}, found {list(table.columns)}")
     if not table.protocol.rounds or list(table.protocol.rounds) != sorted(set(table.protocol.rounds)):
         raise TableError(f"{source}: $.protocol.rounds: expected ascending counts, found {table.protocol.rounds}")
-    for axis in ("m", "k", "n"):
-        values = getattr(table.grid, axis)
+    for axis, values in msgspec.structs.asdict(table.grid).items():
         if list(values) != sorted(set(values)):
             raise TableError(f"{source}: $.grid.{axis}: expected ascending sizes, each once; found {list(values)}")
+    if table.merged_from and len(set(table.merged_from)) < len(table.merged_from):
+        raise TableError(f"{source}: $.merged_from: expected each sweep once")
     if table.incomplete and table.incomplete.measured >= table.incomplete.of:
         raise TableError(
             f"{source}: $.incomplete.measured: expected fewer than $.incomplete.of, {table.incomplete.of}; "

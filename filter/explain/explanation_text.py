@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fp8gate.filter.contract.merged_sweep import measured_text
 from fp8gate.filter.contract.plans.layer_names import DEFAULT
 from fp8gate.filter.contract.recipes import MOST_ACCURATE_FIRST, Recipe
 from fp8gate.filter.explain.explanation import ALL, BF16, PLAN, RULE, TABLE, Explanation, SpeedupInBlocks
@@ -43,6 +44,7 @@ def explanation_json(title: Mapping[str, Any], explanation: Explanation) -> dict
 def explanation_text(title: str, explanation: Explanation) -> str:
     """A table of every kind of linear with its decision, what each choice is worth, and what should be known."""
     table, software = explanation.table, explanation.table.software
+    measured = measured_text(table.measured_at, table.merged_from)
     rows = [
         (
             layer.linear.role,
@@ -58,7 +60,7 @@ def explanation_text(title: str, explanation: Explanation) -> str:
     headers = ("role", "linear", "count", "m", "k", "n", "train in", "alone", "reason")
     parts = [
         f"{title}, {table.recipe}, {table.device.name} "
-        f"(torch {software.torch}, torchao {software.torchao}, measured {table.measured_at:%Y-%m-%d})",
+        f"(torch {software.torch}, torchao {software.torchao}, measured {measured})",
         render_table(headers, rows),
         _choices_text(explanation),
         *remarks(explanation),

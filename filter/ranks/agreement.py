@@ -15,7 +15,7 @@ from fp8gate.filter.ranks.rank_exchange import RankExchange, RanksMissingError, 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["RanksDisagreeError", "RanksMissingError", "Topic", "require_agreement", "sha256_of"]
+__all__ = ["RanksDisagreeError", "RanksMissingError", "Topic", "digest_of", "require_agreement"]
 
 MAX_NAMED = 5  # layers that an error names; a model has hundreds
 MAX_TIMEOUT_S = 7 * 86_400.0  # a week; clocks and locks overflow far above it
@@ -94,6 +94,11 @@ def _different_entries(left: Mapping[str, str], right: Mapping[str, str]) -> Ite
         yield f"{name}: {left.get(name, NOT_GIVEN)} against {right.get(name, NOT_GIVEN)}"
     if len(differ) > MAX_NAMED:
         yield f"and {len(differ) - MAX_NAMED} more"
+
+
+def digest_of(text: str) -> str:
+    """What names a text in messages and in merged tables: "sha256 " and the first 12 digits."""
+    return f"sha256 {sha256_of(text)[:12]}"
 
 
 def sha256_of(text: str) -> str:

@@ -105,6 +105,8 @@ def provenance(files: TablesByRecipe) -> dict[str, tuple[str, ...]]:
 
 def _facts(path: Path, table: Table) -> dict[str, str]:
     facts = {"file": path.name, "measured at": f"{table.measured_at:%Y-%m-%d %H:%M %Z}"}
+    if table.merged_from:
+        facts["merged from"] = ", ".join(map(str, table.merged_from))
     for part in (table.device, table.software, table.protocol):
         fields: dict[str, Any] = msgspec.to_builtins(part)
         facts |= {name: str(value) for name, value in fields.items() if name not in RESULTS}

@@ -25,8 +25,9 @@ def merge_command(
 
     Points that several tables have are combined by their bounds, which widen where the tables disagree; where they
     disagree too far, the point is noisy and has no numbers. The order of the tables does not matter. What differs in
-    recipe, device, software or protocol is refused. Merge what was measured, not what was merged before: a table that
-    goes in twice counts twice. With an incomplete table, of a sweep that was stopped, the merged one is incomplete.
+    recipe, device, software or protocol is refused, and so is a sweep that is in two of the tables. The merged table
+    names its sweeps. Merge what was measured, not what was merged before: the bounds count each table as one sweep.
+    With an incomplete table, of a sweep that was stopped, the merged one is incomplete.
     """
     from fp8gate.calibrate.comparison.merge import merge_tables
 
@@ -40,10 +41,13 @@ def merge_command(
     noisy = sum(point.status == "noisy" for point in merged.points)
     if as_json:
         counts = {"points": len(merged.points), "noisy": noisy, "tables": len(tables)}
-        print_json({"table": str(out), **counts, "incomplete": msgspec.to_builtins(merged.incomplete)})
+        stated = {name: msgspec.to_builtins(getattr(merged, name)) for name in ("merged_from", "incomplete")}
+        print_json({"table": str(out), **counts, **stated})
     else:
         doubt = f", {noisy} of them noisy" if noisy else ""
         typer.echo(f"wrote {out}: {len(merged.points)} points of {len(tables)} tables{doubt}")
+        for sweep in merged.merged_from or ():
+            typer.echo(f"merged the sweep of {sweep}")
         for path, table in read.items():
             if table.incomplete:
                 typer.echo(f"incomplete, as {path} is, with {table.incomplete}: complete that one and merge again")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fp8gate.filter.contract.devices import device_slug, local_device_name
 from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.merged_sweep import measured_text
 from fp8gate.filter.contract.plans.plan import PLANS
 from fp8gate.filter.contract.plans.plan_file import read_plans
 from fp8gate.filter.contract.recipes import RECIPES
@@ -159,7 +160,7 @@ def _tables() -> Iterator[FoundFile]:
                 yield FoundFile(what=recipe, path="", problem=str(error))
             continue
         numbers = sum(point.status in WITH_NUMBERS for point in table.points)
-        measured = f"{numbers} of {len(table.points)} points, {table.measured_at:%Y-%m-%d}"
+        measured = f"{numbers} of {len(table.points)} points, {measured_text(table.measured_at, table.merged_from)}"
         problem = None if numbers else "no point has a number: measure again when nothing else runs here"
         yield FoundFile(
             what=recipe,

@@ -254,10 +254,11 @@ def _magnitude(x):
 
 @triton.jit
 def _scale(amax_bits, POWERS_OF_TWO: tl.constexpr):
-    """torchao's scale of an amax, given as the bits of a bf16 number. Equal for every bf16 number: a test tries them.
+    """torchao's scale of an amax, given as the bits of a bf16 number: equal for each of these, as a test shows.
 
-    A float32 division suffices: 448 / amax lies no nearer than 2 ** -33 of itself to where rounding changes, as amax has
-    8 significant bits. 448 is 1.75 * 2 ** 8, so the quotient's exponent depends on whether amax's mantissa exceeds 1.75.
+    A float32 division suffices: amax has 8 significant bits, so 448 / amax is no nearer to where rounding changes than
+    2 ** -33 of itself.
+    448 is 1.75 * 2 ** 8, so the quotient's exponent depends on whether the mantissa of amax exceeds 1.75.
     """
     amax_bits = amax_bits.to(tl.int32)
     if POWERS_OF_TWO:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from rowwise_casts_kernel import Form, rows_first_forms, strip_column_form, two_pass_forms
+from rowwise_casts_kernel import Form, panel_column_form, rows_first_forms, strip_column_form, two_pass_forms
 from rowwise_casts_torchao import torchao_forms
 
 FLOAT8_NAN = 0x7F
@@ -99,7 +99,16 @@ def kernel_casts(powers_of_two: bool) -> dict[str, Callable[[torch.Tensor], dict
     def strip(x: torch.Tensor) -> dict[str, Form]:
         return {"column": strip_column_form(x, powers_of_two=powers_of_two)}
 
-    return {"two passes": two_passes, "two passes, column": column_alone, "rows first": rows_first, "strip": strip}
+    def panels(x: torch.Tensor) -> dict[str, Form]:
+        return {"column": panel_column_form(x, powers_of_two=powers_of_two)}
+
+    return {
+        "two passes": two_passes,
+        "two passes, column": column_alone,
+        "rows first": rows_first,
+        "strip": strip,
+        "panels": panels,
+    }
 
 
 def differences(found: Form, expected: Form) -> tuple[int, int]:

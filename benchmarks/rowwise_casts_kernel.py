@@ -19,11 +19,13 @@ computes number / tensor as a reciprocal and a product), rounded down to a power
 recipe does; `data = float8_e4m3fn(clamp(float32(x) * scale, -448, 448))`, to the nearest, ties to even. A NaN or an
 infinity spoils its whole row or column: the scale is NaN or 0, and infinity * 0 is NaN.
 
-Three ways to do it, and what each moves to and from memory for an element of two bytes:
+Four ways to do it, and what each moves to and from memory for an element of two bytes:
 - `two_pass_forms`: amaxes of rows and columns (2 bytes), then both forms (4 bytes). Column form alone: 2 + 3.
 - `rows_first_forms`: the row form and the columns' amaxes in one pass (3 bytes), then the column form (3 bytes).
 - `strip_column_form`: the column form in one kernel. A program reads a strip of columns twice, the second time mostly
   from the L2 cache (3 to 5 bytes).
+- `panel_column_form`: the column form in one kernel. Programs take tasks in order: the amaxes of a panel of columns that
+  fits into the L2 cache, then its column form, while the amaxes of the next panel are under way (3 bytes).
 
 With TRITON_INTERPRET=1 they run on the CPU; only the conversion instruction is then replaced, by integer arithmetic.
 """
@@ -60,6 +62,7 @@ class Launch:
     warps: int
     walk: int = 0
     stages: int = 1  # above 1, so many loads are under way ahead of their use
+    panel_bytes: int = 0  # of the operand in a panel, about
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +101,15 @@ STRIP_LAUNCHES = (
     Launch(rows=256, columns=32, warps=8),
     Launch(rows=256, columns=64, warps=16),
 )
+PANEL_LAUNCHES = (
+    Launch(rows=128, columns=64, walk=256, warps=4, panel_bytes=8 << 20),
+    Launch(rows=128, columns=64, walk=256, warps=4, panel_bytes=4 << 20),
+    Launch(rows=128, columns=64, walk=512, warps=8, panel_bytes=8 << 20),
+    Launch(rows=256, columns=64, walk=256, warps=8, panel_bytes=8 << 20),
+    Launch(rows=128, columns=128, walk=256, warps=8, panel_bytes=8 << 20),
+    Launch(rows=128, columns=128, walk=256, warps=8, panel_bytes=12 << 20),
+)
+PANELS_AHEAD = 1  # a panel is cast after this many later panels' amaxes have been given out
 ROW_LAUNCHES = (
     RowLaunch(elements=8192, walk=16, warps=8),
     RowLaunch(elements=8192, walk=32, warps=8),
@@ -225,6 +237,36 @@ def strip_column_form(x: torch.Tensor, *, powers_of_two: bool, launch: Launch = 
         POWERS_OF_TWO=powers_of_two,
         BLOCK_M=launch.rows,
         BLOCK_K=launch.columns,
+        INTERPRETED=INTERPRETED,
+        num_warps=launch.warps,
+    )
+    return columns
+
+
+def panel_column_form(x: torch.Tensor, *, powers_of_two: bool, launch: Launch = PANEL_LAUNCHES[0]) -> Form:
+    """The column form of a bf16 (M, K) operand: data (K, M), scales (1, K)."""
+    m, k = checked_shape(x)
+    columns = _empty_form((k, m), (1, k), x)
+    panel = max(launch.columns, launch.panel_bytes // (2 * m) // launch.columns * launch.columns)
+    panels = triton.cdiv(k, panel)
+    across = triton.cdiv(min(panel, k), launch.columns)
+    tasks = (triton.cdiv(m, launch.walk) + triton.cdiv(m, launch.rows)) * across
+    state = torch.zeros(k + panels + PANELS_AHEAD + 1, dtype=torch.int32, device=x.device)
+    _panel_kernel[((panels + PANELS_AHEAD) * tasks,)](
+        x,
+        columns.data.view(torch.int32),
+        columns.scale,
+        state,
+        state[k:-1],
+        state[-1:],
+        m,
+        k,
+        across,
+        AHEAD=PANELS_AHEAD,
+        POWERS_OF_TWO=powers_of_two,
+        BLOCK_M=launch.rows,
+        BLOCK_K=launch.columns,
+        WALK=launch.walk,
         INTERPRETED=INTERPRETED,
         num_warps=launch.warps,
     )
@@ -474,9 +516,67 @@ def _strip_kernel(
     blocks = tl.cdiv(m, BLOCK_M)
     for block in range(blocks):
         first_row = (blocks - 1 - block) * BLOCK_M
-        x0 = _load_rows(x_ptr, first_row, 4, columns, m, k, BLOCK_M // 4).to(tl.float32)
-        x1 = _load_rows(x_ptr, first_row + 1, 4, columns, m, k, BLOCK_M // 4).to(tl.float32)
-        x2 = _load_rows(x_ptr, first_row + 2, 4, columns, m, k, BLOCK_M // 4).to(tl.float32)
-        x3 = _load_rows(x_ptr, first_row + 3, 4, columns, m, k, BLOCK_M // 4).to(tl.float32)
-        word = _word(x0 * scale, x1 * scale, x2 * scale, x3 * scale, INTERPRETED)
-        _store_transposed(out_ptr, word, first_row, columns, m, k, BLOCK_M // 4)
+        _store_column_form(x_ptr, out_ptr, scale, first_row, columns, m, k, BLOCK_M, INTERPRETED)
+
+
+@triton.jit
+def _store_column_form(x_ptr, out_ptr, scale, first_row, columns, m, k, BLOCK_M: tl.constexpr, INTERPRETED):
+    """The column form of a tile, given its scales (1, columns)."""
+    x0 = _load_rows(x_ptr, first_row, 4, columns, m, k, BLOCK_M // 4).to(tl.float32)
+    x1 = _load_rows(x_ptr, first_row + 1, 4, columns, m, k, BLOCK_M // 4).to(tl.float32)
+    x2 = _load_rows(x_ptr, first_row + 2, 4, columns, m, k, BLOCK_M // 4).to(tl.float32)
+    x3 = _load_rows(x_ptr, first_row + 3, 4, columns, m, k, BLOCK_M // 4).to(tl.float32)
+    word = _word(x0 * scale, x1 * scale, x2 * scale, x3 * scale, INTERPRETED)
+    _store_transposed(out_ptr, word, first_row, columns, m, k, BLOCK_M // 4)
+
+
+@triton.jit
+def _panel_kernel(
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    column_amax_ptr,
+    done_ptr,
+    ticket_ptr,
+    m,
+    k,
+    across,
+    AHEAD: tl.constexpr,
+    POWERS_OF_TWO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WALK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """One task: the amaxes of some columns and rows of a panel, or the column form of a tile, once they are known.
+
+    A ticket says which. Whoever waits, waits for earlier tickets alone, whose programs have begun: no deadlock.
+    """
+    amax_tasks = tl.cdiv(m, WALK) * across
+    tile_tasks = tl.cdiv(m, BLOCK_M) * across
+    ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
+    panel = ticket // (amax_tasks + tile_tasks)
+    task = ticket % (amax_tasks + tile_tasks)
+    if task < amax_tasks:
+        columns = (panel * across + task % across) * BLOCK_K + tl.arange(0, BLOCK_K)
+        first_row = task // across * WALK
+        amax = tl.zeros((BLOCK_M // 2, BLOCK_K), dtype=tl.int16)
+        if panel * across * BLOCK_K < k:
+            for step in range(0, WALK, BLOCK_M // 2):
+                x = _load_rows(x_ptr, first_row + step, 1, columns, m, k, BLOCK_M // 2)
+                amax = tl.maximum(amax, _magnitude(x))
+            tl.atomic_max(column_amax_ptr + columns, tl.max(amax, axis=0), mask=columns < k, sem="relaxed")
+        tl.debug_barrier()  # all threads' amaxes before the count
+        tl.atomic_add(done_ptr + panel, 1, sem="release")
+    elif panel >= AHEAD:
+        panel -= AHEAD
+        task -= amax_tasks
+        columns = (panel * across + task % across) * BLOCK_K + tl.arange(0, BLOCK_K)
+        first_row = task // across * BLOCK_M
+        while tl.atomic_add(done_ptr + panel, 0, sem="acquire") < amax_tasks:
+            pass
+        amax_bits = tl.load(column_amax_ptr + columns, mask=columns < k, other=0, cache_modifier=".cg")
+        scale = _scale(amax_bits, POWERS_OF_TWO)
+        if first_row == 0:
+            tl.store(scale_ptr + columns, scale, mask=columns < k)
+        _store_column_form(x_ptr, out_ptr, scale[None, :], first_row, columns, m, k, BLOCK_M, INTERPRETED)

@@ -16,6 +16,7 @@ import torch
 from rowwise_casts_equality import all_equal
 from rowwise_casts_kernel import (
     AMAX_LAUNCHES,
+    PANEL_LAUNCHES,
     ROW_LAUNCHES,
     STRIP_LAUNCHES,
     TILE_LAUNCHES,
@@ -26,6 +27,7 @@ from rowwise_casts_kernel import (
     amaxes,
     cast_rows,
     cast_tiles,
+    panel_column_form,
     rows_first_forms,
     strip_column_form,
     two_pass_forms,
@@ -84,7 +86,7 @@ class KernelSweep:
     def timings(self) -> Iterator[Timing]:
         yield from self.two_passes("both")
         yield from self.two_passes("column")
-        yield from self.strips()
+        yield from self.one_kernel()
         if self.operands[0].shape[1] <= WIDEST_ROW:
             yield from self.rows_first()
 
@@ -128,7 +130,10 @@ class KernelSweep:
         assert row_amax is not None
         return row_amax, column_amax
 
-    def strips(self) -> Iterator[Timing]:
+    def one_kernel(self) -> Iterator[Timing]:
+        for launch in PANEL_LAUNCHES:
+            cast = partial(panel_column_form, powers_of_two=self.powers_of_two, launch=launch)
+            yield self.time_cast("column", "panels", describe(launch), cast)
         for launch in STRIP_LAUNCHES:
             cast = partial(strip_column_form, powers_of_two=self.powers_of_two, launch=launch)
             yield self.time_cast("column", "strip", describe(launch), cast)
@@ -182,4 +187,5 @@ def describe(launch: Launch | RowLaunch) -> str:
     tile = f"{launch.elements} elements" if isinstance(launch, RowLaunch) else f"{launch.rows} x {launch.columns}"
     walk = f", walk {launch.walk}" if launch.walk else ""
     stages = f", {launch.stages} stages" if launch.stages > 1 else ""
-    return f"{tile}, {launch.warps} warps{walk}{stages}"
+    panel = f", panels of {launch.panel_bytes >> 20} MiB" if isinstance(launch, Launch) and launch.panel_bytes else ""
+    return f"{tile}, {launch.warps} warps{walk}{stages}{panel}"

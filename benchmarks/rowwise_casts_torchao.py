@@ -18,6 +18,7 @@ from torch._inductor.utils import run_and_get_code
 from torchao.float8.config import ScalingGranularity
 from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
 from torchao.float8.float8_training_tensor import LinearMMConfig
+from triton.errors import TritonError
 
 Cast = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
@@ -28,6 +29,7 @@ SETTINGS: tuple[Mapping[str, object], ...] = (
     {"triton.max_tiles": 3},
     {"triton.max_tiles": 1},
     {"loop_ordering_after_fusion": False},
+    {"loop_ordering_after_fusion": True},
     {"max_autotune_pointwise": True},
     {"coordinate_descent_tuning": True},
     {"triton.coalesce_tiling_analysis": False},
@@ -47,7 +49,7 @@ TOGETHER: Mapping[str, object] = {
     "max_autotune_pointwise": True,
     "coordinate_descent_tuning": True,
 }
-COMPILER_ERRORS = (RuntimeError, AssertionError, NotImplementedError, ValueError, TypeError, KeyError)
+COMPILER_ERRORS = (TritonError, RuntimeError, AssertionError, NotImplementedError, ValueError, TypeError, KeyError)
 """What a setting that Inductor cannot follow raises. Its own exceptions are RuntimeErrors."""
 KERNEL = re.compile(r"@triton\.jit\n(def .*?)\n'''", re.DOTALL)
 

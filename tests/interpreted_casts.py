@@ -18,7 +18,7 @@ import rowwise_casts_launches
 import rowwise_casts_timing
 import torch
 from rowwise_casts_equality import compare_forms, differences, every_magnitude, special_operands
-from rowwise_casts_kernel import Form, Launch, RowLaunch, cast_rows, strip_column_form
+from rowwise_casts_kernel import Form, Launch, RowLaunch, cast_rows, panel_column_form, strip_column_form
 from rowwise_casts_torchao import torchao_forms
 
 CPU = torch.device("cpu")
@@ -38,6 +38,7 @@ def main() -> None:
             compare("special", f"{case}, powers of two off", x, powers_of_two=False)
     compare("blocks", "random", dict(special_operands(*MANY_BLOCKS, CPU))["random"], powers_of_two=True)
     compare_strip_of_many_blocks()
+    compare_many_panels()
     compare_every_magnitude(powers_of_two=True)
     compare_every_magnitude(powers_of_two=False)
     time_every_launch()
@@ -57,6 +58,16 @@ def compare_every_magnitude(*, powers_of_two: bool) -> None:
     data, scale = torchao_forms("row", powers_of_two=powers_of_two)(x)
     form, _ = cast_rows(x, powers_of_two=powers_of_two, launch=RowLaunch(elements=1 << 16, walk=1 << 13, warps=4))
     report("magnitudes", f"powers of two: {powers_of_two}", *differences(form, Form(data=data, scale=scale)))
+
+
+def compare_many_panels() -> None:
+    """Nine panels of one tile across, five of two, and a single one."""
+    x = dict(special_operands(*MANY_BLOCKS, CPU))["random"]
+    data, scale = torchao_forms("column", powers_of_two=True)(x)
+    for columns in (16, 32, 256):
+        launch = Launch(rows=64, columns=16, walk=128, warps=4, panel_bytes=2 * x.shape[0] * columns)
+        form = panel_column_form(x, powers_of_two=True, launch=launch)
+        report("blocks", f"panels of {columns} columns", *differences(form, Form(data=data, scale=scale)))
 
 
 def compare_strip_of_many_blocks() -> None:

@@ -14,7 +14,14 @@ import torch
 pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
 
 ROOT = Path(__file__).parent.parent
-METHODS = {"two passes, row", "two passes, column", "two passes, column, column", "rows first, row", "strip, column"}
+METHODS = {
+    "two passes, row",
+    "two passes, column",
+    "two passes, column, column",
+    "rows first, row",
+    "strip, column",
+    "panels, column",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +43,7 @@ def interpreted() -> dict[str, dict[str, tuple[int, int]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("test", "least"), [("special", 15 * 6), ("blocks", 6 + 1), ("magnitudes", 2)])
+@pytest.mark.parametrize(("test", "least"), [("special", 15 * 7), ("blocks", 7 + 1 + 3), ("magnitudes", 2)])
 def test_every_bit_is_that_of_torchao(interpreted, test, least):
     found = interpreted[test]
     assert len(found) >= least
@@ -54,7 +61,11 @@ def test_the_sweep_runs_every_launch(interpreted):
 
     strips = [name for name in interpreted["launches"] if name.startswith("column, strip")]
     assert len(strips) == len(kernel.STRIP_LAUNCHES)
-    assert len(interpreted["launches"]) == len(strips) + 3  # two passes to both forms and to one, rows first
+    panels = [name for name in interpreted["launches"] if name.startswith("column, panels")]
+    assert len(panels) == len(kernel.PANEL_LAUNCHES)
+    assert (
+        len(interpreted["launches"]) == len(strips) + len(panels) + 3
+    )  # two passes to both forms and to one, rows first
     assert set(interpreted["launches"].values()) == {(0, 0)}
 
 

@@ -24,8 +24,8 @@ Four ways to do it, and what each moves to and from memory for an element of two
 - `rows_first_forms`: the row form and the columns' amaxes in one pass (3 bytes), then the column form (3 bytes).
 - `strip_column_form`: the column form in one kernel. A program reads a strip of columns twice, the second time mostly
   from the L2 cache (3 to 5 bytes).
-- `panel_column_form`: the column form in one kernel. Programs take tasks in order: first the amaxes of a panel of columns
-  that fits into the L2 cache, then its column form, while the amaxes of the next panel are under way (3 bytes).
+- `panel_column_form`: the column form in one kernel. Programs take tasks in order: first the amaxes of a panel of
+  columns that fits into the L2 cache, then its column form, while the next panel's amaxes are under way (3 bytes).
 
 With TRITON_INTERPRET=1 they run on the CPU; only the conversion instruction is then replaced, by integer arithmetic.
 """

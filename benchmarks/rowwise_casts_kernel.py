@@ -237,6 +237,7 @@ def strip_column_form(x: torch.Tensor, *, powers_of_two: bool, launch: Launch = 
         POWERS_OF_TWO=powers_of_two,
         BLOCK_M=launch.rows,
         BLOCK_K=launch.columns,
+        BLOCKS=triton.cdiv(m, launch.rows),  # a constant: the interpreter of triton 3.6 takes no other bound of a loop
         INTERPRETED=INTERPRETED,
         num_warps=launch.warps,
     )
@@ -503,19 +504,19 @@ def _strip_kernel(
     POWERS_OF_TWO: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """The column form of BLOCK_K columns: down for the amaxes, then back up, as the last rows read are still cached."""
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     amax = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.int16)
-    for first_row in range(0, m, BLOCK_M):
-        amax = tl.maximum(amax, _magnitude(_load_rows(x_ptr, first_row, 1, columns, m, k, BLOCK_M)))
+    for block in range(BLOCKS):
+        amax = tl.maximum(amax, _magnitude(_load_rows(x_ptr, block * BLOCK_M, 1, columns, m, k, BLOCK_M)))
     scale = _scale(tl.max(amax, axis=0), POWERS_OF_TWO)
     tl.store(scale_ptr + columns, scale, mask=columns < k)
     scale = scale[None, :]
-    blocks = tl.cdiv(m, BLOCK_M)
-    for block in range(blocks):
-        first_row = (blocks - 1 - block) * BLOCK_M
+    for block in range(BLOCKS):
+        first_row = (BLOCKS - 1 - block) * BLOCK_M
         _store_column_form(x_ptr, out_ptr, scale, first_row, columns, m, k, BLOCK_M, INTERPRETED)
 
 

@@ -186,7 +186,8 @@ def table(title: str, headers: tuple[str, ...], rows: Sequence[tuple[str, ...]])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
-    print(report([result for path in parser.parse_args().results for result in read_results(path)]))
+    for path in parser.parse_args().results:  # each may come from another board: shares of a copy are within one
+        print(report(read_results(path)), end="\n\n")
 
 
 if __name__ == "__main__":

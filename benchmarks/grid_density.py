@@ -31,7 +31,6 @@ from fp8gate.filter.decision.lookup import LOOKUPS, Lookup, LookupName
 from fp8gate.filter.locate.find_table import find_table
 
 THINNED = {"all": "", "half of M": "m", "half of K": "k", "half of N": "n", "half of M, K and N": "mkn"}
-TILE = 128
 
 
 def main() -> None:
@@ -60,7 +59,7 @@ def _judge(table: Table, kind: LookupName, truth: dict[LinearShape, float]) -> t
     decisions = {shape: decide(shape, lookup, min_speedup=DEFAULT_MIN_SPEEDUP) for shape in truth}
     right, mean_loss, worst_loss, _ = score(lambda shape: decisions[shape].convert, truth)
     off_by = {shape: abs((decisions[shape].speedup or 0.0) / speedup - 1) for shape, speedup in truth.items()}
-    aligned = [off_by[shape] for shape in truth if shape.m % TILE == 0]
+    aligned = [off_by[shape] for shape in truth if shape.is_aligned]
     return str(len(table.points)), right, mean_loss, worst_loss, _p95(off_by.values()), _p95(aligned)
 
 

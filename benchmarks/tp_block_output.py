@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Annotated
 
 import msgspec
@@ -145,9 +145,15 @@ def report(setup: TpSetup, visits: Sequence[TpVisit]) -> str:
     rounds = complete_rounds(setup, visits)
     if len(rounds) < LEAST_ROUNDS:
         return f"{title(setup)}\n\n{len(rounds)} rounds are complete; bounds need {LEAST_ROUNDS}: run it again to go on"
-    times = {one.name: [found[one.name].step_us for found in rounds] for one in setup.sets}
+    times = _times(setup, rounds)
     parts = [f"{title(setup)}, {len(rounds)} rounds", gains(setup, rounds, times), order(setup, times)]
     return "\n\n".join([*parts, *doubts(setup, rounds)])
+
+
+def headline(setup: TpSetup, visits: Sequence[TpVisit]) -> str:
+    """The gains alone, for the documents."""
+    rounds = complete_rounds(setup, visits)
+    return f"{setup.model}, TP {setup.tp}, {setup.recipe}:\n\n{gains(setup, rounds, _times(setup, rounds))}"
 
 
 def title(setup: TpSetup) -> str:
@@ -163,15 +169,19 @@ Times = Mapping[str, Sequence[float]]
 """The slowest rank's step in microseconds, by the set's name, one a round."""
 
 
+def _times(setup: TpSetup, rounds: Sequence[Mapping[str, TpVisit]]) -> Times:
+    return {one.name: [found[one.name].step_us for found in rounds] for one in setup.sets}
+
+
 def gains(setup: TpSetup, rounds: Sequence[Mapping[str, TpVisit]], times: Times) -> str:
-    """ms: of a step. difference: of the set's results from bf16's."""
+    """ms: of a step, the median. difference: of the set's results from bf16's."""
     bf16, rows = setup.sets[0].name, []
     for one in setup.sets:
         rows.append(
             (
                 one.name,
                 ", ".join(role.rpartition(".")[2] for role in one.convert),
-                f"{fmean(times[one.name]) / 1e3:.3f}",
+                f"{median(times[one.name]) / 1e3:.3f}",
                 "" if one.name == bf16 else _with_bounds(_gain(times, one.name, bf16)),
                 _with_bounds(Interval(*one.plan)) if one.plan and one.convert else "",
                 f"{max(found[one.name].error for found in rounds):.3f}",
@@ -191,7 +201,7 @@ def order(setup: TpSetup, times: Times) -> str:
     known = [one for one in setup.sets if one.plan and one.name != CONTROL]
     same, swapped = 0, []
     for one, other in itertools.combinations(known, 2):
-        fast, slow = sorted((one, other), key=lambda each: fmean(times[each.name]))
+        fast, slow = sorted((one, other), key=lambda each: median(times[each.name]))
         gain = _gain(times, fast.name, slow.name)
         if not _is_told_apart(gain, noise):
             continue
@@ -214,7 +224,7 @@ def order(setup: TpSetup, times: Times) -> str:
 def _best(known: Sequence[ConvertedSet], times: Times, noise: float) -> str:
     """Whether a set is faster than the one that the plan chose."""
     chosen = next(one.name for one in known if is_plans_choice(one))
-    best = min(known, key=lambda one: fmean(times[one.name])).name
+    best = min(known, key=lambda one: median(times[one.name])).name
     gain = _gain(times, best, chosen) if best != chosen else None
     if gain and _is_told_apart(gain, noise):
         return f"\nThe fastest set is {best}: {_with_bounds(gain)} over the plan's."
@@ -228,7 +238,7 @@ def is_plans_choice(one: ConvertedSet) -> bool:
 def doubts(setup: TpSetup, rounds: Sequence[Mapping[str, TpVisit]]) -> list[str]:
     """What speaks against the numbers: results that are wrong, a host that is too slow."""
     wrong = [one.name for one in setup.sets if not max(found[one.name].error for found in rounds) <= MAX_ERROR]
-    late = [one.name for one in setup.sets if any(_waits_for_host(found[one.name]) for found in rounds)]
+    late = [one.name for one in setup.sets if median(_host_share(found[one.name]) for found in rounds) > HOST_SHARE]
     found = []
     if wrong:
         found.append(f"Wrong results, farther than {MAX_ERROR} from bf16's: {'; '.join(wrong)}.")
@@ -240,8 +250,9 @@ def doubts(setup: TpSetup, rounds: Sequence[Mapping[str, TpVisit]]) -> list[str]
     return found
 
 
-def _waits_for_host(visit: TpVisit) -> bool:
-    return any(rank.launch_us is not None and rank.launch_us > HOST_SHARE * rank.step_us for rank in visit.ranks)
+def _host_share(visit: TpVisit) -> float:
+    """How much of a step the slowest host takes to launch it."""
+    return max((rank.launch_us or 0.0) / rank.step_us for rank in visit.ranks)
 
 
 def _gain(times: Times, one: str, over: str) -> Interval:

@@ -44,6 +44,8 @@ from train_titan_output import (
     read_steps,
     report,
 )
+from train_titan_trace import StepTrace
+from train_titan_trace import report as report_traces
 
 from fp8gate.filter.contract.table import Device, Software
 
@@ -61,6 +63,7 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     float8: dict[Choice, tuple[str, ...]]
     linears: int
     device: Device
+    gpus: tuple[str, ...]
     software: Software
 
 
@@ -81,12 +84,18 @@ def main() -> None:
     setup = setup_of(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     journal = Journal.of(setup, arguments.out)
-    header, visits = opened(journal, header_of(setup, list_choices(setup), arguments.choices, arguments.visits))
-    while missing := next(missing_visits(header, visits), None):
+    has_async_tp = setup.tp > 1 and not arguments.no_async_tp
+    listing = list_choices(setup)
+    header = header_of(setup, listing, arguments.choices, arguments.visits, has_async_tp=has_async_tp)
+    if arguments.trace:
+        trace_runs(setup, header, journal.log, stop_at)
+        return
+    header, visits = opened(journal, header)
+    while missing := next(missing_visits(header, visits, listing.gpus), None):
         if is_too_late(stop_at, visits):
             break
         run, number = missing
-        visit = make_visit(setup, run, number, journal.log, stop_at)
+        visit = make_visit(setup, run, number, listing.gpus, journal.log, stop_at)
         if visit is None:
             break
         append(journal.visits, visit)
@@ -106,6 +115,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recompute", choices=get_args(Recompute), default="selective")
     parser.add_argument("--recipe", choices=get_args(Recipe), required=True)
     parser.add_argument("--unfused", action="store_true", help="q, k and v are linears of their own")
+    parser.add_argument(
+        "--no-cuda-graphs", action="store_true", help="the host launches every kernel of forward and backward"
+    )
     parser.add_argument("--tokens", type=int, default=8192, help="of a sequence, one of which a data parallel rank has")
     parser.add_argument("--steps", type=int, default=40, help=f"of a visit, a multiple of {LOG_EVERY}")
     parser.add_argument(
@@ -115,6 +127,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tables", type=Path, help="a table or folder of tables; default: those of fp8gate")
     parser.add_argument("--plan", type=Path, help="a plan; without one, that choice is left out")
     parser.add_argument("--choices", nargs="+", choices=get_args(Choice), default=get_args(Choice), help="bf16 always")
+    parser.add_argument("--no-async-tp", action="store_true", help="leave out bf16 and fp8gate with async TP")
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="instead of timing, trace each run once: which kernels its steps consist of",
+    )
     parser.add_argument("--stop-after", type=float, metavar="MINUTES", help="end by then")
     parser.add_argument("--out", type=Path, required=True, help="folder of the journals and logs")
     arguments = parser.parse_args()
@@ -137,6 +155,7 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
         steps=arguments.steps,
         warm_up=arguments.warm_up,
         fused=not arguments.unfused,
+        cuda_graphs=not arguments.no_cuda_graphs,
         tables=tables,
         plan=plan,
     )
@@ -151,7 +170,7 @@ def list_choices(setup: Setup) -> Listing:
         return msgspec.json.decode(file.read_bytes(), type=Listing)
 
 
-def header_of(setup: Setup, listing: Listing, choices: Sequence[Choice], visits: int) -> Header:
+def header_of(setup: Setup, listing: Listing, choices: Sequence[Choice], visits: int, *, has_async_tp: bool) -> Header:
     asked = {choice: names for choice, names in listing.float8.items() if choice == "bf16" or choice in choices}
     return Header(
         setup=setup,
@@ -159,7 +178,7 @@ def header_of(setup: Setup, listing: Listing, choices: Sequence[Choice], visits:
         linears=listing.linears,
         device=listing.device,
         software=listing.software,
-        runs=runs_of(asked, has_async_tp=setup.tp > 1 and listing.device.kind == "cuda"),
+        runs=runs_of(asked, has_async_tp=has_async_tp and listing.device.kind == "cuda"),
     )
 
 
@@ -199,7 +218,7 @@ def cut_to_whole_lines(file: Path) -> None:
         opened_file.truncate(opened_file.read().rfind(b"\n") + 1)
 
 
-def append(file: Path, line: Header | Visit) -> None:
+def append(file: Path, line: Header | Visit | StepTrace) -> None:
     with open(file, "ab") as opened_file:
         opened_file.write(msgspec.json.encode(line) + b"\n")
 
@@ -209,7 +228,9 @@ def is_too_late(stop_at: float | None, visits: Sequence[Visit]) -> bool:
     return stop_at is not None and time.monotonic() + max((visit.wall_s for visit in visits), default=0.0) > stop_at
 
 
-def make_visit(setup: Setup, run: Run, number: int, log: Path, stop_at: float | None) -> Visit | None:
+def make_visit(
+    setup: Setup, run: Run, number: int, gpus: tuple[str, ...], log: Path, stop_at: float | None
+) -> Visit | None:
     """Train once. None if --stop-after ended it."""
     start = time.monotonic()
     limit_s = VISIT_LIMIT_S if stop_at is None else min(VISIT_LIMIT_S, stop_at - start)
@@ -225,14 +246,14 @@ def make_visit(setup: Setup, run: Run, number: int, log: Path, stop_at: float | 
         return None
     steps = read_steps(said)
     error = None if code == 0 and steps else f"{'hung' if code is None else last_words(said)}"
-    return Visit(run=run.name, round=number, wall_s=wall_s, steps=steps, error=error)
+    return Visit(run=run.name, round=number, gpus=gpus, wall_s=wall_s, steps=steps, error=error)
 
 
-def train(setup: Setup, run: Run, log: IO[bytes], limit_s: float) -> int | None:
+def train(setup: Setup, run: Run, log: IO[bytes], limit_s: float, *more: str) -> int | None:
     """The exit code of torchrun, None if it was ended because the time was over."""
     rank = [str(RANK), msgspec.json.encode(setup).decode(), "--choice", run.choices[0]]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(setup.ranks), "--role", "rank"]
-    command = [sys.executable, "-m", *torchrun, "--tee", "3", *rank, *(["--async-tp"] if run.async_tp else [])]
+    command = [sys.executable, "-m", *torchrun, "--tee", "3", *rank, *(["--async-tp"] if run.async_tp else []), *more]
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment())
     try:
         return process.wait(limit_s)
@@ -247,6 +268,29 @@ def environment() -> dict[str, str]:
     caches = Path(tempfile.gettempdir()) / "train-titan-caches"
     own = {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
     return {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **own, **os.environ}
+
+
+def trace_runs(setup: Setup, header: Header, log: Path, stop_at: float | None) -> None:
+    """Trace each run, print where its steps go, and write it beside the journal. What was written is not run again."""
+    written = log.with_name(f"{setup.name}-traces.jsonl")
+    cut_to_whole_lines(written)
+    traces = [msgspec.json.decode(line, type=StepTrace) for line in written.read_bytes().splitlines()]
+    for run in header.runs:
+        if any(trace.run == run.name for trace in traces):
+            continue
+        start = time.monotonic()
+        limit_s = VISIT_LIMIT_S if stop_at is None else min(VISIT_LIMIT_S, stop_at - start)
+        with tempfile.TemporaryDirectory() as folder, open(log, "ab") as file:
+            result = Path(folder) / "trace.json"
+            code = train(setup, run, file, limit_s, "--trace", str(result)) if limit_s > 0 else None
+            if code != 0:
+                say(f"{run.name}: {'the time is up' if code is None else f'failed, see {log}'}")
+                continue
+            trace = msgspec.structs.replace(msgspec.json.decode(result.read_bytes(), type=StepTrace), run=run.name)
+        append(written, trace)
+        traces.append(trace)
+        say(f"{run.name}: traced ({time.monotonic() - start:.0f} s)")
+    print(report_traces(traces))
 
 
 def described(setup: Setup, visit: Visit) -> str:

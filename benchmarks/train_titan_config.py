@@ -46,6 +46,7 @@ from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.config_utils import make_gqa_config
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.llama3 import model_registry
+from torchtitan.tools.profiler import Profiler
 from torchtitan.trainer import Trainer
 
 from fp8gate.filter.decision.torchao_rule import torchao_converts
@@ -53,7 +54,7 @@ from fp8gate.filter.model.parallel import Parallel, Shards
 
 FLAVORS = {"llama3-8b": "8B", "llama3-70b": "70B", "tiny": "debugmodel"}
 HEAD = "lm_head"
-PEAK_LEARNING_RATE, LR_WARM_UP_STEPS, SEED = 3e-4, 2, 0
+PEAK_LEARNING_RATE, LR_WARM_UP_STEPS, SEED = 1e-4, 10, 0
 
 
 class Tokenizer(BaseTokenizer):  # type: ignore[misc]
@@ -113,8 +114,13 @@ def zipf(shape: tuple[int, ...], vocab: int, rng: torch.Generator) -> torch.Tens
     return ((vocab + 1) ** torch.rand(shape, generator=rng, dtype=torch.float64)).long() - 1
 
 
-def trainer_config(setup: Setup, choice: Choice, *, async_tp: bool = False, dump_folder: str = "") -> Any:
-    """The config of a run, in which torchtitan's converter has converted, or fp8gate's override will."""
+def trainer_config(
+    setup: Setup, choice: Choice, *, async_tp: bool = False, traced_steps: int = 0, dump_folder: str = ""
+) -> Any:
+    """The config of a run, in which torchtitan's converter has converted, or fp8gate's override will.
+
+    traced_steps: so many of the last steps are traced by torchtitan's profiler, into the dump folder.
+    """
     spec = model_spec(setup)
     imports = []
     if choice in ("table", "plan"):
@@ -135,7 +141,12 @@ def trainer_config(setup: Setup, choice: Choice, *, async_tp: bool = False, dump
         dataloader=Tokens.Config(),
         optimizer=default_adamw(lr=PEAK_LEARNING_RATE),
         lr_scheduler=LRSchedulersContainer.Config(warmup_steps=LR_WARM_UP_STEPS),
-        training=TrainingConfig(local_batch_size=1, seq_len=setup.tokens, steps=setup.steps, disable_cuda_graphs=True),
+        training=TrainingConfig(
+            local_batch_size=1,
+            seq_len=setup.tokens,
+            steps=setup.steps,
+            disable_cuda_graphs=not (setup.cuda_graphs and ON_GPU),
+        ),
         parallelism=ParallelismConfig(
             tensor_parallel_degree=setup.tp, data_parallel_shard_degree=setup.fsdp, spmd_backend="partial_dtensor"
         ),
@@ -143,6 +154,9 @@ def trainer_config(setup: Setup, choice: Choice, *, async_tp: bool = False, dump
             setup.recompute
         ],
         compile=CompileConfig(enable=ON_GPU, enable_async_tensor_parallel=async_tp),
+        profiler=Profiler.Config(
+            enable_profiling=traced_steps > 0, profile_freq=setup.steps, profiler_active=max(traced_steps, 1)
+        ),
         metrics=MetricsProcessor.Config(log_freq=LOG_EVERY, disable_color_printing=True),
         debug=DebugConfig(seed=SEED, enable_structured_logging=False),
         override=OverrideConfig(imports=imports),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, harmonic_mean
@@ -45,8 +46,9 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """What is the same for every visit.
 
     tp, fsdp: the degrees; their product is the number of ranks. tokens: of one sequence, the batch of a data parallel
-    rank. warm_up: the first steps, which do not count. fused: q, k and v are one linear. tables, plan: files of
-    fp8gate, its own tables if None.
+    rank. warm_up: the first steps, which do not count. fused: q, k and v are one linear. cuda_graphs: forward and
+    backward are one CUDA graph, as torchtitan has it unless told; else the host launches each kernel. tables, plan:
+    files of fp8gate, its own tables if None.
     """
 
     widths: Widths
@@ -59,6 +61,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     warm_up: int
     fused: bool
+    cuda_graphs: bool
     tables: str | None
     plan: str | None
 
@@ -72,7 +75,9 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
         degree = f"tp{self.tp}" if self.fsdp == 1 else f"fsdp{self.fsdp}"
         recompute = "no-recompute" if self.recompute == "none" else f"{self.recompute}-recompute"
         fused = "" if self.fused else "-unfused"
-        return f"titan-{self.widths}-{self.layers}-layers{fused}-{degree}-{recompute}-{self.recipe}"
+        graphs = "" if self.cuda_graphs else "-no-graphs"
+        size = f"{self.widths}-{self.layers}-layers{fused}-m{self.tokens}"
+        return f"titan-{size}-{degree}-{recompute}-{self.recipe}{graphs}"
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,10 +115,14 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Visit(msgspec.Struct, frozen=True, kw_only=True):
-    """Every other line. round: each round visits all runs. error: the last line of a visit that failed."""
+    """Every other line.
+
+    round: each round visits all runs. gpus: of the ranks. error: the last line of a visit that failed.
+    """
 
     run: str
     round: int
+    gpus: tuple[str, ...]
     wall_s: float
     steps: tuple[Step, ...]
     error: str | None = None
@@ -143,13 +152,25 @@ def read_journal(file: Path) -> tuple[Header, list[Visit]]:
     return msgspec.json.decode(first, type=Header), [msgspec.json.decode(line, type=Visit) for line in lines[:-1]]
 
 
-def missing_visits(header: Header, visits: Sequence[Visit]) -> Iterator[tuple[Run, int]]:
-    """The visits that are to be made, in order. A run that failed is not visited again."""
-    done = {(visit.run, visit.round) for visit in visits}
+def missing_visits(
+    header: Header, visits: Sequence[Visit], gpus: tuple[str, ...] | None = None
+) -> Iterator[tuple[Run, int]]:
+    """The visits that are to be made, in order. A run that failed is not visited again.
+
+    gpus: those at hand. A round that was begun on others begins again, as gains are over bf16 on the same GPUs. None:
+    as many as the fullest begin of each round lacks.
+    """
     failed = {visit.run for visit in visits if visit.error}
     for number in range(header.visits):
+        by_gpus: dict[tuple[str, ...], set[str]] = defaultdict(set)
+        for visit in visits:
+            if visit.round == number:
+                by_gpus[visit.gpus].add(visit.run)
+        done = max(by_gpus.values(), key=len, default=set())
+        if gpus is not None and not done | failed >= {run.name for run in header.runs}:
+            done = by_gpus[gpus]
         for run in header.runs if number % 2 == 0 else header.runs[::-1]:
-            if (run.name, number) not in done and run.name not in failed:
+            if run.name not in done | failed:
                 yield run, number
 
 
@@ -163,10 +184,11 @@ def title(header: Header) -> str:
     setup, software = header.setup, header.software
     degree = f"TP {setup.tp} with sequence parallelism" if setup.fsdp == 1 else f"FSDP {setup.fsdp}"
     qkv = "" if setup.fused else ", q and k and v apart"
+    graphs = "as a CUDA graph" if setup.cuda_graphs else "launched by the host"
     return (
         f"torchtitan, {setup.widths}, {setup.layers} layers{qkv}, {setup.ranks} x {header.device.name}, {degree}, "
-        f"{setup.recompute} recomputation, {setup.tokens} tokens, {setup.recipe}, steps {setup.warm_up + 1} to "
-        f"{setup.steps} (torch {software.torch}, torchao {software.torchao})"
+        f"{setup.recompute} recomputation, {setup.tokens} tokens, {setup.recipe}, forward and backward {graphs}, "
+        f"steps {setup.warm_up + 1} to {setup.steps} (torch {software.torch}, torchao {software.torchao})"
     )
 
 
@@ -194,7 +216,7 @@ def _lines_of_rank_0(log: str) -> Iterator[str]:
 
 def _row(header: Header, run: Run, visits: Sequence[Visit]) -> tuple[str, ...]:
     speeds = _by_round(header.setup, run, visits)
-    last = [visit.steps[-1] for visit in visits if visit.run == run.name and visit.round in speeds]
+    last = [visit.steps[-1] for visit in visits if visit.run == run.name and (visit.round, visit.gpus) in speeds]
     mfus = [step.mfu for step in last if step.mfu is not None]
     return (
         run.name,
@@ -207,18 +229,21 @@ def _row(header: Header, run: Run, visits: Sequence[Visit]) -> tuple[str, ...]:
     )
 
 
-def _by_round(setup: Setup, run: Run, visits: Sequence[Visit]) -> dict[int, float]:
-    """Tokens per second of a run's visits."""
-    found = {visit.round: tokens_per_s(setup, visit) for visit in visits if visit.run == run.name}
-    return {number: speed for number, speed in found.items() if speed is not None}
+def _by_round(setup: Setup, run: Run, visits: Sequence[Visit]) -> dict[tuple[int, tuple[str, ...]], float]:
+    """Tokens per second of a run's visits, by round and GPUs."""
+    found = {(visit.round, visit.gpus): tokens_per_s(setup, visit) for visit in visits if visit.run == run.name}
+    return {place: speed for place, speed in found.items() if speed is not None}
 
 
 def _gains(header: Header, run: Run, visits: Sequence[Visit]) -> tuple[str, str]:
-    """The gain in tokens per second over bf16 of the same round: its mean, and each. bf16: each over their mean."""
+    """The gain in tokens per second over bf16 of the same round and GPUs: its mean, and each.
+
+    bf16: each over their mean.
+    """
     speeds, bf16 = (_by_round(header.setup, each, visits) for each in (run, header.runs[0]))
     if run == header.runs[0]:
         bf16 = dict.fromkeys(bf16, fmean(bf16.values())) if bf16 else {}
-    gains = [speed / bf16[number] - 1 for number, speed in sorted(speeds.items()) if number in bf16]
+    gains = [speed / bf16[place] - 1 for place, speed in sorted(speeds.items()) if place in bf16]
     if not gains:
         return "", ""
     mean = "" if run == header.runs[0] else f"{fmean(gains):+.1%}"

@@ -16,7 +16,9 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from train_titan_config import HEAD, ON_GPU, model_spec, trainer_config
 from train_titan_output import LABELS, Choice, Setup
+from train_titan_trace import read_trace
 
+TRACED_STEPS = 2
 LOGGER = logging.getLogger("train_titan")
 
 # Not before train_titan_config, which gives torch what torchtitan asks for when it is imported.
@@ -27,7 +29,7 @@ from torchtitan.distributed import utils as distributed_utils
 from torchtitan.models.common.linear import Linear
 from torchtitan.tools.logging import init_logger
 
-from fp8gate.calibrate.device.registry import choose_device, describe_device, describe_software
+from fp8gate.calibrate.device.registry import choose_device, describe_device, describe_software, kind_of
 from fp8gate.filter.decision.torchao_rule import torchao_converts
 
 
@@ -48,6 +50,9 @@ def main() -> None:
     parser.add_argument("setup", help="a Setup of train_titan_output.py, as JSON")
     parser.add_argument("--choice", choices=LABELS, default="bf16")
     parser.add_argument("--async-tp", action="store_true")
+    parser.add_argument(
+        "--trace", type=Path, help=f"trace the last {TRACED_STEPS} steps, and write into this file what ran"
+    )
     parser.add_argument("--list", type=Path, help="only write into this file what each choice would convert, and where")
     arguments = parser.parse_args()
     setup = msgspec.json.decode(arguments.setup, type=Setup)
@@ -55,15 +60,18 @@ def main() -> None:
     if arguments.list:
         arguments.list.write_bytes(msgspec.json.encode(listing(setup)))
     else:
-        train(setup, arguments.choice, arguments.async_tp)
+        train(setup, arguments.choice, arguments.async_tp, arguments.trace)
 
 
-def train(setup: Setup, choice: Choice, async_tp: bool) -> None:
+def train(setup: Setup, choice: Choice, async_tp: bool, trace: Path | None) -> None:
     if not ON_GPU:
         metrics.build_device_memory_monitor = NoMemoryMonitor
-        distributed_utils.set_pg_timeouts = lambda **_: None  # it names the GPU of a barrier
+    if not ON_GPU or not hasattr(torch.distributed, "set_timeout"):  # torch has it from 2.14 on
+        distributed_utils.set_pg_timeouts = lambda **_: None
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_config(setup, choice, async_tp=async_tp, dump_folder=folder).build()
+        traced_steps = TRACED_STEPS if trace else 0
+        config = trainer_config(setup, choice, async_tp=async_tp, traced_steps=traced_steps, dump_folder=folder)
+        trainer = config.build()
         modules = [module for part in trainer.model_parts for module in part.modules()]
         found = sum(isinstance(module, Float8Linear) for module in modules)
         LOGGER.info("the model has %d Float8Linear", found)
@@ -74,6 +82,9 @@ def train(setup: Setup, choice: Choice, async_tp: bool) -> None:
             trainer.train()
         finally:
             trainer.close()
+        if trace and torch.distributed.get_rank() == 0:
+            (file,) = Path(folder).rglob("rank0_trace.json.gz")
+            trace.write_bytes(msgspec.json.encode(read_trace(file, choice, TRACED_STEPS)))
     torch.distributed.destroy_process_group()
 
 
@@ -86,6 +97,7 @@ def listing(setup: Setup) -> dict[str, Any]:
         "float8": {choice: names for choice, names in float8.items() if names is not None},
         "linears": len(found),
         "device": describe_device(device),
+        "gpus": [kind_of(device).identity(torch.device(device.type, rank), rank) for rank in range(setup.ranks)],
         "software": describe_software(device),
     }
 

@@ -190,6 +190,11 @@ def _train_llama(output: Any) -> str:
     return str(output.headline(files))
 
 
+def _tp_block(output: Any) -> str:
+    files = sorted((ROOT / "benchmarks" / "data" / "tp-block").glob("*.jsonl"))
+    return "\n\n".join(output.headline(*output.read_journal(file)) for file in files)
+
+
 def _scaling(scaling: Any) -> str:
     return str(scaling.report(scaling.read_costs(scaling.COSTS), [1, 8, 64, 512]))
 
@@ -210,6 +215,9 @@ BLOCKS: dict[str, Maker] = {
     "explain-tp": command_output,
     "train_llama": benchmark("train_llama_output", _train_llama),
     "plan_choices": benchmark("plan_choices", lambda script: str(script.gains(list(script.packaged_plans(DEVICE))))),
+    "plan_choices_h100": benchmark("plan_choices", lambda script: str(script.gains(list(script.packaged_plans(H100))))),
+    "tp_block": benchmark("tp_block_output", _tp_block),
+    "sweep_seconds": benchmark("sweep_seconds", lambda script: str(script.report(script.read_costs()))),
     "against_torchao_rule": benchmark("against_torchao_rule", lambda script: str(script.compare(DEVICE))),
     "against_h100": benchmark("against_torchao_rule", lambda script: str(script.compare(H100, min_speedup=1.0))),
     "scaling": benchmark("scaling", _scaling),

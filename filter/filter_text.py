@@ -61,6 +61,7 @@ def summary_text(
         by_table = dict.fromkeys(without_indices(fqn) for fqn, d in decisions.items() if d.point)
         others = f"; not in it, by the table, {least}: {', '.join(by_table)}" if by_table else ""
         sentences.append(f"the plan {plans.chosen.source}, whatever min_speedup{others}")
+        sentences += plans.chosen.remarks()
     if remark := plans.remark():
         sentences.append(remark)
     if outside := [fqn for fqn, d in decisions.items() if d.outside]:

@@ -15,23 +15,24 @@ from fp8gate.filter.contract.names import plain_name, without_indices
 from fp8gate.filter.contract.plans.layer_names import LayerNames, whole_list
 from fp8gate.filter.contract.plans.plan import Plan, exceeds_control
 from fp8gate.filter.contract.plans.plan_file import Plans
-from fp8gate.filter.contract.plans.role_names import RoleNames, Roles, is_fused
+from fp8gate.filter.contract.plans.planned_set import BlockLinears, PlannedSet, PlannedSets
+from fp8gate.filter.contract.plans.role_names import RoleNames, Roles, is_fused, is_torn
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.findings import Finding, PlanMismatchWarning
 
 Decisions = Mapping[str, Decision]
 Shapes = Mapping[str, LinearShape | None]
-BlockLinears = Mapping[str, Roles]
-"""The linears of one block: fqn -> its roles, empty for a linear that the plan does not know."""
 
 
 class _BlockDecision(NamedTuple):
     """What the plan decides for one block.
 
-    convert: the roles to convert, or None if the table decides. remark: what the measured speedup does not cover.
+    planned: the set that the plan has for it. convert: the roles to convert, or None if the table decides. remark: what
+    the measured speedup does not cover.
     """
 
+    planned: PlannedSet
     convert: Roles | None
     remark: str = ""
 
@@ -63,7 +64,8 @@ class ModelPlans:
     ) -> bool:
         """Whether a list of a model's layers has only blocks that were measured: their roles, shapes, recomputation.
 
-        A model may have several, such as a vision tower's and the text's. Those that do not fit are the table's.
+        A linear that holds several roles needs a measured set with all or none of them. A model may have several lists,
+        such as a vision tower's and the text's. Those that do not fit are the table's.
         shapes: what a rank multiplies in each linear of the model, by name; None for one that no plan can decide.
         left_alone: names of the modules that hold several matrices in one parameter, layer indices as *; None if they
         are not known. leaves_out: whether the user leaves a linear in bf16; a plan that left out others does not fit.
@@ -96,6 +98,10 @@ class ModelPlans:
             if {place.inner for place in places if place} != {one for kind in present for one in kind.plan.left_alone}:
                 return False
         return bool(present) and all(kind.has_whole_blocks(linears, leaves_out) for kind in present)
+
+    def remarks(self) -> tuple[str, ...]:
+        """What blocks convert in place of their plan's own set, once `decide_blocks` has seen them."""
+        return tuple(dict.fromkeys(remark for kind in self._kinds for remark in kind.remarks()))
 
     def forget(self) -> None:
         """Prepare for another model: none of its blocks is decided."""
@@ -158,7 +164,8 @@ class _KindDecisions:
         self._recomputes = recomputes
         self._by_block: dict[str, _BlockDecision] = {}
         self._blocks: tuple[int, dict[str, dict[str, Roles]]] = 0, {}
-        self._unchecked = _BlockDecision(plan.convert, "as a whole, not checked")
+        self._sets = PlannedSets(plan)
+        self._unchecked = _BlockDecision(self._sets.own, plan.convert, "as a whole, not checked")
 
     def has(self, fqn: str) -> bool:
         """Whether a linear is in one of these layers."""
@@ -173,12 +180,14 @@ class _KindDecisions:
         return bool(place and place.roles and shape and not self._mismatch(fqn, place.roles, shape))
 
     def has_whole_blocks(self, linears: Collection[str], leaves_out: Callable[[str], bool]) -> bool:
-        """Whether every block has all roles, and the user leaves out those that the plan has left out."""
+        """Whether every block has all roles and a set, and the user leaves out those that the plan has left out."""
         for block in self.blocks(linears).values():
             if {role for roles in block.values() for role in roles} != self.plan.shapes.keys():
                 return False
             left_out = (fqn for fqn, roles in block.items() if set(roles) & set(self.plan.left_out))
             if not all(map(leaves_out, left_out)):
+                return False
+            if any(is_torn(roles, self._sets.of(block).convert) for roles in block.values()):
                 return False
         return True
 
@@ -194,16 +203,18 @@ class _KindDecisions:
             return self._unknown(fqn, in_block=place is not None)
         if mismatch := self._mismatch(fqn, place.roles, shape):
             return mismatch
-        convert, remark = self._by_block.get(place.block, self._unchecked)
+        planned, convert, remark = self._by_block.get(place.block, self._unchecked)
+        if torn := self._torn(fqn, place.roles, planned):
+            return torn
         if convert is None:
             return None
         if len(place.roles) > 1 and is_fused(fqn):
             remark = ", ".join(filter(None, ("measured as several linears", remark)))
         suffix = f", {remark}" if remark else ""
         if place.roles[0] in convert:
-            reason = f"the plan: block {self._speedup(convert):.3f}x{suffix}"
+            reason = f"{planned.name}: {self._gain(convert)}{suffix}"
             return Decision(convert=True, shape=shape, reason=reason, planned=True)
-        reason = "the plan: bf16" + (suffix if place.roles[0] in self.plan.convert else "")
+        reason = f"{planned.name}: bf16" + (suffix if place.roles[0] in planned.convert else "")
         return Decision(convert=False, shape=shape, reason=reason, planned=True)
 
     def decide_blocks(self, shapes: Shapes, stays: Callable[[str], bool]) -> None:
@@ -211,35 +222,44 @@ class _KindDecisions:
         for block, linears in self.blocks(shapes).items():
             self._by_block[block] = self._decide_block(linears, shapes, stays)
 
+    def remarks(self) -> Iterator[str]:
+        """See `ModelPlans.remarks`."""
+        for planned, convert, _ in self._by_block.values():
+            if planned != self._sets.own and planned.convert == convert:
+                yield f"{planned.name}: {self._gain(convert)}, in place of its own: {self._gain(self.plan.convert)}"
+
     def findings(self, decisions: Decisions) -> Iterator[Finding]:
         """The blocks that convert another set than the plan's."""
         blocks = self.blocks(decisions)
-        found: Counter[tuple[tuple[str, ...], bool]] = Counter()
+        found: Counter[tuple[tuple[str, ...], Roles, bool]] = Counter()
         for linears in blocks.values():
             if any(decisions[fqn].planned or decisions[fqn].point for fqn in linears):
                 shapes = {fqn: decisions[fqn].shape for fqn in linears}
-                found[self._converted_names(linears, decisions), self._differs(linears, shapes)] += 1
-        for (names, differs), count in found.items():
-            if differs or names != self.plan.convert:
+                planned = self._sets.of(linears)
+                differs = self._differs(linears, shapes, planned)
+                found[self._converted_names(linears, decisions), planned.convert, differs] += 1
+        for (names, expected, differs), count in found.items():
+            if differs or names != expected:
                 known = "in blocks that were not measured" if differs else self._measured(names)
                 message = f"{count} of {len(blocks)} blocks convert {_listed(names)}, {known}"
-                yield self._finding(f"$.convert: {message}; expected {_listed(self.plan.convert)}")
+                yield self._finding(f"$.convert: {message}; expected {_listed(expected)}")
 
     def _decide_block(self, linears: BlockLinears, shapes: Shapes, stays: Callable[[str], bool]) -> _BlockDecision:
-        if self._differs(linears, shapes):
-            return _BlockDecision(None)
+        planned = self._sets.of(linears)
+        if self._differs(linears, shapes, planned):
+            return _BlockDecision(planned, None)
         present = {role for roles in linears.values() for role in roles}
         barred = {role for fqn, roles in linears.items() if shapes[fqn] is None or stays(fqn) for role in roles}
-        left = tuple(role for role in self.plan.convert if role in present - barred)
+        left = tuple(role for role in planned.convert if role in present - barred)
         neighbours = "" if all(linears.values()) else "measured without the linears beside its own"
-        if left == self.plan.convert:
-            return _BlockDecision(left, neighbours)
+        if left == planned.convert:
+            return _BlockDecision(planned, left, neighbours)
         measured = self.plan.candidate(left)
         if measured is None or measured.speedup_low is None:
-            return _BlockDecision(None)
+            return _BlockDecision(planned, None)
         if exceeds_control(measured.speedup_low, self.plan.control):  # the plan's own set had to do so too
-            return _BlockDecision(left, ", ".join(filter(None, ("what is left of its set", neighbours))))
-        return _BlockDecision((), f"what is left of its set, {_listed(left)}, {self._measured(left)}")
+            return _BlockDecision(planned, left, ", ".join(filter(None, ("what is left of its set", neighbours))))
+        return _BlockDecision(planned, (), f"what is left of its set, {_listed(left)}, {self._measured(left)}")
 
     def _mismatch(self, fqn: str, roles: Roles, shape: LinearShape) -> Finding | None:
         """Why this linear is not the one that the plan measured under its roles."""
@@ -252,12 +272,16 @@ class _KindDecisions:
             if actual != measured:
                 message = f"expected {actual}, as {without_indices(fqn)} is here; found {measured}"
                 return self._finding(f"$.{field}: {message}; the table decides")
-        converted = [role for role in roles if role in self.plan.convert]
-        if converted and len(converted) < len(roles):
-            expected = f"expected all or none of {_listed(roles)}, as {without_indices(fqn)} is all of them"
-            return self._finding(f"$.convert: {expected}; found {_listed(converted)}; the table decides")
         self._fitting.add((roles, shape, recompute))
         return None
+
+    def _torn(self, fqn: str, roles: Roles, planned: PlannedSet) -> Finding | None:
+        """Why no set of the plan can decide a linear of several roles."""
+        if not is_torn(roles, planned.convert):
+            return None
+        expected = f"expected all or none of {_listed(roles)}, as {without_indices(fqn)} is all of them"
+        found = _listed([role for role in roles if role in planned.convert])
+        return self._finding(f"$.convert: {expected}; found {found}; the table decides")
 
     def _unknown(self, fqn: str, *, in_block: bool) -> Finding | None:
         """Why a linear without a role is not the plan's, if it could be mistaken for one of the plan's.
@@ -271,11 +295,14 @@ class _KindDecisions:
         why = "is none of its roles" if in_block else f"is not named {layers}.{role}"
         return self._finding(f"$.shapes: {without_indices(fqn)} {why}; the table decides")
 
-    def _differs(self, linears: BlockLinears, shapes: Shapes) -> bool:
-        """Whether one of a block's linears is not the one that the plan measured: then no set of it was measured."""
+    def _differs(self, linears: BlockLinears, shapes: Shapes, planned: PlannedSet) -> bool:
+        """Whether one of a block's linears is not the one that the plan measured: then no set of it was measured.
+
+        That is so too for a linear that holds several roles, some of them in the set and some not.
+        """
         for fqn, roles in linears.items():
             shape = shapes[fqn]
-            if roles and shape and self._mismatch(fqn, roles, shape):
+            if roles and shape and (self._mismatch(fqn, roles, shape) or is_torn(roles, planned.convert)):
                 return True
         return False
 
@@ -295,11 +322,13 @@ class _KindDecisions:
         unknown = {without_indices(fqn): None for fqn in linears if decisions[fqn].convert and not linears[fqn]}
         return (*(role for role in self.plan.shapes if role in roles), *unknown)
 
-    def _speedup(self, roles: Roles) -> float:
+    def _gain(self, roles: Roles) -> str:
+        if not roles:
+            return "bf16"
         candidate = self.plan.candidate(roles)
         assert candidate is not None, "a block converts only a set that is one of the plan's candidates"
         assert candidate.speedup is not None, "and that was measured"
-        return candidate.speedup
+        return f"block {candidate.speedup:.3f}x"
 
     def _measured(self, names: tuple[str, ...]) -> str:
         candidate = self.plan.candidate(names)

@@ -260,6 +260,25 @@ def test_fresh_again_and_again_keeps_every_journal(tmp_path):
     assert kept == sorted(msgspec.json.encode(record) for record in (FIRST, SECOND))
 
 
+def test_a_journal_keeps_which_tables_its_fresh_start_replaces(written):
+    assert reopen(written, replaces=["rowwise"]).replaces == ()  # it was not begun so
+    for options in ({"fresh": True, "replaces": ["rowwise"]}, {}, {"replaces": ["tensorwise"]}):
+        with SweepJournal(written.parent, SETUP, **options) as journal:
+            journal.append(THIRD)
+        assert journal.replaces == ("rowwise",)
+    assert journal.records == [THIRD] * 3
+    assert reopen(written, fresh=True).replaces == reopen(written).replaces == ()
+
+
+@pytest.mark.parametrize("replaces", [b'"rowwise"', b'["columnwise"]'])
+def test_a_header_that_replaces_no_recipe_is_refused(tmp_path, replaces):
+    path = reopen(tmp_path / "any").path
+    content = content_of(path.read_bytes()[:-1])
+    path.write_bytes(line_of(content[:-1] + b',"replaces":' + replaces + b"}"))
+    with pytest.raises(JournalError, match=r":1: .*--fresh"):
+        reopen(path)
+
+
 def test_fresh_has_nothing_to_keep_at_first(tmp_path):
     journal = reopen(tmp_path / "any", fresh=True)
     assert (journal.records, journal.set_aside) == ([], None)
@@ -336,7 +355,7 @@ def test_an_earlier_journal_is_gone_on_with_and_nothing_is_measured_again(tmp_pa
         setup=setup_of(CPU_HEADER),
         out=tmp_path,
     )
-    assert (result.report.measured, result.report.resumed, result.remaining) == (0, 2, 0)
+    assert (result.report.measured, result.report.resumed, result.remaining) == (0, 3, 0)
     assert [content_of(line).decode() for line in path.read_bytes().splitlines()] == [CPU_HEADER, *RECORDS]
     assert "had no checksums" in capsys.readouterr().err
     (table,) = result.tables.values()

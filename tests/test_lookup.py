@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -11,9 +13,10 @@ from builders import make_point, make_table
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fp8gate
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Grid, Point
+from fp8gate.filter.contract.table import Grid, Point, read_table
 from fp8gate.filter.decision import lookup as lookup_module
 from fp8gate.filter.decision.axis import DISTANCE_DIGITS
 from fp8gate.filter.decision.estimate import Estimate
@@ -427,3 +430,35 @@ def test_farther_outside_the_answer_does_not_jump():
     points = [make_point(16, 16, 16, fast), make_point(16, 64, 16, fast), make_point(4096, 16, 16, slow)]
     speedups = [look_up((4096, k, 16), *points, kind="interpolate").speedup for k in (64, 256, 1024, 2**12, 2**14)]
     assert all(speedup < 1 for speedup in speedups)
+
+
+# --- committed tables ------------------------------------------------------------------------------------------
+
+TABLES = sorted((Path(fp8gate.__file__).parent / "thresholds").glob("*/*.yaml"))
+
+
+class SearchingLookup(Lookup):
+    """Looks for the smallest measured box anew for each shape, among the sizes around it and those two steps apart."""
+
+    def _blend_wider(self, shape: LinearShape) -> list[float] | None:
+        sides = []
+        for axis, size in zip(self._grid, (shape.m, shape.k, shape.n), strict=True):
+            around = axis.bracket(size)[1]
+            sides.append([(math.log2(around[-1][0] / around[0][0]), around)] if around else [])
+            for low, high in zip(axis.sizes, axis.sizes[2:], strict=False):
+                if low < size < high:
+                    width = math.log2(high) - math.log2(low)
+                    share = (math.log2(size) - math.log2(low)) / width
+                    sides[-1].append((width, [(low, 1.0 - share), (high, share)]))
+        boxes = sorted(itertools.product(*sides), key=lambda box: sum(width for width, _ in box))
+        return next((found for box in boxes if (found := self._blend(*(around for _, around in box)))), None)
+
+
+@pytest.mark.parametrize("path", TABLES, ids=[f"{path.parent.name}-{path.stem}" for path in TABLES])
+def test_shapes_that_share_a_box_are_answered_as_by_a_search_for_each(path):
+    table, rng = read_table(path), random.Random(0)
+    lookup, searching = Lookup(table), SearchingLookup(table)
+    on_grid = [LinearShape(m, k, n) for m in table.grid.m for k in table.grid.k for n in table.grid.n]
+    off_grid = [LinearShape(*(round(2 ** rng.uniform(6, 17)) for _ in range(3))) for _ in range(1000)]
+    for shape in [*on_grid, *off_grid]:
+        assert lookup(shape) == searching(shape)

@@ -15,6 +15,7 @@ from fp8gate.calibrate.report.colour_scale import ColourScale
 from fp8gate.calibrate.report.map_figures import SOURCE, THEMES, draw_numbers, draw_side_by_side, legend_entries
 from fp8gate.calibrate.report.map_panel import LayerGroup, has_line, short_size
 from fp8gate.calibrate.report.speedup_map import speedup_maps
+from fp8gate.filter.contract.table import Grid
 
 SHAPES = [(m, k, n) for m in (1024, 8192) for k in (1024, 4096) for n in (1024, 4096)]
 LAYERS = [
@@ -94,9 +95,22 @@ def test_the_scale_of_colours_counts():
 )
 def test_the_legend_names_the_lines_that_a_map_has(speedup, lines):
     map_ = maps(speedup=speedup, shapes=SHAPES[:4])[1024]
-    named = list(legend_entries([map_], []))
+    named = list(legend_entries([map_], [], with_numbers=False))
     assert [name for name in named if "1.0" in name] == [name for name in named if any(line in name for line in lines)]
     assert len([name for name in named if "1.0" in name]) == len(lines)
+
+
+LEFT_OUT = "not measured: the points around it answer"
+
+
+def test_the_legend_explains_points_that_a_sweep_left_out_where_they_are_marked():
+    grid = Grid(m=(1024,), k=(1024,), n=(1024, 2048, 4096))
+    points = [make_point(1024, 1024, n, 3.0) for n in (1024, 4096)]
+    (map_,) = speedup_maps(make_table(*points, grid=grid)).values()
+    assert [mark.text for mark in map_.marks] == ["3.00", "3.00", "-"]
+    assert LEFT_OUT in legend_entries([map_], [], with_numbers=True)
+    assert LEFT_OUT not in legend_entries([map_], [], with_numbers=False)
+    assert LEFT_OUT not in legend_entries([maps()[1024]], [], with_numbers=True)
 
 
 def test_a_map_without_any_measured_part_has_no_line():

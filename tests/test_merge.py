@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from samples import replaced
 
 from fp8gate.calibrate.comparison.merge import combine_points, merge_tables
-from fp8gate.filter.contract.table import Grid, Point, Spread, TableError, format_table, parse_table
+from fp8gate.filter.contract.table import Grid, Point, Spread, TableError, Unaligned, format_table, parse_table
 
 
 def point(speedup=1.5, half=0.01, *, n=48, status="measured", bf16_us=90.0):
@@ -163,6 +163,15 @@ def test_spreads_are_pooled():
     )
     tables = {str(i): table(point(), protocol=replaced(PROTOCOL, spread=s)) for i, s in enumerate(spreads)}
     assert merge_tables(tables).protocol.spread == Spread(points=40, median=0.0175, p95=0.04, worst=0.05)
+
+
+def test_factors_for_unaligned_tokens_are_averaged():
+    """A factor of 0.9 from 5 points and of 1.0 from 15: 0.9 ** (1 / 4)."""
+    found = (Unaligned(points=5, factor=0.9), None, Unaligned(points=15, factor=1.0))
+    tables = {str(i): table(point(), protocol=replaced(PROTOCOL, unaligned=one)) for i, one in enumerate(found)}
+    assert merge_tables(tables).protocol.unaligned == Unaligned(points=20, factor=0.974)
+    without = dict.fromkeys(tables, tables["1"])
+    assert merge_tables(without).protocol.unaligned is None
 
 
 def test_not_even_rounding_depends_on_the_order():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,18 @@ def test_bf16_is_measured_against_itself_and_that_is_no_candidate(without_table)
     assert not any("bf16 again" in one.convert for one in found.candidates)
     visits = [line for line in journal.read_text().splitlines() if '"convert":["bf16 again"]' in line]
     assert len(visits) == PROTOCOL.screening + PROTOCOL.final
+
+
+def test_bf16_is_measured_against_itself_in_the_rounds_of_the_finalists(without_table):
+    """It takes no rounds of its own but those that the finalists' first visits had."""
+    _, journal, _ = without_table
+    rounds = defaultdict(set)
+    for line in journal.read_text().splitlines()[1:]:
+        visit = json.loads(line)[1]
+        rounds[tuple(visit["convert"])].add(visit["round"])
+    control = rounds.pop(("bf16 again",))
+    finalist = max((found for roles, found in rounds.items() if roles), key=len)
+    assert len(control & finalist) == PROTOCOL.final
 
 
 @pytest.mark.parametrize("wins", [True, False])

@@ -111,7 +111,7 @@ def test_the_same_command_measures_nothing_again(ranks, tmp_path):
     ranks.sweep(2)
     before = journal_points(tmp_path)
     leader, _ = ranks.sweep(2)
-    assert f"0 points measured, {len(SHAPES)} taken from the journal" in leader
+    assert f"0 points measured, {len(before)} taken from the journal" in leader
     assert journal_points(tmp_path) == before
 
 

@@ -182,6 +182,24 @@ def test_stopped_anywhere_it_goes_on_to_the_same_table(refined, run, tmp_path, s
     assert len(script.shapes) == len(set(script.shapes)) == len(DUE)
 
 
+@pytest.mark.parametrize("points", [5, len(COARSE) + 7])
+def test_all_measurements_that_are_not_made_again_are_taken_from_the_journal(
+    refined,
+    script,  # noqa: F811
+    stopped_after,  # noqa: F811
+    monkeypatch,
+    points,
+):
+    """Refined points, repeats and second looks too."""
+    twice = dataclasses.replace(NEVER_NOISE, measures_twice=True)
+    monkeypatch.setattr(Cpu, "defaults", dataclasses.replace(Cpu.defaults, noise=twice))
+    refined(stop_after_s=stopped_after(points))
+    report = refined().report
+    assert (report.resumed, report.measured) == (points, 2 * len(DUE) - points)
+    report = refined().report
+    assert (report.resumed, report.measured) == (2 * len(DUE), 0)
+
+
 def test_the_points_of_an_earlier_table_are_measured_again(refined, run, tmp_path, script):  # noqa: F811
     run(SHAPES, recipes=["rowwise"], grid=GRID)
     for journal in tmp_path.rglob("journal-*"):
@@ -192,6 +210,28 @@ def test_the_points_of_an_earlier_table_are_measured_again(refined, run, tmp_pat
     script.asked.clear()
     (path,) = refined(fresh=True).tables
     assert set(script.shapes) == DUE == {point.shape for point in read_table(path).points}
+
+
+def test_a_fresh_sweep_that_was_stopped_beside_a_complete_table_goes_on_with_what_decides(
+    refined,
+    run,  # noqa: F811
+    script,  # noqa: F811
+    stopped_after,  # noqa: F811
+):
+    run(SHAPES, recipes=["rowwise"], grid=GRID)
+    script.asked.clear()
+    assert refined(fresh=True, stop_after_s=stopped_after(3)).incomplete == {}  # the complete table is kept
+    (table,) = refined().tables.values()
+    assert set(script.shapes) == DUE == {point.shape for point in table.points}
+    assert len(script.shapes) == len(DUE)
+
+
+def test_a_recipe_that_a_fresh_sweep_did_not_measure_keeps_its_points(refined, run, script, stopped_after):  # noqa: F811
+    run(SHAPES, recipes=["tensorwise"], grid=GRID)
+    refined(fresh=True, stop_after_s=stopped_after(3))
+    script.asked.clear()
+    refined(recipes=["tensorwise"])
+    assert set(script.shapes) == set(SHAPES)
 
 
 def test_a_smaller_refined_grid_does_not_replace_a_table(refined, run, script):  # noqa: F811
@@ -229,7 +269,7 @@ class FakeLedger:
 def test_repeats_do_not_change_which_points_are_due():
     refinement, ledger = Refinement(GRID, SHAPES), FakeLedger()
     first = SweepTasks(setup=SETUP, recipes=("rowwise",), seed=0, tasks=())
-    agenda = Agenda(first, refinement.first, refinement, ledger, repeats=False, before=0)
+    agenda = Agenda(first, refinement.first, refinement, ledger, grid=GRID, repeats=False)
     ledger.keep([Task(shape) for shape in refinement.first], process=1)
     for shape in refinement.first:
         ledger.journal.records.append(record_of(Task(shape, repeat=True), ["rowwise"], speedup=1.0, process=2))
@@ -241,7 +281,7 @@ def test_half_of_the_repeats_come_among_the_refined_points_and_none_twice(monkey
     monkeypatch.setattr(Cpu, "defaults", dataclasses.replace(Cpu.defaults, noise=some))
     refinement, ledger = Refinement(GRID, SHAPES), FakeLedger()
     first = SweepTasks(setup=SETUP, recipes=("rowwise",), seed=0, tasks=tuple(map(Task, refinement.first)))
-    agenda = Agenda(first, refinement.first, refinement, ledger, repeats=True, before=0)
+    agenda = Agenda(first, refinement.first, refinement, ledger, grid=GRID, repeats=True)
     ledger.ask(len(first.tasks), 0)
     ledger.keep(first.tasks, process=1)
     batches = []
@@ -282,7 +322,7 @@ def test_repeats_are_topped_up_by_points_that_were_being_measured(monkeypatch):
     monkeypatch.setattr(Cpu, "defaults", dataclasses.replace(Cpu.defaults, noise=some))
     ledger, tasks = FakeLedger(), [Task(shape) for shape in SHAPES[:36]]
     first = SweepTasks(setup=SETUP, recipes=("rowwise",), seed=0, tasks=tuple(tasks))
-    agenda = Agenda(first, SHAPES[:36], None, ledger, repeats=True, before=0)
+    agenda = Agenda(first, SHAPES[:36], None, ledger, grid=GRID, repeats=True)
     ledger.ask(36, 0)
     ledger.keep(tasks[:24], process=1)
     some = agenda.more()

@@ -22,7 +22,7 @@ from fp8gate.calibrate.report.page.write_page import by_device, write_report
 from fp8gate.cli import app, options
 from fp8gate.filter.contract.bounds import Bounds, RunBounds
 from fp8gate.filter.contract.recipes import RECIPES
-from fp8gate.filter.contract.table import Grid, Spread, TableError, read_table
+from fp8gate.filter.contract.table import Grid, Spread, TableError, Unaligned, read_table
 from fp8gate.filter.decision.torchao_rule import torchao_converts
 
 SHAPES = [(m, k, n) for m in (1024, 8192) for k in (1024, 4096) for n in (1024, 4096)]
@@ -130,6 +130,7 @@ def test_quality_counts_what_is_not_as_it_should_be():
         "1",
         "20 points, 0.6% apart (median), 3.9% (95th percentile), 7.1% (worst)",
         "what varies within one run",
+        "not measured",
         "one device",
         "20 points, 0.6% apart (median), 3.9% (95th percentile), 7.1% (worst); measured again beyond 0.5% and chance",
     ]
@@ -140,6 +141,11 @@ def test_quality_tells_what_the_bounds_cover():
     found = quality(table(protocol=replace(PROTOCOL, bounds=Bounds(below_120_us=part))))
     expected = "below 120 us: 95.0% of the points in another sweep, by 6.9% beside 0.4% within one run (40 repeats)"
     assert found["bounds cover"] == expected
+
+
+def test_quality_tells_the_factor_for_unaligned_tokens():
+    found = quality(table(protocol=replace(PROTOCOL, unaligned=Unaligned(points=8, factor=0.931))))
+    assert found["tokens that are no multiple of 128"] == "0.93 of the speedup between multiples of 128 (8 points)"
 
 
 def test_quality_tells_of_several_devices():

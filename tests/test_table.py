@@ -27,6 +27,7 @@ from fp8gate.filter.contract.table import (
     Software,
     Table,
     TableError,
+    Unaligned,
     format_table,
     parse_table,
     read_table,
@@ -89,6 +90,12 @@ def test_file_is_made_for_diffs():
 def test_a_file_names_its_estimate_only_where_it_is_not_that_of_the_first_tables():
     assert "estimate" not in TEXT
     assert ", control: 0.005, estimate: quotient_of_times}\n" in format_table(make_table(SLOW, protocol=QUOTIENTS))
+
+
+def test_a_file_has_a_factor_for_unaligned_tokens_only_where_it_was_measured():
+    assert "unaligned" not in TEXT
+    protocol = replace(PROTOCOL, unaligned=Unaligned(points=8, factor=0.9312))
+    assert ", unaligned: {points: 8, factor: 0.9312}}" in format_table(replace(TABLE, protocol=protocol))
 
 
 def test_written_table_is_read_back(tmp_path):
@@ -226,6 +233,8 @@ TYPE_ERRORS = {
     "boolean": (("protocol", "compile"), 1, "$.protocol.compile"),
     "confidence": (("protocol", "confidence"), 1.0, "$.protocol.confidence"),
     "estimate": (("protocol", "estimate"), "median", "$.protocol.estimate"),
+    "no factor": (("protocol", "unaligned"), {"points": 8, "factor": 0.01}, "$.protocol.unaligned.factor"),
+    "factor of no point": (("protocol", "unaligned"), {"points": 0, "factor": 0.9}, "$.protocol.unaligned.points"),
     "list": (("protocol", "rounds"), 8, "$.protocol.rounds"),
     "list item": (("protocol", "rounds"), [8, 0], "$.protocol.rounds[1]"),
     "no time zone": (("measured_at",), datetime(2026, 11, 24, 10), "$.measured_at"),
@@ -581,6 +590,7 @@ tables = st.builds(
     protocol=st.builds(
         replace,
         st.sampled_from([PROTOCOL, QUOTIENTS]),
+        unaligned=st.none() | st.builds(Unaligned, points=sizes, factor=st.floats(0.1, 10)),
         inductor=st.dictionaries(names, st.booleans(), max_size=3),
         data=names,
     ),

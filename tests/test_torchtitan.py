@@ -131,7 +131,7 @@ def debug(tmp_path: Path) -> Callable[..., Any]:
 # --- what is converted -----------------------------------------------------------------------------------------
 
 
-def test_llama3_8b_converts_what_the_table_says(caplog: pytest.LogCaptureFixture) -> None:
+def test_llama3_8b_converts_the_fastest_measured_set_with_wqkv_whole(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "fp8gate")
     run = configured("llama3", "llama3_8b", **H200)
     alone = asked_alone(run, tokens=8192)
@@ -140,6 +140,7 @@ def test_llama3_8b_converts_what_the_table_says(caplog: pytest.LogCaptureFixture
     assert found == decided
     assert float8_names(run) == ["attention.qkv_linear.wqkv", *FEED_FORWARD]
     assert "converted 128 of 160 linears to float8 rowwise" in caplog.text
+    assert len(caplog_lines(caplog, "wqkv .* the plan's fastest measured set with wqkv whole: block 1.095x")) == 1
     assert "not asked about: lm_head: the head" in caplog.text
     assert 'SelectiveAC runs a part of the forward twice, which was not measured: decided by "recompute": "none"' in (
         caplog.text
@@ -295,6 +296,37 @@ def test_the_config_keeps_its_sharding_and_its_initialization(debug: Callable[..
     assert (w1.in_features, w1.out_features, w1.bias) == (DIM, HIDDEN, False)
 
 
+def with_bias(run: Any) -> None:
+    for layer in run.model_spec.model.layers:
+        layer.attention.qkv_linear.wqkv.bias = layer.attention.wo.bias = True
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_bias_is_kept(debug: Callable[..., Any], with_converter: Callable[..., Any], replace: bool) -> None:
+    run = with_converter({"replace": True, "edit": with_bias}) if replace else debug(edit=with_bias)
+    assert float8_names(run) == WIN  # with its own converter, torchtitan had converted wo, too
+    biased = {without_indices(fqn).removeprefix("layers.*.") for fqn, config in linears(run).items() if config.bias}
+    assert biased == {"attention.qkv_linear.wqkv", "attention.wo"}
+
+
+@pytest.mark.parametrize(("lookup", "wins"), [("nearest", WIN), ("interpolate", [])])
+def test_the_lookup_is_the_one_asked_for(
+    debug: Callable[..., Any], tmp_path: Path, lookup: str, wins: list[str]
+) -> None:
+    table = make_table(make_point(ROWS, DIM, 512, 0.5), make_point(ROWS, DIM, 1024, 1.5))  # around QKV and HIDDEN
+    path = str(write_file(table, tmp_path / "around.yaml"))
+    assert float8_names(debug(tables=path, lookup=lookup)) == wins
+
+
+def test_layers_that_predict_further_tokens_are_not_asked_about(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fp8gate")
+    run = configured("deepseek_v3", "deepseek_v3_debugmodel_mtp", min_speedup=0.01, **H200)
+    of_mtp = {type(config) for fqn, config in linears(run).items() if fqn.startswith("mtp_layers.")}
+    assert of_mtp == {Linear.Config}
+    assert float8_names(run)
+    assert re.search(r"not asked about: .*mtp_layers\.\*\.attention\.wo.*: in no layer of the decoder", caplog.text)
+
+
 def test_filter_fqns_are_kept(debug: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "fp8gate")
     run = debug(filter_fqns=["wqkv", "layers.0.", "lm_head"])
@@ -438,6 +470,19 @@ def test_ranks_compare_what_they_decided(debug: Callable[..., Any], monkeypatch:
         assert asked == expected
 
 
+def test_ranks_that_disagree_leave_the_config_as_it_was(debug: Callable[..., Any], monkeypatch: Any) -> None:
+    def disagree(_: AutoFilter) -> None:
+        raise fp8gate.RanksDisagreeError("rank 1 would convert other layers")
+
+    runs: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(AutoFilter, "agree", disagree)
+    with pytest.raises(fp8gate.RanksDisagreeError):
+        debug(edit=runs.append)
+    assert float8_names(*runs) == []
+
+
 TRAINER = Path(__file__).parent / "titan_on_cpu.py"
 
 
@@ -569,15 +614,16 @@ def test_torchtitans_own_float8_config_of_405b_can_be_decided_anew(a_gpu: None) 
 
 REFUSED = [
     ({"recipes": "rowwise"}, "recipes: no such key; expected some of recipe, tokens, tp, cp"),
-    ({"recipe": "tensorwise"}, r"Invalid enum value 'tensorwise' - at `\$.recipe`"),
+    ({"recipe": "tensorwise"}, "recipe: expected one of rowwise, rowwise_with_gw_hp; got 'tensorwise'"),
     ({"tokens": "32"}, r"Expected `int \| null`, got `str` - at `\$.tokens`"),
     ({"tp": 1.5}, r"Expected `int \| null`, got `float` - at `\$.tp`"),
     ({"cp": True}, r"Expected `int \| null`, got `bool` - at `\$.cp`"),
-    ({"rows": {"lm_head": "4"}}, r"Expected `int`, got `str` - at `\$.rows"),
+    ({"rows": {"lm_head": "4"}}, r"rows\['lm_head'\]: expected rows per microbatch, an integer .*; got '4'"),
     ({"filter_fqns": "lm_head"}, r"Expected `array`, got `str` - at `\$.filter_fqns`"),
     ({"filter_fqns": ["auto_filter_small_kn"]}, "filter_fqns: 'auto_filter_small_kn' is torchao's rule"),
-    ({"recompute": "half"}, r"Invalid enum value 'half' - at `\$.recompute`"),
-    ({"lookup": "next"}, r"Invalid enum value 'next' - at `\$.lookup`"),
+    ({"recipe": None}, "recipe: expected one of rowwise, rowwise_with_gw_hp; got None"),
+    ({"recompute": "half"}, "recompute: expected one of none, full; got 'half'"),
+    ({"lookup": "next"}, "lookup: expected one of nearest, interpolate; got 'next'"),
     (
         {"tokens": 64},
         r"tokens: expected 32, by the run's training.local_batch_size x training.seq_len = 1 x 32; got 64",
@@ -614,7 +660,7 @@ def test_recomputation_that_is_not_the_runs_is_refused(arguments: Any, given: st
 
 def test_a_recipe_is_required() -> None:
     model = llama3_configs.llama3_debugmodel().model_spec.model
-    with pytest.raises(InputError, match="missing required field `recipe`"):
+    with pytest.raises(InputError, match="recipe: expected one of rowwise, rowwise_with_gw_hp; got nothing"):
         gate(model)
 
 

@@ -344,6 +344,8 @@ def test_wrong_results_and_a_slow_host_are_said(output: Any) -> None:
     assert "Wrong" not in output.report(setup, visits)
     assert "host" not in output.report(setup, visits)
     visits.append(make_visit(output, "all", 8, 950.0, 950.0, error=float("inf"), launch_us=900.0))
+    assert "host" not in output.report(setup, visits)  # once in eight rounds is a hiccup
+    visits += [make_visit(output, "all", number, 950.0, 950.0, launch_us=900.0) for number in range(2, 6)]
     *_, wrong, late = output.report(setup, visits).split("\n\n")
     assert wrong == "Wrong results, farther than 0.45 from bf16's: all."
     assert late.startswith("The host takes more than 80% of a step to launch it, so the GPU may have waited: all.")

@@ -60,6 +60,7 @@ def make_setup(output: ModuleType, **fields: Any) -> Any:
         "steps": 20,
         "warm_up": 10,
         "fused": True,
+        "cuda_graphs": True,
         "tables": None,
         "plan": None,
     }
@@ -82,7 +83,9 @@ def make_visit(output: ModuleType, run: str, number: int, *speeds: int, **fields
         output.Step(step=5 * i, loss=9.0 - i, memory_gib=60.0 + i, tokens_per_s=speed, tflops=1.0, mfu=None)
         for i, speed in enumerate(speeds, start=1)
     ]
-    return output.Visit(**{"run": run, "round": number, "wall_s": 50.0, "steps": tuple(steps), **fields})
+    return output.Visit(
+        **{"run": run, "round": number, "gpus": ("a", "b"), "wall_s": 50.0, "steps": tuple(steps), **fields}
+    )
 
 
 # --- torchtitan's log ------------------------------------------------------------------------------------------
@@ -151,6 +154,28 @@ def test_what_is_measured_is_not_measured_again_nor_what_failed(output: ModuleTy
     assert left == [(table, 0), (table, 1), (bf16, 1)]
 
 
+def test_a_round_that_was_begun_on_other_gpus_begins_again(output: ModuleType) -> None:
+    header = make_header(output)
+    bf16, both, table = (run.name for run in header.runs)
+    first = [make_visit(output, name, 0, 100) for name in (bf16, both, table)]
+    begun = [make_visit(output, table, 1, 100), make_visit(output, both, 1, 100)]
+
+    def left(gpus: Any) -> list[str]:
+        return [run.name for run, _ in output.missing_visits(header, [*first, *begun], gpus)]
+
+    assert left(("a", "b")) == left(None) == [bf16]
+    assert left(("c", "d")) == [table, both, bf16]
+
+
+def test_gains_are_not_over_bf16_on_other_gpus(output: ModuleType) -> None:
+    header = make_header(output)
+    bf16, both, _ = (run.name for run in header.runs)
+    visits = [make_visit(output, bf16, 0, 1, 1, 1000, gpus=("c", "d")), make_visit(output, both, 0, 1, 1, 1100)]
+    assert "10.0%" not in output.report(header, visits)
+    visits.append(make_visit(output, bf16, 0, 1, 1, 1000))
+    assert "| +10.0% " in output.report(header, visits)
+
+
 def test_a_journal_goes_on_after_its_writer_was_killed(titan: ModuleType, output: ModuleType, tmp_path: Path) -> None:
     header, visit = make_header(output), make_visit(output, "bf16", 0, 100, 100, 110)
     journal = titan.Journal.of(header.setup, tmp_path)
@@ -173,9 +198,11 @@ def test_a_journal_of_something_else_is_refused(titan: ModuleType, output: Modul
 
 
 def test_files_are_named_by_the_setup(output: ModuleType) -> None:
-    fsdp = make_setup(output, tp=1, fsdp=2, recompute="none", fused=False, recipe="rowwise_with_gw_hp")
-    assert make_setup(output).name == "titan-llama3-8b-2-layers-tp2-selective-recompute-rowwise"
-    assert fsdp.name == "titan-llama3-8b-2-layers-unfused-fsdp2-no-recompute-rowwise_with_gw_hp"
+    apart = {"recompute": "none", "fused": False, "recipe": "rowwise_with_gw_hp", "cuda_graphs": False}
+    fsdp = make_setup(output, tp=1, fsdp=2, tokens=4096, **apart)
+    assert make_setup(output).name == "titan-llama3-8b-2-layers-m8192-tp2-selective-recompute-rowwise"
+    expected = "titan-llama3-8b-2-layers-unfused-m4096-fsdp2-no-recompute-rowwise_with_gw_hp-no-graphs"
+    assert fsdp.name == expected
     assert fsdp.ranks == make_setup(output).ranks == 2
 
 
@@ -218,7 +245,86 @@ def test_the_table_says_what_is_missing_and_what_failed(output: ModuleType) -> N
     said = output.report(header, visits)
     assert "not measured yet: 3 of 6 visits" in said
     assert f"failed: {both}, visit 1: OutOfMemoryError: CUDA" in said
-    assert "TP 2 with sequence parallelism, selective recomputation, 8192 tokens, rowwise, steps 11 to 20" in said
+    assert "selective recomputation, 8192 tokens, rowwise, forward and backward as a CUDA graph, steps 11 to 20" in said
+
+
+# --- where a step's time goes --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trace(output: ModuleType) -> ModuleType:
+    import train_titan_trace
+
+    return train_titan_trace
+
+
+def test_a_step_is_taken_apart_by_kernels(trace: ModuleType) -> None:
+    """Two steps, in microseconds. NCCL runs beside a product; from 700 to 900 nothing runs."""
+    events = [
+        {"cat": "kernel", "name": "nvjet_tst_192x192_64x4_2x1_v_bz_TNN", "ts": 100, "dur": 400},
+        {"cat": "kernel", "name": "ncclDevKernel_ReduceScatter_Sum_bf16", "ts": 300, "dur": 400},
+        {"cat": "kernel", "name": "triton_red_fused__to_copy_abs_max_0", "ts": 900, "dur": 150},
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoD", "ts": 1050, "dur": 50},
+        {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 5000},
+        {"ph": "M", "name": "process_name"},
+    ]
+    found = trace.summarize(events, "bf16", 2)
+    assert (found.step_ms, found.idle_ms) == (0.5, 0.1)
+    assert {kind: ms for kind, ms in found.kinds_ms.items() if ms} == {
+        "bf16 products": 0.2,
+        "communication": 0.2,
+        "casts and others": 0.1,
+    }
+    assert "| bf16     | 0.5         | 0.1" in trace.report([found])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("void cutlass::device_kernel<enable_3x_kernel_for_sm9x<cutlass::float_e4m3_t, ...>>", "float8 products"),
+        ("nvjet_qqtst_128x256_128x4_1x2_h_bz_coopA_TNT", "float8 products"),
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNN", "bf16 products"),
+        ("triton_red_fused__scaled_mm__to_copy_amax_clamp_12", "casts and others"),
+        ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
+        ("ncclDevKernel_AllGather_RING_LL", "communication"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+    ],
+)
+def test_kernels_are_told_by_their_names(trace: ModuleType, kernel: str, kind: str) -> None:
+    assert trace.kind_of(kernel) == kind
+
+
+def test_a_trace_without_a_gpu_is_refused(trace: ModuleType) -> None:
+    with pytest.raises(ValueError, match="bf16: expected kernels in the trace, found none"):
+        trace.summarize([{"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 5}], "bf16", 2)
+
+
+def test_runs_are_traced_once(
+    titan: ModuleType, output: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    header, traced = make_header(output), []
+
+    def train(setup: Any, run: Any, log: Any, limit_s: float, flag: str, file: str) -> int:
+        assert flag == "--trace"
+        traced.append(run.name)
+        if run.choices == ("table",):
+            return 1
+        made = titan.StepTrace(run="?", steps=2, step_ms=1.0, idle_ms=0.5, kinds_ms=dict.fromkeys(KINDS, 0.0))
+        Path(file).write_bytes(msgspec.json.encode(made))
+        return 0
+
+    monkeypatch.setattr(titan, "train", train)
+    log = titan.Journal.of(header.setup, tmp_path).log
+    titan.trace_runs(header.setup, header, log, None)
+    assert traced == [run.name for run in header.runs]
+    said = capsys.readouterr()
+    assert f"fp8gate, table: failed, see {log}" in said.err
+    assert f"| {header.runs[1].name}" in said.out
+    titan.trace_runs(header.setup, header, log, None)
+    assert traced[3:] == [header.runs[2].name]  # what failed is tried again, what was traced is not
+
+
+KINDS = ("bf16 products", "float8 products", "attention", "communication", "optimizer", "casts and others")
 
 
 # --- real runs ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.tools.logging import init_logger
 
+ROOT = Path(__file__).parent.parent
 VOCAB = 2048
 
 
@@ -69,17 +71,10 @@ class Tokens(BaseDataLoader):
         pass
 
 
-class NoMemoryMonitor:
-    device_name = "cpu"
-
-    def get_peak_stats(self) -> Any:
-        return metrics.DeviceMemStats(0, 0, 0, 0, 0, 0)
-
-    def reset_peak_stats(self) -> None:
-        pass
-
-
 def main(steps: int, command: list[str]) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from train_titan_rank import NoMemoryMonitor
+
     init_logger()
     metrics.build_device_memory_monitor = NoMemoryMonitor
     config: Any = ConfigManager().parse_args(command)

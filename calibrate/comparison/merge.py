@@ -4,7 +4,7 @@ In: tables. Out: one table with every point of all of them. The order in which t
 several tables have a point, its speedup is the weighted mean of theirs on the scale of ln(speedup), with weights
 1 / variance from their bounds. Where they differ by more than these bounds say, the merged bounds cover all of them,
 and where that makes them too wide, the point is noise. A table made of an incomplete one is incomplete. The header
-states the widest bounds, those of a point that only one table has.
+states the widest bounds, those of a point that only one table has, and the mean factor for unaligned tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import msgspec
 
 from fp8gate.calibrate.device.registry import KINDS
 from fp8gate.calibrate.grid.grid import union
+from fp8gate.calibrate.grid.unaligned import DIGITS
 from fp8gate.calibrate.points.point_record import make_point
 from fp8gate.calibrate.timing.statistics import Interval
 from fp8gate.filter.contract.bounds import COVERAGE, Bounds, RunBounds
@@ -32,6 +33,7 @@ from fp8gate.filter.contract.table import (
     SweepProtocol,
     Table,
     TableError,
+    Unaligned,
     format_table,
 )
 
@@ -49,6 +51,7 @@ OWN_FIELDS = {
     "devices",
     "between",
     "bounds",
+    "unaligned",
 }  # a protocol's results, which differ from sweep to sweep
 
 
@@ -163,6 +166,7 @@ def _merged_protocol(protocols: Sequence[SweepProtocol]) -> SweepProtocol:
         devices=max(protocol.devices for protocol in protocols),
         between=_pooled(protocol.between for protocol in protocols),
         bounds=_widest_bounds([protocol.bounds for protocol in protocols if protocol.bounds]),
+        unaligned=_mean_factor([protocol.unaligned for protocol in protocols if protocol.unaligned]),
     )
 
 
@@ -183,6 +187,14 @@ def _widest(parts: Sequence[RunBounds]) -> RunBounds | None:
         between=max(part.between for part in parts),
         repeats=sum(part.repeats for part in parts),
     )
+
+
+def _mean_factor(found: Sequence[Unaligned]) -> Unaligned | None:
+    """The geometric mean, weighted by points."""
+    if not found:
+        return None
+    points = [one.points for one in found]
+    return Unaligned(points=sum(points), factor=round(_geometric_mean([one.factor for one in found], points), DIGITS))
 
 
 def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:

@@ -49,6 +49,7 @@ class Cpu(DeviceKind):
             "full": EVERY_POINT,
         },
         refined=frozenset(),
+        unaligned_points=0,  # seen on GPUs only
         max_point_flop=MAX_POINT_FLOP,
         worker_gib=0.0,
         visit_pause_s=0.0,

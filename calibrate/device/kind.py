@@ -55,6 +55,7 @@ class MeasuringDefaults:
     against itself may be from 1. rounds: see `SweepProtocol`; 8 would give bounds at 99 %, but those of the extremes.
     noise: when numbers are noise. grids: by name, "quick", "default" and "full". refined:
     those of which a sweep measures a coarse grid and the points near which float8 breaks even (grid/refinement.py).
+    unaligned_points: for each recipe, so many points are measured with fewer tokens too (grid/unaligned.py).
     max_point_flop: forward plus backward of the largest point of a grid that is measured. worker_gib: set aside on the
     device for each worker process; 0 where workers take none of it. visit_*: how long a plan's visit idles, settles and
     counts, and what share a set must gain to be followed. square: m = k = n of the products that tell the device's
@@ -69,6 +70,7 @@ class MeasuringDefaults:
     noise: NoiseLimits
     grids: Mapping[str, Grid]
     refined: frozenset[str]
+    unaligned_points: int
     max_point_flop: int
     worker_gib: float
     visit_pause_s: float

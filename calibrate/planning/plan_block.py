@@ -24,7 +24,16 @@ from fp8gate.calibrate.device.registry import choose_device, describe_device, de
 from fp8gate.calibrate.planning.block_worker import PlanJob
 from fp8gate.calibrate.planning.block_worker_pool import BlockWorkerPool
 from fp8gate.calibrate.planning.plan_protocol import make_protocol, useful_block_workers
-from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET, RoleSet, Rules, gain, search, search_all
+from fp8gate.calibrate.planning.search import (
+    BF16_SET,
+    CONTROL_SET,
+    Measure,
+    RoleSet,
+    Rules,
+    gain,
+    search,
+    search_all,
+)
 from fp8gate.calibrate.planning.subject import Subject
 from fp8gate.calibrate.planning.table_answer import TableAnswer
 from fp8gate.calibrate.planning.visit_journal import PlanJournal, PlanSetup
@@ -116,7 +125,8 @@ def plan_subject(
             if journal.had_no_checksums:
                 say(f"warning: {journal.path} had no checksums: its visits were taken as they are, and have them now")
             rounds = VisitRounds(pool, journal, subject.blueprint.shapes, say, start=start, until=until, bar=bar)
-            chosen = (search_all if exhaustive else search)(roles, answer.guesses, rounds, rules)
+            measure = _with_control(rounds, rules)
+            chosen = (search_all if exhaustive else search)(roles, answer.guesses, measure, rules)
             rounds([BF16_SET], 1)  # it may be all that could be measured
             control = _control(rounds, rules)
             if chosen != BF16_SET and not exceeds_control(gain(rounds.log_ratios(chosen), rules).low, control):
@@ -171,6 +181,17 @@ def _make_plan(
         layers=subject.layers,
         candidates=tuple(candidates),
     )
+
+
+def _with_control(rounds: VisitRounds, rules: Rules) -> Measure:
+    """Rounds of final visits visit bf16 loaded again too, so that it needs no rounds of its own."""
+
+    def measure(candidates: Sequence[RoleSet], visits: int) -> dict[RoleSet, tuple[float, ...]]:
+        is_final = visits == rules.screening + rules.final
+        found = rounds([*candidates, CONTROL_SET] if is_final else candidates, visits)
+        return {one: found[one] for one in candidates}
+
+    return measure
 
 
 def _control(rounds: VisitRounds, rules: Rules) -> float | None:

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Protocol
 
 from fp8gate.calibrate.timing.statistics import Interval, ratio_of
+from fp8gate.filter.contract.plans.fastest_set import MeasuredSet, fastest, gains
 
 RoleSet = frozenset[str]
 BF16_SET: RoleSet = frozenset()
@@ -24,7 +25,6 @@ CONTROL_SET: RoleSet = frozenset({"bf16 again"})
 
 RULED_OUT = 4  # times the noise, after a single visit
 FINALISTS = 4  # beside bf16; more are rarely within twice the noise of the best
-WORTH = 1.0005  # a plan's numbers have four digits: the last one must show that the choice is above 1
 SYNERGY = 0.03
 """Two changes are tried together unless they lose more than this share of the block by themselves. wk and wv are
 neutral alone and cost 8 % together with wq, but no pair is known that wins back more than this."""
@@ -121,7 +121,7 @@ class _Known:
 
     def gains(self, candidate: RoleSet, center: RoleSet) -> bool:
         """Whether it is better by more than the noise."""
-        return self.value(candidate) > self.value(center) + self.rules.noise
+        return gains(self.value(candidate), self.value(center), noise=self.rules.noise)
 
     def best(self, among: Iterable[RoleSet] = ()) -> RoleSet:
         """The best candidate; among equals the smallest, as a linear that need not be converted stays in bf16."""
@@ -152,13 +152,17 @@ class _Known:
             self._ratios.update(self.measure(new, self.rules.screening + self.rules.final))
             best = self.best([BF16_SET, *filter(self._is_final, self._ratios)])
             new = [one for one in self._few_best() if not self._is_final(one) and self.gains(one, best)]
-        finalists = filter(self._is_final, self._ratios)
-        return self.best([BF16_SET, *(one for one in finalists if gain(self._ratios[one], self.rules).low >= WORTH)])
+        finalists = [self._measured(one) for one in self._ratios if one != BF16_SET and self._is_final(one)]
+        return frozenset(fastest(finalists, noise=self.rules.noise).convert)
 
     def _few_best(self) -> list[RoleSet]:
         top = self.value(self.best()) - 2 * self.rules.noise
         ranked = sorted(self._ratios, key=lambda candidate: (-self.value(candidate), len(candidate)))
         return [one for one in ranked if one != BF16_SET and self.value(one) >= top][:FINALISTS]
+
+    def _measured(self, candidate: RoleSet) -> MeasuredSet:
+        found = gain(self._ratios[candidate], self.rules)
+        return MeasuredSet(candidate, found.estimate, found.low, self._is_final(candidate))
 
     def _is_final(self, candidate: RoleSet) -> bool:
         return len(self._ratios[candidate]) >= self.rules.screening + self.rules.final

@@ -42,7 +42,7 @@ from fp8gate.calibrate.report.map_panel import (
     draw_marks,
     has_line,
 )
-from fp8gate.calibrate.report.speedup_map import SpeedupMap
+from fp8gate.calibrate.report.speedup_map import UNMEASURED, SpeedupMap
 from fp8gate.filter.contract.recipes import Recipe
 
 DPI = 140
@@ -124,7 +124,7 @@ def draw_numbers(title: str, maps: Mapping[int, SpeedupMap], source: str, scale:
         ax.set_title(f"{map_.m} tokens", fontsize=9)
         draw_map(ax, map_, scale)
         draw_marks(ax, map_, with_numbers=True)
-    _finish(figure, panels, list(maps.values()), [], scale)
+    _finish(figure, panels, list(maps.values()), [], scale, with_numbers=True)
     return _pngs(figure, source)
 
 
@@ -139,7 +139,13 @@ def _figure(title: str, shape: tuple[int, int], panel_in: tuple[float, float]) -
 
 
 def _finish(
-    figure: Figure, panels: Panels, maps: Sequence[SpeedupMap], groups: Sequence[LayerGroup], scale: ColourScale
+    figure: Figure,
+    panels: Panels,
+    maps: Sequence[SpeedupMap],
+    groups: Sequence[LayerGroup],
+    scale: ColourScale,
+    *,
+    with_numbers: bool = False,
 ) -> None:
     """Add the names of the axes, the bar of colours, and the legend."""
     for ax in panels[:, 0]:
@@ -147,7 +153,7 @@ def _finish(
     for ax in panels[-1]:
         ax.set_xlabel("n = out_features", fontsize=8)
     _add_bar(figure, panels, scale)
-    _add_legend(figure, maps, groups)
+    _add_legend(figure, legend_entries(maps, groups, with_numbers=with_numbers))
 
 
 def _add_bar(figure: Figure, panels: Panels, scale: ColourScale) -> None:
@@ -172,9 +178,8 @@ def _is_narrow(figure: Figure) -> bool:
     return float(figure.get_figwidth()) < WIDE_IN
 
 
-def _add_legend(figure: Figure, maps: Sequence[SpeedupMap], groups: Sequence[LayerGroup]) -> None:
-    """Explain the lines, hatches and symbols that the maps have. The ground is light in both themes, like the maps'."""
-    entries = legend_entries(maps, groups)
+def _add_legend(figure: Figure, entries: Mapping[str, Line2D | Patch]) -> None:
+    """Explain the lines, hatches and symbols. The ground is light in both themes, like the maps'."""
     if not entries:
         return
     figure.legend(
@@ -189,8 +194,13 @@ def _add_legend(figure: Figure, maps: Sequence[SpeedupMap], groups: Sequence[Lay
     )
 
 
-def legend_entries(maps: Sequence[SpeedupMap], groups: Sequence[LayerGroup]) -> dict[str, Line2D | Patch]:
-    """The lines, hatches and symbols that these maps have, by what they mean."""
+def legend_entries(
+    maps: Sequence[SpeedupMap], groups: Sequence[LayerGroup], *, with_numbers: bool
+) -> dict[str, Line2D | Patch]:
+    """The lines, hatches and symbols that these maps have, by what they mean.
+
+    with_numbers: the points have their texts. Without, a point that a sweep left out has none.
+    """
     entries: dict[str, Line2D | Patch] = {}
     if any(has_line(map_, CONVERTS) for map_ in maps):
         entries[f"float8 from here on: the filter converts ({CONVERTS:g})"] = _line(2.4, INK, "solid")
@@ -202,9 +212,18 @@ def legend_entries(maps: Sequence[SpeedupMap], groups: Sequence[LayerGroup]) -> 
         entries["not measured here (cap: too large): others stand in"] = Patch(
             facecolor="none", hatch=HATCH, linewidth=0
         )
+    if with_numbers and any(mark.text == UNMEASURED for map_ in maps for mark in map_.marks):
+        entries["not measured: the points around it answer"] = _dash()
     for symbol, group in zip(SYMBOLS, groups, strict=False):
         entries[group.name] = Line2D([], [], color=HALO, marker=symbol, markeredgecolor=INK, linestyle="none")
     return entries
+
+
+def _dash() -> Line2D:
+    """As the maps write UNMEASURED."""
+    dash = Line2D([], [], color=INK, linestyle="none", marker=f"${UNMEASURED}$", markersize=4, markeredgewidth=0.2)
+    dash.set_path_effects([withStroke(linewidth=HALO_WIDTH, foreground=HALO)])
+    return dash
 
 
 def _line(width: float, color: str, style: Literal["solid", "dotted", "dashed"]) -> Line2D:

@@ -13,6 +13,7 @@ import fcntl
 import os
 import stat
 import zlib
+from collections.abc import Collection
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +25,11 @@ from fp8gate.calibrate.points.point_record import PointRecord
 from fp8gate.calibrate.points.setup import Header, Setup
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plain_yaml import fsync_folder, naming, write_new
+from fp8gate.filter.contract.recipes import Recipe
 
 START_ANEW = "--fresh starts a new journal and keeps this one beside it"
+_REPLACES = "replaces"
+"""A key of the header beside those of the set-up."""
 
 
 class JournalRecord(Protocol):
@@ -48,16 +52,19 @@ class JournalError(InputError):
 class Journal(Generic[_Header, _Record]):
     """The records of one set-up, kept in a folder. Open it as a context: one process at a time can.
 
-    fresh: start empty. An earlier journal is kept beside it, as `set_aside`. had_no_checksums: it was written by a
-    release before checksums; its lines were taken as they are, and now have checksums.
+    fresh: start empty. An earlier journal is kept beside it, as `set_aside`. replaces: the recipes whose earlier tables
+    a fresh start is to replace. The header keeps them: a call that goes on with the journal finds them in `replaces`.
+    had_no_checksums: it was written by a release before checksums; its lines were taken as they are, and now have
+    checksums.
     """
 
     record_type: ClassVar[type]
 
-    def __init__(self, folder: Path, setup: _Header, *, fresh: bool = False) -> None:
+    def __init__(self, folder: Path, setup: _Header, *, fresh: bool = False, replaces: Collection[Recipe] = ()) -> None:
         self.path = folder / f"journal-{setup.fingerprint}.jsonl"
         self.setup = setup
         self.fresh = fresh
+        self.replaces = tuple(replaces) if fresh else ()
         self.set_aside: Path | None = None
         self.had_no_checksums = False
         self.records: list[_Record] = []
@@ -120,17 +127,29 @@ class Journal(Generic[_Header, _Record]):
         header, *lines = complete.split(b"\n")[:-1] or [b""]
         if not complete:
             self._file.truncate(0)
-            self._write(_format(self.setup))
+            self._write(self._header())
             fsync_folder(self.path.parent)
             return
         self.had_no_checksums = header.startswith(b"{")
-        if self._parse(header, 1, type(self.setup)) != self.setup:
+        if self._parse_header(header) != self.setup:
             raise JournalError(f"{self.path}:1: is of another set-up; expected {self.setup}; {START_ANEW}")
         self.records = [self._parse_record(line, i) for i, line in enumerate(lines, start=2)]
         if self.had_no_checksums:
             self._add_checksums()
         elif len(complete) < len(content):
             self._file.truncate(len(complete))
+
+    def _header(self) -> bytes:
+        content = msgspec.to_builtins(self.setup)
+        return _format({**content, _REPLACES: self.replaces} if self.replaces else content)
+
+    def _parse_header(self, line: bytes) -> _Header:
+        content = self._parse(line, 1, dict[str, Any])
+        try:
+            self.replaces = msgspec.convert(content.pop(_REPLACES, ()), tuple[Recipe, ...])
+            return msgspec.convert(content, type(self.setup))
+        except msgspec.ValidationError as error:
+            raise JournalError(f"{self.path}:1: {error}; {START_ANEW}") from error
 
     def _parse_record(self, line: bytes, number: int) -> _Record:
         record: _Record = self._parse(line, number, self.record_type)
@@ -146,7 +165,7 @@ class Journal(Generic[_Header, _Record]):
 
     def _add_checksums(self) -> None:
         """Replace a journal without checksums by one with the same records, and go on with that one."""
-        text = b"".join(map(_format, [self.setup, *self.records]))
+        text = b"".join([self._header(), *map(_format, self.records)])
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             write_new(temporary, text)

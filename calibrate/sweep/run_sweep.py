@@ -147,27 +147,21 @@ def sweep(
     wanted, capped = _affordable(grid, measuring_order(shapes, seed), setup.device, workers)
     if not wanted:
         raise InputError(f"no point to measure: all {len(capped)} were left out, {next(iter(capped.values()), '')}")
-    with DeviceLock(device), SweepJournal(folder, setup, fresh=fresh) as journal:
+    with DeviceLock(device), SweepJournal(folder, setup, fresh=fresh, replaces=recipes) as journal:
         require_same_device(folder, recipes, setup.device.name)
         if not fresh:
             require_nothing_lost(folder, recipes, wanted, journal.records)
         refinement = None
         if refines and not measuring:
-            refinement = Refinement(grid, wanted, always=set() if fresh else _known_shapes(folder, recipes))
+            kept = [recipe for recipe in recipes if recipe not in journal.replaces]
+            refinement = Refinement(grid, wanted, always=_known_shapes(folder, kept))
         first = refinement.first if refinement else wanted
         drawn_from = refinement.first_of_any if refinement else wanted
         tasks = tasks_left(setup, first, recipes, journal.records, seed, drawn_from)
         own_tasks = tasks.own_tasks(kind_of(device).identity(device, 0))
         todo = len(tasks.tasks) + len(own_tasks) * by.ranks
         ledger = JournalLedger(journal, make_observer(todo, protocols), asked=todo)
-        agenda = Agenda(
-            tasks,
-            first,
-            refinement,
-            ledger,
-            repeats=look_workers > 0,
-            before=len(first) + len(tasks.repeats) * by.ranks - todo,
-        )
+        agenda = Agenda(tasks, first, refinement, ledger, grid=grid, repeats=look_workers > 0)
         unfinished = _Unfinished(folder, grid, recipes, agenda, fresh)
         if not measuring and workers == look_workers:
             by = MeasuringAlone(agenda)
@@ -199,7 +193,7 @@ def sweep(
             session,
             rows={recipe: rows_of(recipe, setup, journal.records) for recipe in recipes},
             history=calm(journal.records, KINDS[setup.device.kind].defaults.noise),
-            resumed=len(first) - len(tasks.tasks),
+            resumed=agenda.before,
             capped=len(capped),
             total_s=time.monotonic() - start,
         )
@@ -247,7 +241,7 @@ class _Unfinished:
 
 
 def _known_shapes(folder: Path, recipes: Sequence[Recipe]) -> set[LinearShape]:
-    """The shapes of the tables that are there: what is known is measured again, so that nothing of it is lost."""
+    """The shapes of the tables that are kept: what is known is measured again, so that nothing of it is lost."""
     known: set[LinearShape] = set()
     for path in (folder / f"{recipe}.yaml" for recipe in recipes):
         if path.exists():

@@ -63,6 +63,17 @@ def repeat_spread(recipe: Recipe, protocol: SweepProtocol, records: Sequence[Poi
     return spread_of(apart, len(apart))
 
 
+def repeated_speedups(
+    recipe: Recipe, protocol: SweepProtocol, records: Sequence[PointRecord]
+) -> dict[LinearShape, float]:
+    """The newest speedup of each repeat that has one."""
+    return {
+        record.shape: record.speedup(recipe, protocol).estimate
+        for record in records
+        if record.repeat and recipe in record.arms and record.status(recipe) == "measured"
+    }
+
+
 def control_spread(protocol: SweepProtocol, records: Iterable[PointRecord]) -> Spread | None:
     """How far bf16 was from itself at the control points; None if there are none."""
     differences = control_differences(protocol, records)

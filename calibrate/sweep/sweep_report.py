@@ -30,11 +30,11 @@ MOST_NAMED = 5  # of the speedups that are noise; the JSON names all
 class SweepReport(msgspec.Struct, frozen=True, kw_only=True):
     """Points and seconds of one call of `sweep`.
 
-    measured, resumed, retried, capped: points that were measured, taken from the journal, measured again after a
-    failure, and left out as too large. ambiguous, without_numbers: speedups, of which a point has one for each recipe.
-    speedups, noise: how many speedups were timed, in this call or before, and why some of them are noise, by their
-    shape and recipe. load: the highest load of this machine, in words. is_busy: whether that is more than the sweep's
-    own work.
+    measured, resumed: measurements that this call took, and those of the sweep that it found in the journal; repeats
+    and second looks count. retried, capped: points measured again after a failure, and left out as too large.
+    ambiguous, without_numbers: speedups, of which a point has one for each recipe. speedups, noise: how many speedups
+    were timed, in this call or before, and why some of them are noise, by their shape and recipe. load: the highest
+    load of this machine, in words. is_busy: whether that is more than the sweep's own work.
     compiling_s is the sum over all processes; the other seconds are those of the device. starting_s: until the first
     point was ready. idle_s: after that, while no process had its turn on the device. With several ranks, both are those
     of rank 0.

@@ -16,11 +16,18 @@ import msgspec
 from fp8gate.calibrate.device.kind import NoiseLimits
 from fp8gate.calibrate.device.registry import KINDS
 from fp8gate.calibrate.grid.grid import union
+from fp8gate.calibrate.grid.unaligned import unaligned_factor
 from fp8gate.calibrate.points.noise import TOO_MANY, Row, calm, judge, judge_with_bounds
 from fp8gate.calibrate.points.point_record import CONTROL, PointRecord
 from fp8gate.calibrate.points.setup import Setup
 from fp8gate.calibrate.sweep.journal import SweepJournal
-from fp8gate.calibrate.sweep.spread import between_devices, control_spread, devices_of, repeat_spread
+from fp8gate.calibrate.sweep.spread import (
+    between_devices,
+    control_spread,
+    devices_of,
+    repeat_spread,
+    repeated_speedups,
+)
 from fp8gate.filter.contract import table as contract
 from fp8gate.filter.contract.errors import InputError, UnfinishedError
 from fp8gate.filter.contract.recipes import Recipe
@@ -41,25 +48,29 @@ def make_table(grid: Grid, recipe: Recipe, setup: Setup, records: Sequence[Point
     """A recipe's table from a journal's records. What counts of several records of a shape, `judge` says.
 
     `measured_at` is that of the newest record, so that the same measurements give the same file. Repeats only go into
-    the protocol's spread and into the bounds. `estimate` is set here and not in the set-up, as it says what was made
-    of the samples, not how they were taken: samples of an older journal give a table like any other.
+    the protocol's spread, into the bounds and into the factor for unaligned tokens. `estimate` is set here and not in
+    the set-up, as it says what was made of the samples, not how they were taken: samples of an older journal give a
+    table like any other.
     """
     firsts = [record for record in records if recipe in record.arms and not record.repeat]
     controlled = {record.shape: record for record in firsts if CONTROL in record.arms}
     protocol = setup.protocols[recipe]
     rows, bounds = judge_with_bounds(records, recipe, protocol, _limits(setup))
+    speedups = {shape: row.point.speedup for shape, row in rows.items() if row.point.speedup}
+    undisturbed = calm(records, _limits(setup))
     return Table(
         recipe=recipe,
         device=setup.device,
         software=setup.software,
         protocol=msgspec.structs.replace(
             protocol,
-            spread=repeat_spread(recipe, protocol, calm(records, _limits(setup))),
+            spread=repeat_spread(recipe, protocol, undisturbed),
             controls=control_spread(protocol, controlled.values()),
             devices=len(devices_of(records)),
             between=between_devices(recipe, protocol, records),
             estimate="quotient_of_times",
             bounds=bounds,
+            unaligned=unaligned_factor(speedups, repeated_speedups(recipe, protocol, undisturbed)),
         ),
         measured_at=max(record.measured_at for record in firsts),
         grid=grid,

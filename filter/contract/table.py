@@ -89,6 +89,17 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     worst: Annotated[float, msgspec.Meta(ge=0)]
 
 
+class Unaligned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What becomes of a speedup where the tokens are no multiple of 128, as the points around such a shape are.
+
+    points: how many points near break-even were measured with 16 tokens fewer too. factor: the median of the speedup
+    with fewer tokens over that of the point.
+    """
+
+    points: Size
+    factor: Annotated[float, msgspec.Meta(ge=0.1, le=10)]  # beyond that, it is no number that was measured
+
+
 TimerName = Literal["cuda_graph_events", "cuda_graphs", "wall_clock"]
 """GPU time by events inside of CUDA graphs, or by events around their launch (until 2026-11-26); on a CPU, time."""
 
@@ -110,6 +121,7 @@ class SweepProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     control: how far bf16 timed against itself may be from 1, beyond chance and 0.5 us. controls: how far it was.
     spread: how far a second process on the same device was from the first, at the points that it measured again.
     devices: how many took part. between: how far each was from the median of all, at the points that all measured.
+    unaligned: what the filter multiplies a speedup by for tokens that are no multiple of 128. Without it, by nothing.
     estimate: what `speedup` is in every row. quotient_of_times: the quotient of the row's own times, with bounds from
     all ratios of a bf16 sample to a float8 sample. paired_rounds: the Hodges-Lehmann estimate from ratios of samples of
     the same number, with the bounds of that estimate; tables had this before they named their estimate.
@@ -137,6 +149,7 @@ class SweepProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     between: Spread | None = None
     estimate: EstimateKind = "paired_rounds"
     bounds: Bounds | None = None
+    unaligned: Unaligned | None = None
 
 
 class Grid(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

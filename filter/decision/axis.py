@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cache
 from operator import itemgetter
@@ -20,7 +20,7 @@ class Axis:
         self.sizes = sorted(set(sizes))
         self._log2 = [(math.log2(size), size) for size in self.sizes]
         self.bracket = cache(self._bracket)  # a model's layers share their tokens and most of their sizes
-        self.wider_brackets = cache(self._wider_brackets)
+        self.sides = cache(self._sides)
         self.nearest = cache(self._nearest)
 
     def _bracket(self, size: int) -> tuple[int, list[tuple[int, float]]]:
@@ -37,14 +37,26 @@ class Axis:
             return []
         return self._between(i - 1, i, size)
 
-    def _wider_brackets(self, size: int) -> list[tuple[float, list[tuple[int, float]]]]:
-        """What `bracket` gives, and sizes on both sides that are two steps apart, each with its width in octaves."""
-        _, around = self._bracket(size)
-        found = [(0.0 if len(around) < 2 else math.log2(around[1][0] / around[0][0]), around)] if around else []
-        for i in range(len(self.sizes) - 2):
-            if self.sizes[i] < size < self.sizes[i + 2]:
-                found.append((self._log2[i + 2][0] - self._log2[i][0], self._between(i, i + 2, size)))
+    def cell(self, size: int) -> int:
+        """2 i + 1 at the axis' i-th size, counted from 0, and 2 i between that one and the one before."""
+        return bisect_left(self.sizes, size) + bisect_right(self.sizes, size)
+
+    def _sides(self, cell: int) -> list[tuple[float, tuple[int, ...]]]:
+        """Indices of the sizes that `bracket` gives in a cell, and of those two steps apart, with octaves between."""
+        i, is_size = divmod(cell, 2)
+        found: list[tuple[float, tuple[int, ...]]] = []
+        if is_size:
+            found.append((0.0, (i,)))
+        elif 0 < i < len(self.sizes):
+            found.append((math.log2(self.sizes[i] / self.sizes[i - 1]), (i - 1, i)))
+        for low in range(len(self.sizes) - 2):
+            if 2 * low + 1 < cell < 2 * low + 5:
+                found.append((self._log2[low + 2][0] - self._log2[low][0], (low, low + 2)))
         return found
+
+    def weighted(self, size: int, sides: tuple[int, ...]) -> list[tuple[int, float]]:
+        """The sizes of these indices with the weights of a size between them, or of the only one."""
+        return self._between(*sides, size) if len(sides) == 2 else [(self.sizes[sides[0]], 1.0)]
 
     def _between(self, low: int, high: int, size: int) -> list[tuple[int, float]]:
         """Two sizes, by their index, with the weights of a size between them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from fp8gate.filter.contract.shapes import LinearShape, RowSource
+from fp8gate.filter.contract.shapes import TOKEN_TILE, LinearShape, RowSource
 from fp8gate.filter.contract.table import Point, Status
 from fp8gate.filter.decision.estimate import Estimate
 from fp8gate.filter.decision.lookup import Lookup
@@ -125,6 +125,8 @@ def _provenance(estimate: Estimate, min_speedup: float) -> list[str]:
         parts = ["interpolated"]
     else:
         parts = [f"nearest {estimate.point.shape}"]
+    if estimate.unaligned != 1:
+        parts.append(f"times {estimate.unaligned:.2f} as the tokens are no multiple of {TOKEN_TILE}")
     if estimate.from_tokens:
         parts.append(f"from {estimate.from_tokens} tokens")
     if estimate.outside:

@@ -25,9 +25,10 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     or the shape is inside, None if the table does not tell. The speedup and its low bound have it in them.
     from_tokens: a smaller number of tokens whose speedup is used, because the shape's own tokens were not measured
     around its k and n; or None. is_proven: False only in an incomplete table, without any measured point that is at
-    most as large as the shape in every size: the win of a larger one says nothing then. forwards: how often the forward
-    runs. is_frozen: the weight needs no gradient. bounds_cover: what the bounds cover, "" for whatever another sweep
-    measures.
+    most as large as the shape in every size: the win of a larger one says nothing then. unaligned: the factor that the
+    speedup, its bounds and the float8 times have in them, as the tokens are no multiple of 128. forwards: how often the
+    forward runs. is_frozen: the weight needs no gradient. bounds_cover: what the bounds cover, "" for whatever another
+    sweep measures.
     """
 
     speedup: float
@@ -46,6 +47,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     trend: float | None = 1.0
     from_tokens: int | None = None
     is_proven: bool = True
+    unaligned: float = 1.0
     forwards: int = 1
     is_frozen: bool = False
     bounds_cover: Literal["", "within one run"] = "within one run"
@@ -75,6 +77,11 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
         if self.trend is None or self.is_far_outside:
             return True
         return self.speedup < min_speedup <= self.speedup / self.trend
+
+    def with_unaligned_tokens(self, factor: float) -> Estimate:
+        """The estimate for tokens that are no multiple of 128, from one for tokens that are. Only float8 changes."""
+        fp8_fwd_us, fp8_bwd_us = self.fp8_fwd_us / factor, self.fp8_bwd_us / factor
+        return self._changed_by(factor, fp8_fwd_us=fp8_fwd_us, fp8_bwd_us=fp8_bwd_us, unaligned=factor)
 
     def recomputed(self) -> Estimate:
         """The estimate under activation checkpointing, which runs the forward twice in both precisions.

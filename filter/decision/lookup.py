@@ -9,7 +9,7 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from operator import mul
 from typing import Literal, NamedTuple, get_args
 
@@ -51,11 +51,17 @@ class Lookup:
         on_grid = [
             at for at in self._logs if all(size in axis.sizes for size, axis in zip(at, self._grid, strict=True))
         ]
+        self._measured_box = cache(self._find_measured_box)
         self._range = [(min(sizes), max(sizes)) for sizes in zip(*(on_grid or self._logs), strict=True)]
 
     def __call__(self, shape: LinearShape) -> Estimate | None:
         """The estimate for `shape`, or None if the table holds no number at all."""
-        return self._estimate(shape) if self._logs else None
+        if not self._logs:
+            return None
+        estimate, unaligned = self._estimate(shape), self.table.protocol.unaligned
+        if unaligned is None or shape.is_aligned or not estimate.point.shape.is_aligned:
+            return estimate  # a point with such tokens, which may be the shape itself, was measured as slow as they are
+        return estimate.with_unaligned_tokens(unaligned.factor)
 
     def _nearest(self, shape: LinearShape) -> Estimate:
         """The nearest point's speedup as it was measured, and its times scaled with the work."""
@@ -117,9 +123,20 @@ class Lookup:
         Its sides are at most two steps of an axis, which is what a sweep leaves out where float8 is far from bf16.
         """
         sizes = (shape.m, shape.k, shape.n)
-        sides = (axis.wider_brackets(size) for axis, size in zip(self._grid, sizes, strict=True))
-        boxes = sorted(itertools.product(*sides), key=lambda box: sum(octaves for octaves, _ in box))
-        return next((found for box in boxes if (found := self._blend(*(around for _, around in box)))), None)
+        box = self._measured_box(*(axis.cell(size) for axis, size in zip(self._grid, sizes, strict=True)))
+        if not box:
+            return None
+        sides = zip(self._grid, sizes, box, strict=True)
+        return self._blend(*(axis.weighted(size, indices) for axis, size, indices in sides))
+
+    def _find_measured_box(self, *cells: int) -> tuple[tuple[int, ...], ...] | None:
+        """The sides of that box, which is the same for all shapes of these cells. None if there is no such box."""
+        sides = (axis.sides(cell) for axis, cell in zip(self._grid, cells, strict=True))
+        for box in sorted(itertools.product(*sides), key=lambda box: sum(octaves for octaves, _ in box)):
+            corners = ([axis.sizes[i] for i in indices] for axis, (_, indices) in zip(self._grid, box, strict=True))
+            if all(corner in self._logs for corner in itertools.product(*corners)):
+                return tuple(indices for _, indices in box)
+        return None
 
     def _proven(self, shape: LinearShape, nearest: _Nearest) -> _Nearest:
         """What counts beside points that a stopped sweep did not come to: the nearest point, but no win of larger ones.

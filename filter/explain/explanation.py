@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fp8gate.filter.contract.plans.layer_names import common_name
 from fp8gate.filter.contract.plans.plan import Plan
-from fp8gate.filter.contract.plans.role_names import RoleNames, Roles
+from fp8gate.filter.contract.plans.role_names import RoleNames, Roles, is_fused
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Table, TableError
 from fp8gate.filter.decision.decide import Decision
@@ -297,7 +297,12 @@ def _converted_in_blocks(
     for layer in layers:
         for place in filter(None, map(names.place, layer.linear.names)):
             blocks[place.block].update(place.roles if layer in converted and not layer.stays else ())
-            if not place.roles or any(layer.shape != plan.shape(role) for role in place.roles):
+            if not place.roles or not _is_measured(plan, place.roles, layer):
                 others.add(place.block)
     for block, roles in blocks.items():
         yield None if block in others else tuple(role for role in plan.shapes if role in roles)
+
+
+def _is_measured(plan: Plan, roles: Roles, layer: LayerExplanation) -> bool:
+    shapes = plan.shapes_of(roles, is_fused=is_fused(layer.linear.fqn))
+    return all(layer.shape == shape for shape in shapes.values())

@@ -27,6 +27,7 @@ def remarks(explanation: Explanation) -> Iterator[str]:
     plans = explanation.plans
     if plans:
         yield f"The plan decides, measured in the compiled block of {plans.model}: {shown(plans.source)}"
+        yield from (f"The filter takes {remark}." for remark in plans.remarks())
     if faster := _faster_by_sums(explanation):
         yield _why_behind(explanation, faster, is_brief=False)
     yield from _doubts(explanation)

@@ -15,9 +15,9 @@ import msgspec
 from fp8gate.calibrate.report.speedup_map import CAPPED, UNMEASURED, map_tokens, short_status, without_row
 from fp8gate.filter.contract.bounds import Bounds
 from fp8gate.filter.contract.recipes import Recipe
-from fp8gate.filter.contract.table import WITH_NUMBERS, Spread, Status, Table
+from fp8gate.filter.contract.table import WITH_NUMBERS, Spread, Status, Table, Unaligned
 
-RESULTS = ("spread", "controls", "between", "bounds")  # fields of a protocol that are told as `quality`
+RESULTS = ("spread", "controls", "between", "bounds", "unaligned")  # fields of a protocol that are told as `quality`
 TablesByRecipe = Mapping[Recipe, tuple[Path, Table]]
 
 STATUS_WORDS = {
@@ -53,6 +53,7 @@ def quality(table: Table) -> dict[str, str]:
         "on no map: their tokens are not the grid's": str(sum(point.m not in on_maps for point in table.points)),
         "again by another process": _spread(protocol.spread),
         "bounds cover": _bounds(protocol.bounds),
+        "tokens that are no multiple of 128": _unaligned(protocol.unaligned),
         "on several devices": _spread(protocol.between) if protocol.devices > 1 else "one device",
         "bf16 against itself": f"{_spread(protocol.controls)}; measured again beyond {protocol.control:.1%} and chance",
     }
@@ -75,6 +76,12 @@ def _bounds(bounds: Bounds | None) -> str:
         for name, part in parts.items()
         if part
     )
+
+
+def _unaligned(unaligned: Unaligned | None) -> str:
+    if unaligned is None:
+        return "not measured"
+    return f"{unaligned.factor:.2f} of the speedup between multiples of 128 ({unaligned.points} points)"
 
 
 def _spread(spread: Spread | None) -> str:

@@ -5,7 +5,7 @@ In: a plan's roles, a linear's name in a model of Hugging Face or torchtitan. Ou
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -72,6 +72,11 @@ class RoleNames:
         if names[0] not in self._known and last in _SEVERAL_IN_ONE:
             names = [hugging_face_name(f"{parent}.{part}") for part in _SEVERAL_IN_ONE[last]]
         return tuple(self._known[name] for name in names) if all(name in self._known for name in names) else ()
+
+
+def is_torn(roles: Roles, convert: Collection[str]) -> bool:
+    """Whether a set has some of one linear's roles, and not all."""
+    return 0 < sum(role in convert for role in roles) < len(roles)
 
 
 def is_fused(fqn: str) -> bool:

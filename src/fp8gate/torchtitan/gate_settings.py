@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plain_yaml import convert
-from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
+from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LOOKUPS, LookupName
+from fp8gate.filter.model.rows import require_row_counts
 
 NAME = "fp8gate.torchtitan.gate"
 """What every error of the override begins with."""
 _TORCHAO_RULE = "auto_filter_small_kn"
 """torchtitan takes this entry of filter_fqns for a switch. Its rule converts nothing in torchtitan 0.3.0."""
+ConverterRecipe = Literal["rowwise", "rowwise_with_gw_hp"]
+"""Those of torchtitan's own converter."""
+Recomputed = Literal["none", "full"]
 
 
 class GateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,11 +31,11 @@ class GateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     emulate: compute float8 in float32, as torchtitan does it to test where the hardware has no float8.
     """
 
-    recipe: Literal["rowwise", "rowwise_with_gw_hp"]
+    recipe: ConverterRecipe
     tokens: int | None = None
     tp: int | None = None
     cp: int | None = None
-    recompute: Literal["none", "full"] | None = None
+    recompute: Recomputed | None = None
     filter_fqns: tuple[str, ...] = ()
     rows: dict[str, int] = {}
     min_speedup: float | None = None
@@ -45,11 +49,24 @@ class GateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     emulate: bool = False
 
 
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "recipe": get_args(ConverterRecipe),
+    "recompute": (*get_args(Recomputed), None),
+    "lookup": LOOKUPS,
+}
+
+
 def read_settings(given: dict[str, Any]) -> GateSettings:
-    """Check what was given. Raises InputError, which names the key and what is expected."""
+    """Check what was given. Raises InputError, which names the key, what is expected and what was found."""
     if unknown := [key for key in given if key not in GateSettings.__struct_fields__]:
         known = ", ".join(GateSettings.__struct_fields__)
         raise InputError(f"{NAME}: {unknown[0]}: no such key; expected some of {known}")
+    for key, choices in _CHOICES.items():
+        if (key in given or key == "recipe") and given.get(key) not in choices:
+            found = repr(given[key]) if key in given else "nothing"
+            raise InputError(f"{NAME}: {key}: expected one of {', '.join(filter(None, choices))}; got {found}")
+    if isinstance(rows := given.get("rows"), dict):
+        require_row_counts(rows)
     settings = convert(given, GateSettings, source=NAME, error=InputError)
     if _TORCHAO_RULE in settings.filter_fqns:
         raise InputError(f"{NAME}: filter_fqns: {_TORCHAO_RULE!r} is torchao's rule, in place of which fp8gate decides")

@@ -81,7 +81,7 @@ class SettingsBench(BlockBench):
     def compile(self, roles: RoleSet) -> Done:
         folder = self._cache_folder(roles)
         was_there, begin = (folder / COMPILED).exists(), time.perf_counter()
-        with settings_on(settings_in(roles)), _cache_in(folder), _noted_code() as sources:
+        with settings_on(settings_in(roles)), _cache_in(folder), _noted_code() as sources, self._real_benchmarks():
             done = super().compile(roles)
         compile_s = time.perf_counter() - begin
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,6 +107,21 @@ class SettingsBench(BlockBench):
             code=code_hash(sources) if sources else None,
         )
         return Loaded(done.error, cost)
+
+    def _real_benchmarks(self) -> contextlib.AbstractContextManager[object]:
+        """Compiling ahead traces with fake tensors; kernels that `benchmark_fusion` runs meanwhile need real ones."""
+        if self.job.device.type != "cuda":
+            return contextlib.nullcontext()
+        from torch._inductor.codegen.triton import TritonScheduling
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        benchmark = TritonScheduling.benchmark_codegened_module
+
+        def on_real_tensors(*args: Any, **kwargs: Any) -> Any:
+            with unset_fake_temporarily():
+                return benchmark(*args, **kwargs)
+
+        return mock.patch.object(TritonScheduling, "benchmark_codegened_module", on_real_tensors)
 
     def _cache_folder(self, roles: RoleSet) -> Path:
         name = hashlib.sha256(", ".join(sorted(roles)).encode()).hexdigest()[:16]

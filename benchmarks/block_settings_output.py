@@ -18,7 +18,7 @@ from statistics import median
 from typing import Annotated, Literal
 
 import msgspec
-from block_settings_list import AGAIN, TOGETHER, is_setting, key_of
+from block_settings_list import AGAIN, CANDIDATES, TOGETHER, is_setting, key_of
 from tabulate import tabulate
 
 from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET, RoleSet
@@ -40,7 +40,7 @@ HEADERS = (
     "peak, MiB",
     "launches",
 )
-SAME_CODE = "as production"
+SAME_CODE, BEST = "as production", "best together"
 
 
 class SettingsSetup(PlanSetup, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -137,9 +137,7 @@ class Measured:
         noise = control.estimate if control else None
         gains = [(one, self.gain(one, production)) for one in self.visits if _is_under_settings(one, production)]
         known = [(one, gain) for one, gain in gains if gain]
-        beyond = [
-            (one, gain) for one, gain in known if exceeds_control(gain.low, control.estimate if control else None)
-        ]
+        beyond = [(one, gain) for one, gain in known if exceeds_control(gain.low, noise)]
         return sorted(beyond, key=lambda each: -each[1].estimate)
 
     def best_together(self, production: RoleSet, candidates: Iterable[Sequence[str]]) -> RoleSet | None:
@@ -220,16 +218,16 @@ def _row(measured: Measured, one: RoleSet, production: RoleSet) -> tuple[str, ..
         return None
     errors = [visit.error for visit in visits if visit.error is not None]
     same = {visit.code for visit in measured.visits.get(production, {}).values()} - {None}
-    launches = _last(visit.launches for visit in visits)
+    launches = _first(visit.launches for visit in visits)
     return (
         _setting_name(one),
         f"{median(map(_total_us, visits)) / 1e3:.3f}",
         "" if one == BF16_SET else _gain_text(measured, one, BF16_SET),
         _gain_text(measured, one, production) if production < one else "",
-        _number(max((visit.compile_s for visit in visits if visit.compile_s is not None), default=None), ".1f"),
-        _number(_last(visit.load_s for visit in visits), ".1f"),
+        _number(_first(visit.compile_s for visit in visits), ".1f"),
+        _number(_first(visit.load_s for visit in visits), ".1f"),
         _number(max(errors, default=None), ".3f"),
-        _number(_last(visit.peak_bytes for visit in visits), ".0f", 2**20),
+        _number(_first(visit.peak_bytes for visit in visits), ".0f", 2**20),
         _number(launches, ".0f") + (f", {SAME_CODE}" if production < one and visits[-1].code in same else ""),
     )
 
@@ -255,6 +253,8 @@ def _setting_name(one: RoleSet) -> str:
     if one <= CONTROL_SET:
         return "bf16 again" if one else "bf16"
     settings = sorted(filter(is_setting, one))
+    if len(settings) > 1 and {*map(key_of, settings)} not in [candidate.keys() for candidate in CANDIDATES]:
+        return f"{BEST}: {TOGETHER.join(settings)}"
     return TOGETHER.join(settings) or ("production again" if AGAIN in one else "production")
 
 
@@ -276,8 +276,9 @@ def _total_us(visit: SettingVisit) -> float:
     return visit.fwd_us + visit.bwd_us
 
 
-def _last(values: Iterable[float | None]) -> float | None:
-    return next((value for value in reversed(list(values)) if value is not None), None)
+def _first(values: Iterable[float | None]) -> float | None:
+    """What was found first: a later call may have found what was compiled in a cache."""
+    return next((value for value in values if value is not None), None)
 
 
 def _number(value: float | None, how: str, unit: float = 1.0) -> str:

@@ -114,8 +114,8 @@ class Measured:
 
     @property
     def productions(self) -> list[RoleSet]:
-        """The sets that were measured, those with most roles first."""
-        found = {production_of(one) for one in self.visits} - {BF16_SET}
+        """The sets that were to be measured, those with most roles first."""
+        found = {production_of(one) for one in (*self.visits, *self.failures)} - {BF16_SET}
         return sorted(found, key=lambda one: (-len(one), sorted(one)))
 
     def gain(self, one: RoleSet, over: RoleSet) -> Interval | None:

@@ -40,6 +40,8 @@ class SettingRounds(VisitRounds):
     def __call__(self, candidates: Sequence[RoleSet], visits: int) -> dict[RoleSet, tuple[float, ...]]:
         """Until each candidate was visited so often beside bf16 and production. Raises as a plan's rounds do."""
         self._asked = list(dict.fromkeys([*map(production_of, candidates), *candidates]))
+        for one in {*map(production_of, candidates)} & self.failed.keys():
+            self.say(f"{self._name(one)} could not be measured, so nothing is compared with it")
         return super().__call__(self._asked, visits)
 
     def pairs(self, one: RoleSet) -> int:

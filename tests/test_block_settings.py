@@ -380,10 +380,15 @@ def test_fewer_than_two_are_not_tried_together(times_us):
     assert measured(times_us).best_together(ALL, CANDIDATES) is None
 
 
+def test_what_differs_as_production_does_from_itself_is_noise():
+    assert measured({ALL | {TILES}: 999.5}).gaining(ALL) == []
+    assert [one for one, _ in measured({ALL | {TILES}: 998.0}).gaining(ALL)] == [ALL | {TILES}]
+
+
 def test_what_was_tried_together_is_called_so_and_chooses_nothing():
     together = ALL | {LEAST, TILES}
-    found = measured({ALL | {TILES}: 990.0, ALL | {LEAST}: 970.0, together: 900.0})
-    assert found.best_together(ALL, CANDIDATES) == together
+    times_us = {ALL | {TILES}: 990.0, ALL | {LEAST}: 970.0, ALL | {VIEWS}: 1100.0, together | {VIEWS}: 900.0}
+    assert measured(times_us).best_together(ALL, CANDIDATES) == together
     records = make_visits()({**TIMES, together: 900.0})
     assert rows_of(report_of(records)[2])[4][0] == f"best together: {LEAST} + {TILES}"
 
@@ -479,19 +484,24 @@ def test_the_journal_goes_on_with_what_lacks_beside_what_it_is_compared_with(tmp
     assert pool.compiled == []
 
 
-def test_a_round_that_was_cut_short_counts_for_what_was_compared_in_it(tmp_path):
-    for visit in (1, 2, 3):
-        folder = tmp_path / str(visit)
-        rounds = make_rounds(folder, Pool({}))
-        measure_first(rounds, 1)
-        cut = rounds.journal.records[:visit]
-        rounds.journal.__exit__(None, None, None)
-        (path,) = folder.glob("journal-*.jsonl")
-        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[: 1 + visit]))
-        again = make_rounds(folder, Pool({}))
-        assert again.journal.records == cut
-        measure_first(again, 1)
-        assert all(again.pairs(one) >= 1 for one in (CONTROL_SET, ALL, AGAIN, ALL | {TILES}, ALL | {VIEWS}))
+@pytest.mark.parametrize(
+    ("visited", "lacking"),
+    [
+        ((BF16_SET, ALL, ALL | {TILES}), {BF16_SET, CONTROL_SET, ALL, AGAIN}),
+        ((BF16_SET, ALL | {TILES}), {BF16_SET, CONTROL_SET, ALL, AGAIN, ALL | {TILES}}),
+        ((ALL, ALL | {TILES}), {BF16_SET, CONTROL_SET, ALL, AGAIN, ALL | {TILES}}),
+        ((BF16_SET, CONTROL_SET, ALL, AGAIN), {BF16_SET, ALL, ALL | {TILES}}),
+    ],
+)
+def test_a_round_that_was_cut_short_counts_for_what_can_be_compared_in_it(tmp_path, visited, lacking):
+    from block_settings_output import SettingsJournal
+
+    with SettingsJournal(tmp_path, make_setup()) as journal:
+        for visit in make_visits(1)(dict.fromkeys(visited, 1000.0)):
+            journal.append(visit)
+    rounds = make_rounds(tmp_path, Pool({}))
+    measure_first(rounds, 1, ((TILES,),))
+    assert [set(order) for order in orders(rounds)] == [set(visited), lacking]
 
 
 def test_a_setting_that_fails_is_kept_and_the_others_go_on(tmp_path):
@@ -504,6 +514,27 @@ def test_a_setting_that_fails_is_kept_and_the_others_go_on(tmp_path):
 def test_without_production_there_is_nothing_to_compare_with(tmp_path):
     with pytest.raises(StoppedError, match="all: production could not be measured"):
         measure_first(make_rounds(tmp_path, Pool({}, failing=("inner",))), 1)
+
+
+def test_production_that_failed_in_two_calls_is_left_and_said_to_be(tmp_path):
+    from block_settings_rounds import variants_of
+
+    inner = frozenset({"inner"})
+    sets = variants_of({"all": ROLES, "one": ("inner",)}, [(TILES,)])
+    for _ in range(2):
+        rounds = make_rounds(tmp_path, Pool({}, failing=("outer",)))
+        with pytest.raises(StoppedError):
+            rounds(sets, 1)
+        rounds.journal.__exit__(None, None, None)
+    said: list[str] = []
+    rounds = make_rounds(tmp_path, pool := Pool({}))
+    rounds.say = said.append
+    rounds(sets, 1)
+    assert said[0] == "all: production could not be measured, so nothing is compared with it"
+    assert set(pool.visited) == {BF16_SET, inner, inner | {"again"}, inner | {TILES}}
+    _, name, table, *_ = report_of(rounds.journal.records)
+    assert name == "all in float8:"
+    assert rows_of(table)[-1][:2] == ["production", "failed: no tiling"]
 
 
 def test_no_step_begins_after_the_time_is_up(tmp_path):

@@ -23,12 +23,12 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from block_settings_bench import SettingsJob, SettingsPool
-from block_settings_list import KnownSettings
+from block_settings_list import AGAIN, KnownSettings, Names, is_slow
 from block_settings_output import LEAST_ROUNDS, Measured, SettingsJournal, SettingsSetup, report
 from block_settings_rounds import SettingRounds, variants_of
 
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
             pool = SettingsPool(job, workers, until=until)
             with pool:
                 rounds = SettingRounds(pool, journal, setup.shapes, known, say, start=start, until=until)
-                rounds([CONTROL_SET, *variants_of(sets, asked)], arguments.rounds)
+                measure_alone(rounds, sets, asked, arguments.rounds)
                 if arguments.settings:
                     say("nothing is tried together, as only some settings were asked for")
                 else:
@@ -117,6 +117,16 @@ def run(arguments: argparse.Namespace) -> None:
         finally:
             print(report(setup, journal.records))
             say(f"wrote {journal.path}")
+
+
+def measure_alone(
+    rounds: SettingRounds, sets: Mapping[str, tuple[str, ...]], candidates: Sequence[Names], visits: int
+) -> None:
+    """Each setting by itself. A round begins when all are ready, so those that tune for long have their own rounds."""
+    quick = [one for one in candidates if not is_slow(one)]
+    slow = [one for one in candidates if is_slow(one)]
+    rounds([CONTROL_SET, *variants_of(sets, [(), (AGAIN,), *quick])], visits)
+    rounds(variants_of(sets, slow), visits)
 
 
 def measure_together(

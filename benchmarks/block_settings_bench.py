@@ -31,7 +31,9 @@ from fp8gate.calibrate.planning.block_worker import Answer, BlockBench, Done, Pl
 from fp8gate.calibrate.planning.block_worker_pool import BlockWorkerPool
 from fp8gate.calibrate.planning.search import RoleSet
 from fp8gate.calibrate.processes.channel import Channel
+from fp8gate.calibrate.processes.limits import Limits
 
+STEP_S = 1200.0  # a layer has dozens of kernels, and coordinate descent tunes each for many seconds
 COMPILED = "compiled"  # a file in a cache that is complete
 LAUNCH = re.compile(r"^\s+(?:\w+\.run|cpp_\w+)\(", re.MULTILINE)
 IRRELEVANT = re.compile(r"^\s*(?:#|inductor_meta=).*$|\s#.*$", re.MULTILINE)
@@ -139,7 +141,7 @@ class SettingsPool(BlockWorkerPool):
     """The processes, and what each set that they have loaded took to get ready."""
 
     def __init__(self, job: SettingsJob, count: int, *, until: float = math.inf) -> None:
-        super().__init__(job, count, until=until, serve=serve_settings)
+        super().__init__(job, count, until=until, serve=serve_settings, limits=Limits(step_s=STEP_S))
         self._bench = SettingsBench(job)
         self._costs: dict[RoleSet, Cost] = {}
 

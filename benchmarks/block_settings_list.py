@@ -45,6 +45,9 @@ CANDIDATES: tuple[Mapping[str, object], ...] = (
 )
 """Each is tried alone, beside production's settings."""
 
+SLOW = frozenset({"inductor.coordinate_descent_tuning"})
+"""They tune each kernel for many seconds at its first launch, so all others are measured before."""
+
 Names = tuple[str, ...]
 """Settings that are on at once: "inductor.triton.max_tiles=3"."""
 
@@ -89,6 +92,10 @@ class KnownSettings:
     def names(self) -> Names:
         """Every setting that a candidate turns on, once."""
         return tuple(dict.fromkeys(name for one in self.candidates for name in one))
+
+
+def is_slow(names: Names) -> bool:
+    return any(key_of(name) in SLOW for name in names)
 
 
 def key_of(name: str) -> str:

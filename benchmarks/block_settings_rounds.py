@@ -72,7 +72,6 @@ class SettingRounds(VisitRounds):
         return describe(one, self.journal.setup)
 
 
-def variants_of(sets: Mapping[str, Sequence[str]], candidates: Iterable[Sequence[str]]) -> list[RoleSet]:
-    """What is measured first: each set as production compiles it, again, and under each candidate."""
-    extras = [(), (AGAIN,), *candidates]
-    return [frozenset((*roles, *extra)) for roles in sets.values() for extra in extras]
+def variants_of(sets: Mapping[str, Sequence[str]], extras: Iterable[Sequence[str]]) -> list[RoleSet]:
+    """Each set of roles with each of these: settings, or AGAIN, or nothing."""
+    return [frozenset((*roles, *extra)) for extra in extras for roles in sets.values()]

@@ -23,6 +23,7 @@ from fp8gate.calibrate.arms.failure import Failure
 from fp8gate.calibrate.device.cpu import Cpu
 from fp8gate.calibrate.planning.block_worker import BlockBench, Done, Visit
 from fp8gate.calibrate.planning.block_worker_pool import StoppedError
+from fp8gate.calibrate.planning.plan_protocol import make_protocol
 from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET
 from fp8gate.filter.contract.errors import InputError
 
@@ -214,6 +215,32 @@ def test_code_is_the_same_whatever_settings_are_noted_beside_it():
     same = code.replace("0_forward", "7_forward").replace("'a': 1", "'a': 2").replace("# a", "# b")
     assert code_hash([code]) == code_hash([same])
     assert code_hash([code]) != code_hash([code.replace("kernel(x)", "kernel(y)")])
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_compiles_tunes_and_captures_under_settings(tmp_path):
+    """Those that run kernels while they compile or at a first launch among them."""
+    from block_settings_bench import SettingsBench, SettingsJob
+
+    device = torch.device("cuda")
+    protocol = msgspec.structs.replace(make_protocol(device, "rowwise"), run_s=0.05, settle_s=0.05)
+    blueprint = Blueprint.of(Block(), [block_input()], recomputed=False)
+    bench = SettingsBench(
+        SettingsJob(blueprint=blueprint, recipe="rowwise", protocol=protocol, device=device, cache=tmp_path)
+    )
+    triton = (f"inductor.triton.{name}" for name in ("multi_kernel=1", "cooperative_reductions=True"))
+    settings = [(), ("again",), ("inductor.benchmark_fusion=True",), (LEAST,), *((one,) for one in triton)]
+    costs = []
+    for one in (ALL | frozenset(extra) for extra in settings):
+        assert bench.answer(("compile", one)) == Done()
+        loaded = bench.answer(("load", one))
+        assert not isinstance(loaded, Failure), loaded
+        costs.append(loaded.cost)
+        assert bench.answer(("visit", one)).slowdown is None
+    assert all(cost.peak_bytes > 0 and cost.launches > 0 for cost in costs)
+    assert costs[0].code == costs[1].code
 
 
 # --- tables ----------------------------------------------------------------------------------------------------
@@ -442,14 +469,14 @@ def make_rounds(folder: Path, pool: Any, until: float = float("inf")) -> Any:
     from block_settings_rounds import SettingRounds
 
     journal = SettingsJournal(folder, make_setup()).__enter__()
-    known = KnownSettings(CANDIDATES, ())
+    known = KnownSettings((*CANDIDATES, ("inductor.coordinate_descent_tuning=True",)), ())
     return SettingRounds(pool, journal, journal.setup.shapes, known, lambda message: None, start=0.0, until=until)
 
 
 def measure_first(rounds: Any, visits: int, candidates: Any = ((TILES,), (VIEWS,))) -> None:
-    from block_settings_rounds import variants_of
+    from block_settings import measure_alone
 
-    rounds([CONTROL_SET, *variants_of({"all": ROLES}, candidates)], visits)
+    measure_alone(rounds, {"all": ROLES}, candidates, visits)
 
 
 def orders(rounds: Any) -> list[list[frozenset[str]]]:
@@ -468,6 +495,15 @@ def test_all_are_visited_in_each_round_in_random_order(tmp_path):
     assert len({tuple(order) for order in found}) > 1
     record = rounds.journal.records[-1]
     assert (record.compile_s, record.peak_bytes, record.launches, record.code) == (1.5, 2**20, 3, "aa")
+
+
+def test_what_tunes_for_long_is_measured_when_all_others_are(tmp_path):
+    slow = "inductor.coordinate_descent_tuning=True"
+    rounds = make_rounds(tmp_path, pool := Pool({}))
+    measure_first(rounds, 2, ((slow,), (TILES,)))
+    assert pool.compiled[-1] == ALL | {slow}
+    first = {BF16_SET, CONTROL_SET, ALL, AGAIN, ALL | {TILES}}
+    assert [set(order) for order in orders(rounds)] == [first, first, *[{BF16_SET, ALL, ALL | {slow}}] * 2]
 
 
 def test_the_journal_goes_on_with_what_lacks_beside_what_it_is_compared_with(tmp_path):
@@ -520,7 +556,7 @@ def test_production_that_failed_in_two_calls_is_left_and_said_to_be(tmp_path):
     from block_settings_rounds import variants_of
 
     inner = frozenset({"inner"})
-    sets = variants_of({"all": ROLES, "one": ("inner",)}, [(TILES,)])
+    sets = variants_of({"all": ROLES, "one": ("inner",)}, [(), ("again",), (TILES,)])
     for _ in range(2):
         rounds = make_rounds(tmp_path, Pool({}, failing=("outer",)))
         with pytest.raises(StoppedError):
@@ -548,7 +584,7 @@ def test_the_best_together_are_measured_beside_production(tmp_path, capsys):
     from block_settings import measure_together
     from block_settings_list import KnownSettings
 
-    known = KnownSettings(CANDIDATES, ())
+    known = KnownSettings((*CANDIDATES, ("inductor.coordinate_descent_tuning=True",)), ())
     together = ALL | {TILES, LESS}
     times_us = {AGAIN: 1000.5, ALL | {TILES}: 950.0, ALL | {LESS}: 970.0, together: 900.0}
     rounds = make_rounds(tmp_path, Pool(times_us))

@@ -146,7 +146,14 @@ def rows_first_forms(
 
 
 def amaxes(x: torch.Tensor, *, row_form: bool, launch: Launch) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The amaxes of rows (M,), if wanted, and of columns (K,): the bits of bf16 numbers, as int32."""
+    """The amaxes of rows (M,), if wanted, and of columns (K,), as `amax_bits` gives them."""
+    m, _ = checked_shape(x)
+    bits = amax_bits(x, row_form=row_form, launch=launch)
+    return bits[:m] if row_form else None, bits[m:]
+
+
+def amax_bits(x: torch.Tensor, *, row_form: bool, launch: Launch) -> torch.Tensor:
+    """The amaxes of rows, zeros if not wanted, and then those of columns (M + K,): the bits of bf16 numbers, as int32."""
     m, k = checked_shape(x)
     bits = torch.zeros(m + k, dtype=torch.int32, device=x.device)
     _amax_kernel[(triton.cdiv(k, launch.columns), triton.cdiv(m, launch.walk))](
@@ -162,7 +169,7 @@ def amaxes(x: torch.Tensor, *, row_form: bool, launch: Launch) -> tuple[torch.Te
         STAGES=launch.stages,
         num_warps=launch.warps,
     )
-    return bits[:m] if row_form else None, bits[m:]
+    return bits
 
 
 def cast_rows(x: torch.Tensor, *, powers_of_two: bool, launch: RowLaunch) -> tuple[Form, torch.Tensor]:
@@ -246,6 +253,13 @@ def strip_column_form(x: torch.Tensor, *, powers_of_two: bool, launch: Launch = 
 
 def panel_column_form(x: torch.Tensor, *, powers_of_two: bool, launch: Launch = PANEL_LAUNCHES[0]) -> Form:
     """The column form of a bf16 (M, K) operand: data (K, M), scales (1, K)."""
+    return panel_column_form_and_amaxes(x, powers_of_two=powers_of_two, launch=launch)[0]
+
+
+def panel_column_form_and_amaxes(
+    x: torch.Tensor, *, powers_of_two: bool, launch: Launch = PANEL_LAUNCHES[0]
+) -> tuple[Form, torch.Tensor]:
+    """The column form of a bf16 (M, K) operand, and the amaxes of its columns (K,) as `amax_bits` gives them."""
     m, k = checked_shape(x)
     columns = _empty_form((k, m), (1, k), x)
     panel = max(launch.columns, launch.panel_bytes // (2 * m) // launch.columns * launch.columns)
@@ -271,7 +285,7 @@ def panel_column_form(x: torch.Tensor, *, powers_of_two: bool, launch: Launch = 
         INTERPRETED=INTERPRETED,
         num_warps=launch.warps,
     )
-    return columns
+    return columns, state[:k]
 
 
 def checked_shape(x: torch.Tensor) -> tuple[int, int]:

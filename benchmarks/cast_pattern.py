@@ -121,8 +121,9 @@ def _reduced_dimension(amax: Node, x: Node) -> int:
     if amax.target is not aten.amax.default or len(amax.args) != 3 or amax.args[2] is not True or amax.kwargs:
         raise UnknownPatternError(f"expected amax(..., [dim], True), found {_text(amax)}")
     magnitude, dims, _ = amax.args
-    if _argument(magnitude, aten.abs.default) is not x:  # type: ignore[arg-type]
-        raise UnknownPatternError(f"its amax is of {_text(magnitude)}, not of what is cast")
+    magnified = _argument(magnitude, aten.abs.default)  # type: ignore[arg-type]
+    if magnified is not x:
+        raise UnknownPatternError(f"its amax is of {_text(magnified)}, not of what is cast")
     if not isinstance(dims, (list, tuple)) or len(dims) != 1:
         raise UnknownPatternError(f"its amax is over dimensions {dims}")
     dim: int = dims[0] % _value(x).ndim

@@ -2,7 +2,8 @@
 
 Float8 casts are compiled by Inductor, and the backward pass computes again what functorch does not let it save. This
 benchmark compiles a layer with a set of its linears in float8 under each setting that could change that, one at a time,
-beside what production compiles it with, and bf16. All linears are converted, and those of the committed plan of this
+beside what production compiles it with, and bf16. Beside settings it tries the pass that lets kernels cast
+(benchmarks/cast_pass.py), for operands that are in memory anyway and for any. All linears are converted, and those of the committed plan of this
 GPU, or of an H100 or H200, if there is one. Then it tries the settings that gain beyond the noise together. A setting
 that the installed torch does not have is skipped, and named.
 
@@ -10,10 +11,17 @@ All is measured as `fp8gate plan` does: compiled ahead by several processes, cap
 the GPU, in rounds of random order. Gains are paired by round. On a CPU nothing is compiled, so that no setting matters.
 
 Every visit is written to a journal at once; the same command goes on from it. With --cache, what was compiled is kept
-for it too. With --settings, only these are measured, and nothing together: so the work can be divided into short calls
-of one journal.
+for it too. With --settings, only these are measured beside production and bf16: so the work can be divided into short
+calls of one journal. "A + B" is both at once.
 
 Run it: python benchmarks/block_settings.py llama3-8b --recipe rowwise --tokens 8192 --out DIR
+
+What repairs rowwise's casts, in some minutes a layer: what tunes for long goes last, into the same journal and cache:
+    CASTS='--recipe rowwise --tokens 8192 --sets all --rounds 6 --out DIR --cache DIR/cache --stop-after 8'
+    python benchmarks/block_settings.py llama3-8b $CASTS --settings loop_ordering_after_fusion triton.max_tiles \
+        cast_pass.operands 'loop_ordering_after_fusion + cast_pass.operands'
+    python benchmarks/block_settings.py llama3-8b $CASTS --settings coordinate_descent_tuning
+The same with --tp 2, and with llama3-70b --tp 8.
 """
 
 from __future__ import annotations
@@ -66,7 +74,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--sets", nargs="+", default=(ALL, PLAN), metavar="SET", help='"all", "plan", or a,b,c of roles'
     )
-    parser.add_argument("--settings", nargs="+", metavar="NAME", help="only these, such as triton.max_tiles")
+    parser.add_argument("--settings", nargs="+", metavar="NAME", help='only these, such as triton.max_tiles or "A + B"')
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"visits of each, at least {LEAST_ROUNDS}")
     parser.add_argument("--workers", type=int, help="processes that compile; default: as many as `fp8gate plan` uses")
     parser.add_argument("--device", help="such as cpu; default: the GPU if there is one")
@@ -110,7 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
                 rounds = SettingRounds(pool, journal, setup.shapes, known, say, start=start, until=until)
                 measure_alone(rounds, sets, asked, arguments.rounds)
                 if arguments.settings:
-                    say("nothing is tried together, as only some settings were asked for")
+                    say("only the settings that were asked for are measured")
                 else:
                     measure_together(rounds, known, sets, arguments.rounds)
                 say(rounds.summary())

@@ -1,23 +1,41 @@
-"""The settings of Inductor and functorch that benchmarks/block_settings.py tries, and what turns them on.
+"""The settings of Inductor and functorch that benchmarks/block_settings.py tries, the pass, and what turns them on.
 
 In: a name such as "inductor.triton.max_tiles=3". Out: a context in which the installed torch compiles with it. Each
-setting could change how float8 casts are compiled, or what the backward pass computes again.
+setting could change how float8 casts are compiled, or what the backward pass computes again. The pass, which lets
+kernels cast (benchmarks/cast_pass.py), is called like a setting: "cast_pass.operands='any'".
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch._functorch.config
 import torch._inductor.config
+from cast_pass import casts_replaced
 
 from fp8gate.filter.contract.errors import InputError
 
-MODULES: Mapping[str, Any] = {"inductor": torch._inductor.config, "functorch": torch._functorch.config}
+
+class CastPassConfig:
+    """The pass, off by default, in the way that torch's modules of settings are used."""
+
+    def get_config_copy(self) -> dict[str, object]:
+        return {"operands": None}
+
+    def patch(self, changes: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+        return casts_replaced(operands=changes["operands"])
+
+
+MODULES: Mapping[str, Any] = {
+    "inductor": torch._inductor.config,
+    "functorch": torch._functorch.config,
+    "cast_pass": CastPassConfig(),
+}
 OTHER = "other"  # as a value: what a setting is not by default, of True and False
 TOGETHER = " + "  # between the names of settings that are on at once
 AGAIN = "again"
@@ -42,6 +60,8 @@ CANDIDATES: tuple[Mapping[str, object], ...] = (
     {"functorch.recompute_views": True},
     {"functorch.ban_recompute_not_in_allowlist": False},
     {"functorch.treat_parameters_as_free_to_save": OTHER},
+    {"cast_pass.operands": "in memory"},
+    {"cast_pass.operands": "any"},
 )
 """Each is tried alone, beside production's settings."""
 
@@ -77,16 +97,24 @@ class KnownSettings:
     def named(self, wanted: Sequence[str] | None) -> tuple[Names, ...]:
         """The candidates with these names, with or without their module and value; all for None.
 
-        Raises InputError for a name that no candidate has.
+        "A + B" is the candidate of that name, or A and B at once. Raises InputError for a name that no candidate has.
         """
         if wanted is None:
             return self.candidates
-        chosen = {name: [one for one in self.candidates if name in _spellings(one)] for name in wanted}
+        chosen = {name: self._called(name) for name in wanted}
         for name, found in chosen.items():
-            if not found and not any(name in _spellings(tuple(one)) for one in CANDIDATES):
+            if not found and not all(map(_is_of_a_candidate, name.split(TOGETHER))):
                 known = ", ".join(map(TOGETHER.join, self.candidates))
                 raise InputError(f"--settings: expected any of {known}; got {name!r}")
-        return tuple(one for one in self.candidates if any(one in found for found in chosen.values()))
+        found = dict.fromkeys(one for each in chosen.values() for one in each)
+        return (*(one for one in self.candidates if one in found), *(one for one in found if one not in self.candidates))
+
+    def _called(self, name: str) -> list[Names]:
+        alone = [one for one in self.candidates if name in _spellings(one)]
+        parts = name.split(TOGETHER)
+        if alone or len(parts) == 1:
+            return alone
+        return [sum(several, ()) for several in itertools.product(*map(self._called, parts))]
 
     @property
     def names(self) -> Names:
@@ -116,6 +144,11 @@ def settings_on(names: Sequence[str]) -> Iterator[None]:
             value = ast.literal_eval(name.partition("=")[2])
             stack.enter_context(MODULES[module].patch({key: value}))
         yield
+
+
+def _is_of_a_candidate(name: str) -> bool:
+    """Of one that this torch can turn on or not."""
+    return any(name in _spellings(tuple(one)) for one in CANDIDATES)
 
 
 def _is_known(key: str) -> bool:

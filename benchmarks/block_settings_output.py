@@ -40,7 +40,7 @@ HEADERS = (
     "peak, MiB",
     "launches",
 )
-SAME_CODE, BEST = "as production", "best together"
+SAME_CODE, AT_ONCE = "as production", "together"
 
 
 class SettingsSetup(PlanSetup, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -254,7 +254,7 @@ def _setting_name(one: RoleSet) -> str:
         return "bf16 again" if one else "bf16"
     settings = sorted(filter(is_setting, one))
     if len(settings) > 1 and {*map(key_of, settings)} not in [candidate.keys() for candidate in CANDIDATES]:
-        return f"{BEST}: {TOGETHER.join(settings)}"
+        return f"{AT_ONCE}: {TOGETHER.join(settings)}"
     return TOGETHER.join(settings) or ("production again" if AGAIN in one else "production")
 
 

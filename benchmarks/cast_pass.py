@@ -111,13 +111,14 @@ def casts_replaced(*, operands: Operands = "in memory", least_elements: int = LE
         yield
 
 
-def enable_if_asked(environment: Mapping[str, str] = os.environ) -> None:
+def enable_if_asked(environment: Mapping[str, str] = os.environ) -> bool:
     """Turn the pass on if FP8GATE_CAST_PASS is 1. Raises ValueError for what is neither 1, nor 0, nor empty."""
     value = environment.get(VARIABLE, "")
     if value not in ("", "0", "1"):
         raise ValueError(f"{VARIABLE}: expected 1, or 0; got {value!r}")
     if value == "1":
         enable()
+    return value == "1"
 
 
 def _joined(operands: Operands, least_elements: int) -> CastPass:

@@ -66,7 +66,7 @@ def test_every_setting_can_be_turned_on_and_changes_something():
     from block_settings_list import KnownSettings, settings_on
 
     known = KnownSettings.of_torch()
-    assert len(known.candidates) + len(known.skipped) == 18
+    assert len(known.candidates) + len(known.skipped) == 20
     before = inductor_config.get_config_copy(), functorch_config.get_config_copy()
     for candidate in known.candidates:
         with settings_on(candidate):
@@ -110,6 +110,7 @@ def test_a_setting_may_be_what_is_not_the_default(default):
         (["functorch.activation_memory_budget"], [(LEAST,), (LESS,)]),
         (["activation_memory_budget=0.9", TILES], [(TILES,), (LESS,)]),
         ([f"{TILES} + {VIEWS}"], [(TILES, VIEWS)]),
+        (["triton.max_tiles + activation_memory_budget", TILES], [(TILES,), (TILES, LEAST), (TILES, LESS)]),
     ],
 )
 def test_settings_may_be_named_briefly(wanted, found):
@@ -123,7 +124,26 @@ def test_a_name_that_is_no_candidate_is_an_error():
 
     with pytest.raises(InputError, match=r"--settings: expected any of inductor.triton.max_tiles=3; got 'tiles'"):
         KnownSettings(((TILES,),), ()).named(["triton.max_tiles", "tiles"])
-    assert KnownSettings((), ("skipped",)).named(["triton.max_tiles"]) == ()  # torch does not have it
+    with pytest.raises(InputError, match="got 'triton.max_tiles [+] tiles'"):
+        KnownSettings(((TILES,),), ()).named(["triton.max_tiles + tiles"])
+    for unknown_to_torch in ("triton.max_tiles", "recompute_views + triton.max_tiles"):
+        assert KnownSettings(((VIEWS,),), ("skipped",)).named([unknown_to_torch]) == ()
+
+
+def test_the_pass_is_turned_on_like_a_setting():
+    from block_settings_list import KnownSettings, settings_on
+    from cast_pass import CastPass
+
+    known = KnownSettings.of_torch()
+    passes = known.named(["cast_pass.operands"])
+    assert passes == (("cast_pass.operands='in memory'",), ("cast_pass.operands='any'",))
+    assert known.named(["cast_pass.operands='any' + triton.max_tiles"]) == ((*passes[1], TILES),)
+    for one, operands in zip(passes, ("in memory", "any"), strict=True):
+        with settings_on([*one, TILES]):
+            found = inductor_config.post_grad_custom_post_pass
+            assert isinstance(found, CastPass)
+            assert (found.operands, values()) == (operands, (3, False))
+        assert inductor_config.post_grad_custom_post_pass is None
 
 
 # --- compiling -------------------------------------------------------------------------------------------------
@@ -417,7 +437,7 @@ def test_what_was_tried_together_is_called_so_and_chooses_nothing():
     times_us = {ALL | {TILES}: 990.0, ALL | {LEAST}: 970.0, ALL | {VIEWS}: 1100.0, together | {VIEWS}: 900.0}
     assert measured(times_us).best_together(ALL, CANDIDATES) == together
     records = make_visits()({**TIMES, together: 900.0})
-    assert rows_of(report_of(records)[2])[4][0] == f"best together: {LEAST} + {TILES}"
+    assert rows_of(report_of(records)[2])[4][0] == f"together: {LEAST} + {TILES}"
 
 
 def test_the_journal_is_read_again(tmp_path):
@@ -592,7 +612,7 @@ def test_the_best_together_are_measured_beside_production(tmp_path, capsys):
     measure_together(rounds, known, {"all": ROLES}, 6)
     assert [set(order) for order in orders(rounds)[6:]] == [{BF16_SET, ALL, together}] * 6
     _, _, table, _ = report_of(rounds.journal.records)
-    assert rows_of(table)[4][:4:3] == [f"best together: {LESS} + {TILES}", "+11.1% (+11.1% to +11.1%)"]
+    assert rows_of(table)[4][:4:3] == [f"together: {LESS} + {TILES}", "+11.1% (+11.1% to +11.1%)"]
     assert capsys.readouterr().err == ""
 
 
@@ -640,7 +660,7 @@ def test_it_measures_a_real_layer_and_goes_on(config, tmp_path, capsys):
     assert "over itself" in verdict
     assert "plan: none of this layer, recipe and number of tokens is committed, left out" in said
     assert "round 6, visit 30 of 30" in said
-    assert "nothing is tried together, as only some settings were asked for" in said
+    assert "only the settings that were asked for are measured" in said
     (journal,) = (tmp_path / "out").glob("journal-*.jsonl")
     assert len(journal.read_bytes().splitlines()) == 1 + 6 * 5
     run(parse(options))

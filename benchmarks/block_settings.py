@@ -3,9 +3,9 @@
 Float8 casts are compiled by Inductor, and the backward pass computes again what functorch does not let it save. This
 benchmark compiles a layer with a set of its linears in float8 under each setting that could change that, one at a time,
 beside what production compiles it with, and bf16. Beside settings it tries the pass that lets kernels cast
-(benchmarks/cast_pass.py), for operands that are in memory anyway and for any. All linears are converted, and those of the committed plan of this
-GPU, or of an H100 or H200, if there is one. Then it tries the settings that gain beyond the noise together. A setting
-that the installed torch does not have is skipped, and named.
+(benchmarks/cast_pass.py), for operands that are in memory anyway and for any. All linears are converted, and those of
+the committed plan of this GPU, or of an H100 or H200, if there is one. Then it tries the settings that gain beyond the
+noise together. A setting that the installed torch does not have is skipped, and named.
 
 All is measured as `fp8gate plan` does: compiled ahead by several processes, captured in CUDA graphs, visited alone on
 the GPU, in rounds of random order. Gains are paired by round. On a CPU nothing is compiled, so that no setting matters.

@@ -106,8 +106,9 @@ class KnownSettings:
             if not found and not all(map(_is_of_a_candidate, name.split(TOGETHER))):
                 known = ", ".join(map(TOGETHER.join, self.candidates))
                 raise InputError(f"--settings: expected any of {known}; got {name!r}")
-        found = dict.fromkeys(one for each in chosen.values() for one in each)
-        return (*(one for one in self.candidates if one in found), *(one for one in found if one not in self.candidates))
+        named = dict.fromkeys(itertools.chain.from_iterable(chosen.values()))
+        at_once = [one for one in named if one not in self.candidates]
+        return (*(one for one in self.candidates if one in named), *at_once)
 
     def _called(self, name: str) -> list[Names]:
         alone = [one for one in self.candidates if name in _spellings(one)]

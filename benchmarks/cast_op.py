@@ -25,14 +25,14 @@ torch.library.define(BOTH_FORMS, "(Tensor operand, bool powers_of_two) -> (Tenso
 torch.library.define(COLUMN_FORM, "(Tensor operand, bool powers_of_two) -> (Tensor, Tensor)", tags=TAGS)
 
 
-@torch.library.register_fake(BOTH_FORMS)
+@torch.library.register_fake(BOTH_FORMS)  # type: ignore[untyped-decorator]
 def _both_forms_shapes(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
     m, k = operand.shape
     bits = operand.new_empty(m + k, dtype=torch.int32)
     return operand.new_empty(m, k, dtype=FLOAT8), operand.new_empty(k, m, dtype=FLOAT8), bits
 
 
-@torch.library.register_fake(COLUMN_FORM)
+@torch.library.register_fake(COLUMN_FORM)  # type: ignore[untyped-decorator]
 def _column_form_shapes(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor]:
     m, k = operand.shape
     return operand.new_empty(k, m, dtype=FLOAT8), operand.new_empty(k, dtype=torch.int32)
@@ -43,8 +43,8 @@ def _both_forms_by_kernels(operand: Tensor, powers_of_two: bool) -> tuple[Tensor
     from rowwise_casts_kernel import AMAX_LAUNCHES, TILE_LAUNCHES, amax_bits, cast_tiles
 
     bits = amax_bits(operand, row_form=True, launch=AMAX_LAUNCHES[0])
-    amaxes = bits.split([*operand.shape])
-    row, column = cast_tiles(operand, *amaxes, powers_of_two=powers_of_two, launch=TILE_LAUNCHES[0])
+    m, _ = operand.shape
+    row, column = cast_tiles(operand, bits[:m], bits[m:], powers_of_two=powers_of_two, launch=TILE_LAUNCHES[0])
     assert row, "the amaxes of rows were given"
     return row.data, column.data, bits
 

@@ -126,8 +126,8 @@ def _reduced_dimension(amax: Node, x: Node) -> int:
         raise UnknownPatternError(f"its amax is of {_text(magnified)}, not of what is cast")
     if not isinstance(dims, (list, tuple)) or len(dims) != 1:
         raise UnknownPatternError(f"its amax is over dimensions {dims}")
-    dim: int = dims[0] % _value(x).ndim
-    return dim
+    (dim,) = dims
+    return int(dim) % _value(x).ndim  # type: ignore[arg-type]
 
 
 def _operand_of(x: Node, dim: int) -> tuple[Form, Node, int, int]:
@@ -139,7 +139,8 @@ def _operand_of(x: Node, dim: int) -> tuple[Form, Node, int, int]:
     if not all(isinstance(size, int) for size in value.shape):
         raise UnknownPatternError(f"its operand has sizes that vary: {(*value.shape,)}")
     if value.dtype is not torch.bfloat16 or value.layout is not torch.strided or not value.is_contiguous():
-        raise UnknownPatternError(f"expected a contiguous bf16 operand, found {value.dtype} of strides {value.stride()}")
+        found = f"{value.dtype} of strides {value.stride()}"
+        raise UnknownPatternError(f"expected a contiguous bf16 operand, found {found}")
     if dim != ndim - 1 and (dim, ndim) != (0, 2):
         raise UnknownPatternError(f"its amax is over dimension {dim} of {ndim}")
     k = value.shape[-1]
@@ -162,7 +163,8 @@ def _transposed_copies(data: Node, *, is_transposed: bool) -> tuple[Node, ...]:
     if not is_transposed:
         users = [copy for user in users for copy in (user.users if _is_transposed(user) else [user])]
     for user in users:
-        if user.target is not aten.clone.default or user.kwargs != CONTIGUOUS or _is_transposed(user.args[0]) is is_transposed:
+        is_copy = user.target is aten.clone.default and user.kwargs == CONTIGUOUS
+        if not is_copy or _is_transposed(user.args[0]) is is_transposed:
             raise UnknownPatternError(f"its column form is not stored transposed: it is used by {_text(user)}")
     return tuple(users)
 

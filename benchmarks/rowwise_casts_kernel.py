@@ -153,7 +153,7 @@ def amaxes(x: torch.Tensor, *, row_form: bool, launch: Launch) -> tuple[torch.Te
 
 
 def amax_bits(x: torch.Tensor, *, row_form: bool, launch: Launch) -> torch.Tensor:
-    """The amaxes of rows, zeros if not wanted, and then those of columns (M + K,): the bits of bf16 numbers, as int32."""
+    """The amaxes of rows, zeros if not wanted, then those of columns (M + K,): the bits of bf16 numbers, as int32."""
     m, k = checked_shape(x)
     bits = torch.zeros(m + k, dtype=torch.int32, device=x.device)
     _amax_kernel[(triton.cdiv(k, launch.columns), triton.cdiv(m, launch.walk))](

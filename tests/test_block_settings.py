@@ -124,7 +124,7 @@ def test_a_name_that_is_no_candidate_is_an_error():
 
     with pytest.raises(InputError, match=r"--settings: expected any of inductor.triton.max_tiles=3; got 'tiles'"):
         KnownSettings(((TILES,),), ()).named(["triton.max_tiles", "tiles"])
-    with pytest.raises(InputError, match="got 'triton.max_tiles [+] tiles'"):
+    with pytest.raises(InputError, match=r"got 'triton.max_tiles [+] tiles'"):
         KnownSettings(((TILES,),), ()).named(["triton.max_tiles + tiles"])
     for unknown_to_torch in ("triton.max_tiles", "recompute_views + triton.max_tiles"):
         assert KnownSettings(((VIEWS,),), ("skipped",)).named([unknown_to_torch]) == ()

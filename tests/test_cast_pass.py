@@ -417,12 +417,13 @@ def linear(bias: bool = False) -> nn.Module:
 ROW_ALONE, COMPUTED = "of the row form alone", "of an operand that Inductor can compute while it casts"
 TENSORWISE = "unknown: expected amax(..., [dim], True), found max(...)"
 COMPILED = [
-    # the forward casts an input to both forms and a weight to rows, the backward a gradient to both, a weight to columns
+    # The forward casts an input to both forms, a weight to rows; the backward a gradient to both, a weight to columns.
     (linear, "rowwise", "in memory", [(2, {ROW_ALONE: 1}), (3, {})]),
     (lambda: linear(bias=True), "rowwise", "in memory", [(2, {ROW_ALONE: 1}), (3, {})]),
     (linear, "rowwise_with_gw_hp", "in memory", [(0, {ROW_ALONE: 2}), (0, {ROW_ALONE: 1, TENSORWISE: 1})]),
-    # the backward of a layer casts inputs to columns: 7 weights, 7 gradients twice, 4 inputs
-    (Decoder, "rowwise", "in memory", [(0, {ROW_ALONE: 11}), (16, {COMPUTED: 9})]),
+    # The backward of a layer casts inputs too: 7 weights and 4 inputs to columns, 7 gradients to both forms. In memory
+    # are the weights, what attention gives, and the gradients of the outputs of v, k and down.
+    (Decoder, "rowwise", "in memory", [(0, {ROW_ALONE: 11}), (14, {COMPUTED: 11})]),
     (Decoder, "rowwise", "any", [(0, {ROW_ALONE: 11}), (25, {})]),
 ]
 

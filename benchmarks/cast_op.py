@@ -38,8 +38,7 @@ def _column_form_shapes(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, T
     return operand.new_empty(k, m, dtype=FLOAT8), operand.new_empty(k, dtype=torch.int32)
 
 
-@torch.library.impl(BOTH_FORMS, "CUDA")
-def _both_forms_by_kernels(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
+def both_forms_by_kernels(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
     from rowwise_casts_kernel import AMAX_LAUNCHES, TILE_LAUNCHES, amax_bits, cast_tiles
 
     bits = amax_bits(operand, row_form=True, launch=AMAX_LAUNCHES[0])
@@ -49,23 +48,20 @@ def _both_forms_by_kernels(operand: Tensor, powers_of_two: bool) -> tuple[Tensor
     return row.data, column.data, bits
 
 
-@torch.library.impl(COLUMN_FORM, "CUDA")
-def _column_form_by_kernel(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor]:
+def column_form_by_kernel(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor]:
     from rowwise_casts_kernel import panel_column_form_and_amaxes
 
     column, bits = panel_column_form_and_amaxes(operand, powers_of_two=powers_of_two)
     return column.data, bits
 
 
-@torch.library.impl(BOTH_FORMS, "CPU")
-def _both_forms_by_torch(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
+def both_forms_by_torch(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
     row_data, row_amax = _cast(operand, 1, powers_of_two)
     column_data, column_amax = _cast(operand, 0, powers_of_two)
     return row_data, column_data.t().contiguous(), torch.cat([_bits(row_amax), _bits(column_amax)])
 
 
-@torch.library.impl(COLUMN_FORM, "CPU")
-def _column_form_by_torch(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor]:
+def column_form_by_torch(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor]:
     data, amax = _cast(operand, 0, powers_of_two)
     return data.t().contiguous(), _bits(amax)
 
@@ -81,3 +77,9 @@ def _cast(operand: Tensor, dim: int, powers_of_two: bool) -> tuple[Tensor, Tenso
 
 def _bits(amax: Tensor) -> Tensor:
     return amax.flatten().view(torch.int16).int()
+
+
+torch.library.impl(BOTH_FORMS, "CUDA", both_forms_by_kernels)
+torch.library.impl(COLUMN_FORM, "CUDA", column_form_by_kernel)
+torch.library.impl(BOTH_FORMS, "CPU", both_forms_by_torch)
+torch.library.impl(COLUMN_FORM, "CPU", column_form_by_torch)

@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import cast_op
 import rowwise_casts_launches
 import rowwise_casts_timing
 import torch
@@ -41,6 +42,7 @@ def main() -> None:
     compare_many_panels()
     compare_every_magnitude(powers_of_two=True)
     compare_every_magnitude(powers_of_two=False)
+    compare_operators()
     time_every_launch()
 
 
@@ -75,6 +77,26 @@ def compare_strip_of_many_blocks() -> None:
     data, scale = torchao_forms("column", powers_of_two=True)(x)
     form = strip_column_form(x, powers_of_two=True, launch=Launch(rows=64, columns=32, warps=4))
     report("blocks", "strip of five blocks", *differences(form, Form(data=data, scale=scale)))
+
+
+def compare_operators() -> None:
+    """What the operators of benchmarks/cast_op.py launch on CUDA, with what they compute on a CPU."""
+    ways = {
+        "both forms": (cast_op.both_forms_by_kernels, cast_op.both_forms_by_torch),
+        "column form": (cast_op.column_form_by_kernel, cast_op.column_form_by_torch),
+    }
+    for case, x in special_operands(*SPECIAL_SIZE, CPU):
+        for forms, (by_kernels, by_torch) in ways.items():
+            *data, bits = by_kernels(x, True)
+            *expected_data, expected_bits = by_torch(x, True)
+            for i, (one, other) in enumerate(zip(data, expected_data, strict=True)):
+                found = Form(data=one, scale=amaxes(bits))
+                expected = Form(data=other, scale=amaxes(expected_bits))
+                report("operators", f"{case}, {forms}, data {i}", *differences(found, expected))
+
+
+def amaxes(bits: torch.Tensor) -> torch.Tensor:
+    return bits.to(torch.int16).view(torch.bfloat16).float()
 
 
 def time_every_launch() -> None:

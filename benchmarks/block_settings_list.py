@@ -61,6 +61,7 @@ CANDIDATES: tuple[Mapping[str, object], ...] = (
     {"functorch.ban_recompute_not_in_allowlist": False},
     {"functorch.treat_parameters_as_free_to_save": OTHER},
     {"cast_pass.operands": "in memory"},
+    {"cast_pass.operands": "in both forms"},
     {"cast_pass.operands": "any"},
 )
 """Each is tried alone, beside production's settings."""

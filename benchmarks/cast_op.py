@@ -17,12 +17,19 @@ import torch
 from torch import Tensor
 
 BOTH_FORMS, COLUMN_FORM = "fp8gate::cast_both_forms", "fp8gate::cast_column_form"
-DEVICES = ("cuda", "cpu")
+LEAST_CAPABILITY = (8, 9)  # of an NVIDIA GPU that has the instructions to convert to float8
 FLOAT8 = torch.float8_e4m3fn
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)  # kernels take a contiguous operand alone
 
 torch.library.define(BOTH_FORMS, "(Tensor operand, bool powers_of_two) -> (Tensor, Tensor, Tensor)", tags=TAGS)
 torch.library.define(COLUMN_FORM, "(Tensor operand, bool powers_of_two) -> (Tensor, Tensor)", tags=TAGS)
+
+
+def has_operators(device: torch.device) -> bool:
+    """On CPUs, and on NVIDIA GPUs that convert to float8."""
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    return device.type == "cpu"
 
 
 @torch.library.register_fake(BOTH_FORMS)  # type: ignore[untyped-decorator]

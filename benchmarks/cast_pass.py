@@ -41,7 +41,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-Operands = Literal["in memory", "any"]
+Operands = Literal["in memory", "in both forms", "any"]
+"""Which operands the kernels cast. Those that are in memory anyway, those too that are cast to both forms, or any: an
+operand that Inductor could compute while it casts is then written for the kernels, which a layer has to show to pay."""
 
 LEAST_ELEMENTS = 4096 * 4096
 """Of an operand: at 8192 x 1024 the kernels win little, and each launch by itself costs what a fusion saves."""
@@ -77,7 +79,7 @@ class Counts:
 
 
 class CastPass(CustomGraphPass):
-    """The pass. operands: which to cast by kernels, those that are in memory anyway or any. before: what runs first."""
+    """The pass. before: what runs first."""
 
     def __init__(self, *, operands: Operands, least_elements: int, before: GraphPass | None) -> None:
         self.operands, self.least_elements, self.before = operands, least_elements, before
@@ -172,9 +174,10 @@ def _why_left(casts: list[Cast], operands: Operands, least_elements: int) -> str
         return f"of fewer than {least_elements} elements"
     if one.m % ALIGNMENT or one.k % ALIGNMENT:
         return f"of sizes that are no multiples of {ALIGNMENT}"
-    if one.operand.meta["val"].device.type not in cast_op.DEVICES:
-        return "on a device without kernels"
-    if operands == "in memory" and not is_in_memory(one.operand):
+    if not cast_op.has_operators(one.operand.meta["val"].device):
+        return "on a device without kernels for them"
+    computed_too = operands == "any" or (operands == "in both forms" and any(cast.form == "row" for cast in casts))
+    if not computed_too and not is_in_memory(one.operand):
         return "of an operand that Inductor can compute while it casts"
     return None
 

@@ -66,7 +66,7 @@ def test_every_setting_can_be_turned_on_and_changes_something():
     from block_settings_list import KnownSettings, settings_on
 
     known = KnownSettings.of_torch()
-    assert len(known.candidates) + len(known.skipped) == 20
+    assert len(known.candidates) + len(known.skipped) == 21
     before = inductor_config.get_config_copy(), functorch_config.get_config_copy()
     for candidate in known.candidates:
         with settings_on(candidate):
@@ -136,9 +136,10 @@ def test_the_pass_is_turned_on_like_a_setting():
 
     known = KnownSettings.of_torch()
     passes = known.named(["cast_pass.operands"])
-    assert passes == (("cast_pass.operands='in memory'",), ("cast_pass.operands='any'",))
-    assert known.named(["cast_pass.operands='any' + triton.max_tiles"]) == ((*passes[1], TILES),)
-    for one, operands in zip(passes, ("in memory", "any"), strict=True):
+    choices = ("in memory", "in both forms", "any")
+    assert passes == tuple((f"cast_pass.operands='{operands}'",) for operands in choices)
+    assert known.named(["cast_pass.operands='any' + triton.max_tiles"]) == ((*passes[2], TILES),)
+    for one, operands in zip(passes, choices, strict=True):
         with settings_on([*one, TILES]):
             found = inductor_config.post_grad_custom_post_pass
             assert isinstance(found, CastPass)

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 ROOT = Path(__file__).parent.parent
 M, K = 48, 80
 FLOAT8 = torch.float8_e4m3fn
+ROW_ALONE, COMPUTED = "of the row form alone", "of an operand that Inductor can compute while it casts"
 
 
 @pytest.fixture(autouse=True)
@@ -233,16 +234,12 @@ def test_a_tensorwise_cast_is_left_alone():
 @pytest.mark.parametrize(
     ("cast", "x", "options", "why"),
     [
-        (row, operand(), {}, "of the row form alone"),
+        (row, operand(), {}, ROW_ALONE),
         (column, operand(), {"least_elements": M * K + 1}, f"of fewer than {M * K + 1} elements"),
         (column, operand(m=M - 8), {}, "of sizes that are no multiples of 16"),
-        (lambda x: column(x.relu()), operand(), {}, "of an operand that Inductor can compute while it casts"),
-        (
-            lambda x: column((x @ x.t()).relu()),
-            operand(),
-            {},
-            "of an operand that Inductor can compute while it casts",
-        ),
+        (lambda x: column(x.relu()), operand(), {}, COMPUTED),
+        (lambda x: column(x.relu()), operand(), {"operands": "in both forms"}, COMPUTED),
+        (lambda x: column((x @ x.t()).relu()), operand(), {}, COMPUTED),
     ],
 )
 def test_what_inductor_does_as_well_is_left_alone(cast, x, options, why):
@@ -251,22 +248,41 @@ def test_what_inductor_does_as_well_is_left_alone(cast, x, options, why):
     assert (counts.replaced, dict(counts.left)) == (0, {why: 1})
 
 
+@pytest.mark.parametrize(("hip", "capability"), [("6.3", (9, 0)), (None, (8, 0)), (None, (8, 9))])
+def test_gpus_that_do_not_convert_to_float8_are_left_alone(monkeypatch, hip, capability):
+    from cast_op import has_operators
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_operators(torch.device("cuda")) is (hip is None and capability == (8, 9))
+    assert has_operators(torch.device("cpu"))
+    assert not has_operators(torch.device("xpu"))
+
+
+def test_other_devices_are_left_alone():
+    graph = traced(column, torch.empty(M, K, dtype=torch.bfloat16, device="meta"))
+    assert dict(replaced(graph).left) == {"on a device without kernels for them": 1}
+
+
 @pytest.mark.parametrize(
     ("cast", "operands"),
     [
         (lambda x: column(x), "in memory"),
         (lambda x: column(x.relu()), "any"),
+        (lambda x: both(x.relu()), "in both forms"),
+        (lambda x: column(x), "in both forms"),
         (lambda x: column(x @ x.t()), "in memory"),
         (lambda x: column((x @ x.t()).view(-1, 144)), "in memory"),
         (lambda x: (*column(y := x.relu()), y), "in memory"),
         (lambda x: (*column(y := x.relu()), y.view(-1, 16) @ x[:16, :M]), "in memory"),
     ],
-    ids=["input", "any", "product", "view", "returned", "multiplied"],
+    ids=["input", "any", "both", "column", "product", "view", "returned", "multiplied"],
 )
 def test_operands_in_memory_are_cast_by_kernels(cast, operands):
     x = operand()
     graph = traced(cast, x)
-    assert replaced(graph, operands=operands).replaced == 1
+    counts = replaced(graph, operands=operands)
+    assert (counts.replaced > 0, dict(counts.left)) == (True, {})
     assert_equal_bits(graph(x), cast(x))
 
 
@@ -348,7 +364,7 @@ def test_what_a_graph_depends_on_is_in_its_key():
 
     made = [
         CastPass(operands=operands, least_elements=least, before=before)
-        for operands in ("in memory", "any")
+        for operands in ("in memory", "in both forms", "any")
         for least in (0, 1)
         for before in (None, CastPass(operands="any", least_elements=2, before=None))
     ]
@@ -395,13 +411,22 @@ class Decoder(nn.Module):
         return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
 
 
-def trained(module: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """What it computes, compiled anew: its output and all gradients. Graphs are not cached, so that passes run."""
+UNCACHED = inductor_config.patch({"fx_graph_cache": False})  # so that passes run
+
+
+def compiled_step(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """A function, compiled anew, of its output and all gradients."""
     torch._dynamo.reset()
     leaf = x.detach().clone().requires_grad_()
-    with inductor_config.patch({"fx_graph_cache": False, "emulate_precision_casts": True}):
-        output = torch.compile(module, dynamic=False, fullgraph=True)(leaf)
+    compiled = torch.compile(module, dynamic=False, fullgraph=True)
+
+    def step() -> tuple[Tensor, ...]:
+        output = compiled(leaf)
         return output, *torch.autograd.grad(output, [leaf, *module.parameters()], grad)
+
+    with UNCACHED, inductor_config.patch({"emulate_precision_casts": True}):
+        step()
+    return step
 
 
 def float8(module: nn.Module, recipe: str) -> nn.Module:
@@ -414,7 +439,6 @@ def linear(bias: bool = False) -> nn.Module:
     return nn.Sequential(nn.Linear(64, 96, bias=bias, dtype=torch.bfloat16))
 
 
-ROW_ALONE, COMPUTED = "of the row form alone", "of an operand that Inductor can compute while it casts"
 TENSORWISE = "unknown: expected amax(..., [dim], True), found max(...)"
 COMPILED = [
     # The forward casts an input to both forms, a weight to rows; the backward a gradient to both, a weight to columns.
@@ -437,9 +461,10 @@ def test_what_is_compiled_with_the_pass_has_equal_bits(make, recipe, operands, e
     module = float8(make(), recipe)
     x = torch.randn(2, 16, 64, dtype=torch.bfloat16)
     grad = torch.randn_like(module(x))
-    without = trained(module, x, grad)
+    without = compiled_step(module, x, grad)()
     with caplog.at_level(logging.INFO, "cast_pass"), casts_replaced(operands=operands, least_elements=0):
-        found = trained(module, x, grad)
+        step = compiled_step(module, x, grad)
+    found = step()
     assert logged(caplog) == [str(Counts(replaced=count, left=left)) for count, left in expected]
     assert_equal_bits(found, without)
 
@@ -482,17 +507,18 @@ def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
 
 @on_gpu
 @pytest.mark.parametrize("powers_of_two", [True, False])
-def test_a_gpu_casts_every_magnitude_with_equal_bits(powers_of_two):
+def test_a_gpu_casts_every_magnitude_with_equal_bits(powers_of_two, caplog):
     from cast_pass import casts_replaced
     from rowwise_casts_equality import every_magnitude, special_operands
 
     cuda = torch.device("cuda")
-    for _, x in [*special_operands(1040, 1552, cuda), ("", every_magnitude(cuda))]:
-        torch._dynamo.reset()
-        with casts_replaced(least_elements=0), inductor_config.patch({"fx_graph_cache": False}):
-            found = torch.compile(lambda x: both(x, powers_of_two=powers_of_two), dynamic=False)(x)
-        for one, other in zip(found, both(x, powers_of_two=powers_of_two), strict=True):
-            torch.testing.assert_close(one.float(), other.float(), rtol=0.0, atol=0.0, equal_nan=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: both(x, powers_of_two=powers_of_two), dynamic=False)
+    with casts_replaced(least_elements=0), caplog.at_level(logging.INFO, "cast_pass"), UNCACHED:
+        for _, x in [*special_operands(1040, 1552, cuda), ("", every_magnitude(cuda))]:
+            for one, other in zip(compiled(x), both(x, powers_of_two=powers_of_two), strict=True):
+                torch.testing.assert_close(one.float(), other.float(), rtol=0.0, atol=0.0, equal_nan=True)
+    assert logged(caplog) == ["2 of 2 float8 casts replaced"] * 2  # of two sizes
 
 
 @on_gpu
@@ -505,27 +531,20 @@ def test_a_gpu_has_equal_bits_also_in_a_cuda_graph(operands, caplog):
     module = float8(Decoder(256, 768), "rowwise").cuda()
     x = torch.randn(2, 128, 256, dtype=torch.bfloat16, device="cuda")
     grad = torch.randn_like(x)
-    without = trained(module, x, grad)
+    without = compiled_step(module, x, grad)()
     with caplog.at_level(logging.INFO, "cast_pass"), casts_replaced(operands=operands, least_elements=0):
-        found = trained(module, x, grad)
-        leaf = x.clone().requires_grad_()
-        compiled = torch.compile(module, dynamic=False, fullgraph=True)
+        step = compiled_step(module, x, grad)
+    assert_equal_bits(step(), without)
 
-        def step() -> tuple[Tensor, ...]:
-            output = compiled(leaf)
-            return output, *torch.autograd.grad(output, [leaf, *module.parameters()], grad)
-
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            step()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    with torch.cuda.graph(graph):
+        captured = step()
     for one in captured:
-        one.zero_()
+        one.detach().zero_()
     graph.replay()
     torch.cuda.synchronize()
-    assert any(not message.startswith("0 of") for message in logged(caplog))
-    assert_equal_bits(found, without)
     assert_equal_bits(captured, without)
+    assert [message.partition(" of ")[0] for message in logged(caplog)] == ["0", "25" if operands == "any" else "14"]

@@ -36,6 +36,7 @@ from fp8gate.calibrate.processes.limits import Limits
 STEP_S = 1200.0  # a layer has dozens of kernels, and coordinate descent tunes each for many seconds
 COMPILED = "compiled"  # a file in a cache that is complete
 LAUNCH = re.compile(r"^\s+(?:\w+\.run|cpp_\w+)\(", re.MULTILINE)
+CAST = re.compile(r"= torch\.ops\.fp8gate\.\w+\.default\(")
 IRRELEVANT = re.compile(r"^\s*(?:#|inductor_meta=).*$|\s#.*$", re.MULTILINE)
 """In generated code: comments, in which compilations are numbered, and the settings, which are noted beside each
 kernel even where they change nothing."""
@@ -54,13 +55,15 @@ class Cost:
 
     compile_s: ahead of time, on one thread; None if a kept cache had it. load_s: tuning, capturing and checking.
     peak_bytes: memory that forward and backward take at most beside parameters and inputs; None on a CPU. launches: of
-    generated kernels. code: a hash of them. The last two are None where nothing is compiled.
+    generated kernels. casts: operands that the pass gives to kernels of its own. code: a hash of what is generated. The
+    last three are None where nothing is compiled.
     """
 
     compile_s: float | None
     load_s: float
     peak_bytes: int | None
     launches: int | None
+    casts: int | None
     code: str | None
 
 
@@ -105,7 +108,8 @@ class SettingsBench(BlockBench):
             compile_s=compile_s,
             load_s=round(load_s, 3),
             peak_bytes=_peak_bytes(arm, self.job.device),
-            launches=sum(len(LAUNCH.findall(source)) for source in sources) if sources else None,
+            launches=_count(LAUNCH, sources),
+            casts=_count(CAST, sources),
             code=code_hash(sources) if sources else None,
         )
         return Loaded(done.error, cost)
@@ -159,6 +163,10 @@ class SettingsPool(BlockWorkerPool):
 def settings_in(roles: RoleSet) -> list[str]:
     """The settings that a set of roles names."""
     return sorted(filter(is_setting, roles))
+
+
+def _count(call: re.Pattern[str], sources: Sequence[str]) -> int | None:
+    return sum(len(call.findall(source)) for source in sources) if sources else None
 
 
 def code_hash(sources: Sequence[str]) -> str:

@@ -63,6 +63,7 @@ class SettingVisit(VisitRecord, frozen=True, kw_only=True, forbid_unknown_fields
     load_s: float | None = None
     peak_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None
     launches: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    casts: Annotated[int, msgspec.Meta(ge=0)] | None = None
     code: str | None = None
 
 
@@ -219,6 +220,7 @@ def _row(measured: Measured, one: RoleSet, production: RoleSet) -> tuple[str, ..
     errors = [visit.error for visit in visits if visit.error is not None]
     same = {visit.code for visit in measured.visits.get(production, {}).values()} - {None}
     launches = _first(visit.launches for visit in visits)
+    is_same = production < one and visits[-1].code in same
     return (
         _setting_name(one),
         f"{median(map(_total_us, visits)) / 1e3:.3f}",
@@ -228,8 +230,13 @@ def _row(measured: Measured, one: RoleSet, production: RoleSet) -> tuple[str, ..
         _number(_first(visit.load_s for visit in visits), ".1f"),
         _number(max(errors, default=None), ".3f"),
         _number(_first(visit.peak_bytes for visit in visits), ".0f", 2**20),
-        _number(launches, ".0f") + (f", {SAME_CODE}" if production < one and visits[-1].code in same else ""),
+        _number(launches, ".0f") + _casts_text(visits) + (f", {SAME_CODE}" if is_same else ""),
     )
+
+
+def _casts_text(visits: Iterable[SettingVisit]) -> str:
+    casts = _first(visit.casts for visit in visits)
+    return f", {casts} casts" if casts else ""
 
 
 def _is_under_settings(one: RoleSet, production: RoleSet) -> bool:

@@ -221,6 +221,7 @@ def test_inductor_compiles_other_code_under_a_setting_that_matters(tmp_path):
     assert first.code == again.code == tiles.code  # tiles are of Triton's kernels, and those of a CPU are C++
     assert first.code != budget.code
     assert first.launches == again.launches < budget.launches
+    assert {cost.casts for cost in costs.values()} == {0}
     assert all(cost.compile_s > 1 for cost in costs.values())  # nothing was there
 
     later = make_bench(tmp_path, compile=True)
@@ -324,7 +325,7 @@ def rows_of(table: str) -> list[list[str]]:
 def test_the_table_has_what_was_measured():
     costs = {"compile_s": 21.25, "load_s": 3.0, "peak_bytes": 3 * 2**20, "launches": 12, "code": "aa"}
     records = make_visits(**costs)({**TIMES, ALL | {VIEWS}: 1250.0})
-    records += make_visits(**{**costs, "launches": 9, "code": "bb", "error": 0.2})({ALL | {TILES}: 800.0})
+    records += make_visits(**{**costs, "launches": 9, "casts": 2, "code": "bb", "error": 0.2})({ALL | {TILES}: 800.0})
     title, name, table, verdict, skipped = report_of(records, skipped=("a: unknown", "b: unknown"))
     assert title == (
         f"tiny, TP 2, 32 tokens, rowwise, NVIDIA H200 (torch {SOFTWARE_HERE.torch}, torchao {SOFTWARE_HERE.torchao}), "
@@ -346,7 +347,7 @@ def test_the_table_has_what_was_measured():
             "3",
             "12, as production",
         ],
-        [TILES, "0.800", "+50.0% (+50.0% to +50.0%)", "+25.0% (+25.0% to +25.0%)", *cost, "0.200", "3", "9"],
+        [TILES, "0.800", "+50.0% (+50.0% to +50.0%)", "+25.0% (+25.0% to +25.0%)", *cost, "0.200", "3", "9, 2 casts"],
         [
             VIEWS,
             "1.250",

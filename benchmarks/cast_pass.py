@@ -56,7 +56,7 @@ PRODUCTS = frozenset(
 )
 ATTENTION = "_scaled_dot_product_"  # the names of its operators begin so
 VIEWS = frozenset({aten.reshape.default, aten.view.default, aten.permute.default, operator.getitem})
-SOURCES = (__file__, str(cast_pattern.__file__), str(cast_op.__file__))
+SOURCES = (__file__, str(cast_pattern.__file__), str(cast_op.__file__))  # kernels are no part of a graph
 
 log = logging.getLogger(__name__)
 GraphPass = Callable[[Graph], None]

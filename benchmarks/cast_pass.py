@@ -2,10 +2,11 @@
 
 Inductor's casts to the column form, or to both forms of one operand, reach 28 to 56 % of a copy's bandwidth on an
 H100, the kernels of benchmarks/rowwise_casts_kernel.py 54 to 66 % (LOG.md). The pass comes after autograd and after
-Inductor's own passes, so that FSDP, tensor parallelism and recomputation need nothing else: it sees the graphs of the
-forward and of the backward, finds torchao's casts in them (benchmarks/cast_pattern.py) and puts an operator
-(benchmarks/cast_op.py) in their place. The row form alone stays with Inductor, which reaches 70 to 95 %. A pattern
-that is not exactly torchao's is left alone. Each graph's counts are a line of the logger "cast_pass", at level INFO.
+Inductor's own passes, so that FSDP and recomputation need nothing else: it sees the graphs of the forward and of the
+backward, finds torchao's casts in them (benchmarks/cast_pattern.py) and puts an operator (benchmarks/cast_op.py) in
+their place. The row form alone stays with Inductor, which reaches 70 to 95 %. A pattern that is not exactly torchao's
+is left alone: under DTensor's tensor parallelism too, where the amaxes over a divided dimension are those of all ranks.
+Each graph's counts are a line of the logger "cast_pass", at level INFO.
 
 With `emulate_precision_casts`, as torchtitan has it for rowwise, results are equal bit for bit to those without the
 pass. Without it, Inductor does not round an operand to bf16 that it computes while it casts; the kernels read it

@@ -104,14 +104,18 @@ def _factors(product: Node) -> tuple[Node, Node]:
 
 def _amax_of(scale: Node) -> tuple[Node, bool]:
     """What a scale is computed from, and whether it is rounded down to a power of two."""
+    if scale.op == "placeholder":
+        raise UnknownPatternError("its scales come from another graph")
     powers_of_two = scale.target is aten.exp2.default
     if powers_of_two:
         scale = _argument(_argument(scale, aten.exp2.default), aten.floor.default)
         scale = _argument(scale, aten.log2.default)
     scale = _argument(scale, prims.convert_element_type.default, torch.float32)
     scale = _argument(scale, aten.mul.Tensor, FLOAT8_MAX)
-    scale = _argument(_argument(scale, aten.reciprocal.default), aten.clamp_min.default, LEAST_AMAX)
-    return _argument(scale, prims.convert_element_type.default, torch.float64), powers_of_two
+    amax = _argument(_argument(scale, aten.reciprocal.default), aten.clamp_min.default, LEAST_AMAX)
+    if amax.target is torch.ops._c10d_functional.wait_tensor.default:
+        raise UnknownPatternError("its amaxes are those of several ranks")
+    return _argument(amax, prims.convert_element_type.default, torch.float64), powers_of_two
 
 
 def _reduced_dimension(amax: Node, x: Node) -> int:

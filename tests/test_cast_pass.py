@@ -71,12 +71,12 @@ def both(x: Tensor, **details: Any) -> tuple[Tensor, ...]:
     return *row(x, **details), *column(x, **details)
 
 
-def traced(function: Callable[..., Any], x: Tensor) -> GraphModule:
+def traced(function: Callable[..., Any], *tensors: Tensor) -> GraphModule:
     """Its graph as Inductor's passes leave it."""
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.fx_passes.post_grad import view_to_reshape
 
-    graph = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(x)
+    graph = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*tensors)
     view_to_reshape(graph)
     return graph
 
@@ -220,6 +220,23 @@ def test_a_square_column_form_that_is_stored_as_it_is_is_left_alone():
     graph = traced(lambda x: scaled(x.t(), -1)[0].t().contiguous(), operand(48, 48))
     why = "its column form is not stored transposed: it is used by permute(..., [1, 0])"
     assert list(replaced(graph).left) == [f"unknown: {why}"]
+
+
+def test_scales_that_the_forward_saved_are_left_alone():
+    def cast(x: Tensor, scale: Tensor) -> Tensor:
+        return (x.float() * scale).clamp(-448.0, 448.0).to(FLOAT8).t().contiguous()
+
+    graph = traced(cast, operand(), torch.ones(1, K))
+    assert list(replaced(graph).left) == ["unknown: its scales come from another graph"]
+
+
+def test_amaxes_of_several_ranks_are_left_alone():
+    graph = traced(column, operand())
+    (double,) = (node for node in graph.graph.nodes if node.args[1:] == (torch.float64,))
+    with graph.graph.inserting_after(double):
+        wait = graph.graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (double,))
+    double.replace_all_uses_with(wait, delete_user_cb=lambda user: user is not wait)
+    assert list(replaced(graph).left) == ["unknown: its amaxes are those of several ranks"]
 
 
 def test_a_tensorwise_cast_is_left_alone():

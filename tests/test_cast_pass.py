@@ -198,14 +198,28 @@ def test_amaxes_that_are_saved_are_those_of_the_operator():
             operand(),
             "its column form is not stored transposed: it is used by view(..., torch.uint8)",
         ),
+        (
+            lambda x: scaled(x, 0)[0].clone(memory_format=torch.contiguous_format),
+            operand(48, 48),
+            "its column form is not stored transposed: it is used by clone(...)",
+        ),
+        (
+            lambda x: scaled(x.t(), -1)[0].t().contiguous(),
+            operand(48, 48),
+            "its column form is not stored transposed: it is used by permute(..., [1, 0])",
+        ),
         (lambda x: scaled(x, 1), operand().view(3, 16, K), "its amax is over dimension 1 of 3"),
+        (lambda x: scaled(x, 0), operand().view(3, 16, K), "its amax is over dimension 0 of 3"),
         (
             lambda x: column(x),
             operand().t().contiguous().t()[:, :16].t().t()[::2],
             "expected a contiguous bf16 operand, found torch.bfloat16 of strides (2, 48)",
         ),
     ],
-    ids=["eps", "largest", "e5m2", "no clamp", "other amax", "float32", "not stored", "square", "middle", "strides"],
+    ids=[
+        *("eps", "largest", "e5m2", "no clamp", "other amax", "float32", "returned", "viewed"),
+        *("square as it is", "square twice transposed", "middle", "first", "strides"),
+    ],
 )
 def test_what_differs_from_torchao_is_left_alone(cast, x, why):
     graph = traced(cast, x)
@@ -213,13 +227,6 @@ def test_what_differs_from_torchao_is_left_alone(cast, x, why):
     counts = replaced(graph)
     assert (counts.replaced, dict(counts.left)) == (0, {f"unknown: {why}": 1})
     assert str(graph.graph) == before
-
-
-def test_a_square_column_form_that_is_stored_as_it_is_is_left_alone():
-    """Its shape is that of the transposed one."""
-    graph = traced(lambda x: scaled(x.t(), -1)[0].t().contiguous(), operand(48, 48))
-    why = "its column form is not stored transposed: it is used by permute(..., [1, 0])"
-    assert list(replaced(graph).left) == [f"unknown: {why}"]
 
 
 def test_scales_that_the_forward_saved_are_left_alone():

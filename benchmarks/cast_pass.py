@@ -9,8 +9,8 @@ is left alone: under DTensor's tensor parallelism too, where the amaxes over a d
 Each graph's counts are a line of the logger "cast_pass", at level INFO.
 
 With `emulate_precision_casts`, as torchtitan has it for rowwise, results are equal bit for bit to those without the
-pass (tests/test_cast_pass.py, on a CPU, and on a GPU with -m gpu). Without it, Inductor does not round an operand to bf16 that it computes while it casts; the kernels read it
-rounded, as eager torch does.
+pass (tests/test_cast_pass.py: on a CPU, and with -m gpu on a GPU). Without it, Inductor does not round an operand to
+bf16 that it computes while it casts; the kernels read it rounded, as eager torch does.
 
 Off by default. On from here, while models compile, their backwards too:
 

@@ -2,11 +2,11 @@
 
 Each visit is one run of torchtitan's own Trainer under torchrun: Llama 3 widths with as many layers as asked for, real
 steps with AdamW, and torchtitan's own metrics, read from its log. The choices are bf16; all float8; torchao's rule,
-asked about whole linears and about a rank's shards; fp8gate by its table; fp8gate by a plan; under tensor parallelism
-bf16 and the plan, or else the table, with async TP too. The head stays in bf16. Choices that convert the same linears
-are one run. A round visits each run once, and every other round goes backwards, so that a drift of the GPUs is the
-same for all. Gains are over the bf16 of the same round. Each visit compiles; from the second round on, compilers find
-the kernels of the first one in the cache.
+asked about whole linears and about a rank's shards; fp8gate by its table; fp8gate by a plan. bf16 and the plan, or else
+the table, also run with async TP, under tensor parallelism, and without CUDA graphs (--variants). The head stays in
+bf16. Choices that convert the same linears are one run. A round visits each run once, and every other round goes
+backwards, so that a drift of the GPUs is the same for all. Gains are over the bf16 of the same round. Each visit
+compiles; from the second round on, compilers find the kernels of the first one in the cache.
 
 Every visit is written into the journal as soon as it is done. --stop-after ends the command in time, and the same
 command goes on from the journal. torchtitan's logs of all visits are kept in one file beside it.
@@ -25,9 +25,10 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple, get_args
+from typing import IO, get_args
 
 import msgspec
+from train_titan_journal import Journal, append, lines_of, opened
 from train_titan_output import (
     LOG_EVERY,
     Choice,
@@ -36,6 +37,7 @@ from train_titan_output import (
     Recompute,
     Run,
     Setup,
+    Variant,
     Visit,
     Widths,
     last_words,
@@ -66,26 +68,14 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     software: Software
 
 
-class Journal(NamedTuple):
-    """The files of one setup. Both only grow."""
-
-    visits: Path
-    log: Path
-
-    @classmethod
-    def of(cls, setup: Setup, folder: Path) -> Journal:
-        return cls(folder / f"{setup.name}.jsonl", folder / f"{setup.name}.log")
-
-
 def main() -> None:
     arguments = parse()
     stop_at = time.monotonic() + arguments.stop_after * 60 if arguments.stop_after else None
     setup = setup_of(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     journal = Journal.of(setup, arguments.out)
-    has_async_tp = setup.tp > 1 and not arguments.no_async_tp
     listing = list_choices(setup)
-    header = header_of(setup, listing, arguments.choices, arguments.visits, has_async_tp=has_async_tp)
+    header = header_of(setup, listing, arguments.choices, arguments.visits, arguments.variants)
     if arguments.trace:
         trace_runs(setup, header, journal.log, stop_at)
         return
@@ -114,9 +104,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recompute", choices=get_args(Recompute), default="selective")
     parser.add_argument("--recipe", choices=get_args(Recipe), required=True)
     parser.add_argument("--unfused", action="store_true", help="q, k and v are linears of their own")
-    parser.add_argument(
-        "--no-cuda-graphs", action="store_true", help="the host launches every kernel of forward and backward"
-    )
     parser.add_argument("--tokens", type=int, default=8192, help="of a sequence, one of which a data parallel rank has")
     parser.add_argument("--steps", type=int, default=40, help=f"of a visit, a multiple of {LOG_EVERY}")
     parser.add_argument(
@@ -126,7 +113,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tables", type=Path, help="a table or folder of tables; default: those of fp8gate")
     parser.add_argument("--plan", type=Path, help="a plan; without one, that choice is left out")
     parser.add_argument("--choices", nargs="+", choices=get_args(Choice), default=get_args(Choice), help="bf16 always")
-    parser.add_argument("--no-async-tp", action="store_true", help="leave out bf16 and fp8gate with async TP")
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        choices=get_args(Variant),
+        default=get_args(Variant),
+        help="what bf16 and fp8gate are also run with; without a name, with none",
+    )
     parser.add_argument(
         "--trace",
         action="store_true",
@@ -142,7 +135,7 @@ def parse() -> argparse.Namespace:
 
 
 def setup_of(arguments: argparse.Namespace) -> Setup:
-    tables, plan = (str(path.resolve()) if path else None for path in (arguments.tables, arguments.plan))
+    tables, plan = (str(path) if path else None for path in (arguments.tables, arguments.plan))
     return Setup(
         widths=arguments.widths,
         layers=arguments.layers or LAYERS[arguments.widths],
@@ -154,7 +147,6 @@ def setup_of(arguments: argparse.Namespace) -> Setup:
         steps=arguments.steps,
         warm_up=arguments.warm_up,
         fused=not arguments.unfused,
-        cuda_graphs=not arguments.no_cuda_graphs,
         tables=tables,
         plan=plan,
     )
@@ -169,7 +161,10 @@ def list_choices(setup: Setup) -> Listing:
         return msgspec.json.decode(file.read_bytes(), type=Listing)
 
 
-def header_of(setup: Setup, listing: Listing, choices: Sequence[Choice], visits: int, *, has_async_tp: bool) -> Header:
+def header_of(
+    setup: Setup, listing: Listing, choices: Sequence[Choice], visits: int, variants: Sequence[Variant]
+) -> Header:
+    possible = variants if listing.device.kind == "cuda" else ()
     asked = {choice: names for choice, names in listing.float8.items() if choice == "bf16" or choice in choices}
     return Header(
         setup=setup,
@@ -177,54 +172,21 @@ def header_of(setup: Setup, listing: Listing, choices: Sequence[Choice], visits:
         linears=listing.linears,
         device=listing.device,
         software=listing.software,
-        runs=runs_of(asked, has_async_tp=has_async_tp and listing.device.kind == "cuda"),
+        runs=runs_of(asked, [variant for variant in possible if setup.tp > 1 or variant != "async TP"]),
     )
 
 
-def runs_of(float8: Mapping[Choice, tuple[str, ...]], *, has_async_tp: bool) -> tuple[Run, ...]:
-    """A run for each set of linears, beginning with bf16, then those with async TP."""
+def runs_of(float8: Mapping[Choice, tuple[str, ...]], variants: Sequence[Variant]) -> tuple[Run, ...]:
+    """A run for each set of linears, beginning with bf16, then those of the variants."""
     by_set: dict[tuple[str, ...], list[Choice]] = defaultdict(list)
     for choice, names in float8.items():
         by_set[names].append(choice)
-    runs = [Run(choices=tuple(choices), async_tp=False, float8=names) for names, choices in by_set.items()]
-    if has_async_tp:
-        best: Choice = "plan" if "plan" in float8 else "table"
-        asked: list[Choice] = [choice for choice in ("bf16", best) if choice in float8]
-        runs += [Run(choices=(choice,), async_tp=True, float8=float8[choice]) for choice in asked]
+    runs = [Run(choices=tuple(choices), float8=names) for names, choices in by_set.items()]
+    best: Choice = "plan" if "plan" in float8 else "table"
+    asked: list[Choice] = [choice for choice in ("bf16", best) if choice in float8]
+    for variant in variants:
+        runs += [Run(choices=(choice,), float8=float8[choice], variant=variant) for choice in asked]
     return tuple(runs)
-
-
-def opened(journal: Journal, header: Header) -> tuple[Header, list[Visit]]:
-    """Begin a journal, or go on with one. Raises SystemExit if it is of something else."""
-    return header, [msgspec.json.decode(line, type=Visit) for line in lines_of(journal.visits, header)]
-
-
-def lines_of(file: Path, header: Header) -> list[bytes]:
-    """The lines after the header, with which a new file begins. Raises SystemExit if it is of something else."""
-    cut_to_whole_lines(file)
-    if not file.stat().st_size:
-        append(file, header)
-    first, *lines = file.read_bytes().splitlines()
-    found = msgspec.json.decode(first, type=Header)
-    for name in header.__struct_fields__:
-        if getattr(found, name) != getattr(header, name):
-            raise SystemExit(
-                f"{file}: {name}: expected {getattr(header, name)}, as this command has it; found "
-                f"{getattr(found, name)}; give another folder to --out"
-            )
-    return lines
-
-
-def cut_to_whole_lines(file: Path) -> None:
-    """Take away a last line that was not written to its end, as its writer was killed."""
-    with open(file, "ab+") as opened_file:
-        opened_file.seek(0)
-        opened_file.truncate(opened_file.read().rfind(b"\n") + 1)
-
-
-def append(file: Path, line: Header | Visit | StepTrace) -> None:
-    with open(file, "ab") as opened_file:
-        opened_file.write(msgspec.json.encode(line) + b"\n")
 
 
 def is_too_late(stop_at: float | None, visits: Sequence[Visit]) -> bool:
@@ -262,7 +224,8 @@ def train(setup: Setup, run: Run, log: IO[bytes], limit_s: float, *more: str) ->
     """The exit code of torchrun, None if it was ended because the time was over."""
     rank = [str(RANK), msgspec.json.encode(setup).decode(), "--choice", run.choices[0]]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(setup.ranks), "--role", "rank"]
-    command = [sys.executable, "-m", *torchrun, "--tee", "3", *rank, *(["--async-tp"] if run.async_tp else []), *more]
+    variant = ["--variant", run.variant] if run.variant else []
+    command = [sys.executable, "-m", *torchrun, "--tee", "3", *rank, *variant, *more]
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment())
     try:
         return process.wait(limit_s)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch._utils
 import torch.distributed.fsdp
-from train_titan_output import LOG_EVERY, Choice, Setup
+from train_titan_output import LOG_EVERY, Choice, Setup, Variant
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
@@ -115,7 +115,7 @@ def zipf(shape: tuple[int, ...], vocab: int, rng: torch.Generator) -> torch.Tens
 
 
 def trainer_config(
-    setup: Setup, choice: Choice, *, async_tp: bool = False, traced_steps: int = 0, dump_folder: str = ""
+    setup: Setup, choice: Choice, *, variant: Variant | None = None, traced_steps: int = 0, dump_folder: str = ""
 ) -> Any:
     """The config of a run, in which torchtitan's converter has converted, or fp8gate's override will.
 
@@ -145,7 +145,7 @@ def trainer_config(
             local_batch_size=1,
             seq_len=setup.tokens,
             steps=setup.steps,
-            disable_cuda_graphs=not (setup.cuda_graphs and ON_GPU),
+            disable_cuda_graphs=variant == "without CUDA graphs" or not ON_GPU,
         ),
         parallelism=ParallelismConfig(
             tensor_parallel_degree=setup.tp, data_parallel_shard_degree=setup.fsdp, spmd_backend="partial_dtensor"
@@ -153,7 +153,7 @@ def trainer_config(
         activation_checkpoint={"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}[
             setup.recompute
         ],
-        compile=CompileConfig(enable=ON_GPU, enable_async_tensor_parallel=async_tp),
+        compile=CompileConfig(enable=ON_GPU, enable_async_tensor_parallel=variant == "async TP"),
         profiler=Profiler.Config(
             enable_profiling=traced_steps > 0, profile_freq=setup.steps, profiler_active=max(traced_steps, 1)
         ),

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, harmonic_mean
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 from tabulate import tabulate
@@ -24,6 +24,9 @@ Widths = Literal["llama3-8b", "llama3-70b", "tiny"]
 Recipe = Literal["rowwise", "rowwise_with_gw_hp"]
 Recompute = Literal["none", "selective", "full"]
 Choice = Literal["bf16", "all", "rule", "rule-shards", "table", "plan"]
+Variant = Literal["async TP", "without CUDA graphs"]
+"""What bf16 and fp8gate's best choice are also run with. torchtitan runs forward and backward as one CUDA graph, unless
+told: then the host launches each kernel, and gradients are written anew instead of set to zero and added to."""
 LABELS: dict[Choice, str] = {
     "bf16": "bf16",
     "all": "all float8",
@@ -34,6 +37,14 @@ LABELS: dict[Choice, str] = {
 }
 LOG_EVERY = 5
 """Steps between two lines of torchtitan's log. For each line it waits for the GPU, by default every 10 steps."""
+HEADLINE = (
+    "widths",
+    "recomputation",
+    "bf16, tokens/s a rank",
+    *(LABELS[choice] for choice in ("all", "rule", "rule-shards", "table", "plan")),
+    *(f"{who}, {variant}" for variant in get_args(Variant) for who in ("bf16", "fp8gate")),
+    "last loss: bf16, fp8gate",
+)
 HEADERS = ("choice", "float8 linears", "tokens/s a rank", "over bf16", "its visits", "peak GiB", "MFU", "last loss")
 _STEP = re.compile(
     r"^(?:\[rank0\]:)?.*step: +(?P<step>\d+) +loss: +(?P<loss>\S+) +grad_norm: +\S+ +memory: +(?P<memory_gib>[\d.]+)GiB"
@@ -46,9 +57,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """What is the same for every visit.
 
     tp, fsdp: the degrees; their product is the number of ranks. tokens: of one sequence, the batch of a data parallel
-    rank. warm_up: the first steps, which do not count. fused: q, k and v are one linear. cuda_graphs: forward and
-    backward are one CUDA graph, as torchtitan has it unless told; else the host launches each kernel. tables, plan:
-    files of fp8gate, its own tables if None.
+    rank. warm_up: the first steps, which do not count. fused: q, k and v are one linear. tables, plan: files of
+    fp8gate, its own tables if None.
     """
 
     widths: Widths
@@ -61,7 +71,6 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     warm_up: int
     fused: bool
-    cuda_graphs: bool
     tables: str | None
     plan: str | None
 
@@ -72,24 +81,23 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         """Names the files of this setup."""
-        degree = f"tp{self.tp}" if self.fsdp == 1 else f"fsdp{self.fsdp}"
+        degree = _degree(self).replace(" ", "").lower()
         recompute = "no-recompute" if self.recompute == "none" else f"{self.recompute}-recompute"
         fused = "" if self.fused else "-unfused"
-        graphs = "" if self.cuda_graphs else "-no-graphs"
         size = f"{self.widths}-{self.layers}-layers{fused}-m{self.tokens}"
-        return f"titan-{size}-{degree}-{recompute}-{self.recipe}{graphs}"
+        return f"titan-{size}-{degree}-{recompute}-{self.recipe}"
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One training run. choices: those that convert the same linears. The run is started with the first of them."""
 
     choices: tuple[Choice, ...]
-    async_tp: bool
     float8: tuple[str, ...]
+    variant: Variant | None = None
 
     @property
     def name(self) -> str:
-        return "; ".join(LABELS[choice] for choice in self.choices) + ("; async TP" if self.async_tp else "")
+        return "; ".join([*(LABELS[choice] for choice in self.choices), *([self.variant] if self.variant else [])])
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,6 +182,32 @@ def missing_visits(
                 yield run, number
 
 
+def headline(files: Iterable[Path]) -> str:
+    """A row for each journal: the mean gain of each choice over the bf16 of its round, for the documents.
+
+    Columns without any number are left out.
+    """
+    columns = zip(HEADLINE, *(_headline_row(*read_journal(file)) for file in files), strict=True)
+    headers, *rows = zip(*(column for column in columns if any(column[1:])), strict=True)
+    return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
+
+
+def _headline_row(header: Header, visits: Sequence[Visit]) -> tuple[str, ...]:
+    setup, bf16 = header.setup, header.runs[0]
+    runs = {(choice, run.variant): run for run in header.runs for choice in run.choices}
+    gains = {place: _gains(header, run, visits)[0] for place, run in runs.items()}
+    best: Choice = "plan" if ("plan", None) in runs else "table"
+    losses = (fmean(step.loss for step in _last_steps(header, run, visits)) for run in (bf16, runs[best, None]))
+    return (
+        f"{setup.widths}, {setup.layers} layers{'' if setup.fused else ', q, k, v apart'}, {_degree(setup)}",
+        setup.recompute,
+        f"{fmean(_by_round(setup, bf16, visits).values()):.0f}",
+        *(gains.get((choice, None), "") for choice in get_args(Choice)[1:]),
+        *(gains.get((choice, variant), "") for variant in get_args(Variant) for choice in ("bf16", best)),
+        ", ".join(f"{loss:.3f}" for loss in losses),
+    )
+
+
 def report(header: Header, visits: Sequence[Visit]) -> str:
     rows = [_row(header, run, visits) for run in header.runs]
     table = tabulate(rows, headers=HEADERS, disable_numparse=True, tablefmt="github")
@@ -182,14 +216,17 @@ def report(header: Header, visits: Sequence[Visit]) -> str:
 
 def title(header: Header) -> str:
     setup, software = header.setup, header.software
-    degree = f"TP {setup.tp} with sequence parallelism" if setup.fsdp == 1 else f"FSDP {setup.fsdp}"
+    sequence = " with sequence parallelism" if setup.tp > 1 else ""
     qkv = "" if setup.fused else ", q and k and v apart"
-    graphs = "as a CUDA graph" if setup.cuda_graphs else "launched by the host"
     return (
-        f"torchtitan, {setup.widths}, {setup.layers} layers{qkv}, {setup.ranks} x {header.device.name}, {degree}, "
-        f"{setup.recompute} recomputation, {setup.tokens} tokens, {setup.recipe}, forward and backward {graphs}, "
+        f"torchtitan, {setup.widths}, {setup.layers} layers{qkv}, {setup.ranks} x {header.device.name}, "
+        f"{_degree(setup)}{sequence}, {setup.recompute} recomputation, {setup.tokens} tokens, {setup.recipe}, "
         f"steps {setup.warm_up + 1} to {setup.steps} (torch {software.torch}, torchao {software.torchao})"
     )
+
+
+def _degree(setup: Setup) -> str:
+    return f"TP {setup.tp}" if setup.fsdp == 1 else f"FSDP {setup.fsdp}"
 
 
 def tokens_per_s(setup: Setup, visit: Visit) -> float | None:
@@ -216,7 +253,7 @@ def _lines_of_rank_0(log: str) -> Iterator[str]:
 
 def _row(header: Header, run: Run, visits: Sequence[Visit]) -> tuple[str, ...]:
     speeds = _by_round(header.setup, run, visits)
-    last = [visit.steps[-1] for visit in visits if visit.run == run.name and (visit.round, visit.gpus) in speeds]
+    last = _last_steps(header, run, visits)
     mfus = [step.mfu for step in last if step.mfu is not None]
     return (
         run.name,
@@ -227,6 +264,12 @@ def _row(header: Header, run: Run, visits: Sequence[Visit]) -> tuple[str, ...]:
         f"{fmean(mfus):.1f}%" if mfus else "",
         f"{fmean(step.loss for step in last):.4f}" if last else "",
     )
+
+
+def _last_steps(header: Header, run: Run, visits: Sequence[Visit]) -> list[Step]:
+    """Of each visit that did not fail."""
+    speeds = _by_round(header.setup, run, visits)
+    return [visit.steps[-1] for visit in visits if visit.run == run.name and (visit.round, visit.gpus) in speeds]
 
 
 def _by_round(setup: Setup, run: Run, visits: Sequence[Visit]) -> dict[tuple[int, tuple[str, ...]], float]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import torch
 from torch.distributed.fsdp import FSDPModule
 from train_titan_config import HEAD, ON_GPU, model_spec, trainer_config
-from train_titan_output import LABELS, Choice, Setup
+from train_titan_output import LABELS, Choice, Setup, Variant
 from train_titan_trace import read_trace
 
 TRACED_STEPS = 2
@@ -49,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setup", help="a Setup of train_titan_output.py, as JSON")
     parser.add_argument("--choice", choices=LABELS, default="bf16")
-    parser.add_argument("--async-tp", action="store_true")
+    parser.add_argument("--variant", choices=get_args(Variant))
     parser.add_argument(
         "--trace", type=Path, help=f"trace the last {TRACED_STEPS} steps, and write into this file what ran"
     )
@@ -60,17 +61,17 @@ def main() -> None:
     if arguments.list:
         arguments.list.write_bytes(msgspec.json.encode(listing(setup)))
     else:
-        train(setup, arguments.choice, arguments.async_tp, arguments.trace)
+        train(setup, arguments.choice, arguments.variant, arguments.trace)
 
 
-def train(setup: Setup, choice: Choice, async_tp: bool, trace: Path | None) -> None:
+def train(setup: Setup, choice: Choice, variant: Variant | None, trace: Path | None) -> None:
     if not ON_GPU:
         metrics.build_device_memory_monitor = NoMemoryMonitor
     if not ON_GPU or not hasattr(torch.distributed, "set_timeout"):  # pytorch#187387, in 2.14
         distributed_utils.set_pg_timeouts = lambda **_: None
     with tempfile.TemporaryDirectory() as folder:
         traced_steps = TRACED_STEPS if trace else 0
-        config = trainer_config(setup, choice, async_tp=async_tp, traced_steps=traced_steps, dump_folder=folder)
+        config = trainer_config(setup, choice, variant=variant, traced_steps=traced_steps, dump_folder=folder)
         trainer = config.build()
         modules = [module for part in trainer.model_parts for module in part.modules()]
         found = sum(isinstance(module, Float8Linear) for module in modules)
@@ -78,6 +79,8 @@ def train(setup: Setup, choice: Choice, async_tp: bool, trace: Path | None) -> N
         for module in modules if not ON_GPU else ():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no other sum of gradients
+        if trace:
+            trainer.train_step = waiting_for_gpu(trainer.train_step)
         try:
             trainer.train()
         finally:
@@ -86,6 +89,16 @@ def train(setup: Setup, choice: Choice, async_tp: bool, trace: Path | None) -> N
             (file,) = Path(folder).rglob("rank0_trace.json.gz")
             trace.write_bytes(msgspec.json.encode(read_trace(file, choice, TRACED_STEPS)))
     torch.distributed.destroy_process_group()
+
+
+def waiting_for_gpu(train_step: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A step that ends when the GPU has done it. Else the host runs ahead, and a trace has kernels of other steps."""
+
+    def step(data_iterator: Any) -> None:
+        train_step(data_iterator)
+        torch.cuda.synchronize()
+
+    return step
 
 
 def listing(setup: Setup) -> dict[str, Any]:

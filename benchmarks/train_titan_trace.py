@@ -3,8 +3,9 @@
 In: the trace of some steps, as torchtitan's profiler writes it. Out: for each step the milliseconds of its kernels by
 kind, and how long the GPU ran nothing, as Markdown.
 
-A GPU that runs nothing waits for the host, which launches the kernels, or for another rank. Kernels of several streams
-run at the same time, so that the kinds may add up to more than the step.
+Each traced step begins when the GPU has done the one before. A GPU that runs nothing waits for the host, which launches
+the kernels, or for another rank. Kernels of several streams run at the same time, so that the kinds may add up to more
+than the step.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from fp8gate.calibrate.breakdown.profiler import kernel_kind
 
 Kind = Literal["bf16 products", "float8 products", "attention", "communication", "optimizer", "casts and others"]
 ON_GPU = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})  # categories of a trace's events
-FLOAT8 = re.compile("e4m3|e5m2|float8|nvjet_qq", re.IGNORECASE)
-"""In the name of a product. cuBLAS's nvjet kernels name their operands: q is float8."""
+FLOAT8 = re.compile(r"e4m3|e5m2|float8|nvjet_(?:sm\d+_)?qq", re.IGNORECASE)
+"""In the name of a product. cuBLAS's nvjet kernels name their operands, since CUDA 13 behind the architecture: q is
+float8."""
 BY_NAME: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("communication", re.compile("nccl|symm_mem|multimem|barrier", re.IGNORECASE)),
     ("attention", re.compile("flash|fmha|attention", re.IGNORECASE)),

@@ -7,8 +7,9 @@ lies within the bounds of the other, and which decisions flip.
 A second table has the coverage, for each recipe and class of bf16 time: the share of one sweep's speedups that lie
 within the other's bounds, both ways, and the median half width of the bounds. First come the bounds that the tables
 state, then a simulation of what `calibrate` does now: it takes some points of the other sweep as repeats, computes the
-bounds from them, and judges the points that are left. Its shares are means over many draws of repeats; the next column
-is the share of draws that cover 95 % of the points or more.
+bounds from them, adds what boards of the kind differ by, and judges the points that are left. Its shares are means over
+many draws of repeats; the next column is the share of draws that cover 95 % of the points or more. These repeats are of
+the other sweep's board, so what the boards differ by goes into `between` too, as it does not in a sweep.
 
 Run it: python benchmarks/two_sweeps.py [FIRST SECOND]
 """
@@ -17,16 +18,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import random
 from pathlib import Path
 
 import numpy as np
 from tabulate import tabulate
 
-from fp8gate.calibrate.points.bounds import RepeatedPoint, half_widths, run_bounds, widened
+from fp8gate.calibrate.device.registry import KINDS
+from fp8gate.calibrate.points.bounds import RepeatedPoint, half_widths, narrowed, run_bounds, widened
 from fp8gate.calibrate.timing.statistics import Interval
-from fp8gate.filter.contract.bounds import COVERAGE, SMALL_US, is_small, without_between
+from fp8gate.filter.contract.bounds import COVERAGE, SMALL_US, Bounds, is_small
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.table import WITH_NUMBERS, Point, SweepProtocol, read_table
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
@@ -58,7 +59,7 @@ def compare(first: Path, second: Path, min_speedup: float = DEFAULT_MIN_SPEEDUP)
     everything = [pair for pairs in by_recipe.values() for pair in pairs]
     rows = [_row(recipe, pairs) for recipe, pairs in by_recipe.items()]
     for low, high in itertools.pairwise(BF16_US):
-        rows.append(_row(f"bf16 {low:g} to {high:g} us", [p for p in everything if low <= _bf16_us(p[0]) < high]))
+        rows.append(_row(f"bf16 {low:g} to {high:g} us", [p for p in everything if low <= p[0].total_us[0] < high]))
     rows.append(_row("all", everything))
     headers = ("", "speedups", "median", "90 %", "95 %", "worst", "within 0.5 %", "within 1 %", "in the other's bounds")
     flips = [
@@ -77,12 +78,16 @@ def coverage(first: Path, second: Path) -> str:
     for recipe in RECIPES:
         files = first / f"{recipe}.yaml", second / f"{recipe}.yaml"
         pairs = _pairs(*files)
-        protocols = tuple(read_table(file).protocol for file in files)
+        tables = [read_table(file) for file in files]
+        board_us = KINDS[tables[0].device.kind].defaults.noise.board_us
         for small, name in ((True, f"below {SMALL_US:g} us"), (False, f"from {SMALL_US:g} us")):
-            of_class = [pair for pair in pairs if is_small(_bf16_us(pair[0])) is small]
+            of_class = [pair for pair in pairs if is_small(pair[0].total_us[0]) is small]
             stated = [[(_bounds(pair[i]), _speedup(pair[1 - i])) for pair in of_class] for i in (0, 1)]
-            runs = [[_one_run(pair[i], protocols[i]) for pair in of_class] for i in (0, 1)]
-            simulated = [_simulated(runs[i], runs[1 - i]) for i in (0, 1)]
+            runs = [[_one_run(pair[i], tables[i].protocol) for pair in of_class] for i in (0, 1)]
+            boards = [
+                [Bounds(board_us=board_us).between_boards(*pair[i].total_us) for pair in of_class] for i in (0, 1)
+            ]
+            simulated = [_simulated(runs[i], runs[1 - i], boards[i]) for i in (0, 1)]
             rows.append(
                 (
                     recipe,
@@ -108,15 +113,24 @@ def coverage(first: Path, second: Path) -> str:
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
 
 
-def _simulated(stated: list[Interval], other: list[Interval]) -> tuple[float, float, float]:
-    """The mean share of points within, the share of draws in which 95 % are, and the mean of the median half widths."""
+def _simulated(
+    stated: list[Interval], other: list[Interval], boards: list[tuple[float, float]]
+) -> tuple[float, float, float]:
+    """The mean share of points within, the share of draws in which 95 % are, and the mean of the median half widths.
+
+    stated: what varies within one run. boards: the half widths of what boards differ by, at the same points.
+    """
     count = min(REPEATS, len(stated) // 3)
     shares, halves = [], []
     for seed in range(DRAWS):
         repeated = set(random.Random(seed).sample(range(len(stated)), count))
         repeats = [RepeatedPoint(stated[i], other[i].estimate) for i in sorted(repeated)]
         between = run_bounds(repeats, stated, known=0.0).between
-        judged = [(widened(stated[i], between), other[i].estimate) for i in range(len(stated)) if i not in repeated]
+        judged = [
+            (widened(widened(stated[i], (between, between)), boards[i]), other[i].estimate)
+            for i in range(len(stated))
+            if i not in repeated
+        ]
         shares.append(_covered(judged))
         halves.append(_median_half([bounds for bounds, _ in judged]))
     return float(np.mean(shares)), float(np.mean(np.array(shares) >= COVERAGE)), float(np.mean(halves))
@@ -138,9 +152,7 @@ def _bounds(point: Point) -> Interval:
 
 def _one_run(point: Point, protocol: SweepProtocol) -> Interval:
     """The bounds of what varies within one run."""
-    bounds, part = _bounds(point), protocol.bounds.of(_bf16_us(point)) if protocol.bounds else None
-    low, high = (math.exp(without_between(half, part.between if part else 0.0)) for half in half_widths(bounds))
-    return Interval(bounds.estimate, bounds.estimate / low, bounds.estimate * high)
+    return narrowed(_bounds(point), (protocol.bounds or Bounds()).between_runs(*point.total_us))
 
 
 def _pairs(first: Path, second: Path) -> list[Pair]:
@@ -160,10 +172,6 @@ def _row(name: str, pairs: list[Pair]) -> tuple[str, ...]:
         *(f"{share:.0%}" for share in shares),
         f"{inside:.0%}",
     )
-
-
-def _bf16_us(point: Point) -> float:
-    return (point.bf16_fwd_us or 0.0) + (point.bf16_bwd_us or 0.0)
 
 
 def _speedup(point: Point) -> float:

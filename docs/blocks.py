@@ -91,7 +91,7 @@ def command_output(above: str) -> str:
 
 def snippet_output(above: str) -> str:
     """What the Python snippet directly above prints, for a Llama 3 8B. A warning, which no page shows, is an error."""
-    from fp8gate.filter.findings import FilterWarning
+    from fp8gate.filter.policy.findings import FilterWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", FilterWarning)
@@ -195,6 +195,10 @@ def _tp_block(output: Any) -> str:
     return "\n\n".join(output.headline(*output.read_journal(file)) for file in files)
 
 
+def _train_titan(output: Any) -> str:
+    return str(output.headline(sorted((ROOT / "benchmarks" / "data" / "train-titan").glob("*.jsonl"))))
+
+
 def _scaling(scaling: Any) -> str:
     return str(scaling.report(scaling.read_costs(scaling.COSTS), [1, 8, 64, 512]))
 
@@ -204,8 +208,15 @@ def _two_sweeps(two_sweeps: Any) -> str:
 
 
 def _two_h100_sweeps(two_sweeps: Any) -> str:
-    slug = device_slug(H100)
-    return str(two_sweeps.coverage(ROOT / "thresholds" / slug, ROOT / "benchmarks" / "data" / f"{slug}-second-sweep"))
+    return str(two_sweeps.coverage(_h100_sweep("first"), _h100_sweep("second")))
+
+
+def _third_h100_board(two_sweeps: Any) -> str:
+    return str(two_sweeps.coverage(ROOT / "thresholds" / device_slug(H100), _h100_sweep("older")))
+
+
+def _h100_sweep(which: str) -> Path:
+    return ROOT / "benchmarks" / "data" / f"{device_slug(H100)}-{which}-sweep"
 
 
 BLOCKS: dict[str, Maker] = {
@@ -217,12 +228,14 @@ BLOCKS: dict[str, Maker] = {
     "plan_choices": benchmark("plan_choices", lambda script: str(script.gains(list(script.packaged_plans(DEVICE))))),
     "plan_choices_h100": benchmark("plan_choices", lambda script: str(script.gains(list(script.packaged_plans(H100))))),
     "tp_block": benchmark("tp_block_output", _tp_block),
+    "train_titan": benchmark("train_titan_output", _train_titan),
     "sweep_seconds": benchmark("sweep_seconds", lambda script: str(script.report(script.read_costs()))),
     "against_torchao_rule": benchmark("against_torchao_rule", lambda script: str(script.compare(DEVICE))),
     "against_h100": benchmark("against_torchao_rule", lambda script: str(script.compare(H100, min_speedup=1.0))),
     "scaling": benchmark("scaling", _scaling),
     "two_sweeps": benchmark("two_sweeps", _two_sweeps),
     "two_h100_sweeps": benchmark("two_sweeps", _two_h100_sweeps),
+    "third_h100_board": benchmark("two_sweeps", _third_h100_board),
 }
 """Every block there is: its name, and what makes it."""
 

@@ -8,16 +8,14 @@ that lie beside the folders may import from all of them:
     model/      the linears of a model, their sizes, and the part of each that a rank holds
     observe/    a model's forward without data, and models described by their config
     decision/   one shape -> an estimate -> a decision with its reason
+    policy/     the settings of a filter; what should be known about its answers, and what happens with each kind of it
+    planned/    the plan that decides: given, named, or the one that fits; its decisions for a model's blocks
     ranks/      whether all ranks decided the same, in bounded time
     explain/    a whole model by the filter, for `fp8gate explain`
 
     auto_filter         makes the filter, and checks its arguments
     layer_filter        the filter itself
-    settings            its settings, and what happens with each kind of finding
     linear_decisions    one linear -> a decision, by the plan or the table
-    plan_choice         the plan that decides: given, named, or the one that fits a model
-    plan_decisions      a plan -> decisions for a model's blocks
-    findings            what should be known about the answers: warnings and errors
     decided_topics      what ranks compare
     filter_text         the answers as text
     terminal_table      tables of text that fit the terminal

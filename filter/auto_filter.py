@@ -13,7 +13,12 @@ from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
 from fp8gate.filter.decision.measured_settings import unmeasured_settings
-from fp8gate.filter.findings import (
+from fp8gate.filter.layer_filter import AutoFilter
+from fp8gate.filter.locate.find_table import find_table
+from fp8gate.filter.locate.incomplete_table import complete_table_elsewhere, incomplete_remark
+from fp8gate.filter.model.parallel import Parallel
+from fp8gate.filter.planned.plan_choice import AUTO, PlanArgument, PlanChoice
+from fp8gate.filter.policy.findings import (
     Finding,
     Findings,
     IncompleteTableWarning,
@@ -21,12 +26,7 @@ from fp8gate.filter.findings import (
     StaleTableWarning,
     UnmeasuredSettingWarning,
 )
-from fp8gate.filter.layer_filter import AutoFilter
-from fp8gate.filter.locate.find_table import find_table
-from fp8gate.filter.locate.incomplete_table import complete_table_elsewhere, incomplete_remark
-from fp8gate.filter.model.parallel import Parallel
-from fp8gate.filter.plan_choice import AUTO, PlanArgument, PlanChoice
-from fp8gate.filter.settings import NOT_PARALLEL, FilterSettings, Recompute, policies
+from fp8gate.filter.policy.settings import NOT_PARALLEL, FilterSettings, Recompute, policies
 
 
 def auto_filter(

@@ -9,8 +9,8 @@ from fp8gate.filter.contract.plans.plan_file import Plans, format_plans
 from fp8gate.filter.contract.table import Table, format_table
 from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.decision.shared_input import least_text
+from fp8gate.filter.policy.settings import FilterSettings
 from fp8gate.filter.ranks.agreement import Topic, sha256_of
-from fp8gate.filter.settings import FilterSettings
 
 
 def topics_decided(

@@ -9,9 +9,10 @@ from fp8gate.filter.contract.names import without_indices
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.contract.table import Table
 from fp8gate.filter.decision.decide import Decision
+from fp8gate.filter.decision.estimate import OF_ALIGNED
 from fp8gate.filter.decision.shared_input import least_text
-from fp8gate.filter.plan_choice import PlanChoice
-from fp8gate.filter.settings import FilterSettings
+from fp8gate.filter.planned.plan_choice import PlanChoice
+from fp8gate.filter.policy.settings import FilterSettings
 
 
 def decisions_text(decisions: Mapping[str, Decision], *, full: bool) -> str:
@@ -52,7 +53,8 @@ def summary_text(
     """
     converted = sum(d.convert for d in decisions.values())
     least = f"at least {least_text(settings.min_speedup)}"
-    chosen = "by a plan" if plans.chosen else least
+    by_plan = plans.chosen is not None and any(d.planned for d in decisions.values())
+    chosen = "by a plan" if by_plan else least
     sentences = [
         f"converted {converted} of {len(decisions)} linears to float8 {table.recipe} "
         f"({chosen} on {table.device.name} at {settings.tokens} tokens)"
@@ -60,7 +62,8 @@ def summary_text(
     if plans.chosen:
         by_table = dict.fromkeys(without_indices(fqn) for fqn, d in decisions.items() if d.point)
         others = f"; not in it, by the table, {least}: {', '.join(by_table)}" if by_table else ""
-        sentences.append(f"the plan {plans.chosen.source}, whatever min_speedup{others}")
+        extent = ", whatever min_speedup" if by_plan else " decides none of them"
+        sentences.append(f"the plan {plans.chosen.source}{extent}{others}")
         sentences += plans.chosen.remarks()
     if remark := plans.remark():
         sentences.append(remark)
@@ -68,6 +71,8 @@ def summary_text(
         names = ", ".join(dict.fromkeys(map(without_indices, outside)))
         command = f"fp8gate calibrate --model CONFIG.json --tokens {settings.tokens}"
         sentences.append(f"outside the measured range: {len(outside)} ({names}); to measure them: {command}")
+    if unaligned := dict.fromkeys(without_indices(fqn) for fqn, d in decisions.items() if d.unaligned is None):
+        sentences.append(f"answered from {OF_ALIGNED}: {', '.join(unaligned)}")
     if differences := stale(table.software):
         sentences.append(f"the table was measured with {differences}; to measure again: fp8gate calibrate")
     if table.incomplete:

@@ -17,7 +17,14 @@ from fp8gate.filter.contract.table import Table
 from fp8gate.filter.decided_topics import topics_decided
 from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.filter_text import decisions_text, summary_text
-from fp8gate.filter.findings import (
+from fp8gate.filter.linear_decisions import LinearDecisions
+from fp8gate.filter.model.linear_layer import linear_size
+from fp8gate.filter.model.model_linears import ModelLinears, model_linears
+from fp8gate.filter.model.observed import Observation
+from fp8gate.filter.model.parallel import is_own_plan
+from fp8gate.filter.observe.observe import ExampleInputs, observe
+from fp8gate.filter.planned.plan_choice import PlanChoice
+from fp8gate.filter.policy.findings import (
     FilterWarning,
     Finding,
     Findings,
@@ -28,15 +35,8 @@ from fp8gate.filter.findings import (
     UnmatchedPatternWarning,
     UnmeasuredSettingWarning,
 )
-from fp8gate.filter.linear_decisions import LinearDecisions
-from fp8gate.filter.model.linear_layer import linear_size
-from fp8gate.filter.model.model_linears import ModelLinears, model_linears
-from fp8gate.filter.model.observed import Observation
-from fp8gate.filter.model.parallel import is_own_plan
-from fp8gate.filter.observe.observe import ExampleInputs, observe
-from fp8gate.filter.plan_choice import PlanChoice
+from fp8gate.filter.policy.settings import FilterSettings
 from fp8gate.filter.ranks.agreement import require_agreement
-from fp8gate.filter.settings import FilterSettings
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -13,7 +13,11 @@ from fp8gate.filter.contract.table import Table
 from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.decision.lookup import Lookup
 from fp8gate.filter.decision.shared_input import InputKind, decide_linear, input_kind, least_speedup
-from fp8gate.filter.findings import (
+from fp8gate.filter.model.linear_layer import LinearSize
+from fp8gate.filter.model.parallel import ShardError, Shards
+from fp8gate.filter.model.rows import Rows
+from fp8gate.filter.planned.plan_choice import PlanChoice
+from fp8gate.filter.policy.findings import (
     AmbiguousPointWarning,
     FilterWarning,
     Finding,
@@ -24,11 +28,7 @@ from fp8gate.filter.findings import (
     UnknownRowsWarning,
     UnknownShardWarning,
 )
-from fp8gate.filter.model.linear_layer import LinearSize
-from fp8gate.filter.model.parallel import ShardError, Shards
-from fp8gate.filter.model.rows import Rows
-from fp8gate.filter.plan_choice import PlanChoice
-from fp8gate.filter.settings import FilterSettings
+from fp8gate.filter.policy.settings import FilterSettings
 
 COSTLY = 0.10
 """A decision that may be wrong is worth a warning if that may cost more of the linear's time. The bounds of a GPU's

@@ -25,7 +25,7 @@ from fp8gate.calibrate.points.point_record import is_near
 from fp8gate.calibrate.report.comparison_text import comparison_text
 from fp8gate.calibrate.sweep.sweep_tasks import repeats_for_bounds
 from fp8gate.calibrate.timing.statistics import Interval
-from fp8gate.filter.contract.bounds import Bounds, RunBounds, without_between
+from fp8gate.filter.contract.bounds import Bounds, RunBounds, without_part
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import TableError, format_table, parse_table
 
@@ -52,7 +52,7 @@ def repeated(pairs):
 
 
 def covered(pairs, between):
-    bounds = [(widened(interval(one), between), math.exp(other)) for one, other in pairs]
+    bounds = [(widened(interval(one), (between, between)), math.exp(other)) for one, other in pairs]
     return mean(speedup.low <= other <= speedup.high for speedup, other in bounds)
 
 
@@ -86,11 +86,11 @@ def test_where_a_tenth_differ_and_the_others_do_not_the_bounds_cover_that():
 def test_without_a_difference_between_runs_the_bounds_stay_as_they_are():
     found = run_bounds(repeated([(0.0, 0.003)] * 40), [interval(0.0)], known=0.08)
     assert found.between == 0.0
-    assert widened(interval(0.1), 0.0).high == pytest.approx(interval(0.1).high)
+    assert widened(interval(0.1), (0.0, 0.0)).high == pytest.approx(interval(0.1).high)
 
 
 def test_each_side_is_widened_by_itself():
-    wide = widened(Interval(2.0, 2.0 * math.exp(-0.03), 2.0), 0.04)
+    wide = widened(Interval(2.0, 2.0 * math.exp(-0.03), 2.0), (0.04, 0.04))
     assert math.log(2.0 / wide.low) == pytest.approx(0.05)
     assert math.log(wide.high / 2.0) == pytest.approx(0.04)
     assert RepeatedPoint(wide, 2.0 * math.exp(0.05)).unexplained == pytest.approx(0.03)
@@ -303,8 +303,8 @@ def test_beside_a_table_that_states_no_bounds_only_what_varies_within_a_run_coun
     mixed = compare_tables(old, new, min_speedup=1.05).points[0]
     assert mixed.bounds is None
     assert mixed.allowed == pytest.approx(both_old.allowed, abs=1e-3)
-    assert without_between(HALF, 0.04) == pytest.approx(0.003)
-    assert without_between(0.03, 0.04) == 0.0
+    assert without_part(HALF, 0.04) == pytest.approx(0.003)
+    assert without_part(0.03, 0.04) == 0.0
 
 
 def test_merged_tables_state_the_widest_bounds_and_all_repeats():
@@ -313,7 +313,19 @@ def test_merged_tables_state_the_widest_bounds_and_all_repeats():
     expected = RunBounds(coverage=0.875, within=0.003, between=0.05, repeats=47)
     assert merged.protocol.bounds == Bounds(below_120_us=SMALL, from_120_us=expected)
     half = math.log(merged.points[0].speedup_high / merged.points[0].speedup)
-    assert half == pytest.approx(HALF / math.sqrt(2), rel=0.01)
+    assert half == pytest.approx(HALF * math.sqrt(3 / 4), rel=0.01)
+
+
+def test_bounds_of_merged_tables_cover_another_sweep():
+    """Bounds for one sweep's difference from another hold for the mean of three, too, and not by being wide."""
+    rng, sigma = random.Random(3), 0.015
+    half = 1.96 * math.sqrt(2) * sigma
+    covered = 0
+    for _ in range(1000):
+        tables = {name: table([rng.gauss(0, sigma)], half=half, protocol=STATED) for name in "abc"}
+        point = merge_tables(tables).points[0]
+        covered += point.speedup_low <= 1.5 * math.exp(rng.gauss(0, sigma)) <= point.speedup_high
+    assert 0.94 < covered / 1000 < 0.985
 
 
 def test_wide_bounds_of_honest_tables_are_no_noise_in_a_merged_one():

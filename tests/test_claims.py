@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import sys
+from statistics import mean
 
 import pytest
 from documents import ROOT, page_text
 
-from fp8gate import read_table
 from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.decision.estimate import OF_ALIGNED
 
 COMPARISON, LIMITS, PLANS = page_text("comparison.md"), page_text("limits.md"), page_text("plans.md")
+README, CHANGES = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "CHANGELOG.md"))
 TORCHAO = "torchao's rule"
+H100 = "nvidia-h100-80gb-hbm3"
 LOOKUP = " ".join((ROOT / "filter" / "decision" / "lookup.py").read_text().split())
 
 
@@ -26,12 +29,13 @@ def _benchmarks(monkeypatch):
         "grid_density",
         "unaligned_tokens",
         "tp_block_output",
+        "train_titan_output",
         "plan_choices",
     ):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("device", ["nvidia-h200", "nvidia-h100-80gb-hbm3"])
+@pytest.mark.parametrize("device", ["nvidia-h200", H100])
 def test_how_far_two_sweeps_agree(device):
     import two_sweeps
 
@@ -51,22 +55,31 @@ def test_what_bounds_from_repeats_cover_and_how_wide_they_are():
     _, shares, draws, halves = columns(two_sweeps.coverage(*sweeps_of("nvidia-h200")))
     assert min(shares) > 95
     assert min(draws) > 80
-    assert max(halves) < 10.5
+    assert max(halves) < 11.5  # they have the constant of H100 boards, which these two do not show
 
 
-def test_what_the_stated_bounds_of_two_h100_sweeps_cover_of_each_other():
+def test_what_the_stated_bounds_of_h100_sweeps_cover_and_how_wide_they_are():
     import two_sweeps
 
-    stated, *_ = columns(two_sweeps.coverage(*sweeps_of("nvidia-h100-80gb-hbm3")))
-    below, above = ([x for i in range(a, len(stated), 4) for x in stated[i : i + 2]] for a in (0, 2))
-    covered = "cover {:.0f} to {:.0f} % of the other's speedups from 120 us on, and {:.0f} to {:.0f} % below"
-    assert covered.format(min(above), max(above), min(below), max(below)) in LIMITS
-    files = [file for folder in sweeps_of("nvidia-h100-80gb-hbm3") for file in sorted(folder.glob("*.yaml"))]
-    bounds = [table.protocol.bounds for table in map(read_table, files)]
-    large = [100 * found.from_120_us.between for found in bounds]
-    small = [100 * found.below_120_us.between for found in bounds]
-    wide = "{:.0f} to {:.0f} %, and of {:.0f} to {:.0f} % where bf16 takes less than 120 us"
-    assert wide.format(min(large), max(large), min(small), max(small)) in LIMITS
+    first, second = sweeps_of(H100)
+    packaged, older = ROOT / "thresholds" / H100, second.with_name(f"{H100}-older-sweep")
+    (below, above), (small, large) = stated(two_sweeps.coverage(first, second))
+    assert f"cover {range_of(above)} of each other from 120 us on, and {range_of(below)} below" in LIMITS
+    (below, above), (merged_small, merged_large) = stated(two_sweeps.coverage(packaged, older))
+    assert f"cover {range_of(above[::2])} from 120 us on, and {range_of(below[::2])} below" in LIMITS
+    assert f"of {range_of(large)}, and of {range_of(small)} where bf16 takes less than 120 us; merged" in LIMITS
+    assert f"packaged, {range_of(merged_large[::2])} and {range_of(merged_small[::2])}" in LIMITS
+
+
+def stated(coverage):
+    """What the stated bounds cover, and their half widths: each below 120 us and from there on, both ways."""
+    rows = [[cell.strip().split(", ") for cell in line.split("|")[1:-1]] for line in coverage.splitlines()[2:]]
+    return [[[float(x.rstrip("%")) for row in rows[i::2] for x in row[column]] for i in (0, 1)] for column in (3, 4)]
+
+
+def range_of(percents):
+    low, high = (f"{one:.0f}" for one in (min(percents), max(percents)))
+    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def test_what_the_rules_lose_against_the_plans_of_an_h100():
@@ -80,12 +93,12 @@ def test_what_the_rules_lose_against_the_plans_of_an_h100():
         if (cells := line.split("|")[1:])
     }
     said = (
-        "The five blocks of an H100 came after the rule too: there the filter's set takes {} more time than the plan's "
-        "(worst {}), 1.05x for all {} ({}), 1.00x for all {} ({}), and torchao's rule {} ({})."
+        "The eight blocks of an H100 came after the rule too: there the filter's set takes {} more time than the "
+        "plan's (worst {}), 1.05x for all {} ({}), 1.00x for all {} ({}), and torchao's rule {} ({})."
     )
     rules = ("the filter's default", "1.05 for all", "1.00 for all", "torchao's rule")
     assert said.format(*(cell for rule in rules for cell in rows[rule])) in PLANS
-    assert len(plans) == 5
+    assert len(plans) == 8
 
 
 def test_the_order_of_a_plans_sets_holds_with_communication():
@@ -115,9 +128,76 @@ def test_the_order_of_a_plans_sets_holds_with_communication():
     assert f"whose layer gains {small['plan'][1:]} %" in LIMITS
 
 
+def test_what_float8_gained_in_torchtitan():
+    import train_titan_output
+
+    gains, speeds, apart = {}, {}, []
+    for name, header, visits in trained_in_torchtitan(train_titan_output):
+        lines = train_titan_output.report(header, visits).splitlines()
+        rows = {cells[0]: cells[1:] for line in lines if (cells := [cell.strip() for cell in line.split("|")[1:-1]])}
+        for run in header.runs:
+            _, speed, gain, of_visits, *_ = rows[run.name]
+            gains |= {(name, choice, run.variant): gain.replace("%", " %") for choice in run.choices}
+            speeds |= {(name, choice, run.variant): float(speed) for choice in run.choices}
+            found = [float(one.strip("%")) for one in of_visits.split(", ")]
+            apart.append(max(found) - min(found))
+    small, full, large = "8b tp2 selective", "8b tp2 full", "70b tp2 selective"
+    assert gains[small, "table", None] == gains[small, "plan", None] == "+1.4 %"
+    assert "16 layers of Llama 3 8B's widths train 1.4 % faster than in bf16. By torchao's rule they train" in README
+    assert (gains[small, "rule-shards", None], gains[small, "rule", None]) == ("-0.3 %", "-1.4 %")
+    assert "By torchao's rule they train 0.3 to 1.4 % slower, and with everything converted 1.4 % slower" in README
+    assert gains[small, "all", None] == "-1.4 %"
+    assert gains[large, "rule", None] == gains[large, "plan", None] == "+8.1 %"
+    assert "4 layers of the 70B widths gain 8.1 %, also by the rule" in README
+    assert [gains[full, choice, None] for choice in ("rule", "rule-shards", "table")] == ["+1.0 %", "+2.1 %", "+3.1 %"]
+    assert "and 3.1 % with full recomputation, where it gains 1.0 to 2.1 %" in CHANGES
+    with_async = speeds[small, "plan", "async TP"] / speeds[small, "bf16", "async TP"] - 1
+    assert f"gains 1.4 %, and {100 * with_async:.1f} % with asynchronous" in PLANS
+    assert f"gains of the same choice by {max(apart):.1f} points or less" in PLANS
+    with_graphs = {
+        name: [f"{speeds[name, choice, None]:.0f}" for choice in ("bf16", "plan")] for name in (small, large)
+    }
+    assert "| 8B, 16 layers, TP 2 | 13452 | {} | 13250 | {} |".format(*with_graphs[small]) in PLANS
+    assert "| 70B, 4 layers, TP 2 | 14039 | {} | 15232 | {} |".format(*with_graphs[large]) in PLANS
+    assert "[1.4 % faster with them](plans.md#trained-in-torchtitan)" in LIMITS
+
+
+def test_losses_in_torchtitan_follow_those_of_bf16():
+    import train_titan_output
+
+    far, last, own, ours = [], [], [], []
+    for name, _, visits in trained_in_torchtitan(train_titan_output):
+        bf16 = [[step.loss for step in visit.steps] for visit in visits if visit.run == "bf16"]
+        usual = [mean(losses) for losses in zip(*bf16, strict=True)]
+        for visit in visits:
+            away = [step.loss - loss for step, loss in zip(visit.steps, usual, strict=True)]
+            far += map(abs, away)
+            last.append(abs(away[-1]))
+            if visit.run == "bf16":
+                own += map(abs, away)
+            elif visit.run.startswith("fp8gate") and name.startswith("8b tp2"):
+                ours.append(away[-1])
+    assert f"at most {max(far):.2f} from bf16's at the steps that are logged" in PLANS
+    assert f"At step 40 they are at most {max(last):.3f} apart" in PLANS
+    assert f"is {min(ours):.3f} to {max(ours):.3f} above bf16 in all six visits" in PLANS
+    assert len(ours) == 6
+    assert f"bf16 differs from itself by {2 * max(own):.3f} at most" in PLANS
+
+
+def trained_in_torchtitan(output):
+    """Each journal: its model, degree and recomputation; its header; its visits."""
+    for file in sorted((ROOT / "benchmarks" / "data" / "train-titan").glob("*.jsonl")):
+        header, visits = output.read_journal(file)
+        setup = header.setup
+        degree = f"tp{setup.tp}" if setup.tp > 1 else f"fsdp{setup.fsdp}"
+        yield f"{setup.widths.partition('-')[2]} {degree} {setup.recompute}", header, visits
+
+
 def sweeps_of(device):
-    """The folders of its tables and of its second sweep."""
-    return ROOT / "thresholds" / device, ROOT / "benchmarks" / "data" / f"{device}-second-sweep"
+    """The folders of two sweeps of its default grid."""
+    data = ROOT / "benchmarks" / "data"
+    first = data / f"{device}-first-sweep"
+    return first if first.exists() else ROOT / "thresholds" / device, data / f"{device}-second-sweep"
 
 
 def columns(coverage):
@@ -152,8 +232,16 @@ def test_what_tokens_that_are_no_multiple_of_128_cost(device, name):
     by_tokens = {(row[0], row[1]): row for row in rows}
     for recipe in RECIPES:
         plain, with_factor = (by_tokens[recipe, f"others{more}"] for more in ("", ", factor of the others"))
-        row = f"| {name}, `{recipe}` | {plain[3]} | {plain[8]} of {plain[6]} shapes | {with_factor[8]} |"
+        stated = next((row[8] for (of, tokens), row in by_tokens.items() if of == recipe and "times" in tokens), "none")
+        row = f"| {name}, `{recipe}` | {plain[3]} | {plain[8]} of {plain[6]} shapes | {with_factor[8]} | {stated} |"
         assert row in COMPARISON
+
+
+def test_how_much_faster_multiples_of_128_are_said_to_be():
+    rows = re.findall(r"\| H[12]00, `\w+` \| ([\d.]+) % \|", COMPARISON)
+    assert len(rows) == 6
+    low, high = (round(apart(map(float, rows))) for apart in (min, max))
+    assert f"float8 is {low} to {high} % faster" in OF_ALIGNED
 
 
 @pytest.mark.slow

@@ -46,6 +46,14 @@ def test_a_table_is_not_merged_into_itself(merge, tmp_path):
     assert len(read_table(one).points) == 1
 
 
+def test_a_table_is_not_counted_twice(merge, tmp_path):
+    one = write_file(make_table(make_point(16, 32, 48)), tmp_path / "a.yaml")
+    result = merge(one, tmp_path / "." / "a.yaml", "--out", tmp_path / "c.yaml")
+    assert result.exit_code == 2
+    assert f"expected each table once; got {one}, {one}" in result.stderr
+    assert not (tmp_path / "c.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [

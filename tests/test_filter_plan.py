@@ -225,6 +225,8 @@ def test_half_a_plan_that_was_not_measured_is_the_tables_to_decide(with_plan):
     assert decided(wants_float8)["self_attn.q_proj"] == (False, reason)
     by_table = "not in it, by the table, at least 1.05x or, for a shared input, 1.00x"
     assert f"{by_table}: model.layers.*.self_attn.q_proj" in wants_float8.summary()
+    assert "the plan of tiny decides none of them; not in it" in wants_float8.summary()
+    assert "by a plan" not in wants_float8.summary()
 
 
 def test_asked_layer_by_layer_no_more_is_claimed_than_is_known(with_plan):

@@ -163,6 +163,13 @@ CASES = {
         r"float8_config\.pad_inner_dim is True, measured was False: padding adds copies, .*",
         ({"float8_config": Float8LinearConfig.from_recipe_name("rowwise")}, [WINNER]),
     ),
+    "emulated float8, of other kernels and not compiled": (
+        UnmeasuredSettingWarning,
+        "on_unmeasured",
+        ({"float8_config": Float8LinearConfig(emulate=True, pad_inner_dim=True), "compiled": False}, [WINNER]),
+        r"float8_config\.emulate is True: float8 is computed in float32, to test, and gains nothing",
+        ({"float8_config": Float8LinearConfig.from_recipe_name("rowwise")}, [WINNER]),
+    ),
     "a plan of other layers": (
         PlanMismatchWarning,
         "on_plan",

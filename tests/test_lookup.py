@@ -17,7 +17,7 @@ import fp8gate
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, Point, read_table
-from fp8gate.filter.decision import lookup as lookup_module
+from fp8gate.filter.decision import nearest as nearest_module
 from fp8gate.filter.decision.axis import DISTANCE_DIGITS
 from fp8gate.filter.decision.estimate import Estimate
 from fp8gate.filter.decision.lookup import Lookup
@@ -372,7 +372,7 @@ def test_a_search_computes_each_distance_at_most_once(monkeypatch, spread):
         places = [(4096, round(4096 * 2 ** math.cos(a)), round(4096 * 2 ** math.sin(a))) for a in angles]
     lookup = Lookup(make_table(*(make_point(*place) for place in places), grid=Grid()))
     rounded = []
-    monkeypatch.setattr(lookup_module, "round", lambda *args: rounded.append(args) or round(*args), raising=False)
+    monkeypatch.setattr(nearest_module, "round", lambda *args: rounded.append(args) or round(*args), raising=False)
     most = 0
     for shape in [(4096, 4096, 4096), (1, 1, 1), (1100, 1450, 1560)]:
         rounded.clear()

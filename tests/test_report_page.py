@@ -141,6 +141,9 @@ def test_quality_tells_what_the_bounds_cover():
     found = quality(table(protocol=replace(PROTOCOL, bounds=Bounds(below_120_us=part))))
     expected = "below 120 us: 95.0% of the points in another sweep, by 6.9% beside 0.4% within one run (40 repeats)"
     assert found["bounds cover"] == expected
+    found = quality(table(protocol=replace(PROTOCOL, bounds=Bounds(below_120_us=part, board_us=1.5))))
+    boards = "; and boards that differ by 1.5 us in each direction of bf16 and float8"
+    assert found["bounds cover"] == expected + boards
 
 
 def test_quality_tells_the_factor_for_unaligned_tokens():

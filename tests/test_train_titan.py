@@ -60,7 +60,6 @@ def make_setup(output: ModuleType, **fields: Any) -> Any:
         "steps": 20,
         "warm_up": 10,
         "fused": True,
-        "cuda_graphs": True,
         "tables": None,
         "plan": None,
     }
@@ -69,9 +68,9 @@ def make_setup(output: ModuleType, **fields: Any) -> Any:
 
 def make_header(output: ModuleType, **fields: Any) -> Any:
     runs = (
-        output.Run(choices=("bf16",), async_tp=False, float8=()),
-        output.Run(choices=("all", "rule"), async_tp=False, float8=(QKV, WO, W1, W2)),
-        output.Run(choices=("table",), async_tp=False, float8=(W1,)),
+        output.Run(choices=("bf16",), float8=()),
+        output.Run(choices=("all", "rule"), float8=(QKV, WO, W1, W2)),
+        output.Run(choices=("table",), float8=(W1,)),
     )
     made = {"setup": make_setup(output), "visits": 2, "linears": 8, "device": DEVICE, "software": SOFTWARE_HERE}
     return output.Header(**{**made, "runs": runs, **fields})
@@ -124,18 +123,31 @@ def test_the_line_that_says_why_a_visit_failed(output: ModuleType, log: str, exp
 
 def test_choices_that_convert_the_same_linears_are_one_run(titan: ModuleType) -> None:
     float8 = {"bf16": (), "all": (QKV, W1), "rule": (QKV, W1), "table": (W1,), "plan": (W1,)}
-    runs = titan.runs_of(float8, has_async_tp=True)
-    assert [(run.choices, run.async_tp) for run in runs] == [
-        *((("bf16",), False), (("all", "rule"), False), (("table", "plan"), False)),
-        *((("bf16",), True), (("plan",), True)),
+    runs = titan.runs_of(float8, ["async TP", "without CUDA graphs"])
+    assert [(run.choices, run.variant) for run in runs] == [
+        *((("bf16",), None), (("all", "rule"), None), (("table", "plan"), None)),
+        *((("bf16",), "async TP"), (("plan",), "async TP")),
+        *((("bf16",), "without CUDA graphs"), (("plan",), "without CUDA graphs")),
     ]
-    assert [run.name for run in runs][-2:] == ["bf16; async TP", "fp8gate, plan; async TP"]
-    assert len(titan.runs_of(float8, has_async_tp=False)) == 3
+    assert [run.name for run in runs][3:5] == ["bf16; async TP", "fp8gate, plan; async TP"]
+    assert len(titan.runs_of(float8, [])) == 3
 
 
-def test_without_a_plan_the_table_has_async_tp(titan: ModuleType) -> None:
-    runs = titan.runs_of({"bf16": (), "table": (W1,)}, has_async_tp=True)
-    assert [run.choices for run in runs if run.async_tp] == [("bf16",), ("table",)]
+def test_without_a_plan_the_table_has_the_variants(titan: ModuleType) -> None:
+    runs = titan.runs_of({"bf16": (), "table": (W1,)}, ["async TP"])
+    assert [run.choices for run in runs if run.variant] == [("bf16",), ("table",)]
+
+
+def test_async_tp_is_for_tensor_parallelism_on_gpus(titan: ModuleType, output: ModuleType) -> None:
+    variants = ["async TP", "without CUDA graphs"]
+    for tp, kind, expected in ((2, "cuda", variants), (1, "cuda", ["without CUDA graphs"]), (2, "cpu", [])):
+        setup = make_setup(output, tp=tp, fsdp=2 // tp)
+        device = msgspec.structs.replace(DEVICE, kind=kind)
+        listing = titan.Listing(
+            float8={"bf16": (), "table": (W1,)}, linears=8, device=device, gpus=(), software=SOFTWARE_HERE
+        )
+        runs = titan.header_of(setup, listing, ["table"], 2, variants).runs
+        assert list(dict.fromkeys(run.variant for run in runs if run.variant)) == expected
 
 
 def test_every_other_round_goes_backwards(output: ModuleType) -> None:
@@ -198,10 +210,10 @@ def test_a_journal_of_something_else_is_refused(titan: ModuleType, output: Modul
 
 
 def test_files_are_named_by_the_setup(output: ModuleType) -> None:
-    apart = {"recompute": "none", "fused": False, "recipe": "rowwise_with_gw_hp", "cuda_graphs": False}
+    apart = {"recompute": "none", "fused": False, "recipe": "rowwise_with_gw_hp"}
     fsdp = make_setup(output, tp=1, fsdp=2, tokens=4096, **apart)
     assert make_setup(output).name == "titan-llama3-8b-2-layers-m8192-tp2-selective-recompute-rowwise"
-    expected = "titan-llama3-8b-2-layers-unfused-m4096-fsdp2-no-recompute-rowwise_with_gw_hp-no-graphs"
+    expected = "titan-llama3-8b-2-layers-unfused-m4096-fsdp2-no-recompute-rowwise_with_gw_hp"
     assert fsdp.name == expected
     assert fsdp.ranks == make_setup(output).ranks == 2
 
@@ -245,7 +257,7 @@ def test_the_table_says_what_is_missing_and_what_failed(output: ModuleType) -> N
     said = output.report(header, visits)
     assert "not measured yet: 3 of 6 visits" in said
     assert f"failed: {both}, visit 1: OutOfMemoryError: CUDA" in said
-    assert "selective recomputation, 8192 tokens, rowwise, forward and backward as a CUDA graph, steps 11 to 20" in said
+    assert "selective recomputation, 8192 tokens, rowwise, steps 11 to 20" in said
 
 
 # --- where a step's time goes --------------------------------------------------------------------------------------
@@ -283,7 +295,9 @@ def test_a_step_is_taken_apart_by_kernels(trace: ModuleType) -> None:
     [
         ("void cutlass::device_kernel<enable_3x_kernel_for_sm9x<cutlass::float_e4m3_t, ...>>", "float8 products"),
         ("nvjet_qqtst_128x256_128x4_1x2_h_bz_coopA_TNT", "float8 products"),
+        ("nvjet_sm90_qqtst_128x256_128x4_1x2_h_bz_coopA_TNT", "float8 products"),
         ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNN", "bf16 products"),
+        ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_TNN", "bf16 products"),
         ("triton_red_fused__scaled_mm__to_copy_amax_clamp_12", "casts and others"),
         ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
         ("ncclDevKernel_AllGather_RING_LL", "communication"),

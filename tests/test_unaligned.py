@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -18,11 +19,14 @@ from test_sweep import (  # noqa: F401  # fixtures
     stopped_after,
     tables_in,
 )
+from typer.testing import CliRunner
 
+from fp8gate import auto_filter
 from fp8gate.calibrate.device.cpu import Cpu
 from fp8gate.calibrate.grid.grid import grid_shapes
 from fp8gate.calibrate.grid.unaligned import unaligned_factor, unaligned_shapes, with_fewer_tokens
 from fp8gate.calibrate.points.point_record import CONTROL
+from fp8gate.cli import app
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, Incomplete, Unaligned, read_table, write_tables
@@ -179,7 +183,7 @@ def test_a_speedup_between_multiples_of_128_is_multiplied_with_its_bounds(kind, 
     slower = Lookup(make_table(*POINTS, protocol=unaligned(0.9)), kind)(shape)
     for field in ("speedup", "speedup_low", "speedup_high"):
         assert getattr(slower, field) == pytest.approx(0.9 * getattr(plain, field))
-    assert (plain.unaligned, slower.unaligned) == (1.0, 0.9)
+    assert (plain.unaligned, slower.unaligned) == (None, 0.9)
     assert (slower.bf16_us, slower.fp8_us) == pytest.approx((plain.bf16_us, plain.fp8_us / 0.9))
     again = plain.recomputed().speedup / plain.speedup
     assert slower.recomputed().speedup / slower.speedup == pytest.approx(again)
@@ -210,13 +214,43 @@ def test_points_that_were_measured_with_such_tokens_have_it_in_them():
     assert Lookup(make_table(*points, protocol=unaligned()))(LinearShape(176, 64, 128)).speedup == pytest.approx(1.2)
 
 
+@pytest.mark.parametrize("kind", ["interpolate", "nearest"])
+@pytest.mark.parametrize("changed", [{}, {"recomputed": True}, {"is_frozen": True}])
+@pytest.mark.parametrize("tokens", [144, 112, 320])
+def test_without_a_factor_every_such_answer_says_that_it_is_of_other_tokens(kind, changed, tokens):
+    for protocol, expected in ((PROTOCOL, None), (unaligned(0.9), 0.9)):
+        lookup = Lookup(make_table(*POINTS, protocol=protocol), kind)
+        found = decide(LinearShape(tokens, 128, 256), lookup, min_speedup=1.05, **changed)
+        assert found.unaligned == expected
+        assert ("from multiples of 128 tokens" in found.reason) is (expected is None)
+        assert ("times 0.90" in found.reason) is (expected is not None)
+
+
 def test_the_decision_is_taken_with_it_and_the_reason_says_so():
     points = [make_point(m, 64, 64, 1.1) for m in (128, 256)]
     for protocol, convert, reason in (
-        (PROTOCOL, True, "interpolated"),
+        (PROTOCOL, True, "interpolated, from multiples of 128 tokens"),
         (unaligned(0.931), False, "below 1.05x, interpolated, times 0.93 as the tokens are no multiple of 128"),
     ):
         lookup = Lookup(make_table(*points, protocol=protocol))
         found = decide(LinearShape(176, 64, 64), lookup, min_speedup=1.05)
         assert (found.convert, found.reason) == (convert, reason)
         assert decide(LinearShape(256, 64, 64), lookup, min_speedup=1.05).convert
+
+
+LAYERS = [("w1", 4096, 14336), ("w2", 14336, 4096)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("device", "says_so"), [("H200", True), ("H100", False)])
+def test_explain_and_the_summary_say_once_where_the_packaged_tables_have_no_factor(device, says_so):
+    said = "nswered from multiples of 128 tokens, with which float8 is 1 to 9 % faster: "
+    for recipe in ("rowwise", "all"):
+        asked = ["explain", "llama3-8b", "--recipe", recipe, "--tokens", "8000", "--device", device]
+        stdout = CliRunner().invoke(app, asked).stdout
+        assert stdout.count(f"A{said}wq, wk, wv, wo, w1, w3, w2, output. To") == says_so
+        slower = "Float8 is slower with 8000 tokens, no multiple of 128, than with 8064: the speedups of rowwise have a"
+        assert stdout.count(f"{slower} factor of 0.92 for that.") == (not says_so)
+    wants_float8 = auto_filter("rowwise", tokens=8000, device=device)
+    wants_float8.check([(name, SimpleNamespace(in_features=k, out_features=n)) for name, k, n in LAYERS])
+    assert wants_float8.summary().count(f"a{said}w1, w2") == says_so

@@ -2,9 +2,12 @@
 
 In: tables. Out: one table with every point of all of them. The order in which they are given does not matter. Where
 several tables have a point, its speedup is the weighted mean of theirs on the scale of ln(speedup), with weights
-1 / variance from their bounds. Where they differ by more than these bounds say, the merged bounds cover all of them,
-and where that makes them too wide, the point is noise. A table made of an incomplete one is incomplete. The header
-states the widest bounds, those of a point that only one table has, and the mean factor for unaligned tokens.
+1 / variance from their bounds. Bounds for another sweep say by how much that differs from this one, so those of the
+mean of n are sqrt((n + 1) / 2) times as wide as bounds of the mean alone. Where the tables differ by more than their
+bounds say, the merged bounds cover all of them, and where that makes them too wide, the point is noise. What boards
+differ by does not become less with more sweeps, as these may be of one board: the bounds are combined without it, and
+it is added to the merged ones. A table made of an incomplete one is incomplete. The header states the widest bounds,
+those of a point that only one table has, and the mean factor for unaligned tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import msgspec
 from fp8gate.calibrate.device.registry import KINDS
 from fp8gate.calibrate.grid.grid import union
 from fp8gate.calibrate.grid.unaligned import DIGITS
+from fp8gate.calibrate.points.bounds import narrowed, widened
 from fp8gate.calibrate.points.point_record import make_point
 from fp8gate.calibrate.timing.statistics import Interval
 from fp8gate.filter.contract.bounds import COVERAGE, Bounds, RunBounds
@@ -65,7 +69,8 @@ def merge_tables(tables: Mapping[str, Table]) -> Table:
     first_name, first = next(iter(tables.items()))
     for name, table in tables.items():
         if difference := _difference(first, table):
-            raise TableError(f"{name}: {difference} in {first_name}; only tables of one kind can be merged")
+            kind = "only tables of one kind can be merged, and fp8gate diff compares others"
+            raise TableError(f"{name}: {difference} in {first_name}; {kind}")
     ordered = sorted(tables.values(), key=format_table)  # so that no sum depends on the order given
     by_shape: dict[LinearShape, list[Point]] = defaultdict(list)
     for table in ordered:
@@ -101,22 +106,33 @@ def combine_points(points: Sequence[Point], protocol: SweepProtocol, width: floa
         return min(points, key=lambda point: NO_NUMBERS.index(point.status))
     if len(with_numbers) == 1:
         return with_numbers[0]
-    rows = [[number for number in point.numbers if number] for point in with_numbers]
+    bounds = protocol.bounds or Bounds()
+    rows = [_without_board(point, bounds) for point in with_numbers]
     z = NormalDist().inv_cdf((1 + (COVERAGE if protocol.bounds else protocol.confidence)) / 2)
     sigmas = [max((math.log(high) - math.log(low)) / 2 / z, ROUNDING) for *_, low, high in rows]
     weights = [1 / sigma**2 for sigma in sigmas]
-    speedup = _combined_speedup(rows, weights, z, protocol.estimate)
+    times_us = _combined_times(rows, weights, protocol.estimate)
+    bf16_us, fp8_us = sum(times_us[:2]), sum(times_us[2:])
+    of_mean = _combined_speedup(rows, weights, z, protocol)
+    speedup = widened(of_mean, bounds.between_boards(bf16_us, fp8_us))
     shape = with_numbers[0].shape
-    part = protocol.bounds.of(sum(rows[0][:2])) if protocol.bounds else None
-    if speedup.high > width * math.exp(2 * part.between if part else 0.0) * speedup.low:
+    if speedup.high > width * math.exp(sum(bounds.between_runs(bf16_us, fp8_us))) * speedup.low:
         return Point(shape.m, shape.k, shape.n, *(None,) * 7, "noisy")
-    return make_point(shape, _combined_times(rows, weights, protocol.estimate), speedup, protocol)
+    return make_point(shape, times_us, speedup, protocol)
 
 
-def _combined_speedup(rows: Sequence[Row], weights: Sequence[float], z: float, estimate: EstimateKind) -> Interval:
-    logs = [_log_speedup(row, estimate) for row in rows]
+def _without_board(point: Point, bounds: Bounds) -> Row:
+    """The point's numbers, its bounds without what boards differ by."""
+    *times_us, speedup, low, high = (number for number in point.numbers if number)
+    alike = narrowed(Interval(speedup, low, high), bounds.between_boards(*point.total_us))
+    return [*times_us, speedup, alike.low, alike.high]
+
+
+def _combined_speedup(rows: Sequence[Row], weights: Sequence[float], z: float, protocol: SweepProtocol) -> Interval:
+    """The mean speedup with bounds for another sweep, where the rows have such, else with bounds of the mean."""
+    logs = [_log_speedup(row, protocol.estimate) for row in rows]
     mean = _weighted_mean(logs, weights)
-    half = z / math.sqrt(sum(weights))
+    half = z / math.sqrt(sum(weights)) * (math.sqrt((len(rows) + 1) / 2) if protocol.bounds else 1.0)
     low, high = mean - half, mean + half
     chi_squared = sum(w * (log - mean) ** 2 for w, log in zip(weights, logs, strict=True))
     if chi_squared > len(logs) - 1:
@@ -175,7 +191,7 @@ def _widest_bounds(bounds: Sequence[Bounds]) -> Bounds | None:
         _widest([part for part in parts if part])
         for parts in ([one.below_120_us for one in bounds], [one.from_120_us for one in bounds])
     )
-    return Bounds(below_120_us=small, from_120_us=large) if bounds else None
+    return Bounds(below_120_us=small, from_120_us=large, board_us=bounds[0].board_us) if bounds else None
 
 
 def _widest(parts: Sequence[RunBounds]) -> RunBounds | None:
@@ -213,6 +229,9 @@ def _difference(one: Table, other: Table) -> str:
     ours, theirs = ("there" if table.protocol.bounds else "missing" for table in (one, other))
     if ours != theirs:  # such bounds are of different widths, which are no weights then
         return f"protocol.bounds is {theirs}, but {ours}"
+    ours_us, theirs_us = (table.protocol.bounds and table.protocol.bounds.board_us for table in (one, other))
+    if ours_us != theirs_us:
+        return f"protocol.bounds.board_us is {theirs_us or 'missing'}, but {ours_us or 'missing'}"
     return ""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fp8gate.filter.contract.bounds import COVERAGE, without_between
+from fp8gate.filter.contract.bounds import COVERAGE, without_part
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Point, SweepProtocol
 
@@ -70,8 +70,8 @@ def compare_points(
 
 def _within(point: Point, protocol: SweepProtocol) -> float:
     """The half width of what varies within one run."""
-    part = protocol.bounds.of(_bf16_us(point)) if protocol.bounds else None
-    return without_between(_half_width(point), part.between if part else 0.0)
+    sides = protocol.bounds.between_runs(*point.total_us) if protocol.bounds else (0.0, 0.0)
+    return without_part(_half_width(point), sum(sides) / 2)
 
 
 def most_by_chance(points: int) -> int:
@@ -91,12 +91,6 @@ def _spread(protocol: SweepProtocol) -> float:
 def _speedup(point: Point) -> float:
     assert point.speedup, point
     return point.speedup
-
-
-def _bf16_us(point: Point) -> float:
-    assert point.bf16_fwd_us, point
-    assert point.bf16_bwd_us, point
-    return point.bf16_fwd_us + point.bf16_bwd_us
 
 
 def _half_width(point: Point) -> float:

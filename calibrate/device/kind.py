@@ -36,6 +36,7 @@ class NoiseLimits:
     far: a speedup looks like noise if it is so many times what lies between its neighbours on the grid.
     repeats: of so many points of each class of `Bounds`, a second process shows what differs from run to run.
     between_runs: how far ln(speedup) is taken to differ from run to run, in each class, where repeats are too few.
+    board_us: by how much boards differ in each direction of every arm (`Bounds.board_us`); None: not known to differ.
     """
 
     width: float
@@ -45,6 +46,7 @@ class NoiseLimits:
     far: float = FAR
     repeats: int = 0
     between_runs: tuple[float, float] = (0.0, 0.0)
+    board_us: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,8 +3,10 @@
 In: pairs of measurements of the same points, by two processes. Out: the `RunBounds` of a class of points, and the
 widened bounds of a point.
 
-Repeats in other processes of one sweep differ as much as two sweeps on two boards do (LOG.md, 2026-11-26), so they show
-what differs from run to run. All half widths are those of ln(speedup).
+Repeats in other processes of one sweep differ as much as two sweeps on two boards do, but for a constant in which
+boards differ (LOG.md, 2026-11-26). So `between` is made of repeats, and the constant is that of the kind of device
+(`NoiseLimits.board_us`). Each row has its effect, by its own times (`Bounds.between_runs`). All half widths are those
+of ln(speedup).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from fp8gate.calibrate.timing.statistics import Interval
-from fp8gate.filter.contract.bounds import COVERAGE, RunBounds
+from fp8gate.filter.contract.bounds import COVERAGE, RunBounds, without_part
 
 QUARTILE, TAIL = 0.75, 3.0
 """95 % of the differences are at most TAIL times as large as three quarters of them are. In two sweeps of two H200
@@ -64,9 +66,16 @@ def run_bounds(repeated: Sequence[RepeatedPoint], stated: Sequence[Interval], *,
     )
 
 
-def widened(speedup: Interval, between: float) -> Interval:
-    """The bounds of one run, and what differs from run to run. Each side by itself."""
-    low, high = (math.exp(math.hypot(half, between)) for half in half_widths(speedup))
+def widened(speedup: Interval, part: tuple[float, float]) -> Interval:
+    """Bounds with one more part, given by its half widths below and above the estimate."""
+    low, high = (math.exp(math.hypot(half, more)) for half, more in zip(half_widths(speedup), part, strict=True))
+    return Interval(speedup.estimate, speedup.estimate / low, speedup.estimate * high)
+
+
+def narrowed(speedup: Interval, part: tuple[float, float]) -> Interval:
+    """Bounds without one of their parts: what `widened` made them of."""
+    halves = zip(half_widths(speedup), part, strict=True)
+    low, high = (math.exp(without_part(half, less)) for half, less in halves)
     return Interval(speedup.estimate, speedup.estimate / low, speedup.estimate * high)
 
 

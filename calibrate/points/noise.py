@@ -82,8 +82,8 @@ def judge_with_bounds(
     """The row of every shape that was measured for the recipe, sorted by shape, and what the rows' bounds cover.
 
     A shape's last measurement that is no repeat and not disturbed gives the numbers. The bounds cover what varies
-    within its run, what repeats say of the difference between runs, and each measurement that confirms it. There are no
-    bounds without numbers.
+    within its run, what repeats say of the difference between runs, what boards differ by, and each measurement that
+    confirms it. There are no bounds without numbers.
     """
     by_shape: dict[LinearShape, list[PointRecord]] = defaultdict(list)
     for record in records:
@@ -96,8 +96,7 @@ def judge_with_bounds(
     for shape in sorted(by_shape):
         firsts = [record for record in by_shape[shape] if not record.repeat]
         if verdict := verdicts[shape]:
-            part = bounds.of(verdict.chosen.bf16_us) if bounds else None
-            point = _point(verdict, recipe, protocol, part)
+            point = _point(verdict, recipe, protocol, bounds)
             is_disturbed = bool(verdict.chosen.disturbed)
             times = len(measured[shape])
             rows[shape] = Row(point=point, noise=verdict.noise, is_disturbed=is_disturbed, measurements=times)
@@ -203,7 +202,9 @@ def _bounds(verdicts: Sequence[_Verdict], limits: NoiseLimits) -> Bounds | None:
         _class_bounds([verdict for verdict in verdicts if is_small(verdict.chosen.bf16_us) is of_small], known)
         for of_small, known in zip((True, False), limits.between_runs, strict=True)
     )
-    return Bounds(below_120_us=small, from_120_us=large) if small or large else None
+    if small is None and large is None:
+        return None
+    return Bounds(below_120_us=small, from_120_us=large, board_us=limits.board_us)
 
 
 def _class_bounds(verdicts: Sequence[_Verdict], known: float) -> RunBounds | None:
@@ -213,15 +214,16 @@ def _class_bounds(verdicts: Sequence[_Verdict], known: float) -> RunBounds | Non
     return run_bounds(repeated, [verdict.chosen.speedup for verdict in verdicts], known=known)
 
 
-def _point(verdict: _Verdict, recipe: Recipe, protocol: SweepProtocol, part: RunBounds | None) -> Point:
-    """The row. part: what its bounds cover."""
+def _point(verdict: _Verdict, recipe: Recipe, protocol: SweepProtocol, bounds: Bounds | None) -> Point:
+    """The row. bounds: what those of all rows cover."""
     record = verdict.chosen.record
-    if verdict.noise or part is None:
+    if verdict.noise or bounds is None:
         return Point(record.m, record.k, record.n, None, None, None, None, None, None, None, "noisy")
-    speedup = widened(verdict.chosen.speedup, part.between)
+    times_us = record.times_us(recipe, protocol)
+    speedup = widened(verdict.chosen.speedup, bounds.between_runs(sum(times_us[:2]), sum(times_us[2:])))
     low = min(speedup.low, *(one.speedup.low for one in verdict.witnesses), speedup.estimate)
     high = max(speedup.high, *(one.speedup.high for one in verdict.witnesses), speedup.estimate)
-    return make_point(record.shape, record.times_us(recipe, protocol), Interval(speedup.estimate, low, high), protocol)
+    return make_point(record.shape, times_us, Interval(speedup.estimate, low, high), protocol)
 
 
 def _between_neighbours(

@@ -116,7 +116,7 @@ class SweepProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     straddle the threshold, and so has bf16. Only the last run counts. near_s: how long it took at the power limit, in
     tables that have it.
     confidence: that of the part of the bounds that varies within one run.
-    bounds: what the bounds cover, and both of their parts. Without it they cover only what varies within one run.
+    bounds: what the bounds cover, and their parts. Without it they cover only what varies within one run.
     threshold, tolerance: a point is ambiguous if its bounds straddle the threshold and are wider than `tolerance`.
     control: how far bf16 timed against itself may be from 1, beyond chance and 0.5 us. controls: how far it was.
     spread: how far a second process on the same device was from the first, at the points that it measured again.
@@ -200,6 +200,12 @@ class Point(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     @property
     def numbers(self) -> tuple[float | None, ...]:
         return msgspec.structs.astuple(self)[3:-1]
+
+    @property
+    def total_us(self) -> tuple[float, float]:
+        """Forward plus backward in bf16 and in float8, of a row that has numbers."""
+        bf16_fwd_us, bf16_bwd_us, fp8_fwd_us, fp8_bwd_us = (us for us in self.numbers[:4] if us is not None)
+        return bf16_fwd_us + bf16_bwd_us, fp8_fwd_us + fp8_bwd_us
 
 
 COLUMNS = Point.__struct_fields__

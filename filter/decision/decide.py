@@ -21,9 +21,9 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
     speedup and its bounds: float8 against bf16 for `shape`, which is (m, k, n) as one rank holds the linear. They are
     None if no number was needed, or if the table has none. digits: after the point of the speedup, as many as show on
-    which side of `min_speedup` it is. reason: does not repeat the speedup. point, distance, outside, gap: see
-    `Estimate`. is_unsure: outside, and the answer may be another than the border's. rows_from: what says how many rows
-    the linear multiplies. planned: a plan decided. Its reason then gives the speedup of the whole block.
+    which side of `min_speedup` it is. reason: does not repeat the speedup. point, distance, outside, gap,
+    unaligned: see `Estimate`. is_unsure: outside, and the answer may be another than the border's. rows_from: what says
+    how many rows the linear multiplies. planned: a plan decided. Its reason then gives the speedup of the whole block.
     """
 
     convert: bool
@@ -38,6 +38,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     outside: bool = False
     is_unsure: bool = False
     gap: Status | None = None
+    unaligned: float | None = 1.0
     rows_from: RowSource = "tokens"
     planned: bool = False
 
@@ -102,6 +103,7 @@ def _judge(shape: LinearShape, estimate: Estimate, min_speedup: float) -> Decisi
         outside=estimate.outside,
         is_unsure=estimate.is_unsure(min_speedup),
         gap=estimate.gap,
+        unaligned=estimate.unaligned,
     )
 
 
@@ -125,7 +127,9 @@ def _provenance(estimate: Estimate, min_speedup: float) -> list[str]:
         parts = ["interpolated"]
     else:
         parts = [f"nearest {estimate.point.shape}"]
-    if estimate.unaligned != 1:
+    if estimate.unaligned is None:
+        parts.append(f"from multiples of {TOKEN_TILE} tokens")
+    elif estimate.unaligned != 1:
         parts.append(f"times {estimate.unaligned:.2f} as the tokens are no multiple of {TOKEN_TILE}")
     if estimate.from_tokens:
         parts.append(f"from {estimate.from_tokens} tokens")

@@ -7,8 +7,12 @@ from typing import Any, Literal
 
 import msgspec
 
+from fp8gate.filter.contract.shapes import TOKEN_TILE
 from fp8gate.filter.contract.table import Point, Status
 
+OF_ALIGNED = f"multiples of {TOKEN_TILE} tokens, with which float8 is 1 to 9 % faster"
+"""What an answer with `unaligned` None is of. Source: the medians of the recipes, of shapes off the grids of an H100
+and of an H200 (`python benchmarks/unaligned_tokens.py`, "others")."""
 MAX_OCTAVES_OUTSIDE = math.log2(10)
 """Farther outside of what was measured, the border's answer says nothing: ten times as large in one dimension. Heads of
 large vocabularies lie within it (262208 rows of Gemma 3's weight, where 32768 were measured)."""
@@ -26,9 +30,9 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     from_tokens: a smaller number of tokens whose speedup is used, because the shape's own tokens were not measured
     around its k and n; or None. is_proven: False only in an incomplete table, without any measured point that is at
     most as large as the shape in every size: the win of a larger one says nothing then. unaligned: the factor that the
-    speedup, its bounds and the float8 times have in them, as the tokens are no multiple of 128. forwards: how often the
-    forward runs. is_frozen: the weight needs no gradient. bounds_cover: what the bounds cover, "" for whatever another
-    sweep measures.
+    speedup, its bounds and the float8 times have in them, as the tokens are no multiple of 128; None if the table does
+    not state it. forwards: how often the forward runs. is_frozen: the weight needs no gradient. bounds_cover: what the
+    bounds cover, "" for whatever another sweep measures.
     """
 
     speedup: float
@@ -47,7 +51,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     trend: float | None = 1.0
     from_tokens: int | None = None
     is_proven: bool = True
-    unaligned: float = 1.0
+    unaligned: float | None = 1.0
     forwards: int = 1
     is_frozen: bool = False
     bounds_cover: Literal["", "within one run"] = "within one run"
@@ -78,8 +82,13 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
             return True
         return self.speedup < min_speedup <= self.speedup / self.trend
 
-    def with_unaligned_tokens(self, factor: float) -> Estimate:
-        """The estimate for tokens that are no multiple of 128, from one for tokens that are. Only float8 changes."""
+    def with_unaligned_tokens(self, factor: float | None) -> Estimate:
+        """The estimate for tokens that are no multiple of 128, from one for tokens that are. Only float8 changes.
+
+        factor: of the speedup, None if the table does not state it. Then nothing changes.
+        """
+        if factor is None:
+            return msgspec.structs.replace(self, unaligned=None)
         fp8_fwd_us, fp8_bwd_us = self.fp8_fwd_us / factor, self.fp8_bwd_us / factor
         return self._changed_by(factor, fp8_fwd_us=fp8_fwd_us, fp8_bwd_us=fp8_bwd_us, unaligned=factor)
 

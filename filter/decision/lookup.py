@@ -11,13 +11,14 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from operator import mul
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import TOKEN_TILE, LinearShape
-from fp8gate.filter.contract.table import Point, Status, Table
-from fp8gate.filter.decision.axis import DISTANCE_DIGITS, Axis, nearest_first
+from fp8gate.filter.contract.table import Point, Table
+from fp8gate.filter.decision.axis import Axis
 from fp8gate.filter.decision.estimate import Estimate
+from fp8gate.filter.decision.nearest import Nearest, NearestPoint, Sizes
 
 LookupName = Literal["nearest", "interpolate"]
 LOOKUPS: tuple[LookupName, ...] = get_args(LookupName)
@@ -29,7 +30,6 @@ loses. Over 110 shapes off the grid of one NVIDIA H200 its mean loss is 0.05, 0.
 is what the layers below 1.05 would gain by themselves, whatever the lookup.
 Source: `python benchmarks/against_torchao_rule.py --min-speedup 1.0`, and LOG.md."""
 
-Sizes = tuple[int, int, int]
 TIE_OCTAVES = 1e-9  # distances that differ by less are equal
 
 
@@ -47,7 +47,7 @@ class Lookup:
         self._points: dict[Sizes, Point] = {(p.m, p.k, p.n): p for p in table.points}
         self._logs = {at: tuple(map(math.log, _numbers(p))) for at, p in self._points.items() if p.speedup is not None}
         self._grid = tuple(map(Axis, (table.grid.m, table.grid.k, table.grid.n)))
-        self._everywhere = tuple(Axis(sizes) for sizes in zip(*self._points, strict=True))
+        self._nearest_point = NearestPoint(table.points)
         on_grid = [
             at for at in self._logs if all(size in axis.sizes for size, axis in zip(at, self._grid, strict=True))
         ]
@@ -59,9 +59,9 @@ class Lookup:
         if not self._logs:
             return None
         estimate, unaligned = self._estimate(shape), self.table.protocol.unaligned
-        if unaligned is None or shape.is_aligned or not self._is_of_aligned(shape, estimate):
+        if shape.is_aligned or not self._is_of_aligned(shape, estimate):
             return estimate  # points with such tokens, which may be the shape itself, were measured as slow as they are
-        return estimate.with_unaligned_tokens(unaligned.factor)
+        return estimate.with_unaligned_tokens(unaligned.factor if unaligned else None)
 
     def _is_of_aligned(self, shape: LinearShape, estimate: Estimate) -> bool:
         """Whether the points that an estimate was made of have tokens that are a multiple of 128.
@@ -74,7 +74,7 @@ class Lookup:
 
     def _nearest(self, shape: LinearShape) -> Estimate:
         """The nearest point's speedup as it was measured, and its times scaled with the work."""
-        nearest = self._find_nearest(shape)
+        nearest = self._nearest_point(shape)
         if self.table.incomplete and nearest.distance > 0:
             sizes = (shape.m, shape.k, shape.n)
             around = [axis.bracket(size)[1] for axis, size in zip(self._grid, sizes, strict=True)]
@@ -91,7 +91,7 @@ class Lookup:
         if the shape itself was measured. In an incomplete table any of the 8 may be missing, so that there the point
         must be `_proven`.
         """
-        nearest = self._find_nearest(shape)
+        nearest = self._nearest_point(shape)
         if nearest.distance > 0:
             on_m, on_k, on_n = self._grid
             m, around_m = on_m.bracket(shape.m)
@@ -103,7 +103,7 @@ class Lookup:
                 numbers = self._blend_wider(at_border)
             if numbers:
                 return self._make(shape, nearest, numbers, at_border, interpolated=True)
-            inside = nearest.distance if at_border == shape else self._find_nearest(at_border).distance
+            inside = nearest.distance if at_border == shape else self._nearest_point(at_border).distance
             for at_m in reversed(on_m.sizes[: bisect_left(on_m.sizes, m)]):
                 if math.log2(m / at_m) > inside + TIE_OCTAVES:
                     break
@@ -147,7 +147,7 @@ class Lookup:
                 return tuple(indices for _, indices in box)
         return None
 
-    def _proven(self, shape: LinearShape, nearest: _Nearest) -> _Nearest:
+    def _proven(self, shape: LinearShape, nearest: Nearest) -> Nearest:
         """What counts beside points that a stopped sweep did not come to: the nearest point, but no win of larger ones.
 
         Float8 gains more the larger a shape is, so the fastest of the points that are at most as large in every size
@@ -172,7 +172,7 @@ class Lookup:
     def _make(
         self,
         shape: LinearShape,
-        nearest: _Nearest,
+        nearest: Nearest,
         numbers: Sequence[float],
         measured_at: LinearShape,
         *,
@@ -239,59 +239,9 @@ class Lookup:
                 return math.log(ends[0][0] / ends[1][0]) / abs(math.log2(border / inner))
         return None
 
-    def _find_nearest(self, shape: LinearShape) -> _Nearest:
-        """The nearest point with numbers, and the status of a nearer point without numbers.
-
-        Of equally near points, the one with the lower speedup counts: converting a layer that loses costs more than
-        leaving one that wins.
-        """
-        at = (shape.m, shape.k, shape.n)
-        if at in self._logs:
-            return _Nearest(self._points[at], 0.0, None)
-        on_m, on_k, on_n = self._everywhere
-        m, m_away = on_m.nearest(shape.m)
-        k, k_away = on_k.nearest(shape.k)
-        n, n_away = on_n.nearest(shape.n)
-        if (m, k, n) in self._logs:  # nearest on every axis, so no point is nearer
-            return _Nearest(self._points[m, k, n], math.sqrt(m_away + k_away + n_away), None)
-        return self._search(at)
-
-    def _search(self, at: Sizes) -> _Nearest:
-        """The same by a search outwards on every axis, up to the nearest point so far. It looks at no point twice.
-
-        Distances are rounded, so that equal ones compare as equal whatever the order in which they were summed.
-        """
-        at_m, at_k, at_n = map(math.log2, at)
-        best = (math.inf, math.inf, at)
-        gaps: list[tuple[float, Sizes]] = []
-        for m_away, by_k in nearest_first(self._by_m, at_m):
-            if round(m_away, DISTANCE_DIGITS) > best[0]:
-                break
-            for k_away, by_n in nearest_first(by_k, at_k):
-                if round(m_away + k_away, DISTANCE_DIGITS) > best[0]:
-                    break
-                for n_away, point in nearest_first(by_n, at_n):
-                    away = round(m_away + k_away + n_away, DISTANCE_DIGITS)
-                    if away > best[0]:
-                        break
-                    if point.speedup is None:
-                        gaps.append((away, (point.m, point.k, point.n)))
-                    else:
-                        best = min(best, (away, point.speedup, (point.m, point.k, point.n)))
-        gap = min((gap for gap in gaps if gap[0] < best[0]), default=None)
-        return _Nearest(self._points[best[2]], math.sqrt(best[0]), self._points[gap[1]].status if gap else None)
-
     @cached_property
     def _with_numbers(self) -> list[Point]:
         return [self._points[at] for at in self._logs]
-
-    @cached_property
-    def _by_m(self) -> list[tuple[float, list[tuple[float, list[tuple[float, Point]]]]]]:
-        """All points by log2 of m, then k, then n. Built for the first shape that needs a search."""
-        sizes: dict[int, dict[int, list[tuple[float, Point]]]] = {}
-        for point in self._points.values():
-            sizes.setdefault(point.m, {}).setdefault(point.k, []).append((math.log2(point.n), point))
-        return [(math.log2(m), [(math.log2(k), by_n) for k, by_n in by_k.items()]) for m, by_k in sizes.items()]
 
     def _outside(self, shape: LinearShape) -> bool:
         sizes = (shape.m, shape.k, shape.n)
@@ -301,16 +251,6 @@ class Lookup:
         """Along the farthest axis."""
         sizes = zip((shape.m, shape.k, shape.n), self._range, strict=True)
         return max(math.log2(max(low / size, size / high, 1.0)) for size, (low, high) in sizes)
-
-
-class _Nearest(NamedTuple):
-    """The nearest measured point. See `Estimate` for the fields."""
-
-    point: Point
-    distance: float
-    gap: Status | None
-    outside: bool = False
-    is_proven: bool = True
 
 
 def _speedup(point: Point) -> float:

@@ -17,7 +17,6 @@ WHAT_CHANGES = {
     "force_recompute_fp8_weight_in_bwd": "the weight is cast a second time in the backward pass",
     "enable_fsdp_float8_all_gather": "weights are cast before FSDP gathers them, not in the linear",
     "round_scales_to_power_of_2": "scales are rounded in other kernels",
-    "emulate": "products are emulated in float32",
 }
 
 
@@ -26,12 +25,15 @@ def unmeasured_settings(recipe: Recipe, config: Any, *, compiled: bool) -> Itera
 
     Raises InputError for a config that is none.
     """
+    if config is not None and (not dataclasses.is_dataclass(config) or not hasattr(config, "from_recipe_name")):
+        raise InputError(f"float8_config: expected torchao's Float8LinearConfig; got {type(config).__name__}")
+    if getattr(config, "emulate", False):
+        yield "float8_config.emulate is True: float8 is computed in float32, to test, and gains nothing"
+        return
     if not compiled:
         yield "compiled=False: what was measured ran under torch.compile, and eager casts cost several times as much"
     if config is None:
         return
-    if not dataclasses.is_dataclass(config) or not hasattr(config, "from_recipe_name"):
-        raise InputError(f"float8_config: expected torchao's Float8LinearConfig; got {type(config).__name__}")
     measured = type(config).from_recipe_name(recipe)  # type: ignore[union-attr]  # it has that method
     for one in dataclasses.fields(config):
         asked, usual = getattr(config, one.name), getattr(measured, one.name)

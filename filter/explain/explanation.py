@@ -20,11 +20,11 @@ from fp8gate.filter.decision.estimate import MAX_OCTAVES_OUTSIDE, Estimate
 from fp8gate.filter.decision.lookup import Lookup
 from fp8gate.filter.decision.shared_input import decide_linear, input_kind
 from fp8gate.filter.decision.torchao_rule import torchao_converts
-from fp8gate.filter.findings import Finding
 from fp8gate.filter.layer_filter import AutoFilter
 from fp8gate.filter.model.described_model import DescribedModel, LinearRole, role_shape
 from fp8gate.filter.model.parallel import Shards
-from fp8gate.filter.plan_decisions import ModelPlans
+from fp8gate.filter.planned.model_plans import ModelPlans
+from fp8gate.filter.policy.findings import Finding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

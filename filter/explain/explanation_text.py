@@ -12,7 +12,7 @@ from fp8gate.filter.contract.plans.layer_names import DEFAULT
 from fp8gate.filter.contract.recipes import MOST_ACCURATE_FIRST, Recipe
 from fp8gate.filter.explain.explanation import ALL, BF16, PLAN, RULE, TABLE, Explanation, SpeedupInBlocks
 from fp8gate.filter.explain.remarks import remarks, shared_remarks
-from fp8gate.filter.plan_decisions import ModelPlans
+from fp8gate.filter.planned.model_plans import ModelPlans
 from fp8gate.filter.terminal_table import Align, render_table
 
 JSON_NAMES = {BF16: "bf16", ALL: "all_float8", RULE: "torchao_rule", TABLE: "table", PLAN: "plan"}
@@ -88,7 +88,9 @@ def recipes_text(title: str, explanations: Mapping[Recipe, Explanation]) -> str:
             row.append(_in_block_text(explanations[recipe].chosen.in_block))
     best, device = fastest(explanations), next(iter(explanations.values())).table.device.name
     sentence = f"{best} is the fastest by the sum of the linears"
-    if best != ranked[0]:
+    if not any(explanation.chosen.converted for explanation in explanations.values()):
+        sentence = "No recipe converts any of them"
+    elif best != ranked[0]:
         sentence += f"; {ranked[0]}, the most accurate, takes {slower(explanations, ranked[0]):.1%} longer"
     align: list[Align] = ["left", "left", "left", "right", "right", "right", "right"]
     tables = [f"{title}, {device}", render_table(headers, rows, align=align[: len(headers)])]
@@ -141,4 +143,10 @@ def _plans_json(plans: ModelPlans) -> dict[str, Any]:
 
 
 def _in_block_text(found: SpeedupInBlocks | None) -> str:
-    return f"{found.speedup:.3f}x" if found else ""
+    """The speedup with the plan's bounds, which bf16 against itself has not."""
+    if found is None:
+        return ""
+    bounds = (
+        "" if found.speedup_low == found.speedup_high else f" ({found.speedup_low:.3f} to {found.speedup_high:.3f})"
+    )
+    return f"{found.speedup:.3f}x{bounds}"

@@ -5,14 +5,17 @@ In: an `Explanation`. Out: sentences, each with the command that settles it wher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.shapes import TOKEN_TILE
 from fp8gate.filter.contract.software_check import stale
+from fp8gate.filter.decision.estimate import OF_ALIGNED
 from fp8gate.filter.decision.shared_input import least_text
-from fp8gate.filter.explain.explanation import BF16, PLAN, Choice, Explanation
-from fp8gate.filter.findings import OutsideGridWarning, StaleTableWarning
+from fp8gate.filter.explain.explanation import BF16, PLAN, TABLE, Choice, Explanation
 from fp8gate.filter.locate.places import shown
+from fp8gate.filter.policy.findings import OutsideGridWarning, StaleTableWarning
 
 EVIDENCE = (
     "A layer near 1.0x gains little by itself and can slow its neighbours down inside a compiled block: in twelve "
@@ -56,7 +59,7 @@ def _faster_by_sums(explanation: Explanation) -> Choice | None:
 
 def _why_behind(explanation: Explanation, faster: Choice, *, is_brief: bool) -> str:
     chosen = explanation.chosen
-    less = f"By the sum of single linears, {faster.name} takes {1 - faster.us / chosen.us:.1%} less time"
+    less = f"By the sum of single linears, {_in_words(faster)} takes {1 - faster.us / chosen.us:.1%} less time"
     if chosen.name == PLAN:
         return f"{less}. {_measured_instead(chosen, faster)}"
     skipped = [layer for layer in faster.converted if layer not in chosen.converted and layer.fp8_us < layer.bf16_us]
@@ -64,7 +67,8 @@ def _why_behind(explanation: Explanation, faster: Choice, *, is_brief: bool) -> 
     if not skipped:
         least = least_text(explanation.min_speedup)
         return f"{less}, as fp8gate converts from {least} on (--min-speedup), and so layers that lose by themselves."
-    sentence = f"{less}, as it also converts {layers}, which fp8gate leaves in bf16: {_threshold(explanation)}."
+    why = f"{'they are' if len(skipped) > 1 else 'it is'} {_threshold(explanation)}"
+    sentence = f"{less}, as it also converts {layers}, which fp8gate leaves in bf16: {why}."
     return sentence if is_brief else f"{sentence} {EVIDENCE}"
 
 
@@ -74,12 +78,18 @@ def _measured_instead(chosen: Choice, faster: Choice) -> str:
     gains = f"the plan's set runs at {chosen.in_block.speedup:.3f}x"
     if faster.name == BF16:
         return f"Inside the compiled block, where casts fuse with their neighbours, {gains}."
-    other = f"{faster.name} at {faster.in_block.speedup:.3f}x" if faster.in_block else f"{faster.name} was not measured"
+    measured = f"at {faster.in_block.speedup:.3f}x" if faster.in_block else "was not measured"
+    other = f"{_in_words(faster)} {measured}"
     return f"Inside the compiled block, where casts fuse with their neighbours, {gains}, {other}."
 
 
+def _in_words(choice: Choice) -> str:
+    """The choice, in a sentence."""
+    return {TABLE: "the table's set", PLAN: "the plan's set"}.get(choice.name, choice.name)
+
+
 def _threshold(explanation: Explanation) -> str:
-    below = f"they are below {least_text(explanation.min_speedup)} (--min-speedup)"
+    below = f"below {least_text(explanation.min_speedup)} (--min-speedup)"
     if explanation.min_speedup is None and RECIPES[explanation.table.recipe].spares_value:
         return f"{below}, have no sure number, or would leave none of wq, wk and wv in bf16"
     return f"{below} or have no sure number"
@@ -97,6 +107,18 @@ def _doubts(explanation: Explanation) -> Iterator[str]:
         yield (
             f"Outside the measured range, answered by the border and its trend: {', '.join(outside)}. To measure these "
             f"shapes: {explanation.measure_command}"
+        )
+    if unaligned := [layer.linear.role for layer in explanation.layers if layer.by_table.unaligned is None]:
+        yield (
+            f"Answered from {OF_ALIGNED}: {', '.join(unaligned)}. To measure these shapes: "
+            f"{explanation.measure_command}"
+        )
+    if scaled := [layer for layer in explanation.layers if layer.by_table.unaligned not in (None, 1.0)]:
+        tokens, factor = scaled[0].shape.m, scaled[0].by_table.unaligned
+        more = math.ceil(tokens / TOKEN_TILE) * TOKEN_TILE
+        yield (
+            f"Float8 is slower with {tokens} tokens, no multiple of {TOKEN_TILE}, than with {more}: the speedups of "
+            f"{explanation.table.recipe} have a factor of {factor:.2f} for that."
         )
     if differences := stale(explanation.table.software):
         device = explanation.table.device.name

@@ -9,7 +9,10 @@ from fp8gate.filter.contract.plans.plan import Plan, PlanError
 from fp8gate.filter.contract.plans.plan_file import read_plan, read_plans
 from fp8gate.filter.contract.table import Table, TableError, read_table
 from fp8gate.filter.decision.decide import Decision
-from fp8gate.filter.findings import (
+from fp8gate.filter.layer_filter import AutoFilter
+from fp8gate.filter.model.observed import ObserveError
+from fp8gate.filter.model.parallel import Parallel, ShardError
+from fp8gate.filter.policy.findings import (
     AmbiguousPointWarning,
     FilterWarning,
     Finding,
@@ -25,11 +28,8 @@ from fp8gate.filter.findings import (
     UnmatchedPatternWarning,
     UnmeasuredSettingWarning,
 )
-from fp8gate.filter.layer_filter import AutoFilter
-from fp8gate.filter.model.observed import ObserveError
-from fp8gate.filter.model.parallel import Parallel, ShardError
+from fp8gate.filter.policy.settings import Recompute
 from fp8gate.filter.ranks.agreement import RanksDisagreeError, RanksMissingError
-from fp8gate.filter.settings import Recompute
 
 __version__ = "0.1.0"
 

@@ -70,12 +70,15 @@ def _bounds(bounds: Bounds | None) -> str:
     if bounds is None:
         return "what varies within one run"
     parts = {"below 120 us": bounds.below_120_us, "from 120 us": bounds.from_120_us}
-    return "; ".join(
+    said = [
         f"{name}: {part.coverage:.1%} of the points in another sweep, by {part.between:.1%} beside {part.within:.1%} "
         f"within one run ({part.repeats} repeats)"
         for name, part in parts.items()
         if part
-    )
+    ]
+    if bounds.board_us:
+        said.append(f"and boards that differ by {bounds.board_us:g} us in each direction of bf16 and float8")
+    return "; ".join(said)
 
 
 def _unaligned(unaligned: Unaligned | None) -> str:

@@ -22,7 +22,7 @@ from fp8gate.filter.decision.shared_input import SHARED_MIN_SPEEDUP, decide_line
 from fp8gate.filter.locate.find_plan import find_plans
 from fp8gate.filter.model.described_model import LinearRole
 from fp8gate.filter.model.model_config import linear_roles, not_linear
-from fp8gate.filter.plan_decisions import ModelPlans
+from fp8gate.filter.planned.model_plans import ModelPlans
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,10 +31,10 @@ from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
 from fp8gate.filter.explain.explanation import Explanation, explain
 from fp8gate.filter.explain.explanation_text import explanation_json, explanation_text, recipes_json, recipes_text
-from fp8gate.filter.findings import FilterWarning
 from fp8gate.filter.model.parallel import Parallel
 from fp8gate.filter.observe.describe import describe_model
-from fp8gate.filter.plan_choice import AUTO
+from fp8gate.filter.planned.plan_choice import AUTO
+from fp8gate.filter.policy.findings import FilterWarning
 
 
 def explain_command(

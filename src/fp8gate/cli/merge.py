@@ -32,6 +32,8 @@ def merge_command(
 
     if out.resolve() in [path.resolve() for path in tables]:
         raise InputError(f"--out: expected another file than the tables, which would count again next time; got {out}")
+    if len({path.resolve() for path in tables}) < len(tables):
+        raise InputError(f"tables: expected each table once; got {', '.join(map(str, tables))}")
     read = {path: read_table(path) for path in tables}
     merged = merge_tables({str(path): table for path, table in read.items()})
     write_table(merged, out)

@@ -20,7 +20,7 @@ OUT = Path("report")
 
 def report_command(
     tables: Annotated[
-        list[Path], typer.Argument(help="Tables, a device's folder such as thresholds/nvidia-h200, or thresholds.")
+        list[Path], typer.Argument(help="Tables of one device, or its folder, such as thresholds/nvidia-h200.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for index.html and its pictures.")] = OUT,
 ) -> None:

@@ -101,6 +101,8 @@ def _torchao_config(run: Run, settings: GateSettings) -> object:
     try:
         return converter.build().torchao_config
     except ValueError as error:
+        if settings.emulate:
+            raise InputError(f'{NAME}: "emulate": true: expected a run without compile.enable') from error
         reason = "without compile.enable, to test on such a machine" if run.is_compiled else "to test on such a machine"
         raise InputError(f'{NAME}: this machine computes no float8; "emulate": true, {reason}: {error}') from error
 

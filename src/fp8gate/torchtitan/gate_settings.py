@@ -64,7 +64,8 @@ def read_settings(given: dict[str, Any]) -> GateSettings:
     for key, choices in _CHOICES.items():
         if (key in given or key == "recipe") and given.get(key) not in choices:
             found = repr(given[key]) if key in given else "nothing"
-            raise InputError(f"{NAME}: {key}: expected one of {', '.join(filter(None, choices))}; got {found}")
+            which = ", which torchtitan's converter has" if key == "recipe" else ""
+            raise InputError(f"{NAME}: {key}: expected one of {', '.join(filter(None, choices))}{which}; got {found}")
     if isinstance(rows := given.get("rows"), dict):
         require_row_counts(rows)
     settings = convert(given, GateSettings, source=NAME, error=InputError)

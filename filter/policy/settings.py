@@ -11,7 +11,9 @@ from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import is_head, plain_name
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
-from fp8gate.filter.findings import (
+from fp8gate.filter.model.parallel import Parallel
+from fp8gate.filter.model.rows import require_row_counts
+from fp8gate.filter.policy.findings import (
     POLICIES,
     AmbiguousPointWarning,
     FilterWarning,
@@ -28,8 +30,6 @@ from fp8gate.filter.findings import (
     UnmatchedPatternWarning,
     UnmeasuredSettingWarning,
 )
-from fp8gate.filter.model.parallel import Parallel
-from fp8gate.filter.model.rows import require_row_counts
 
 NOT_PARALLEL = Parallel()
 

@@ -14,10 +14,10 @@ from fp8gate.filter.contract.plans.plan_file import Plans, load_plans, require_s
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.software_check import stale
-from fp8gate.filter.findings import Finding, PlanMismatchWarning, StaleTableWarning
 from fp8gate.filter.locate.find_plan import FoundPlan, find_plans, is_model_name, plan_files
-from fp8gate.filter.plan_decisions import ModelPlans
-from fp8gate.filter.settings import FilterSettings
+from fp8gate.filter.planned.model_plans import ModelPlans
+from fp8gate.filter.policy.findings import Finding, PlanMismatchWarning, StaleTableWarning
+from fp8gate.filter.policy.settings import FilterSettings
 
 AUTO = "auto"
 PlanArgument = Plan | Sequence[Plan] | str | os.PathLike[str] | None

@@ -2,10 +2,9 @@
 
 Float8 casts are compiled by Inductor, and the backward pass computes again what functorch does not let it save. This
 benchmark compiles a layer with a set of its linears in float8 under each setting that could change that, one at a time,
-beside what production compiles it with, and bf16. Beside settings it tries the pass that lets kernels cast
-(benchmarks/cast_pass.py), for three choices of operands. All linears are converted, and those of
-the committed plan of this GPU, or of an H100 or H200, if there is one. Then it tries the settings that gain beyond the
-noise together. A setting that the installed torch does not have is skipped, and named.
+beside what production compiles it with, and bf16. The kernels of fp8gate.casts are one of these settings. All linears
+are converted, and those of the committed plan of this GPU, or of an H100 or H200, if there is one. Then it tries the
+settings that gain beyond the noise together. A setting that the installed torch does not have is skipped, and named.
 
 All is measured as `fp8gate plan` does: compiled ahead by several processes, captured in CUDA graphs, visited alone on
 the GPU, in rounds of random order. Gains are paired by round. On a CPU nothing is compiled, so that no setting matters.
@@ -18,10 +17,9 @@ Run it: python benchmarks/block_settings.py llama3-8b --recipe rowwise --tokens 
 
 What could repair rowwise's casts, by short calls that share a journal and a cache, what tunes for long in the last:
     CASTS='--recipe rowwise --tokens 8192 --sets all --rounds 6 --out DIR --cache DIR/cache'
-    python benchmarks/block_settings.py llama3-8b $CASTS --settings loop_ordering_after_fusion cast_pass.operands
+    python benchmarks/block_settings.py llama3-8b $CASTS --settings loop_ordering_after_fusion fp8gate.casts
     python benchmarks/block_settings.py llama3-8b $CASTS --settings triton.max_tiles \
-        "loop_ordering_after_fusion + cast_pass.operands='in both forms'" \
-        "loop_ordering_after_fusion + cast_pass.operands='any'"
+        "loop_ordering_after_fusion + fp8gate.casts"
     python benchmarks/block_settings.py llama3-8b $CASTS --settings coordinate_descent_tuning
 The same with --tp 2, and with llama3-70b --tp 8. On several GPUs, each with a layer: CUDA_VISIBLE_DEVICES.
 """

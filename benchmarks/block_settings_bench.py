@@ -55,7 +55,7 @@ class Cost:
 
     compile_s: ahead of time, on one thread; None if a kept cache had it. load_s: tuning, capturing and checking.
     peak_bytes: memory that forward and backward take at most beside parameters and inputs; None on a CPU. launches: of
-    generated kernels. casts: operands that the pass gives to kernels of its own. code: a hash of what is generated. The
+    generated kernels. casts: operands that the kernels of fp8gate.casts cast. code: a hash of what is generated. The
     last three are None where nothing is compiled.
     """
 

@@ -1,8 +1,8 @@
-"""The settings of Inductor and functorch that benchmarks/block_settings.py tries, the pass, and what turns them on.
+"""The settings of Inductor and functorch that benchmarks/block_settings.py tries, and what turns them on.
 
 In: a name such as "inductor.triton.max_tiles=3". Out: a context in which the installed torch compiles with it. Each
-setting could change how float8 casts are compiled, or what the backward pass computes again. The pass, which lets
-kernels cast (benchmarks/cast_pass.py), is called like a setting: "cast_pass.operands='any'".
+setting could change how float8 casts are compiled, or what the backward pass computes again. The kernels of
+fp8gate.casts are named like a setting too: "fp8gate.casts=True".
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import Any
 
 import torch._functorch.config
 import torch._inductor.config
-from cast_pass import casts_replaced
 
+from fp8gate import casts
 from fp8gate.filter.contract.errors import InputError
 
 
-class CastPassConfig:
-    """The pass, off by default, in the way that torch's modules of settings are used."""
+class CastsConfig:
+    """fp8gate.casts, off by default, in the way that torch's modules of settings are used."""
 
     def get_config_copy(self) -> dict[str, object]:
-        return {"operands": None}
+        return {"casts": False}
 
     def patch(self, changes: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-        return casts_replaced(operands=changes["operands"])
+        return casts.replaced() if changes["casts"] else casts.not_replaced()
 
 
 MODULES: Mapping[str, Any] = {
     "inductor": torch._inductor.config,
     "functorch": torch._functorch.config,
-    "cast_pass": CastPassConfig(),
+    "fp8gate": CastsConfig(),
 }
 OTHER = "other"  # as a value: what a setting is not by default, of True and False
 TOGETHER = " + "  # between the names of settings that are on at once
@@ -60,9 +60,7 @@ CANDIDATES: tuple[Mapping[str, object], ...] = (
     {"functorch.recompute_views": True},
     {"functorch.ban_recompute_not_in_allowlist": False},
     {"functorch.treat_parameters_as_free_to_save": OTHER},
-    {"cast_pass.operands": "in memory"},
-    {"cast_pass.operands": "in both forms"},
-    {"cast_pass.operands": "any"},
+    {"fp8gate.casts": True},
 )
 """Each is tried alone, beside production's settings."""
 

@@ -3,7 +3,7 @@
 Parts, in this order:
 - equality: are the kernels' scales and float8 data those of torchao's casts, bit for bit? Inductor's, too, once.
 - forms: at each size a bf16 copy, Inductor's casts to the row form, the column form and both, and the kernels at every
-  launch in their lists (benchmarks/rowwise_casts_kernel.py says what the forms are).
+  launch in their lists (benchmarks/rowwise_casts_kernels.py says what the forms are).
 - settings: Inductor's casts under each setting in benchmarks/rowwise_casts_torchao.py, one at a time, at three sizes.
 
 Bandwidth is bytes / time with the fewest bytes that a cast can move: 2 M K for the operand, read once, and for each

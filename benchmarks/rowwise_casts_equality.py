@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from rowwise_casts_kernel import Form, panel_column_form, rows_first_forms, strip_column_form, two_pass_forms
+from rowwise_casts_kernels import panel_column_form, rows_first_forms, strip_column_form, two_pass_forms
 from rowwise_casts_torchao import torchao_forms
+
+from fp8gate.casts.operand import Form
 
 FLOAT8_NAN = 0x7F
 

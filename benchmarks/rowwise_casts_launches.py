@@ -1,4 +1,4 @@
-"""Times the kernels of rowwise_casts_kernel.py at every launch in their lists, and the casts made of the fastest.
+"""Times the kernels of rowwise_casts_kernels.py at every launch in their lists, and the casts made of the fastest.
 
 In: operands of one size. Out: a Timing for each kernel and launch (part_of_cast), then for each whole cast.
 benchmarks/rowwise_casts.py runs it.
@@ -14,19 +14,16 @@ from typing import Generic, TypeVar
 
 import torch
 from rowwise_casts_equality import all_equal
-from rowwise_casts_kernel import (
+from rowwise_casts_kernels import (
     AMAX_LAUNCHES,
     PANEL_LAUNCHES,
     ROW_LAUNCHES,
     STRIP_LAUNCHES,
     TILE_LAUNCHES,
     WIDEST_ROW,
-    Form,
-    Launch,
     RowLaunch,
     amaxes,
     cast_rows,
-    cast_tiles,
     panel_column_form,
     rows_first_forms,
     strip_column_form,
@@ -36,6 +33,9 @@ from rowwise_casts_output import Timing
 from rowwise_casts_timing import Arguments, least_bytes, moved_bytes, sample_us
 from rowwise_casts_torchao import torchao_forms
 from triton.runtime.errors import OutOfResources
+
+from fp8gate.casts.operand import Form, Launch
+from fp8gate.casts.two_passes import cast_tiles
 
 AnyLaunch = TypeVar("AnyLaunch", Launch, RowLaunch)
 

@@ -40,7 +40,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 class Header(msgspec.Struct, frozen=True, kw_only=True):
     """The first line that the benchmark writes.
 
-    runs: the first is bf16, and the others are compared with it. cast_pass: whether benchmarks/cast_pass.py was on.
+    runs: the first is bf16, and the others are compared with it. fp8gate_casts: whether fp8gate.casts was on.
     """
 
     model: str
@@ -51,7 +51,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     device: Device
     software: Software
     runs: tuple[Run, ...]
-    cast_pass: bool = False
+    fp8gate_casts: bool = False
 
 
 class Visit(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,7 +110,7 @@ def title(header: Header) -> str:
     return (
         f"{header.model}, {header.layers} layers, {header.tokens} tokens, {header.steps} steps, {header.recipe}, "
         f"{header.device.name} (torch {software.torch}, torchao {software.torchao})"
-        f"{', casts by kernels' if header.cast_pass else ''}"
+        f"{', casts by fp8gate' if header.fp8gate_casts else ''}"
     )
 
 

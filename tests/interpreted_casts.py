@@ -1,4 +1,4 @@
-"""Runs the kernels of benchmarks/rowwise_casts_kernel.py in Triton's interpreter, and prints what differs from torchao.
+"""Runs the kernels that cast in Triton's interpreter, and prints what differs from torchao.
 
 A process of its own: Triton reads TRITON_INTERPRET as it is imported. tests/test_rowwise_casts.py starts it and reads
 its lines: each is a JSON list of the test that it belongs to, what was compared, scales and data that differ.
@@ -14,13 +14,15 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import cast_op
 import rowwise_casts_launches
 import rowwise_casts_timing
 import torch
 from rowwise_casts_equality import compare_forms, differences, every_magnitude, special_operands
-from rowwise_casts_kernel import Form, Launch, RowLaunch, cast_rows, panel_column_form, strip_column_form
+from rowwise_casts_kernels import RowLaunch, cast_rows, panel_column_form, strip_column_form
 from rowwise_casts_torchao import torchao_forms
+
+from fp8gate.casts import operators
+from fp8gate.casts.operand import Form, Launch
 
 CPU = torch.device("cpu")
 SPECIAL_SIZE = (48, 80)
@@ -80,10 +82,10 @@ def compare_strip_of_many_blocks() -> None:
 
 
 def compare_operators() -> None:
-    """What the operators of benchmarks/cast_op.py launch on CUDA, with what they compute on a CPU."""
+    """What the operators of fp8gate.casts.operators launch on CUDA, with what they compute on a CPU."""
     ways = {
-        "both forms": (cast_op.both_forms_by_kernels, cast_op.both_forms_by_torch),
-        "column form": (cast_op.column_form_by_kernel, cast_op.column_form_by_torch),
+        "both forms": (operators.both_forms_by_kernels, operators.both_forms_by_torch),
+        "column form": (operators.column_form_by_kernel, operators.column_form_by_torch),
     }
     for case, x in special_operands(*SPECIAL_SIZE, CPU):
         for forms, (by_kernels, by_torch) in ways.items():

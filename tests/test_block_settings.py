@@ -130,21 +130,19 @@ def test_a_name_that_is_no_candidate_is_an_error():
         assert KnownSettings(((VIEWS,),), ("skipped",)).named([unknown_to_torch]) == ()
 
 
-def test_the_pass_is_turned_on_like_a_setting():
+def test_the_casts_are_turned_on_like_a_setting():
     from block_settings_list import KnownSettings, settings_on
-    from cast_pass import CastPass
+
+    from fp8gate import casts
 
     known = KnownSettings.of_torch()
-    passes = known.named(["cast_pass.operands"])
-    choices = ("in memory", "in both forms", "any")
-    assert passes == tuple((f"cast_pass.operands='{operands}'",) for operands in choices)
-    assert known.named(["cast_pass.operands='any' + triton.max_tiles"]) == ((*passes[2], TILES),)
-    for one, operands in zip(passes, choices, strict=True):
-        with settings_on([*one, TILES]):
-            found = inductor_config.post_grad_custom_post_pass
-            assert isinstance(found, CastPass)
-            assert (found.operands, values()) == (operands, (3, False))
-        assert inductor_config.post_grad_custom_post_pass is None
+    assert known.named(["casts"]) == known.named(["fp8gate.casts"]) == (("fp8gate.casts=True",),)
+    assert known.named(["fp8gate.casts + triton.max_tiles"]) == (("fp8gate.casts=True", TILES),)
+    with settings_on(["fp8gate.casts=True", TILES]):
+        assert (casts.is_enabled(), values()) == (True, (3, False))
+        with settings_on(["fp8gate.casts=False"]):
+            assert not casts.is_enabled()
+    assert not casts.is_enabled()
 
 
 # --- compiling -------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_every_way_is_compared(interpreted):
 
 @pytest.mark.slow
 def test_the_sweep_runs_every_launch(interpreted):
-    import rowwise_casts_kernel as kernel
+    import rowwise_casts_kernels as kernel
 
     strips = [name for name in interpreted["launches"] if name.startswith("column, strip")]
     assert len(strips) == len(kernel.STRIP_LAUNCHES)
@@ -73,7 +73,8 @@ def test_the_sweep_runs_every_launch(interpreted):
 
 def test_differences_are_counted_in_scales_and_in_data():
     from rowwise_casts_equality import differences
-    from rowwise_casts_kernel import Form
+
+    from fp8gate.casts.operand import Form
 
     def form(data: list[int], scale: list[float]) -> Form:
         as_float8 = torch.tensor([data], dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -86,7 +87,8 @@ def test_differences_are_counted_in_scales_and_in_data():
 
 def test_a_form_of_another_layout_is_refused():
     from rowwise_casts_equality import differences
-    from rowwise_casts_kernel import Form
+
+    from fp8gate.casts.operand import Form
 
     data, scale = torch.zeros(4, 4).to(torch.float8_e4m3fn), torch.ones(4, 1)
     with pytest.raises(ValueError, match=r"shape \(4, 4\) \(1, 4\), torchao's \(4, 4\) \(4, 1\)"):
@@ -104,7 +106,7 @@ def test_a_form_of_another_layout_is_refused():
     ],
 )
 def test_other_operands_are_refused(x, message):
-    from rowwise_casts_kernel import strip_column_form, two_pass_forms
+    from rowwise_casts_kernels import strip_column_form, two_pass_forms
 
     for cast in (strip_column_form, two_pass_forms):
         with pytest.raises(ValueError, match=message):
@@ -112,7 +114,7 @@ def test_other_operands_are_refused(x, message):
 
 
 def test_rows_too_wide_for_registers_are_refused():
-    from rowwise_casts_kernel import rows_first_forms
+    from rowwise_casts_kernels import rows_first_forms
 
     with pytest.raises(ValueError, match="at most 16384 columns fit into registers, not 16400: use two_pass_forms"):
         rows_first_forms(torch.zeros(16, 16400, dtype=torch.bfloat16), powers_of_two=True)

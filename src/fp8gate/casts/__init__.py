@@ -40,9 +40,10 @@ VARIABLE = "FP8GATE_CASTS"
 def enable() -> None:
     """Replace casts in all that compiles from now on, backward passes too. Does nothing if it is on already.
 
-    Call it in every process that compiles, before the first step. Inside `replaced` or `not_replaced` it holds until
-    their end. Raises InputError if `torch._inductor.config.post_grad_custom_post_pass` has a pass that takes more than a
-    graph, or several; one that takes a graph alone runs before.
+    Call it before the first step, in every process, and there in the thread that trains: settings of torch are those of
+    a thread. Inside `replaced` or `not_replaced` it holds until their end. If Inductor has another pass of its user
+    (`torch._inductor.config.post_grad_custom_post_pass`), that one runs first. Raises InputError if it has several, or
+    one that takes more than a graph.
     """
     from fp8gate.casts import graph_pass
 

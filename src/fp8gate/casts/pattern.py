@@ -2,7 +2,7 @@
 
 In: a graph after Inductor's own passes (post-grad). Out: a `Cast` for each float8 tensor that is made exactly as
 torchao's rowwise recipe makes it, and for any other the reason why it is not. Nothing is changed here:
-benchmarks/cast_pass.py replaces what is found.
+fp8gate.casts.graph_pass replaces what is found.
 
 What is recognized (torchao 0.18.0 as Inductor of torch 2.11 to 2.13 decomposes it), from the amax to the data:
 
@@ -28,7 +28,7 @@ Form = Literal["row", "column"]
 
 aten, prims = torch.ops.aten, torch.ops.prims
 FLOAT8 = torch.float8_e4m3fn
-FLOAT8_TYPES = (FLOAT8, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+FLOAT8_TYPES = frozenset({FLOAT8, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz})
 FLOAT8_MAX, LEAST_AMAX = 448.0, 1e-12
 RESHAPES = (aten.reshape.default, aten.view.default)
 CONTIGUOUS = {"memory_format": torch.contiguous_format}
@@ -62,7 +62,7 @@ class Cast:
 def float8_nodes(graph: Graph) -> Iterator[Node]:
     """Every conversion to float8."""
     for node in graph.nodes:
-        if node.target is prims.convert_element_type.default and node.args[1] in FLOAT8_TYPES:
+        if node.target is prims.convert_element_type.default and FLOAT8_TYPES & {*node.args, *node.kwargs.values()}:
             yield node
 
 
@@ -87,9 +87,9 @@ def read_cast(data: Node) -> Cast:
     )
 
 
-def _argument(node: Node, target: Any, *others: object) -> Node:
-    """The first argument of a call with exactly these further arguments."""
-    if node.target is not target or node.args[1:] != others or node.kwargs:
+def _argument(node: Any, target: Any, *others: object) -> Node:
+    """The first argument, a node, of a call with exactly these further arguments."""
+    if not isinstance(node, Node) or node.target is not target or node.args[1:] != others or node.kwargs:
         arguments = ", ".join(["...", *map(str, others)])
         raise UnknownPatternError(f"expected {_name(target)}({arguments}), found {_text(node)}")
     return node.args[0]  # type: ignore[return-value]
@@ -125,7 +125,7 @@ def _reduced_dimension(amax: Node, x: Node) -> int:
     if amax.target is not aten.amax.default or len(amax.args) != 3 or amax.args[2] is not True or amax.kwargs:
         raise UnknownPatternError(f"expected amax(..., [dim], True), found {_text(amax)}")
     magnitude, dims, _ = amax.args
-    magnified = _argument(magnitude, aten.abs.default)  # type: ignore[arg-type]
+    magnified = _argument(magnitude, aten.abs.default)
     if magnified is not x:
         raise UnknownPatternError(f"its amax is of {_text(magnified)}, not of what is cast")
     if not isinstance(dims, (list, tuple)) or len(dims) != 1:

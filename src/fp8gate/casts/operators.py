@@ -1,4 +1,4 @@
-"""The casts of torchao's rowwise recipe as operators of torch, for benchmarks/cast_pass.py to put into compiled graphs.
+"""The casts of torchao's rowwise recipe as operators of torch, for the pass to put into compiled graphs.
 
 In: a contiguous bf16 operand (M, K). Out: float8 data, and the amaxes that they were scaled by: the bits of bf16
 numbers, as int32. A graph computes its scales from amaxes, and may save the amaxes for the backward pass, so it gets
@@ -7,8 +7,8 @@ these, and keeps its own few operations from an amax to a scale.
 - fp8gate::cast_both_forms: row data (M, K), column data (K, M), amaxes of the rows and then the columns (M + K,).
 - fp8gate::cast_column_form: column data (K, M), amaxes of the columns (K,).
 
-On CUDA they launch the kernels of benchmarks/rowwise_casts_kernel.py. On a CPU they compute the same by torch's own
-operations, so that all but the kernels can be tested there.
+On CUDA they launch kernels. On a CPU they compute the same by torch's own operations, so that all but the kernels can
+be tested there. Importing this module registers them in a process; graphs from Inductor's cache need them too.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ def _column_form_shapes(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, T
 
 
 def both_forms_by_kernels(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
-    from rowwise_casts_kernel import AMAX_LAUNCHES, TILE_LAUNCHES, amax_bits, cast_tiles
+    from fp8gate.casts.two_passes import amax_bits, cast_tiles
 
-    bits = amax_bits(operand, row_form=True, launch=AMAX_LAUNCHES[0])
+    bits = amax_bits(operand, row_form=True)
     m, _ = operand.shape
-    row, column = cast_tiles(operand, bits[:m], bits[m:], powers_of_two=powers_of_two, launch=TILE_LAUNCHES[0])
+    row, column = cast_tiles(operand, bits[:m], bits[m:], powers_of_two=powers_of_two)
     assert row, "the amaxes of rows were given"
     return row.data, column.data, bits
 
 
 def column_form_by_kernel(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor]:
-    from rowwise_casts_kernel import panel_column_form_and_amaxes
+    from fp8gate.casts.panels import column_form_and_amaxes
 
-    column, bits = panel_column_form_and_amaxes(operand, powers_of_two=powers_of_two)
+    column, bits = column_form_and_amaxes(operand, powers_of_two=powers_of_two)
     return column.data, bits
 
 

@@ -66,7 +66,7 @@ def test_every_setting_can_be_turned_on_and_changes_something():
     from block_settings_list import KnownSettings, settings_on
 
     known = KnownSettings.of_torch()
-    assert len(known.candidates) + len(known.skipped) == 21
+    assert len(known.candidates) + len(known.skipped) == 19
     before = inductor_config.get_config_copy(), functorch_config.get_config_copy()
     for candidate in known.candidates:
         with settings_on(candidate):

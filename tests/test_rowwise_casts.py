@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -33,7 +34,8 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 def interpreted() -> dict[str, dict[str, tuple[int, int]]]:
     """For each test what was compared: how many scales and how many data differ."""
     command = [sys.executable, str(Path(__file__).parent / "interpreted_casts.py")]
-    run = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     results: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     for line in run.stdout.splitlines():

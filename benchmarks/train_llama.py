@@ -19,6 +19,7 @@ runs also show what bf16 gains over itself, and a gain has to exceed that. Some 
 part. They do not show what training converges to.
 
 Run it: python benchmarks/train_llama.py --recipe rowwise --out DIR
+With FP8GATE_CASTS=1 in the environment, the kernels of fp8gate.casts do rowwise's casts.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from train_llama_output import ROUNDS, Header, Run, Visit, report
 
-from fp8gate import auto_filter
+from fp8gate import auto_filter, casts
 from fp8gate.calibrate.arms.linear import convert
 from fp8gate.calibrate.device.cuda.kind import VISIT_PAUSE_S
 from fp8gate.calibrate.device.lock import DeviceLock
@@ -70,6 +71,7 @@ WARM_UP = 0.1  # the share of the steps in which the learning rate rises
 
 def main() -> None:
     arguments = parse()
+    has_casts = casts.enable_if_asked()
     device = choose_device(None)
     sizes = TINY if arguments.tiny else {}
     model = msgspec.structs.replace(BUNDLED[MODEL], **sizes, num_hidden_layers=arguments.layers)
@@ -82,6 +84,7 @@ def main() -> None:
         device=describe_device(device),
         software=describe_software(device),
         runs=runs_of(choices(model, arguments, device)),
+        fp8gate_casts=has_casts,
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"train-llama-{arguments.recipe}.jsonl"

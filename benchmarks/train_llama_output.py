@@ -38,7 +38,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """The first line that the benchmark writes. runs: the first is bf16, and the others are compared with it."""
+    """The first line that the benchmark writes.
+
+    runs: the first is bf16, and the others are compared with it. fp8gate_casts: whether fp8gate.casts was on.
+    """
 
     model: str
     recipe: Recipe
@@ -48,6 +51,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     device: Device
     software: Software
     runs: tuple[Run, ...]
+    fp8gate_casts: bool = False
 
 
 class Visit(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,6 +110,7 @@ def title(header: Header) -> str:
     return (
         f"{header.model}, {header.layers} layers, {header.tokens} tokens, {header.steps} steps, {header.recipe}, "
         f"{header.device.name} (torch {software.torch}, torchao {software.torchao})"
+        f"{', casts by fp8gate' if header.fp8gate_casts else ''}"
     )
 
 

@@ -123,6 +123,25 @@ def test_what_there_is_not_is_said(
     assert [run.float8[-1:] for run in msgspec.json.decode(first, type=llama.Header).runs][1:3] == [("lm_head",)] * 2
 
 
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_it_is_written_down_whether_fp8gate_casts(
+    llama: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    import torch._inductor.config as inductor_config
+
+    from fp8gate import casts
+
+    was_on = []
+    monkeypatch.setenv("FP8GATE_CASTS", value)
+    monkeypatch.setattr(llama, "train", lambda *_: was_on.append(casts.is_enabled()) or [])
+    monkeypatch.setattr(llama, "report", lambda header, _: sys.modules["train_llama_output"].title(header))
+    table = write_file(TABLE, tmp_path / "rowwise.yaml")
+    with inductor_config.patch({"post_grad_custom_post_pass": None}):
+        bench(llama, monkeypatch, "--recipe", "rowwise", "--tables", table, "--out", tmp_path)
+    assert was_on == [value == "1"]
+    assert capsys.readouterr().out.strip().endswith(", casts by fp8gate") is was_on[0]
+
+
 def test_choices_that_convert_the_same_are_one_model(llama: ModuleType) -> None:
     runs = llama.runs_of({"bf16": (), "all float8": ("a", "b"), "torchao's rule": ("a",), "table": (), "plan": ("a",)})
     assert [(run.name, run.float8, run.weights) for run in runs] == [

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from statistics import fmean
+from typing import Any
 
 from fp8gate.calibrate.arms.failure import Failure
 from fp8gate.calibrate.planning.block_worker import Done, Visit
@@ -194,7 +195,8 @@ class VisitRounds:
 
     def _keep(self, one: RoleSet, **fields: object) -> None:
         now = datetime.now(timezone.utc).replace(microsecond=0)
-        record = VisitRecord(convert=self.in_order(one), round=self._round, measured_at=now, **fields)  # type: ignore[arg-type]
+        made_of: dict[str, Any] = {"convert": self.in_order(one), "round": self._round, "measured_at": now, **fields}
+        record = self.journal.record_type(**made_of)
         self.journal.append(record)
         self._note(record)
 

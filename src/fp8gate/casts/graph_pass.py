@@ -1,0 +1,231 @@
+"""The pass of Inductor that puts operators in the place of torchao's rowwise casts.
+
+In: a graph of the forward or the backward, after autograd and after Inductor's own passes, so that FSDP and
+recomputation need nothing else. Out: the same graph, where each operand that is cast along its columns is cast to all
+its forms by one operator (fp8gate.casts.operators), and what was replaced and what was not (`Counts`), which is logged.
+The row form alone stays with Inductor, which reaches 70 to 95 % of a copy's bandwidth. A pattern that is not exactly
+torchao's (fp8gate.casts.pattern) is left alone: under DTensor's tensor parallelism too, where the amaxes over a divided
+dimension are those of all ranks.
+
+An operand that Inductor could compute while it casts is written to memory for the operator. That pays: in decoder
+layers with all linears in float8 it gains 8 to 17 % over replacing only casts of operands that are there anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from fp8gate.casts import operators, pattern
+from fp8gate.casts.operand import ALIGNMENT
+from fp8gate.casts.pattern import Cast, UnknownPatternError, float8_nodes, read_cast
+from fp8gate.filter.contract.errors import InputError
+
+LEAST_ELEMENTS = 4096 * 4096
+"""Of an operand: from this size on the kernels were measured to be faster; at 8192 x 1024 they win little."""
+SETTING = "post_grad_custom_post_pass"
+"""Inductor's setting that holds a pass."""
+SOURCES = (__file__, str(pattern.__file__), str(operators.__file__))
+"""What a graph depends on; kernels are no part of it."""
+
+aten, prims = torch.ops.aten, torch.ops.prims
+log = logging.getLogger(__name__)
+GraphPass = Callable[[Graph], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """The float8 casts of one graph. left: how many were left to Inductor, by reason."""
+
+    replaced: int
+    left: Mapping[str, int]
+
+    @property
+    def seen(self) -> int:
+        return self.replaced + sum(self.left.values())
+
+    def __str__(self) -> str:
+        left = "; ".join(f"{count} {reason}" for reason, count in sorted(self.left.items()))
+        return f"{self.replaced} of {self.seen} float8 casts replaced" + (f"; left to Inductor: {left}" if left else "")
+
+
+class CastPass(CustomGraphPass):
+    """The pass. before: what runs first."""
+
+    def __init__(self, *, least_elements: int, before: GraphPass | None) -> None:
+        self.least_elements, self.before = least_elements, before
+
+    def __call__(self, graph: Graph) -> None:
+        if self.before:
+            self.before(graph)
+        counts = replace_casts(graph, least_elements=self.least_elements)
+        if counts.seen:
+            log.info("%s", counts)
+
+    def uuid(self) -> object | None:
+        """Part of the key in Inductor's cache of graphs. None, for no caching, if the pass before this has none."""
+        own = get_hash_for_files(SOURCES, f"{self.least_elements}")
+        if self.before is None:
+            return own
+        before = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
+        return (own, before) if before else None
+
+
+def enable() -> None:
+    """Turn the pass on, if it is off. Raises InputError if Inductor has a pass that it cannot follow."""
+    if not is_enabled():
+        setattr(inductor_config, SETTING, _after_the_present(LEAST_ELEMENTS))
+
+
+@contextlib.contextmanager
+def replaced(*, least_elements: int = LEAST_ELEMENTS) -> Iterator[None]:
+    """Turn the pass on inside, if it is off. Raises as `enable` does."""
+    if is_enabled():
+        yield
+        return
+    with inductor_config.patch({SETTING: _after_the_present(least_elements)}):
+        yield
+
+
+@contextlib.contextmanager
+def not_replaced() -> Iterator[None]:
+    """Turn the pass off inside, if it is on. What runs before it stays."""
+    present = _present()
+    if not isinstance(present, CastPass):
+        yield
+        return
+    with inductor_config.patch({SETTING: present.before}):
+        yield
+
+
+def is_enabled() -> bool:
+    return isinstance(_present(), CastPass)
+
+
+def _present() -> Any:
+    return getattr(inductor_config, SETTING)
+
+
+def _after_the_present(least_elements: int) -> CastPass:
+    """The pass, after the one that Inductor has already."""
+    before = _present()
+    if before is not None and not _takes_a_graph_alone(before):
+        raise InputError(
+            f"torch._inductor.config.{SETTING}: expected none, or one pass that takes a graph alone; got {before!r}. "
+            "Set it to None, or to a function of a graph, before float8 casts are to be replaced"
+        )
+    return CastPass(least_elements=least_elements, before=before)
+
+
+def _takes_a_graph_alone(one: Any) -> bool:
+    """Newer releases also have lists of passes, and passes that are told whether they see an inference."""
+    return callable(one) and not any(kind.__name__ == "CustomInferenceAwareGraphPass" for kind in type(one).__mro__)
+
+
+def replace_casts(graph: Graph, *, least_elements: int) -> Counts:
+    """Replace the casts that the kernels do better, and count."""
+    left: Counter[str] = Counter()
+    forms: defaultdict[tuple[Node, int, int], list[Cast]] = defaultdict(list)
+    for node in float8_nodes(graph):
+        try:
+            cast = read_cast(node)
+        except UnknownPatternError as error:
+            left[f"unknown: {error}"] += 1
+            continue
+        forms[cast.operand, cast.m, cast.k].append(cast)
+    replaced = 0
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for casts in forms.values():
+        if why := _why_left(casts, least_elements):
+            left[why] += len(casts)
+            continue
+        _replace(graph, casts, before=min((cast.amax for cast in casts), key=order.__getitem__))
+        replaced += len(casts)
+    return Counts(replaced=replaced, left=left)
+
+
+def _why_left(casts: list[Cast], least_elements: int) -> str | None:
+    """Why Inductor casts an operand better, or as well; None if the kernels do."""
+    one = casts[0]
+    if all(cast.form == "row" for cast in casts):
+        return "of the row form alone"
+    if one.m * one.k < least_elements:
+        return f"of fewer than {least_elements} elements"
+    if one.m % ALIGNMENT or one.k % ALIGNMENT:
+        return f"of sizes that are no multiples of {ALIGNMENT}"
+    if any(cast.powers_of_two != one.powers_of_two for cast in casts):
+        return "of an operand that is cast both with and without powers of two"
+    if not operators.has_operators(one.operand.meta["val"].device):
+        return "on a device without kernels for them"
+    return None
+
+
+def _replace(graph: Graph, casts: list[Cast], before: Node) -> None:
+    """Let one operator do the casts of an operand."""
+    one = casts[0]
+    new: dict[Node, Node] = {}
+    with graph.inserting_before(before):
+        data, amaxes = _put_operator(graph, one, both=any(cast.form == "row" for cast in casts))
+        for cast in casts:
+            shape = list(cast.amax.meta["val"].shape)
+            new[cast.amax] = _call(graph, aten.reshape.default, amaxes[cast.form], shape)
+        for cast in casts:
+            new.update((stored, _in_shape_of(graph, cast, data[cast.form])) for stored in cast.stored)
+    for old, instead in new.items():
+        _exchange(graph, old, instead)
+
+
+def _put_operator(graph: Graph, cast: Cast, *, both: bool) -> tuple[dict[str, Node], dict[str, Node]]:
+    """The operator, and what it gives for each form: the data, and the amaxes in bf16."""
+    operator_ = torch.ops.fp8gate.cast_both_forms if both else torch.ops.fp8gate.cast_column_form
+    operand = _call(graph, aten.reshape.default, cast.operand, [cast.m, cast.k])
+    results = _call(graph, operator_.default, operand, cast.powers_of_two)
+    parts = {"row": cast.m, "column": cast.k} if both else {"column": cast.k}
+    data = {form: _call(graph, operator.getitem, results, i) for i, form in enumerate(parts)}
+    bits = _call(graph, operator.getitem, results, len(parts))
+    bits = _call(graph, prims.convert_element_type.default, bits, torch.int16)
+    found = _call(graph, aten.view.dtype, bits, torch.bfloat16)
+    amaxes, start = {}, 0
+    for form, length in parts.items():
+        amaxes[form] = _call(graph, aten.slice.Tensor, found, 0, start, start + length)
+        start += length
+    return data, amaxes
+
+
+def _in_shape_of(graph: Graph, cast: Cast, data: Node) -> Node:
+    """Data (M, K), or transposed data (K, M), as what they replace has them."""
+    if cast.form == "column":
+        return data
+    if cast.is_transposed:
+        return _call(graph, aten.permute.default, data, [1, 0])
+    return _call(graph, aten.reshape.default, data, list(cast.data.meta["val"].shape))
+
+
+def _call(graph: Graph, target: Callable[..., Any], *args: Any) -> Node:
+    """A call, and what is known of its result."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*map_arg(args, lambda argument: argument.meta["val"]))
+    return node
+
+
+def _exchange(graph: Graph, old: Node, new: Node) -> None:
+    """Let all that uses the old node use the new one, and erase what nothing uses any more."""
+    old.replace_all_uses_with(new)
+    unused, erased = [old], set()
+    while unused:
+        node = unused.pop()
+        if node.op == "call_function" and not node.users and node not in erased:
+            unused += node.all_input_nodes
+            graph.erase_node(node)
+            erased.add(node)

@@ -10,7 +10,7 @@ from builders import DEVICE, PROTOCOL, make_point, make_table, write_file, write
 from typer.testing import CliRunner
 
 from fp8gate.cli import app
-from fp8gate.filter.contract.table import Spread
+from fp8gate.filter.contract.bounds import Spread
 
 SHAPES = [(1024, k, n) for k in (1024, 2048, 4096) for n in (1024, 2048, 4096)]
 

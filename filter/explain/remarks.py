@@ -118,11 +118,11 @@ def _doubts(explanation: Explanation) -> Iterator[str]:
         more = math.ceil(tokens / TOKEN_TILE) * TOKEN_TILE
         yield (
             f"Float8 is slower with {tokens} tokens, no multiple of {TOKEN_TILE}, than with {more}: the speedups of "
-            f"{explanation.table.recipe} have a factor of {factor:.2f} for that."
+            f"{explanation.table.variant} have a factor of {factor:.2f} for that."
         )
     if differences := stale(explanation.table.software):
-        device = explanation.table.device.name
-        yield f"Measured with {differences}. To measure again, on {device}: fp8gate calibrate"
+        device, option = explanation.table.device.name, explanation.table.variant.option
+        yield f"Measured with {differences}. To measure again, on {device}: fp8gate calibrate{option}"
     for finding in explanation.findings:
         if finding.category not in (OutsideGridWarning, StaleTableWarning):
             yield finding.message

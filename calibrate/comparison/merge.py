@@ -25,19 +25,17 @@ from fp8gate.calibrate.grid.unaligned import DIGITS
 from fp8gate.calibrate.points.bounds import narrowed, widened
 from fp8gate.calibrate.points.point_record import make_point
 from fp8gate.calibrate.timing.statistics import Interval
-from fp8gate.filter.contract.bounds import COVERAGE, Bounds, RunBounds
+from fp8gate.filter.contract.bounds import COVERAGE, Bounds, RunBounds, Spread, Unaligned
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import (
     WITH_NUMBERS,
     EstimateKind,
     Incomplete,
     Point,
-    Spread,
     Status,
     SweepProtocol,
     Table,
     TableError,
-    Unaligned,
     format_table,
 )
 

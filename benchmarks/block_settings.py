@@ -47,7 +47,7 @@ from fp8gate.calibrate.planning.search import CONTROL_SET
 from fp8gate.calibrate.planning.subject import Subject, model_subjects
 from fp8gate.filter.contract.errors import InputError, UnfinishedError
 from fp8gate.filter.contract.plans.plan import Plan
-from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.recipes import RECIPES, Recipe, Variant
 from fp8gate.filter.locate.find_plan import find_plans
 
 ROUNDS = 8
@@ -163,10 +163,10 @@ def only_subject(arguments: argparse.Namespace) -> Subject:
     return subjects[0]
 
 
-def find_plan(subject: Subject, recipe: str, device: torch.device) -> Plan | None:
+def find_plan(subject: Subject, recipe: Recipe, device: torch.device) -> Plan | None:
     """The newest committed plan of the layer, of this device if there is one, else of those that were planned on."""
     for name in dict.fromkeys([describe_device(device).name, *PLANNED_ON]):
-        for found in find_plans(device=name, recipe=recipe, tokens=subject.tokens).plans:  # type: ignore[arg-type]
+        for found in find_plans(device=name, variant=Variant(recipe), tokens=subject.tokens).plans:
             plan = found.plans[0]
             same = (plan.model, plan.tp, plan.recompute) == (subject.name, subject.tp, "none")
             if same and len(found.plans) == 1 and {*plan.convert} <= {*subject.possible}:

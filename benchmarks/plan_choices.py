@@ -50,7 +50,7 @@ def gains(plans: list[Plan]) -> str:
         cells = ["" if roles is None else gain(plan, roles) for roles in sets]
         names = ", ".join(role.rpartition(".")[2] for role in plan.convert)
         measured = sum(candidate.visits > 0 for candidate in plan.candidates)
-        rows.append((label(plan), plan.recipe, bf16_ms(plan), *cells, names, measured))
+        rows.append((label(plan), str(plan.variant), bf16_ms(plan), *cells, names, measured))
     headers = ("block", "recipe", "bf16 ms", "all float8", "torchao's rule", "table", "plan", "the plan's", "measured")
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
 
@@ -66,7 +66,7 @@ def losses(plans: list[Plan]) -> str:
         cells = ["not measured" if lost is None else f"{lost:.1%}" for lost in found]
         known = [lost for lost in found if lost is not None]
         rows.append((name, *cells, f"{fmean(known):.1%}", f"{max(known):.1%}"))
-    headers = ("rule", *(f"{label(plan)}, {plan.recipe}" for plan in plans), "mean", "worst")
+    headers = ("rule", *(f"{label(plan)}, {plan.variant}" for plan in plans), "mean", "worst")
     return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
 
 
@@ -80,7 +80,7 @@ def label(plan: Plan) -> str:
 
 def table_choice(plan: Plan, min_speedup: float | None = None) -> Roles:
     """The roles that the packaged table converts. min_speedup: for all linears; None: the filter's default."""
-    table, _ = find_table(plan.recipe, device=plan.device.name)
+    table, _ = find_table(plan.recipe, casts=plan.protocol.casts, device=plan.device.name)
     lookup, recomputed = Lookup(table), plan.recompute == "full"
     decisions = {
         role: decide_linear(input_kind(role), plan.shape(role), lookup, min_speedup=min_speedup, recomputed=recomputed)

@@ -40,7 +40,7 @@ from fp8gate.calibrate.planning.table_answer import TableAnswer
 from fp8gate.calibrate.ranks.environment import RankEnvironment
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plans.plan import Plan
-from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.recipes import RECIPES, Variant
 
 ROUNDS = 10  # with 8 the 99 % bounds would be the least and the largest ratio
 SEED = 0
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace, place: RankEnvironment) -> None:
 
         whole, part = (only_subject(arguments, tp) for tp in (1, ranks.world))
         plan = plan_of(arguments.plan, part, arguments.recipe)
-        answer = TableAnswer.of(part, arguments.recipe, describe_device(device).name, arguments.tables, say)
+        answer = TableAnswer.of(part, Variant(arguments.recipe), describe_device(device).name, arguments.tables, say)
         setup = make_setup(arguments, part, device, make_sets(part.possible, answer, plan, say), plan)
         with TpJournal(arguments.out, setup) if ranks.rank == 0 else contextlib.nullcontext() as journal:
             known = ranks.gather(journal.records if journal else None)[0]

@@ -9,10 +9,10 @@ import os
 from collections.abc import Mapping, Sequence
 
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.recipes import RECIPES, Casts, Recipe, require_casts
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
-from fp8gate.filter.decision.measured_settings import unmeasured_settings
+from fp8gate.filter.decision.measured_settings import casts_asked_for, unmeasured_settings
 from fp8gate.filter.layer_filter import AutoFilter
 from fp8gate.filter.locate.find_table import find_table
 from fp8gate.filter.locate.incomplete_table import complete_table_elsewhere, incomplete_remark
@@ -36,6 +36,7 @@ def auto_filter(
     rows: Mapping[str, int] | None = None,
     float8_config: object = None,
     compiled: bool = True,
+    casts: Casts | None = None,
     device: str | None = None,
     filter_fqns: Sequence[str] = (),
     min_speedup: float | None = None,
@@ -64,7 +65,9 @@ def auto_filter(
     one data parallel rank has them, before context parallelism divides them. rows: for linears that multiply another
     number: pattern of names -> rows, such as {"*.experts.*": 256}; of several that match, the last counts.
     float8_config: torchao's Float8LinearConfig, if you have one: settings in it that were not measured are found.
-    compiled: whether training runs under torch.compile, as what was measured did.
+    compiled: whether training runs under torch.compile, as what was measured did. casts: who compiles the casts of
+    rowwise: "inductor", or "fp8gate" where `fp8gate.casts` is on; None asks which they are, and turns those of fp8gate
+    on if the environment variable FP8GATE_CASTS is 1. The table and the plans are those measured with these casts.
 
     device: a measured device as people write it, such as "H200"; None asks torch for the local one. filter_fqns:
     linears whose name contains one of these are never converted. lookup: "interpolate" between the measured points
@@ -91,8 +94,8 @@ def auto_filter(
     NothingConvertedWarning and what a plan's blocks convert together; any question gives the others.
 
     Raises InputError (a ValueError) for arguments out of range, TableError (an InputError) if there is no valid table
-    for the device and recipe, and PlanError (an InputError) for a plan that is not valid or not for this device, recipe
-    and tokens.
+    for the device, recipe and casts, and PlanError (an InputError) for a plan that is not valid or not for this device,
+    recipe, casts and tokens.
     """
     if recipe not in RECIPES:
         raise InputError(f"recipe: expected one of {', '.join(RECIPES)}; got {recipe!r}")
@@ -122,11 +125,13 @@ def auto_filter(
         "on_nothing": on_nothing,
     }
     findings = Findings(policies("error" if strict else "warn", asked))
-    table, path = find_table(recipe, device=device, tables=tables)
-    plans = PlanChoice(plan, recipe=recipe, device=table.device.name, settings=settings, tables=tables)
+    casts = casts_asked_for(recipe) if casts is None else casts
+    require_casts(recipe, casts)
+    table, path = find_table(recipe, casts=casts, device=device, tables=tables)
+    plans = PlanChoice(plan, variant=table.variant, device=table.device.name, settings=settings, tables=tables)
     wants_float8 = AutoFilter(table, path, settings, findings, plans)
     if differences := stale(table.software):
-        message = f"{path} was measured with {differences}; to measure again: fp8gate calibrate"
+        message = f"{path} was measured with {differences}; to measure again: fp8gate calibrate{table.variant.option}"
         findings.add(Finding(StaleTableWarning, message))
     if remark := incomplete_remark(table, path):
         complete = complete_table_elsewhere(path) if tables is None else None
@@ -134,6 +139,7 @@ def auto_filter(
         findings.add(Finding(IncompleteTableWarning, f"{remark}{instead}"))
     for message in unmeasured_settings(recipe, float8_config, compiled=compiled):
         findings.add(Finding(UnmeasuredSettingWarning, message))
+    wants_float8.compare_casts()
     for finding in plans.findings():
         findings.add(finding)
     findings.settle()

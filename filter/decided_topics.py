@@ -21,6 +21,7 @@ def topics_decided(
     return {
         "table": digest_of(format_table(table)),
         "recipe": table.recipe,
+        "casts": table.protocol.casts,
         "tokens": settings.tokens,
         "rows": {f"rows[{pattern!r}]": str(count) for pattern, count in settings.rows.items()},
         "min_speedup": least_text(None) if settings.min_speedup is None else float(settings.min_speedup),

@@ -57,7 +57,7 @@ def summary_text(
     by_plan = plans.chosen is not None and any(d.planned for d in decisions.values())
     chosen = "by a plan" if by_plan else least
     sentences = [
-        f"converted {converted} of {len(decisions)} linears to float8 {table.recipe} "
+        f"converted {converted} of {len(decisions)} linears to float8 {table.variant} "
         f"({chosen} on {table.device.name} at {settings.tokens} tokens)"
     ]
     if plans.chosen:
@@ -70,7 +70,7 @@ def summary_text(
         sentences.append(remark)
     if outside := [fqn for fqn, d in decisions.items() if d.outside]:
         names = ", ".join(dict.fromkeys(map(without_indices, outside)))
-        command = f"fp8gate calibrate --model CONFIG.json --tokens {settings.tokens}"
+        command = f"fp8gate calibrate --model CONFIG.json --tokens {settings.tokens}{table.variant.option}"
         sentences.append(f"outside the measured range: {len(outside)} ({names}); to measure them: {command}")
     if unaligned := dict.fromkeys(without_indices(fqn) for fqn, d in decisions.items() if d.unaligned is None):
         sentences.append(f"answered from {OF_ALIGNED}: {', '.join(unaligned)}")
@@ -78,7 +78,9 @@ def summary_text(
         factor = next(iter(scaled.values()))
         sentences.append(f"times {factor:.2f}, as the tokens are no multiple of {TOKEN_TILE}: {', '.join(scaled)}")
     if differences := stale(table.software):
-        sentences.append(f"the table was measured with {differences}; to measure again: fp8gate calibrate")
+        sentences.append(
+            f"the table was measured with {differences}; to measure again: fp8gate calibrate{table.variant.option}"
+        )
     if table.incomplete:
         again = "the same fp8gate calibrate"
         sentences.append(f"the table is incomplete, with {table.incomplete}; to complete it: {again}")

@@ -16,6 +16,7 @@ from fp8gate.filter.contract.plain_yaml import collections_paused
 from fp8gate.filter.contract.table import Table
 from fp8gate.filter.decided_topics import topics_decided
 from fp8gate.filter.decision.decide import Decision
+from fp8gate.filter.decision.measured_settings import casts_enabled, wrong_casts
 from fp8gate.filter.filter_text import decisions_text, summary_text
 from fp8gate.filter.linear_decisions import LinearDecisions
 from fp8gate.filter.model.linear_layer import linear_size
@@ -77,7 +78,7 @@ class AutoFilter:
 
     def __repr__(self) -> str:
         return (
-            f"<fp8gate filter: {self.table.recipe} on {self.table.device.name}, {self.settings.tokens} tokens, "
+            f"<fp8gate filter: {self.table.variant} on {self.table.device.name}, {self.settings.tokens} tokens, "
             f"{len(self.table.points)} points from {self.path}>"
         )
 
@@ -112,13 +113,21 @@ class AutoFilter:
             self._linears.rows.observation = observation
             with collections_paused():
                 self._decide_all(model)
+        self.compare_casts()
         if contradiction:
             self._findings.add(Finding(UnknownRowsWarning, contradiction))
         of_whole_model = list(self._find_in_whole_model())
         for finding in of_whole_model:
             self._findings.add(finding)
         current = [f for f in self._findings if f.category not in OF_WHOLE_MODEL or f in of_whole_model]
+        if self._has_casts_measured:
+            current = [f for f in current if f != self._wrong_casts]  # found before they were turned on or off
         return sorted(current, key=lambda finding: finding in of_whole_model)
+
+    def compare_casts(self) -> None:
+        """Find out whether the casts that are enabled now are those of the table. They may be turned on at any time."""
+        if not self._has_casts_measured:
+            self._findings.add(self._wrong_casts)
 
     def agree(self, group: ProcessGroup | None = None, *, timeout_s: float = AGREE_TIMEOUT_S) -> None:
         """Make sure that every rank of a process group decided the same by the same table. All of them must call this.
@@ -134,6 +143,14 @@ class AutoFilter:
         plans = self.plans.chosen.plans if self.plans.chosen else None
         decided = topics_decided(self.table, self.settings, plans, self.decisions)
         require_agreement(decided, str(self.path), group, timeout_s)
+
+    @property
+    def _has_casts_measured(self) -> bool:
+        return casts_enabled(self.table.recipe) == self.table.protocol.casts
+
+    @property
+    def _wrong_casts(self) -> Finding:
+        return Finding(UnmeasuredSettingWarning, wrong_casts(self.table.variant))
 
     @property
     def left_alone(self) -> tuple[str, ...]:

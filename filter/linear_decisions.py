@@ -51,6 +51,7 @@ class LinearDecisions:
         self._plans = plans
         self.rows = Rows(settings.tokens, settings.rows)
         self._lookup = Lookup(table, settings.lookup)
+        self._variant = table.variant
         self._by_shape: dict[tuple[InputKind, LinearShape, bool, bool], Decision] = {}
         self._by_linear: dict[tuple[str, LinearSize], Decision] = {}
         self._doubted: set[tuple[type[FilterWarning], LinearShape | None]] = set()
@@ -127,7 +128,7 @@ class LinearDecisions:
         if isinstance(answer, Finding):
             self._findings.add(answer)
             return None
-        return answer
+        return self._with_casts(answer) if answer else None
 
     def _by_table(self, kind: InputKind, fqn: str, shape: LinearShape, recomputed: bool, is_frozen: bool) -> Decision:
         decision = self._by_shape.get((kind, shape, recomputed, is_frozen))
@@ -136,11 +137,18 @@ class LinearDecisions:
             decision = decide_linear(
                 kind, shape, self._lookup, min_speedup=least, recomputed=recomputed, is_frozen=is_frozen
             )
+            decision = self._with_casts(decision)
             if self._plans.chosen:
                 decision = msgspec.structs.replace(decision, reason=f"not in the plan: {decision.reason}")
             self._add_doubts(fqn, decision, least_speedup(kind, least))
             self._by_shape[kind, shape, recomputed, is_frozen] = decision
         return decision
+
+    def _with_casts(self, decision: Decision) -> Decision:
+        """The decision, whose reason names the casts that were measured if they are not Inductor's."""
+        if self._variant.casts == "inductor":
+            return decision
+        return msgspec.structs.replace(decision, reason=f"{decision.reason}, with {self._variant.casts}'s casts")
 
     def _add_doubts(self, fqn: str, decision: Decision, min_speedup: float) -> None:
         """Of linears of one shape, only the first is named with each doubt."""

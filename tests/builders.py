@@ -83,5 +83,5 @@ def write_file(table: Table, path: Path) -> Path:
 def write_folder(folder: Path, *tables: Table) -> Path:
     """Write tables as `fp8gate calibrate` lays them out: <device slug>/<recipe>.yaml."""
     for table in tables:
-        write_table(table, folder / table.device.name.lower().replace(" ", "-") / f"{table.recipe}.yaml")
+        write_table(table, folder / table.device.name.lower().replace(" ", "-") / table.variant.file)
     return folder

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fp8gate.calibrate.comparison.merge import merge_tables
 from fp8gate.cli import app
-from fp8gate.filter.contract.table import Spread
+from fp8gate.filter.contract.bounds import Spread
 
 SHAPES = [(1024, k, n) for k in (1024, 2048, 4096) for n in (1024, 2048, 4096)]
 

@@ -20,7 +20,8 @@ REQUIRED = "required"
 OPTIONS = {
     "calibrate": {
         "--grid": "default",
-        "--recipes": "tensorwise,rowwise,rowwise_with_gw_hp",
+        "--recipes": None,
+        "--casts": "inductor",
         "--device": None,
         "--out": None,
         "--resume / --fresh": True,
@@ -60,6 +61,7 @@ OPTIONS = {
         "--tp": 1,
         "--cp": 1,
         "--recompute": "none",
+        "--casts": "inductor",
         "--device": None,
         "--tables": None,
         "--plan": "auto",
@@ -78,6 +80,7 @@ OPTIONS = {
         "--tp": 1,
         "--recompute": "none",
         "--emulate-precision-casts / --no-emulate-precision-casts": None,
+        "--casts": "inductor",
         "--filter-fqns": "",
         "--exhaustive": False,
         "--device": None,
@@ -110,6 +113,7 @@ def test_names_and_defaults_are_these():
 def test_a_recipe_is_one_of_the_registry_or_all():
     assert get_args(RecipeOrAll) == (*RECIPES, "all")
     assert recipes_of("all") == tuple(RECIPES)
+    assert recipes_of("all", "fp8gate") == ("rowwise",)
     assert recipes_of("rowwise") == ("rowwise",)
 
 

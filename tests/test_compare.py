@@ -19,7 +19,8 @@ from fp8gate.calibrate.comparison.compare_tables import (
 from fp8gate.calibrate.comparison.point_change import SPREADS
 from fp8gate.calibrate.comparison.usual_models import MODEL_TP, usual_models
 from fp8gate.calibrate.report.comparison_text import comparison_json, comparison_text
-from fp8gate.filter.contract.table import Spread, TableError
+from fp8gate.filter.contract.bounds import Spread
+from fp8gate.filter.contract.table import TableError
 from fp8gate.filter.model.model_config import BUNDLED, ModelConfig
 from fp8gate.filter.model.parallel import Parallel, Shards
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import shutil
@@ -12,7 +13,15 @@ import pytest
 import torch
 from samples import python
 
-from fp8gate.calibrate.arms.compilation import ReadyLinear, _settings, compiled_ahead, compiled_linear, eager_linear
+from fp8gate import casts
+from fp8gate.calibrate.arms.compilation import (
+    ReadyLinear,
+    _InductorUntilRun,
+    _settings,
+    compiled_ahead,
+    compiled_linear,
+    eager_linear,
+)
 from fp8gate.calibrate.arms.linear import Operands
 from fp8gate.calibrate.arms.numerics import References, acceptable
 from fp8gate.calibrate.device.cpu import CpuTimer
@@ -116,6 +125,21 @@ def test_what_the_compiler_refuses_is_raised():
         compiled_linear("tensorwise", SHAPE, {"no_such_setting": True}, "cpu")
 
 
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_casts_are_those_that_were_asked_for_whatever_is_on(monkeypatch, is_on):
+    """Where the module is compiled; this process has its own setting again after that."""
+    found = []
+    monkeypatch.setattr(
+        _InductorUntilRun, "__call__", lambda *_: found.append(casts.is_enabled()) or pytest.fail("compiled")
+    )
+    with casts.replaced() if is_on else casts.not_replaced():
+        for asked in ("inductor", "fp8gate"):
+            with contextlib.suppress(pytest.fail.Exception):
+                compiled_linear("rowwise", SHAPE, {}, "cpu", asked)
+            assert casts.is_enabled() is is_on
+    assert found == [False, True]
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_other_processes_find_it_whatever_they_imported_first(tmp_path):
@@ -134,7 +158,7 @@ def test_kernels_that_training_has_tuned_are_tuned_again():
     from torch._inductor.runtime.autotune_cache import AutotuneCache
 
     outside = AutotuneCache._prepare_key("/cache/ab/cab.py")
-    with _settings({}):
+    with _settings({}, "inductor"):
         assert AutotuneCache._prepare_key("/cache/ab/cab.py") != outside
 
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import msgspec
 import pytest
-from builders import SOFTWARE_HERE, make_point, make_table, write_file
+from builders import PROTOCOL, SOFTWARE_HERE, make_point, make_table, write_file
 from plans import make_plan
 from typer.testing import CliRunner
 
@@ -140,11 +140,12 @@ def this_cpu() -> Device:
     return Device(name=local_device_name(), kind="cpu", memory_gib=1.0)
 
 
-def write_table_of_this_device(here, recipe, *, incomplete=None, **software):
+def write_table_of_this_device(here, recipe, *, incomplete=None, casts="inductor", **software):
     software = msgspec.structs.replace(SOFTWARE_HERE, **software)
     fields = {"device": this_cpu(), "software": software, "incomplete": incomplete}
-    table = make_table(make_point(32, 64, 64), recipe=recipe, **fields)
-    return write_file(table, here / device_slug(local_device_name()) / f"{recipe}.yaml")
+    protocol = msgspec.structs.replace(PROTOCOL, casts=casts)
+    table = make_table(make_point(32, 64, 64), recipe=recipe, protocol=protocol, **fields)
+    return write_file(table, here / device_slug(local_device_name()) / table.variant.file)
 
 
 def doctor(*args):
@@ -204,6 +205,19 @@ def test_a_merged_table_says_of_how_many_sweeps(here):
     write_file(merge_tables({"own": own, "later": later}), here / device_slug(local_device_name()) / "rowwise.yaml")
     (found,) = check_up().tables
     assert found.measured == "1 of 1 points, 2026-11-25, 2 sweeps merged"
+
+
+def test_tables_of_both_casts_are_listed_and_only_inductors_can_be_missing(here):
+    write_table_of_this_device(here, "rowwise", casts="fp8gate", incomplete=Incomplete(measured=4, of=9))
+    found = check_up()
+    assert [table.what for table in found.tables] == ["rowwise, fp8gate's casts"]
+    assert found.tables[0].completed_by.startswith("fp8gate calibrate --casts fp8gate")
+    assert found.missing == tuple(RECIPES)
+    for recipe in RECIPES:
+        write_table_of_this_device(here, recipe)
+    found = check_up()
+    assert [table.what for table in found.tables][1:3] == ["rowwise", "rowwise, fp8gate's casts"]
+    assert found.missing == ()
 
 
 def test_a_journal_waits_until_its_tables_are_newer(here):

@@ -11,6 +11,7 @@ from builders import DEVICE, make_point, make_table, write_file, write_folder
 from fp8gate import auto_filter
 from fp8gate.filter.contract.devices import cpu_name, device_slug
 from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.recipes import Variant
 from fp8gate.filter.contract.table import TableError
 from fp8gate.filter.locate import find_table as module
 from fp8gate.filter.locate import places as places_module
@@ -298,14 +299,14 @@ def test_a_broken_table_of_another_device_hides_nothing(tmp_path):
 def test_of_many_devices_the_first_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_NAMED", 2)
     folder = write_folder(tmp_path / "t", *(table_of(f"GPU {letter}") for letter in "DBCA"))
-    assert measured_devices([folder], "rowwise") == ["GPU A", "GPU B", "and 2 more"]
+    assert measured_devices([folder], Variant("rowwise")) == ["GPU A", "GPU B", "and 2 more"]
 
 
 def test_measured_devices_are_those_with_the_recipe(tmp_path):
     folder = write_folder(tmp_path / "t", table_of("NVIDIA H200"), table_of("NVIDIA B200", recipe="tensorwise"))
-    assert measured_devices([folder], "rowwise") == ["NVIDIA H200"]
-    assert measured_devices([folder], "tensorwise") == ["NVIDIA B200"]
-    assert measured_devices([folder], "rowwise_with_gw_hp") == []
+    assert measured_devices([folder], Variant("rowwise")) == ["NVIDIA H200"]
+    assert measured_devices([folder], Variant("tensorwise")) == ["NVIDIA B200"]
+    assert measured_devices([folder], Variant("rowwise_with_gw_hp")) == []
 
 
 def test_without_a_device_a_folder_is_asked_for_the_local_one(monkeypatch):

@@ -19,8 +19,9 @@ from fp8gate.calibrate.points.point_worker import PointBench
 from fp8gate.calibrate.points.setup import Setup
 from fp8gate.calibrate.sweep.journal import JournalError, SweepJournal, content_of
 from fp8gate.calibrate.sweep.run_sweep import sweep
+from fp8gate.filter.contract.bounds import Spread
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Grid, Spread
+from fp8gate.filter.contract.table import Grid
 
 FIRST, SECOND, THIRD = (point_record((m, 16, 16)) for m in (16, 32, 48))
 OTHER_SETUPS = [

@@ -16,18 +16,10 @@ from hypothesis import strategies as st
 from samples import replaced
 
 from fp8gate.calibrate.comparison.merge import combine_points, merge_tables
+from fp8gate.filter.contract.bounds import Spread, Unaligned
 from fp8gate.filter.contract.merged_sweep import MergedSweep
 from fp8gate.filter.contract.recipes import RECIPES
-from fp8gate.filter.contract.table import (
-    Grid,
-    Point,
-    Spread,
-    TableError,
-    Unaligned,
-    format_table,
-    parse_table,
-    read_table,
-)
+from fp8gate.filter.contract.table import Grid, Point, TableError, format_table, parse_table, read_table
 
 
 def point(speedup=1.5, half=0.01, *, n=48, status="measured", bf16_us=90.0):

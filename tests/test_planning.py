@@ -33,9 +33,11 @@ from fp8gate.filter.contract.devices import cpu_name
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plans.plan import exceeds_control
 from fp8gate.filter.contract.plans.plan_file import format_plans, parse_plans, write_plans
+from fp8gate.filter.contract.recipes import Variant
 from fp8gate.filter.contract.table import Device
 
 CPU = torch.device("cpu")
+ROWWISE = Variant("rowwise")
 INNER = frozenset({"inner"})
 
 
@@ -194,7 +196,7 @@ def test_roles_that_are_to_stay_in_bf16_are_in_no_set_and_in_the_file():
     assert (found.left_out, found.possible) == (("inner",), ("outer",))
     assert not any("inner" in one.convert for one in found.candidates)
     assert parse_plans(format_plans([found]), source="it")[0].left_out == ("inner",)
-    assert "without_inner" in plan_path(Path("thresholds"), [subject], "rowwise", CPU).name
+    assert "without_inner" in plan_path(Path("thresholds"), [subject], ROWWISE, CPU).name
     assert "left in bf16 as asked: inner" in plan_text(found)
     assert "left_out" not in format_plans([msgspec.structs.replace(found, left_out=())])
 
@@ -280,6 +282,8 @@ def test_stopped_is_exit_code_1_and_the_next_run_goes_on(run):
         (["--recipe", "rowwise", "--tp", "4"], "tp: expected a divisor of num_key_value_heads = 2; got 4"),
         (["--recipe", "rowwise", "--sequence", "24"], "sequence: expected a divisor of tokens = 32; got 24"),
         (["--recipe", "rowwise", "--no-emulate-precision-casts"], "emulate_precision_casts: a setting of Inductor"),
+        (["--recipe", "all", "--casts", "fp8gate"], "casts: fp8gate's are a pass of Inductor; on a CPU blocks are not"),
+        (["--recipe", "tensorwise", "--casts", "fp8gate"], "casts: expected inductor for tensorwise; got 'fp8gate'"),
     ],
 )
 def test_bad_input_is_a_usage_error(run, args, complaint):
@@ -299,18 +303,18 @@ def test_bad_input_is_a_usage_error(run, args, complaint):
 def test_a_file_is_named_by_what_is_not_the_default(config, tmp_path, options, name):
     asked = {"sequence": None, "tp": 1, "recomputed": False, **options}
     subjects, _ = model_subjects(str(config), tokens=32, **asked)
-    assert plan_path(tmp_path, subjects, "rowwise", CPU).name == name
+    assert plan_path(tmp_path, subjects, ROWWISE, CPU).name == name
 
 
 def test_a_plan_of_a_device_whose_name_only_looks_alike_is_not_replaced(config, tmp_path):
     (subject,), _ = model_subjects(str(config), tokens=32, sequence=None, tp=1, recomputed=False)
-    path = plan_path(tmp_path, [subject], "rowwise", CPU)
+    path = plan_path(tmp_path, [subject], ROWWISE, CPU)
     other = Device(name=f"{cpu_name()} ", kind="cpu", memory_gib=1.0)
     write_plans([make_plan(device=other)], path)
     with pytest.raises(InputError, match=r"\$\.device\.name: expected .*; give another --out"):
-        plan_path(tmp_path, [subject], "rowwise", CPU)
+        plan_path(tmp_path, [subject], ROWWISE, CPU)
     write_plans([make_plan(device=msgspec.structs.replace(other, name=cpu_name()))], path)
-    assert plan_path(tmp_path, [subject], "rowwise", CPU) == path
+    assert plan_path(tmp_path, [subject], ROWWISE, CPU) == path
 
 
 @pytest.mark.parametrize(
@@ -326,7 +330,7 @@ def test_a_plan_of_a_device_whose_name_only_looks_alike_is_not_replaced(config, 
 def test_a_setting_that_production_changes_can_be_asked_for(config, tmp_path, recipe, asked, inductor, name):
     (subject,), _ = model_subjects(str(config), tokens=32, sequence=None, tp=1, recomputed=False)
     assert make_protocol(torch.device("cuda"), recipe, asked).inductor == inductor
-    assert plan_path(tmp_path, [subject], recipe, CPU, asked).name == name
+    assert plan_path(tmp_path, [subject], Variant(recipe), CPU, asked).name == name
 
 
 def test_torchaos_rule_sees_the_undivided_layer(config):

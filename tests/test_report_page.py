@@ -22,9 +22,9 @@ from fp8gate.calibrate.report.page.pictures import tables_hash
 from fp8gate.calibrate.report.page.table_facts import STATUSES_WITHOUT_NUMBERS, provenance, quality, status_legend
 from fp8gate.calibrate.report.page.write_page import by_device, write_report
 from fp8gate.cli import app, options
-from fp8gate.filter.contract.bounds import Bounds, RunBounds
+from fp8gate.filter.contract.bounds import Bounds, RunBounds, Spread, Unaligned
 from fp8gate.filter.contract.recipes import RECIPES
-from fp8gate.filter.contract.table import Grid, Spread, TableError, Unaligned, read_table
+from fp8gate.filter.contract.table import Grid, TableError, read_table
 from fp8gate.filter.decision.torchao_rule import torchao_converts
 
 SHAPES = [(m, k, n) for m in (1024, 8192) for k in (1024, 4096) for n in (1024, 4096)]
@@ -174,10 +174,22 @@ def test_recipes_of_a_device_are_put_together_in_their_usual_order(tmp_path):
     one, other = write_file(table(), tmp_path / "b.yaml"), write_file(table("tensorwise"), tmp_path / "a.yaml")
     elsewhere = write_file(table(device=replace(DEVICE, name="NVIDIA B200")), tmp_path / "c.yaml")
     found = by_device([one, elsewhere, other])
-    assert {device: list(tables) for device, tables in found.items()} == {
+    assert {device: [*map(str, tables)] for device, tables in found.items()} == {
         "NVIDIA H200": ["tensorwise", "rowwise"],
         "NVIDIA B200": ["rowwise"],
     }
+
+
+def test_a_table_of_fp8gates_casts_stands_beside_that_of_inductors(tmp_path):
+    ours = replace(table(speedup=1.75), protocol=replace(PROTOCOL, casts="fp8gate"))
+    folder = write_folder(tmp_path / "tables", table(speedup=1.25), ours) / "nvidia-h200"
+    files = write_report([folder], tmp_path / "out")
+    html = files[0].read_text()
+    assert "nvidia-h200-rowwise-fp8gate_casts-light.png" in {path.name for path in files}
+    assert "Speedup of rowwise, fp8gate&#39;s casts at 8192 tokens" in html
+    assert "Speedup of rowwise at 8192 tokens" in html
+    assert "1.75" in html
+    assert "1.25" in html
 
 
 def test_two_tables_of_one_recipe_and_device_are_refused(tmp_path):

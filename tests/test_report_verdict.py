@@ -27,8 +27,8 @@ def folder(tmp_path):
 
 
 def verdict_of(folder, tokens=8192):
-    tables = {table.recipe: (path, table) for path in folder.glob("*.yaml") for table in [read_table(path)]}
-    lookups = {recipe: Lookup(table) for recipe, (_, table) in tables.items()}
+    tables = {table.variant: (path, table) for path in folder.glob("*.yaml") for table in [read_table(path)]}
+    lookups = {variant: Lookup(table) for variant, (_, table) in tables.items()}
     return DeviceVerdict("NVIDIA H200", tables, lookups, tokens).make()
 
 

@@ -7,7 +7,7 @@ from samples import PROTOCOL, again, controlled, measured, point_record, replace
 
 from fp8gate.calibrate.points.point_record import ArmRecord
 from fp8gate.calibrate.sweep.spread import between_devices, control_spread, devices_of, odd_devices, repeat_spread
-from fp8gate.filter.contract.table import Spread
+from fp8gate.filter.contract.bounds import Spread
 
 FAILED = ArmRecord(status="failed")
 

@@ -48,12 +48,12 @@ from fp8gate.calibrate.sweep import run_sweep, session
 from fp8gate.calibrate.sweep.journal import JournalError, SweepJournal
 from fp8gate.calibrate.sweep.run_sweep import MeasuringAlone, sweep
 from fp8gate.calibrate.sweep.table_writing import make_table
-from fp8gate.filter.contract.bounds import Bounds, RunBounds
+from fp8gate.filter.contract.bounds import Bounds, RunBounds, Spread
 from fp8gate.filter.contract.devices import cpu_name, device_slug
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Grid, Incomplete, Spread, read_table
+from fp8gate.filter.contract.table import Grid, Incomplete, read_table
 
 CPU = torch.device("cpu")
 ALL = tuple(RECIPES)

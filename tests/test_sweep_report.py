@@ -11,7 +11,7 @@ from fp8gate.calibrate.points.noise import judge
 from fp8gate.calibrate.points.point_record import CONTROL, ArmRecord, Stages
 from fp8gate.calibrate.sweep.session import SessionResult
 from fp8gate.calibrate.sweep.sweep_report import SweepReport, make_sweep_report
-from fp8gate.filter.contract.table import Spread
+from fp8gate.filter.contract.bounds import Spread
 
 FAILED = ArmRecord(status="failed", detail="broken kernel")
 AMBIGUOUS = [90.0, 110.0] * 4  # against a bf16 of 100 in each round: as often faster as slower

@@ -16,6 +16,7 @@ from builders import MEASURED_AT, PROTOCOL, make_point, make_table, write_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fp8gate.filter.contract.bounds import Unaligned
 from fp8gate.filter.contract.merged_sweep import MergedSweep
 from fp8gate.filter.contract.plain_yaml import round_to_measured
 from fp8gate.filter.contract.recipes import RECIPES
@@ -28,7 +29,6 @@ from fp8gate.filter.contract.table import (
     Software,
     Table,
     TableError,
-    Unaligned,
     format_table,
     parse_table,
     read_table,

@@ -27,9 +27,10 @@ from fp8gate.calibrate.grid.grid import grid_shapes
 from fp8gate.calibrate.grid.unaligned import unaligned_factor, unaligned_shapes, with_fewer_tokens
 from fp8gate.calibrate.points.point_record import CONTROL
 from fp8gate.cli import app
+from fp8gate.filter.contract.bounds import Unaligned
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Grid, Incomplete, Unaligned, read_table, write_tables
+from fp8gate.filter.contract.table import Grid, Incomplete, read_table, write_tables
 from fp8gate.filter.decision.decide import decide
 from fp8gate.filter.decision.lookup import Lookup
 

@@ -20,9 +20,9 @@ from fp8gate.calibrate.device.registry import describe_device
 from fp8gate.calibrate.points import setup
 from fp8gate.calibrate.sweep.run_sweep import SweepResult
 from fp8gate.cli import app
+from fp8gate.filter.contract.bounds import Spread
 from fp8gate.filter.contract.plans.plan_file import write_plans
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Spread
 
 HERE = describe_device(torch.device("cpu"))
 SHAPES = [(m, k, n) for m in (16, 32, 64) for k in (16, 32, 64, 128) for n in (16, 32, 64, 128)]

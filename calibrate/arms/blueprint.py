@@ -23,7 +23,7 @@ from fp8gate.calibrate.arms.compilation import compiled_ahead
 from fp8gate.calibrate.arms.linear import convert
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import block_role
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Casts, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 
 
@@ -85,9 +85,17 @@ class Blueprint:
         )
 
     def ready(
-        self, roles: frozenset[str], recipe: Recipe | None, inductor: dict[str, bool] | None, device: str
+        self,
+        roles: frozenset[str],
+        recipe: Recipe | None,
+        inductor: dict[str, bool] | None,
+        device: str,
+        casts: Casts = "inductor",
     ) -> ReadyBlock:
-        """The block with these roles converted by the recipe, compiled with these settings, or as written for None."""
+        """The block with these roles converted by the recipe, compiled with these settings and casts.
+
+        inductor: None for the block as written.
+        """
         module = copy.deepcopy(self.template)
         if roles and recipe:
             module = convert(module, recipe, lambda _, fqn: block_role(fqn) in roles)
@@ -95,7 +103,7 @@ class Blueprint:
         if inductor is None:
             return ReadyBlock(module, whole)
         inputs = tree_map_only(Tensor, on_meta, self.inputs)
-        return ReadyBlock(module, compiled_ahead(whole, inputs, inductor, device))
+        return ReadyBlock(module, compiled_ahead(whole, inputs, inductor, device, casts))
 
 
 @dataclass(frozen=True, slots=True)

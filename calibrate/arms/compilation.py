@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+import fp8gate.casts
 from fp8gate.calibrate.arms.linear import LinearArm, Operands, build_linear
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Casts, Recipe
 from fp8gate.filter.contract.shapes import LinearShape
 
 CACHE_TAG = "fp8gate 1"
@@ -52,29 +53,32 @@ def eager_linear(recipe: Recipe | None, shape: LinearShape) -> ReadyLinear:
     return ReadyLinear(recipe, module, module)
 
 
-def compiled_linear(recipe: Recipe | None, shape: LinearShape, inductor: dict[str, bool], device: str) -> ReadyLinear:
+def compiled_linear(
+    recipe: Recipe | None, shape: LinearShape, inductor: dict[str, bool], device: str, casts: Casts = "inductor"
+) -> ReadyLinear:
     """The linear compiled as production does (`dynamic=False`, these Inductor settings), by way of Inductor's cache.
 
     Guards are left out, as this code only ever runs on operands of `shape`. Raises what the compiler raises.
     """
     linear = eager_linear(recipe, shape)
     x = torch.empty(shape.m, shape.k, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    return ReadyLinear(recipe, linear.module, compiled_ahead(linear.module, {"input": x}, inductor, device))
+    return ReadyLinear(recipe, linear.module, compiled_ahead(linear.module, {"input": x}, inductor, device, casts))
 
 
 def compiled_ahead(
-    module: nn.Module, inputs: Mapping[str, Any], inductor: dict[str, bool], device: str
+    module: nn.Module, inputs: Mapping[str, Any], inductor: dict[str, bool], device: str, casts: Casts = "inductor"
 ) -> Callable[..., Any]:
     """The module as a function that does not compile any more, once its parameters and buffers are real.
 
-    inputs: its keyword arguments. They and the module are on the meta device, and stand for tensors of `device`. Guards
-    are left out, as the code only ever runs on tensors of these shapes. Raises what the compiler raises, also at a
+    inputs: its keyword arguments. They and the module are on the meta device, and stand for tensors of `device`. casts:
+    who compiles the casts to float8, whatever is enabled in this process. Guards are left out, as the code only ever
+    runs on tensors of these shapes. Raises what the compiler raises, also at a
     graph break: the code after one could not be compiled ahead.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     backend = _InductorUntilRun()
-    with FakeTensorMode(), _settings(inductor):
+    with FakeTensorMode(), _settings(inductor, casts):
         put_tensors(module, {name: _empty_like(tensor, device) for name, tensor in tensors_of(module).items()})
         fakes = tree_map_only(Tensor, lambda tensor: _empty_like(tensor, device), inputs)
         options: dict[str, str | int | bool | Callable[..., Any]] = {"guard_filter_fn": _no_guards}
@@ -136,8 +140,11 @@ def _no_guards(guards: Sequence[object]) -> list[bool]:
     return [False] * len(guards)
 
 
-def _settings(inductor: dict[str, bool]) -> contextlib.ExitStack:
-    """These Inductor settings, the backward compiled with the forward, one thread, errors instead of eager runs."""
+def _settings(inductor: dict[str, bool], casts: Casts) -> contextlib.ExitStack:
+    """These Inductor settings and casts, one thread, errors instead of eager runs.
+
+    The backward is compiled with the forward.
+    """
     import torch._dynamo.config
     import torch._functorch.config
     import torch._inductor.config
@@ -148,6 +155,7 @@ def _settings(inductor: dict[str, bool]) -> contextlib.ExitStack:
     stack.enter_context(torch._dynamo.config.patch(recompile_limit=MAX_ALIVE, accumulated_recompile_limit=MAX_ALIVE))
     stack.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
     stack.enter_context(torch._inductor.config.patch({"compile_threads": 1, **inductor}))
+    stack.enter_context(fp8gate.casts.replaced() if casts == "fp8gate" else fp8gate.casts.not_replaced())
     stack.enter_context(torch.compiler.config.patch(cache_key_tag=CACHE_TAG))  # type: ignore[attr-defined]
     return stack
 

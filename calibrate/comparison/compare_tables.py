@@ -19,7 +19,7 @@ from statistics import median
 
 from fp8gate.calibrate.comparison.point_change import PointChange, compare_points, most_by_chance
 from fp8gate.calibrate.timing.statistics import Interval, ratio_of
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Variant
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import WITH_NUMBERS, Point, Table, TableError
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
@@ -65,7 +65,7 @@ class Comparison:
     shifts: the same for the points of each number of tokens that has enough of them.
     """
 
-    recipe: Recipe
+    variant: Variant
     before: Table
     after: Table
     points: tuple[PointChange, ...]
@@ -146,10 +146,13 @@ def compare_tables(
 
     min_speedup: from which a point's decision counts as float8; if it is not the default, models are decided by it too,
     else by the filter's rule. models: for each of them a name, a config and how it is divided.
-    Raises TableError for tables of different recipes or without a common point.
+    Raises TableError for tables of different recipes or casts, or without a common point.
     """
     if before.recipe != after.recipe:
         raise TableError(f"recipe: {before.recipe} and {after.recipe}; only tables of one recipe can be compared")
+    if before.variant != after.variant:
+        casts = f"{before.protocol.casts} and {after.protocol.casts}"
+        raise TableError(f"protocol.casts: {casts}; only tables of the same casts can be compared")
     old, new = ({point.shape: point for point in table.points} for table in (before, after))
     common = sorted(old.keys() & new.keys())
     if not common:
@@ -160,7 +163,7 @@ def compare_tables(
     asked = None if min_speedup == DEFAULT_MIN_SPEEDUP else min_speedup
     points = tuple(compare_points(a, b, parts, min_speedup) for a, b in pairs if _has_numbers(a) and _has_numbers(b))
     return Comparison(
-        recipe=before.recipe,
+        variant=before.variant,
         before=before,
         after=after,
         points=points,

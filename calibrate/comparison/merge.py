@@ -25,7 +25,7 @@ from fp8gate.calibrate.grid.unaligned import DIGITS
 from fp8gate.calibrate.points.bounds import narrowed, widened
 from fp8gate.calibrate.points.point_record import make_point
 from fp8gate.calibrate.timing.statistics import Interval
-from fp8gate.filter.contract.bounds import COVERAGE, Bounds, RunBounds
+from fp8gate.filter.contract.bounds import COVERAGE, Bounds, RunBounds, Spread, Unaligned
 from fp8gate.filter.contract.merged_sweep import MergedSweep
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import (
@@ -33,12 +33,10 @@ from fp8gate.filter.contract.table import (
     EstimateKind,
     Incomplete,
     Point,
-    Spread,
     Status,
     SweepProtocol,
     Table,
     TableError,
-    Unaligned,
     format_table,
 )
 from fp8gate.filter.ranks.agreement import digest_of

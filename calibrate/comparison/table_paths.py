@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fp8gate.filter.contract.plans.plan import PLANS
 from fp8gate.filter.contract.plans.plan_file import read_plans
-from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.recipes import VARIANTS, Variant
 from fp8gate.filter.contract.table import Incomplete, Table, TableError, read_table
 
 
@@ -42,14 +42,14 @@ def incomplete_of(tables: Mapping[Path, Table]) -> dict[Path, Incomplete]:
     return {path: table.incomplete for path, table in tables.items() if table.incomplete}
 
 
-def by_recipe(files: Mapping[Path, Table]) -> dict[Recipe, tuple[Path, Table]]:
-    """The tables of one device, in the order of the recipes. Raises TableError for two tables of one recipe."""
-    found: dict[Recipe, tuple[Path, Table]] = {}
+def by_variant(files: Mapping[Path, Table]) -> dict[Variant, tuple[Path, Table]]:
+    """The tables of one device, in the order of the recipes. Raises TableError for two of one recipe and casts."""
+    found: dict[Variant, tuple[Path, Table]] = {}
     for file, table in files.items():
-        if table.recipe in found:
+        if table.variant in found:
             raise TableError(
-                f"{file}: $.recipe: expected one table of {table.recipe} on {table.device.name}; "
-                f"{found[table.recipe][0]} is another: fp8gate diff compares two"
+                f"{file}: $.recipe: expected one table of {table.variant} on {table.device.name}; "
+                f"{found[table.variant][0]} is another: fp8gate diff compares two"
             )
-        found[table.recipe] = file, table
-    return {recipe: found[recipe] for recipe in RECIPES if recipe in found}
+        found[table.variant] = file, table
+    return {variant: found[variant] for variant in VARIANTS if variant in found}

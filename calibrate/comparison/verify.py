@@ -1,7 +1,7 @@
 """Does a committed table still hold here? Measure a sample of its points again and compare.
 
-In: a folder of tables, a device. Out: a `Verification`: which files were read, and a `Comparison` for each recipe that
-has a table of this device.
+In: a folder of tables, a device. Out: a `Verification`: which files were read, and a `Comparison` for each
+table of this device.
 Try it: fp8gate verify
 """
 
@@ -16,13 +16,13 @@ import msgspec
 import torch
 
 from fp8gate.calibrate.comparison.compare_tables import Comparison, compare_tables
-from fp8gate.calibrate.comparison.table_paths import by_recipe, incomplete_of, read_all
+from fp8gate.calibrate.comparison.table_paths import by_variant, incomplete_of, read_all
 from fp8gate.calibrate.points.noise import TOO_MANY
-from fp8gate.calibrate.points.setup import Setup, make_setup
+from fp8gate.calibrate.points.setup import make_setup
 from fp8gate.calibrate.processes.run_folder import run_folder
 from fp8gate.calibrate.sweep.run_sweep import sweep
 from fp8gate.filter.contract.errors import UnfinishedError
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Casts, Variant
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.contract.table import WITH_NUMBERS, Grid, Incomplete, Table
@@ -44,14 +44,14 @@ class Verification:
     files: tuple[Path, ...]
     plans: tuple[Path, ...]
     comparisons: tuple[Comparison, ...]
-    stale: Mapping[Recipe, str]
-    compared: Mapping[Recipe, Path]
+    stale: Mapping[Variant, str]
+    compared: Mapping[Variant, Path]
     incomplete: Mapping[Path, Incomplete]
 
     @property
-    def contradicted(self) -> dict[Recipe, Path]:
+    def contradicted(self) -> dict[Variant, Path]:
         """The tables that do not hold here."""
-        return {one.recipe: self.compared[one.recipe] for one in self.comparisons if one.has_findings}
+        return {one.variant: self.compared[one.variant] for one in self.comparisons if one.has_findings}
 
     @property
     def has_findings(self) -> bool:
@@ -78,29 +78,33 @@ def verify(folder: Path, device: torch.device, *, points: int, min_speedup: floa
     tables, plans = read_all(folder)
     setup = make_setup(device)
     of_device = {path: table for path, table in tables.items() if table.device.name == setup.device.name}
-    files = by_recipe(of_device)
-    here = {recipe: table for recipe, (_, table) in files.items()}
-    again = _measure_again(here, points, device, setup, workers) if here else {}
+    files = by_variant(of_device)
+    here = {variant: table for variant, (_, table) in files.items()}
+    again: dict[Variant, Table] = {}
+    for casts in dict.fromkeys(variant.casts for variant in here):
+        of_casts = {variant: table for variant, table in here.items() if variant.casts == casts}
+        again |= _measure_again(of_casts, points, device, casts, workers)
     return Verification(
         device=setup.device.name,
         files=tuple(tables),
         plans=plans,
-        comparisons=tuple(compare_tables(here[r], again[r], min_speedup=min_speedup) for r in here),
-        stale={recipe: found for recipe, table in here.items() if (found := stale(table.software))},
-        compared={recipe: path for recipe, (path, _) in files.items()},
+        comparisons=tuple(compare_tables(here[one], again[one], min_speedup=min_speedup) for one in here),
+        stale={variant: found for variant, table in here.items() if (found := stale(table.software))},
+        compared={variant: path for variant, (path, _) in files.items()},
         incomplete=incomplete_of(tables),
     )
 
 
 def _measure_again(
-    tables: Mapping[Recipe, Table], points: int, device: torch.device, setup: Setup, workers: int | None
-) -> dict[Recipe, Table]:
-    """New tables of the same recipes, with those of a sample of the points that are not noise."""
+    tables: Mapping[Variant, Table], points: int, device: torch.device, casts: Casts, workers: int | None
+) -> dict[Variant, Table]:
+    """New tables of the same recipes and casts, with those of a sample of the points that are not noise."""
+    setup = make_setup(device, casts)
     with tempfile.TemporaryDirectory(dir=run_folder()) as out:
         result = sweep(
             Grid(),
             sample(tables, points),
-            recipes=list(tables),
+            recipes=[variant.recipe for variant in tables],
             device=device,
             setup=setup,
             out=Path(out),
@@ -117,14 +121,14 @@ def _measure_again(
             f"{noisy} of {len(again)} speedups measured now are noise (of {where}, {why}), so nothing can be verified: "
             "run fp8gate verify again when nothing else runs here"
         )
-    return {table.recipe: _without_noise(table) for table in result.tables.values()}
+    return {table.variant: _without_noise(table) for table in result.tables.values()}
 
 
 def _without_noise(table: Table) -> Table:
     return msgspec.structs.replace(table, points=tuple(p for p in table.points if p.status != "noisy"))
 
 
-def sample(tables: Mapping[Recipe, Table], count: int) -> list[LinearShape]:
+def sample(tables: Mapping[Variant, Table], count: int) -> list[LinearShape]:
     """Shapes for which all tables have numbers, spread evenly over the time that bf16 takes."""
     times_us: dict[LinearShape, float] = {}
     for table in tables.values():

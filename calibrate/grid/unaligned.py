@@ -16,9 +16,9 @@ from statistics import median
 import msgspec
 
 from fp8gate.calibrate.grid.refinement import HIGHEST, LOWEST
+from fp8gate.filter.contract.bounds import Unaligned
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import FLOAT8_MULTIPLE, LinearShape
-from fp8gate.filter.contract.table import Unaligned
 
 FEWER = FLOAT8_MULTIPLE
 """The tokens left out: the fewest that leave a shape which float8 can compute."""

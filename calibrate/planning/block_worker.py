@@ -107,7 +107,8 @@ class BlockBench:
         job = self.job
         converted = BF16_SET if roles == CONTROL_SET else roles
         inductor = (job.protocol.inductor if converted else {}) if job.protocol.compile else None
-        self._ready[roles] = job.blueprint.ready(converted, job.recipe, inductor, job.device.type)
+        casts = job.protocol.casts if converted else "inductor"
+        self._ready[roles] = job.blueprint.ready(converted, job.recipe, inductor, job.device.type, casts)
         return Done()
 
     def load(self, roles: RoleSet) -> Done | Failure:

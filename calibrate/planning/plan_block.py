@@ -42,7 +42,7 @@ from fp8gate.calibrate.processes.run_folder import run_folder
 from fp8gate.calibrate.sweep.progress import steps_bar
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plans.plan import Candidate, Plan, PlanProtocol, exceeds_control
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Recipe, Variant
 from fp8gate.filter.model.model_linears import grouped_weights
 
 FEW_ROLES = 7  # of a Llama block: 128 sets
@@ -90,10 +90,10 @@ def plan_subject(
 ) -> Plan:
     """The plan of a block for one recipe.
 
-    tables: where to look for the table, see `find_table`; without one the search starts from torchao's rule.
-    exhaustive: measure every set. workers: processes that compile, 0 for this one alone; None: on a GPU as many
-    as the cores allow. out: a folder for the journal; with None there is none. say: is told of every step.
-    shows_bar: show on standard error how much is done, if that is a terminal.
+    protocol: it says the casts too; None for Inductor's. tables: where to look for the table, see `find_table`; without
+    one the search starts from torchao's rule. exhaustive: measure every set. workers: that compile, 0 for this
+    one alone; None: on a GPU as many as the cores allow. out: a folder for the journal; with None there is none. say:
+    is told of every step. shows_bar: show on standard error how much is done, if that is a terminal.
     Raises InputError for too many roles to be exhaustive about, JournalError, DeviceBusyError, StoppedError when the
     time is up or the GPU slows down, and BlockWorkerDiedError; the same call goes on.
     """
@@ -106,7 +106,8 @@ def plan_subject(
         raise InputError("block: expected a linear that may be converted, with multiples of 16; found none")
     if exhaustive and len(roles) > FEW_ROLES:
         raise InputError(f"exhaustive: expected at most {FEW_ROLES} roles, {2**FEW_ROLES} sets; got {len(roles)}")
-    answer = TableAnswer.of(subject, recipe, setup.device.name, tables, say)
+    variant = Variant(recipe, protocol.casts)
+    answer = TableAnswer.of(subject, variant, setup.device.name, tables, say)
     job = PlanJob(blueprint=subject.blueprint, recipe=recipe, protocol=protocol, device=device)
     if workers is None:
         workers = useful_block_workers(subject.blueprint, setup.device, protocol)
@@ -121,7 +122,7 @@ def plan_subject(
             steps_bar(shows_bar) as bar,
         ):
             what = " ".join(filter(None, (subject.name, subject.layers)))
-            say(f"{setup.device.name}: {what}, {recipe}, {len(roles)} roles, {workers} workers, {journal.path}")
+            say(f"{setup.device.name}: {what}, {variant}, {len(roles)} roles, {workers} workers, {journal.path}")
             if journal.had_no_checksums:
                 say(f"warning: {journal.path} had no checksums: its visits were taken as they are, and have them now")
             rounds = VisitRounds(pool, journal, subject.blueprint.shapes, say, start=start, until=until, bar=bar)

@@ -14,7 +14,7 @@ from fp8gate.calibrate.device.capacity import default_workers
 from fp8gate.calibrate.device.registry import KINDS, kind_of
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plans.plan import PlanProtocol
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Casts, Recipe, require_casts
 from fp8gate.filter.contract.table import Device
 
 SCREENING, FINAL, CONFIDENCE = 2, 6, 0.95  # 6 visits are the fewest that give these bounds
@@ -25,19 +25,28 @@ block of 8192 tokens; 16 processes held 100 GiB (H200, 2026-11-25)."""
 MOST_EXPERTS = 8  # that a token is sent to, in usual models
 
 
-def make_protocol(device: torch.device, recipe: Recipe, emulate_precision_casts: bool | None = None) -> PlanProtocol:
+def make_protocol(
+    device: torch.device,
+    recipe: Recipe,
+    emulate_precision_casts: bool | None = None,
+    casts: Casts = "inductor",
+) -> PlanProtocol:
     """Compiled under CUDA graphs on a GPU, eager on a CPU.
 
-    emulate_precision_casts: Inductor's setting; None: as production has it for the recipe. Raises InputError if it is
-    asked for where nothing is compiled.
+    emulate_precision_casts: Inductor's setting; None: as production has it for the recipe. casts: who compiles those of
+    float8. Raises InputError if either is asked for where nothing is compiled, or for casts that are not the recipe's.
     """
     defaults = kind_of(device).defaults
     if emulate_precision_casts is not None and not defaults.compiles:
         raise InputError("emulate_precision_casts: a setting of Inductor; on a CPU blocks are not compiled")
+    require_casts(recipe, casts)
+    if casts != "inductor" and not defaults.compiles:
+        raise InputError(f"casts: {casts}'s are a pass of Inductor; on a CPU blocks are not compiled")
     return PlanProtocol(
         timer=defaults.timer,
         compile=defaults.compiles,
         inductor=inductor_settings(recipe, emulate_precision_casts) if defaults.compiles else {},
+        casts=casts,
         l2="cold",
         data=DATA,
         settle_s=defaults.visit_settle_s,

@@ -27,7 +27,7 @@ from fp8gate.filter.contract.names import block_role
 from fp8gate.filter.contract.plans.layer_names import LayerNames
 from fp8gate.filter.contract.plans.plan import PLANS, PlanError
 from fp8gate.filter.contract.plans.plan_file import MAX_KINDS, read_plans
-from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.recipes import RECIPES, Variant
 from fp8gate.filter.model.model_config import BUNDLED, config_json
 from fp8gate.filter.model.observed import ObserveError
 from fp8gate.filter.model.parallel import Parallel, Shards
@@ -196,7 +196,7 @@ def _zeros(tensor: Tensor) -> Tensor:
 def plan_path(
     out: Path,
     subjects: Sequence[Subject],
-    recipe: Recipe,
+    variant: Variant,
     device: torch.device,
     emulate_precision_casts: bool | None = None,
 ) -> Path:
@@ -208,6 +208,7 @@ def plan_path(
     """
     subject = next((one for one in subjects if one.sequence), subjects[0])
     left_out = dict.fromkeys(role.rpartition(".")[2] for one in subjects for role in one.left_out)
+    recipe = variant.recipe
     settings = inductor_settings(recipe, emulate_precision_casts)
     parts = [subject.name, recipe, f"m{subject.tokens}"]
     parts += [f"s{subject.sequence}"] if subject.sequence not in (None, subject.tokens) else []
@@ -217,7 +218,7 @@ def plan_path(
     parts += [name for name in settings if name not in RECIPES[recipe].inductor]
     parts += [f"no_{name}" for name in RECIPES[recipe].inductor if name not in settings]
     name = describe_device(device).name
-    path = out / device_slug(name) / PLANS / f"{'-'.join(parts)}.yaml"
+    path = out / device_slug(name) / PLANS / f"{'-'.join(parts)}{variant.suffix}.yaml"
     with contextlib.suppress(PlanError):  # one that cannot be read is replaced
         if path.exists() and (found := read_plans(path)[0].device.name) != name:
             raise InputError(f"{path}: $.device.name: expected {name!r}, found {found!r}; give another --out")

@@ -15,7 +15,7 @@ from fp8gate.calibrate.planning.search import RoleSet
 from fp8gate.calibrate.planning.subject import Subject
 from fp8gate.filter.contract.names import block_role
 from fp8gate.filter.contract.plans.plan import TableUsed
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Recipe, Variant
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Table, TableError
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
@@ -36,15 +36,15 @@ class TableAnswer:
 
     @classmethod
     def of(
-        cls, subject: Subject, recipe: Recipe, device: str, tables: Path | None, say: Callable[[str], None]
+        cls, subject: Subject, variant: Variant, device: str, tables: Path | None, say: Callable[[str], None]
     ) -> TableAnswer:
         shapes = subject.blueprint.shapes
         possible = subject.possible
-        rule = {role: _torchao(recipe, subject.whole[role]) for role in possible}
+        rule = {role: _torchao(variant.recipe, subject.whole[role]) for role in possible}
         torchao = None if None in rule.values() else tuple(role for role, convert in rule.items() if convert)
         guesses = [frozenset(possible)] if torchao is None else [frozenset(torchao), frozenset(possible)]
         try:
-            table, _ = find_table(recipe, device=device, tables=tables)
+            table, _ = find_table(variant.recipe, casts=variant.casts, device=device, tables=tables)
         except TableError as error:
             say(f"{error}; so the search starts without a table")
             return cls(None, torchao, {}, guesses)

@@ -46,7 +46,7 @@ def make_ready(task: Task, protocols: Mapping[Recipe, SweepProtocol], device: to
     for recipe, protocol in protocols.items():
         try:
             if protocol.compile:
-                ready = compiled_linear(recipe, task.shape, protocol.inductor, device.type)
+                ready = compiled_linear(recipe, task.shape, protocol.inductor, device.type, protocol.casts)
             else:
                 ready = eager_linear(recipe, task.shape)
         except Exception as error:

@@ -13,7 +13,8 @@ import torch
 
 from fp8gate.calibrate.arms.linear import DATA
 from fp8gate.calibrate.device.registry import describe_device, describe_software, kind_of
-from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.recipes import RECIPES, Casts, Recipe, Variant, recipes_with
 from fp8gate.filter.contract.table import Device, Software, SweepProtocol
 
 POINT_SETTLE_S, POINT_RUN_S = 0.1, 0.05
@@ -46,15 +47,26 @@ class Setup(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     software: Software
     protocols: dict[Recipe, SweepProtocol]
 
+    def variant(self, recipe: Recipe) -> Variant:
+        """What the recipe's table is of."""
+        return Variant(recipe, self.protocols[recipe].casts)
 
-def make_setup(device: torch.device) -> Setup:
-    """Production's settings on this device: on a GPU compiled, under CUDA graphs; on a CPU eager."""
+
+def make_setup(device: torch.device, casts: Casts = "inductor") -> Setup:
+    """Production's settings on this device: on a GPU compiled, under CUDA graphs; on a CPU eager.
+
+    casts: who compiles those of float8; the set-up is of the recipes that can have these. Raises InputError if they are
+    asked for where nothing is compiled.
+    """
     defaults = kind_of(device).defaults
+    if casts != "inductor" and not defaults.compiles:
+        raise InputError(f"casts: {casts}'s are a pass of Inductor; on a CPU linears are not compiled")
     protocols = {
         recipe: SweepProtocol(
             timer=defaults.timer,
             compile=defaults.compiles,
-            inductor=facts.inductor if defaults.compiles else {},
+            inductor=RECIPES[recipe].inductor if defaults.compiles else {},
+            casts=casts,
             bf16="eager",
             l2="cold",
             data=DATA,
@@ -68,7 +80,7 @@ def make_setup(device: torch.device) -> Setup:
             near=NEAR,
             control=defaults.control,
         )
-        for recipe, facts in RECIPES.items()
+        for recipe in recipes_with(casts)
     }
     return Setup(device=describe_device(device), software=describe_software(device), protocols=protocols)
 

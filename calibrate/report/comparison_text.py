@@ -20,6 +20,7 @@ from fp8gate.calibrate.comparison.compare_tables import (
 from fp8gate.calibrate.comparison.point_change import PointChange, most_by_chance
 from fp8gate.calibrate.timing.statistics import Interval
 from fp8gate.filter.contract.merged_sweep import measured_text
+from fp8gate.filter.contract.recipes import casts_json
 from fp8gate.filter.contract.table import Incomplete, Table
 from fp8gate.filter.terminal_table import render_table
 
@@ -36,7 +37,7 @@ def comparison_text(comparisons: Sequence[Comparison], form: Format = "text") ->
     """Say what changed: first how far all points have shifted together, then points, decisions and models."""
     parts = []
     for comparison in comparisons:
-        title = f"{comparison.recipe}: {_name(comparison.before, form)} -> {_name(comparison.after, form)}"
+        title = f"{comparison.variant}: {_name(comparison.before, form)} -> {_name(comparison.after, form)}"
         parts.append(f"### {title}" if form == "markdown" else title)
         parts.append("\n".join(_sentences(comparison)))
         if comparison.changed:
@@ -49,7 +50,8 @@ def comparison_text(comparisons: Sequence[Comparison], form: Format = "text") ->
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
     shift = comparison.shift
     return {
-        "recipe": comparison.recipe,
+        "recipe": comparison.variant.recipe,
+        **casts_json(comparison.variant),
         "before": _provenance(comparison.before),
         "after": _provenance(comparison.after),
         "findings": comparison.has_findings,
@@ -83,7 +85,7 @@ def verification_text(verification: Verification) -> str:
     if not verification.comparisons:
         return f"{checked}; none is of {verification.device}: nothing was measured"
     lines = [f"{checked}; {_verdict(verification)}"]
-    lines += [f"{recipe} was measured with {difference}" for recipe, difference in verification.stale.items()]
+    lines += [f"{variant} was measured with {difference}" for variant, difference in verification.stale.items()]
     return "\n".join(lines) + "\n\n" + comparison_text(verification.comparisons)
 
 
@@ -115,7 +117,7 @@ def verification_json(verification: Verification) -> dict[str, Any]:
         "measured": bool(verification.comparisons),
         "holds": _holds(verification),
         "can_tell": verification.can_tell if verification.comparisons else None,
-        "stale": dict(verification.stale),
+        "stale": {variant.name: found for variant, found in verification.stale.items()},
         "comparisons": [comparison_json(comparison) for comparison in verification.comparisons],
     }
 

@@ -43,7 +43,7 @@ from fp8gate.calibrate.report.map_panel import (
     has_line,
 )
 from fp8gate.calibrate.report.speedup_map import UNMEASURED, SpeedupMap
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Variant
 
 DPI = 140
 PANEL_IN = (3.4, 2.9)  # side by side; a README shows three of them 1000 pixels wide
@@ -71,7 +71,7 @@ class Theme:
 
 THEMES = (Theme(name="light", page="#ffffff", ink="#1f2328"), Theme(name="dark", page="#0d1117", ink="#e6edf3"))
 
-Maps = Mapping[Recipe, Mapping[int, SpeedupMap]]
+Maps = Mapping[Variant, Mapping[int, SpeedupMap]]
 Panels = npt.NDArray[np.object_]
 """The panels of a picture (matplotlib's `Axes`) by row and column."""
 
@@ -87,16 +87,16 @@ def draw_side_by_side(
     *,
     stacked: bool = False,
 ) -> dict[str, bytes]:
-    """Draw a column for each recipe and a row for each m, with labelled lines and with the models' layers.
+    """Draw a column for each table and a row for each m, with labelled lines and with the models' layers.
 
     stacked: one column for all, for narrow screens.
     """
     shape = (len(tokens) * len(maps), 1) if stacked else (len(tokens), len(maps))
     figure, panels = _figure(title, shape, PANEL_IN)
     for row, m in zip(panels.reshape(len(tokens), len(maps)), tokens, strict=True):
-        for ax, (recipe, of_recipe) in zip(row, maps.items(), strict=True):
-            ax.set_title(f"{recipe}, {m} tokens", fontsize=9)
-            _draw_panel(ax, of_recipe.get(m), groups, scale)
+        for ax, (variant, of_variant) in zip(row, maps.items(), strict=True):
+            ax.set_title(f"{variant}, {m} tokens", fontsize=9)
+            _draw_panel(ax, of_variant.get(m), groups, scale)
     _finish(figure, panels, [map_ for by_m in maps.values() for map_ in by_m.values()], groups, scale)
     return _pngs(figure, source)
 

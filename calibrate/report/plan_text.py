@@ -28,7 +28,7 @@ def plan_text(plan: Plan) -> str:
         " ".join(filter(None, (plan.model, plan.layers))),
         f"{plan.tokens} tokens",
         *([f"tp {plan.tp}"] if plan.tp > 1 else []),
-        plan.recipe,
+        str(plan.variant),
     ]
     title += ["recomputed"] if plan.recompute == "full" else []
     title += [name for name, is_on in plan.protocol.inductor.items() if is_on]

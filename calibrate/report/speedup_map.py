@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fp8gate.calibrate.grid.grid import too_large
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Recipe, Variant
 from fp8gate.filter.contract.shapes import FLOAT8_MULTIPLE, LinearShape
 from fp8gate.filter.contract.table import WITH_NUMBERS, Point, Status, Table, TableError
 from fp8gate.filter.decision.estimate import Estimate
@@ -51,13 +51,13 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedupMap:
-    """One recipe at one m. k, n: the sizes of the samples. log2_speedup, stands_in and torchao are indexed by [k, n].
+    """One table at one m. k, n: the sizes of the samples. log2_speedup, stands_in and torchao are indexed by [k, n].
 
     stands_in: whether the points around a sample were not measured, so that fewer tokens or the nearest point answer.
     torchao: whether torchao's rule converts, None if it has no rule. k_ticks, n_ticks: the sizes that were measured.
     """
 
-    recipe: Recipe
+    variant: Variant
     m: int
     k: npt.NDArray[np.float64]
     n: npt.NDArray[np.float64]
@@ -77,7 +77,7 @@ def map_tokens(table: Table) -> tuple[int, ...]:
 def speedup_maps(table: Table) -> dict[int, SpeedupMap]:
     """A map for each of `map_tokens`, all over the same K x N. Raises TableError for a table without any number."""
     if all(point.status not in WITH_NUMBERS for point in table.points):
-        raise TableError(f"{table.recipe} on {table.device.name}: $.points: expected a measured point, found none")
+        raise TableError(f"{table.variant} on {table.device.name}: $.points: expected a measured point, found none")
     k_ticks = table.grid.k or tuple(sorted({point.k for point in table.points}))
     n_ticks = table.grid.n or tuple(sorted({point.n for point in table.points}))
     k, n = samples([*k_ticks, *(p.k for p in table.points)]), samples([*n_ticks, *(p.n for p in table.points)])
@@ -86,7 +86,7 @@ def speedup_maps(table: Table) -> dict[int, SpeedupMap]:
     for m in map_tokens(table):
         estimates = [[_estimate(lookup, m, at_k, at_n) for at_n in n] for at_k in k]
         maps[m] = SpeedupMap(
-            recipe=table.recipe,
+            variant=table.variant,
             m=m,
             k=k,
             n=n,

@@ -25,12 +25,12 @@ def summarize(table: Table) -> str:
         cells = rows.pivot(index="k", columns="n", values="speedup").fillna("")
         headers = ["k \\ n", *map(str, cells.columns)]
         text = render_table(headers, list(cells.itertuples()), align=["right"] * len(headers))
-        blocks.append(f"{table.recipe} speedup, {m} tokens\n{text}")
+        blocks.append(f"{table.variant} speedup, {m} tokens\n{text}")
     return "\n\n".join(blocks)
 
 
 def sweep_json(result: SweepResult) -> dict[str, Any]:
-    """The tables that were written, by recipe; the report; and the points that are left, were left out, or were off."""
+    """The tables that were written, by file name; the report; and the points that are left, left out, or were off."""
     return {
         "tables": _tables_json(result.tables),
         "incomplete": _tables_json(result.incomplete),
@@ -43,7 +43,7 @@ def sweep_json(result: SweepResult) -> dict[str, Any]:
 
 def _tables_json(tables: Mapping[Path, Table]) -> dict[str, Any]:
     return {
-        table.recipe: {"path": str(path), "points": Counter(point.status for point in table.points)}
+        table.variant.name: {"path": str(path), "points": Counter(point.status for point in table.points)}
         for path, table in tables.items()
     }
 

@@ -1,6 +1,6 @@
 """The sweep: measure every point that is not yet in the journal, then write the tables from the journal.
 
-In: shapes, recipes, a device, a folder. Out: `<folder>/<device slug>/<recipe>.yaml`.
+In: shapes, recipes, a device, a folder. Out: `<folder>/<device slug>/<recipe>.yaml`, or `<recipe>-fp8gate_casts.yaml`.
 Try it: fp8gate calibrate --grid quick --out /tmp/tables
 """
 
@@ -149,7 +149,7 @@ def sweep(
     if not wanted:
         raise InputError(f"no point to measure: all {len(capped)} were left out, {next(iter(capped.values()), '')}")
     with DeviceLock(device), SweepJournal(folder, setup, fresh=fresh, replaces=recipes) as journal:
-        require_same_device(folder, recipes, setup.device.name)
+        require_same_device(folder, recipes, setup)
         if not fresh:
             require_nothing_lost(folder, recipes, wanted, journal)
         refinement = None
@@ -244,7 +244,7 @@ def _known_shapes(folder: Path, recipes: Sequence[Recipe], journal: SweepJournal
     """The shapes of the tables that are kept: what is known is measured again, so that nothing of it is lost."""
     known: set[LinearShape] = set()
     for recipe in recipes:
-        path = folder / f"{recipe}.yaml"
+        path = folder / journal.setup.variant(recipe).file
         if path.exists() and not is_to_be_replaced(path, recipe, journal):
             known.update(point.shape for point in read_table(path).points)
     return known
@@ -273,8 +273,9 @@ def _say_nothing_was_left(ledger: JournalLedger) -> None:
 def _say_start(
     observer: Observer, journal: SweepJournal, todo: int, wanted: int, undecided: int, capped: dict[LinearShape, str]
 ) -> None:
-    device = journal.setup.device
-    observer.say(f"{device.name}: {todo} measurements to take at {wanted} points, journal {journal.path}")
+    device, casts = journal.setup.device, next(iter(journal.setup.protocols.values())).casts
+    ours = "" if casts == "inductor" else f" with {casts}'s casts"
+    observer.say(f"{device.name}: {todo} measurements{ours} to take at {wanted} points, journal {journal.path}")
     if undecided:
         observer.say(f"then those of {undecided} points near which float8 breaks even (--grid full: all)")
     if journal.set_aside:

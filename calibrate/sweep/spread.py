@@ -14,9 +14,10 @@ import msgspec
 import numpy as np
 
 from fp8gate.calibrate.points.point_record import CONTROL, ArmName, PointRecord
+from fp8gate.filter.contract.bounds import Spread
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Spread, SweepProtocol
+from fp8gate.filter.contract.table import SweepProtocol
 
 ODD_BY = 0.03  # two H200 of one machine differ by 1 to 2 % under their power limit (LOG.md, 2026-11-24)
 ODD_SHARE = 0.75  # of the points, all in the same direction

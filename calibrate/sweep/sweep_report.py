@@ -20,9 +20,10 @@ from fp8gate.calibrate.sweep.spread import (
     odd_devices,
     repeat_spread,
 )
+from fp8gate.filter.contract.bounds import Spread
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.contract.table import Spread, SweepProtocol
+from fp8gate.filter.contract.table import SweepProtocol
 
 MOST_NAMED = 5  # of the speedups that are noise; the JSON names all
 

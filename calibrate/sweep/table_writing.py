@@ -1,6 +1,6 @@
 """From a journal's records to the tables, and what a new table may replace.
 
-In: a journal, a folder. Out: `<folder>/<recipe>.yaml`, either for all recipes or for none; of a stopped sweep, for
+In: a journal, a folder. Out: the tables in the folder, either for all recipes or for none; of a stopped sweep, for
 each recipe that has a number, marked as incomplete.
 """
 
@@ -101,7 +101,7 @@ def require_nothing_lost(
     A small sweep must not replace a large table.
     """
     for recipe in recipes:
-        path = folder / f"{recipe}.yaml"
+        path = folder / journal.setup.variant(recipe).file
         if path.exists() and not is_to_be_replaced(path, recipe, journal):
             rows = {record.shape for record in journal.records if recipe in record.arms and not record.repeat}
             kept = {*wanted, *rows}
@@ -113,12 +113,13 @@ def require_nothing_lost(
                 )
 
 
-def require_same_device(folder: Path, recipes: Sequence[Recipe], device: str) -> None:
+def require_same_device(folder: Path, recipes: Sequence[Recipe], setup: Setup) -> None:
     """Raise InputError, before anything is measured, if a table that is there is of a device of another name.
 
     Names such as "NVIDIA H200" and "NVIDIA-H200" share a folder, and one must not replace the other.
     """
-    for path in (folder / f"{recipe}.yaml" for recipe in recipes):
+    device = setup.device.name
+    for path in (folder / setup.variant(recipe).file for recipe in recipes):
         with contextlib.suppress(TableError):  # one that cannot be read is dealt with where its points matter
             if path.exists() and (found := read_table(path).device.name) != device:
                 raise InputError(f"{path}: $.device.name: expected {device!r}, found {found!r}; give another --out")
@@ -135,7 +136,7 @@ def write_tables(
     """
     tables = {}
     for recipe in recipes:
-        path = folder / f"{recipe}.yaml"
+        path = folder / journal.setup.variant(recipe).file
         table = make_table(grid, recipe, journal.setup, journal.records)
         if path.exists() and not fresh and not is_to_be_replaced(path, recipe, journal):
             earlier = read_table(path)
@@ -165,7 +166,7 @@ def write_incomplete_tables(
     """
     records, tables, withheld = tuple(journal.records), {}, {}
     for recipe in recipes:
-        path = folder / f"{recipe}.yaml"
+        path = folder / journal.setup.variant(recipe).file
         if not any(row.point.speedup for row in rows_of(recipe, journal.setup, records).values()):
             withheld[path] = "is not written: no point has a number yet"
             continue

@@ -11,10 +11,13 @@ from typing import Annotated
 
 import msgspec
 
+from fp8gate.filter.contract.reading.plain_values import MAX_SIZE
+
 SMALL_US = 120.0
 """Points whose bf16 takes less, forward plus backward, differ more from run to run: by up to twice as much on an H200
 (`python benchmarks/two_sweeps.py`). The two classes of `Bounds` have it in their names."""
 COVERAGE = 0.95
+Count = Annotated[int, msgspec.Meta(gt=0, le=MAX_SIZE)]
 Share = Annotated[float, msgspec.Meta(ge=0)]
 BoardConstant = Annotated[float, msgspec.Meta(gt=0, le=100)]  # beyond that, it is none that was measured
 
@@ -80,3 +83,26 @@ def is_small(bf16_us: float) -> bool:
 def without_part(half: float, part: float) -> float:
     """A half width without one of its parts; without what differs between runs, it is what varies within one."""
     return math.sqrt(max(0.0, half**2 - part**2))
+
+
+class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far measurements of the same points differed: quantiles of |ratio of the speedups - 1|.
+
+    points: how many points were measured more than once.
+    """
+
+    points: Count
+    median: Annotated[float, msgspec.Meta(ge=0)]
+    p95: Annotated[float, msgspec.Meta(ge=0)]
+    worst: Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Unaligned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What becomes of a speedup where the tokens are no multiple of 128, as the points around such a shape are.
+
+    points: how many points near break-even were measured with 16 tokens fewer too. factor: the median of the speedup
+    with fewer tokens over that of the point.
+    """
+
+    points: Count
+    factor: Annotated[float, msgspec.Meta(ge=0.1, le=10)]  # beyond that, it is no number that was measured

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, get_args
 
 import msgspec
 
-from fp8gate.filter.contract.bounds import Bounds
+from fp8gate.filter.contract.bounds import Bounds, Spread, Unaligned
 from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.merged_sweep import MergedSweep
 from fp8gate.filter.contract.plain_yaml import (
@@ -29,7 +29,7 @@ from fp8gate.filter.contract.reading.messages import FileError
 from fp8gate.filter.contract.reading.plain_values import MAX_SIZE
 from fp8gate.filter.contract.reading.point_rows import PointRows
 from fp8gate.filter.contract.reading.row_numbers import row_problem
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import VARIANTS, Casts, Recipe, Variant
 from fp8gate.filter.contract.shapes import LinearShape
 
 MAX_TABLE_BYTES = 12 * 2**20
@@ -78,29 +78,6 @@ class Software(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     fp8gate: str
 
 
-class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How far measurements of the same points differed: quantiles of |ratio of the speedups - 1|.
-
-    points: how many points were measured more than once.
-    """
-
-    points: Size
-    median: Annotated[float, msgspec.Meta(ge=0)]
-    p95: Annotated[float, msgspec.Meta(ge=0)]
-    worst: Annotated[float, msgspec.Meta(ge=0)]
-
-
-class Unaligned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What becomes of a speedup where the tokens are no multiple of 128, as the points around such a shape are.
-
-    points: how many points near break-even were measured with 16 tokens fewer too. factor: the median of the speedup
-    with fewer tokens over that of the point.
-    """
-
-    points: Size
-    factor: Annotated[float, msgspec.Meta(ge=0.1, le=10)]  # beyond that, it is no number that was measured
-
-
 TimerName = Literal["cuda_graph_events", "cuda_graphs", "wall_clock"]
 """GPU time by events inside of CUDA graphs, or by events around their launch (until 2026-11-26); on a CPU, time."""
 
@@ -116,6 +93,7 @@ class SweepProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     near: where there is a second run, an arm has one whose speedup is within `near` of the threshold, or whose bounds
     straddle the threshold, and so has bf16. Only the last run counts. near_s: how long it took at the power limit, in
     tables that have it.
+    casts: who compiled those of float8 operands. A file has it only if that is not Inductor.
     confidence: that of the part of the bounds that varies within one run.
     bounds: what the bounds cover, and their parts. Without it they cover only what varies within one run.
     threshold, tolerance: a point is ambiguous if its bounds straddle the threshold and are wider than `tolerance`.
@@ -131,6 +109,7 @@ class SweepProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     timer: TimerName
     compile: bool
     inductor: dict[str, bool]
+    casts: Casts = "inductor"
     bf16: Literal["eager", "compiled"]
     l2: Literal["cold"]
     data: str
@@ -238,6 +217,10 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     columns: tuple[str, ...] = COLUMNS
     points: tuple[Point, ...]
 
+    @property
+    def variant(self) -> Variant:
+        return Variant(self.recipe, self.protocol.casts)
+
 
 def read_table(path: str | os.PathLike[str]) -> Table:
     """Read and validate a table file.
@@ -297,6 +280,8 @@ def _check(table: Table, source: str) -> None:
             f"{source}: $.incomplete.measured: expected fewer than $.incomplete.of, {table.incomplete.of}; "
             f"found {table.incomplete.measured}"
         )
+    if table.variant not in VARIANTS:
+        raise TableError(f"{source}: $.protocol.casts: {table.recipe} cannot have {table.protocol.casts}'s casts")
     if not table.points:
         raise TableError(f"{source}: $.points: expected at least one point")
     _check_points(table.points, table.protocol.estimate, source)

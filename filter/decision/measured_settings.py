@@ -9,8 +9,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from fp8gate import casts
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import RECIPES, Casts, Recipe, Variant
 
 WHAT_CHANGES = {
     "pad_inner_dim": "padding adds copies, and layers that are refused for their size would be converted",
@@ -40,3 +41,30 @@ def unmeasured_settings(recipe: Recipe, config: Any, *, compiled: bool) -> Itera
         if asked != usual:
             why = WHAT_CHANGES.get(one.name, f"it is not that of {recipe}")
             yield f"float8_config.{one.name} is {asked}, measured was {usual}: {why}"
+
+
+def casts_asked_for(recipe: Recipe) -> Casts:
+    """Who will compile the recipe's casts, as far as this process knows: fp8gate, if its casts are on for it.
+
+    The environment variable FP8GATE_CASTS turns them on, if nothing has yet.
+    """
+    casts.enable_if_asked()
+    return casts_enabled(recipe)
+
+
+def casts_enabled(recipe: Recipe) -> Casts:
+    """Who compiles the recipe's casts now. fp8gate's pass leaves recipes alone that it is not for."""
+    return "fp8gate" if casts.is_enabled() and "fp8gate" in RECIPES[recipe].casts else "inductor"
+
+
+def wrong_casts(measured: Variant) -> str:
+    """What to say where what is measured had other casts than are enabled."""
+    if measured.casts == "inductor":
+        return (
+            "fp8gate's casts are on, and what was measured had Inductor's: leave casts to its default, to decide by "
+            "what was measured with those that are on"
+        )
+    return (
+        "fp8gate's casts are off, and what was measured had them: call fp8gate.casts.enable() before anything is "
+        "compiled, or set FP8GATE_CASTS=1 and leave casts to its default"
+    )

@@ -191,7 +191,7 @@ def _estimates(
     if len(found) < len(shapes):
         raise TableError(
             f"{wants_float8.path}: $.points: expected a measured point, found none. To measure again, run on "
-            f"{wants_float8.table.device.name}: fp8gate calibrate"
+            f"{wants_float8.table.device.name}: fp8gate calibrate{wants_float8.table.variant.option}"
         )
     asked = [
         (f"{linear.role} {shape}", estimate.is_far_outside)
@@ -211,8 +211,8 @@ def _measure_command(model: DescribedModel, wants_float8: AutoFilter) -> str:
     parallel, tokens = wants_float8.settings.parallel, wants_float8.settings.tokens
     if not model.has_config:
         return "fp8gate calibrate --grid FILE.yaml, with a line: shapes: [[M, K, N], ...]"
-    tp = f" --tp {parallel.tp}" if parallel.tp > 1 else ""
-    return f"fp8gate calibrate --model {model.name} --tokens {tokens // parallel.cp}{tp}"
+    options = (f" --tp {parallel.tp}" if parallel.tp > 1 else "") + wants_float8.table.variant.option
+    return f"fp8gate calibrate --model {model.name} --tokens {tokens // parallel.cp}{options}"
 
 
 def _explain_layer(

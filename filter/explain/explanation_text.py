@@ -10,7 +10,7 @@ from typing import Any
 
 from fp8gate.filter.contract.merged_sweep import measured_text
 from fp8gate.filter.contract.plans.layer_names import DEFAULT
-from fp8gate.filter.contract.recipes import MOST_ACCURATE_FIRST, Recipe
+from fp8gate.filter.contract.recipes import MOST_ACCURATE_FIRST, Recipe, casts_json
 from fp8gate.filter.explain.explanation import ALL, BF16, PLAN, RULE, TABLE, Explanation, SpeedupInBlocks
 from fp8gate.filter.explain.remarks import remarks, shared_remarks
 from fp8gate.filter.planned.model_plans import ModelPlans
@@ -27,6 +27,7 @@ def explanation_json(title: Mapping[str, Any], explanation: Explanation) -> dict
     return {
         **title,
         "recipe": explanation.table.recipe,
+        **casts_json(explanation.table.variant),
         "device": explanation.table.device.name,
         "plan": None if plans is None else _plans_json(plans),
         "layers": [layer.row() for layer in explanation.layers],
@@ -59,7 +60,7 @@ def explanation_text(title: str, explanation: Explanation) -> str:
     ]
     headers = ("role", "linear", "count", "m", "k", "n", "train in", "alone", "reason")
     parts = [
-        f"{title}, {table.recipe}, {table.device.name} "
+        f"{title}, {table.variant}, {table.device.name} "
         f"(torch {software.torch}, torchao {software.torchao}, measured {measured})",
         render_table(headers, rows),
         _choices_text(explanation),
@@ -101,7 +102,7 @@ def recipes_text(title: str, explanations: Mapping[Recipe, Explanation]) -> str:
 
 def _recipe_row(recipe: Recipe, explanations: Mapping[Recipe, Explanation]) -> Iterator[str]:
     explanation = explanations[recipe]
-    yield recipe
+    yield str(explanation.table.variant)
     yield ", ".join(dict.fromkeys(layer.linear.role for layer in explanation.chosen.converted)) or "none"
     yield "plan" if explanation.plans else "table"
     yield f"{explanation.chosen.us / 1e3:.1f}"

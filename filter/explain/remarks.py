@@ -105,7 +105,8 @@ def _factors_for_tokens(explanations: Iterable[Explanation]) -> Iterator[str]:
             factor = layer.by_table.unaligned
             if factor not in (None, 1.0):
                 tokens.add(layer.shape.m)
-                factors[explanation.table.recipe] = f"{explanation.table.recipe} {factor:.2f}"
+                variant = explanation.table.variant
+                factors[variant] = f"{variant} {factor:.2f}"
     if factors:
         fewest = min(tokens)
         more = math.ceil(fewest / TOKEN_TILE) * TOKEN_TILE
@@ -134,8 +135,8 @@ def _doubts(explanation: Explanation) -> Iterator[str]:
             f"{explanation.measure_command}"
         )
     if differences := stale(explanation.table.software):
-        device = explanation.table.device.name
-        yield f"Measured with {differences}. To measure again, on {device}: fp8gate calibrate"
+        device, option = explanation.table.device.name, explanation.table.variant.option
+        yield f"Measured with {differences}. To measure again, on {device}: fp8gate calibrate{option}"
     for finding in explanation.findings:
         if finding.category not in (OutsideGridWarning, StaleTableWarning):
             yield finding.message

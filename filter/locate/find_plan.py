@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.plans.plan import PLANS, PlanError
 from fp8gate.filter.contract.plans.plan_file import Plans, read_plans
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Variant
 from fp8gate.filter.locate.places import places
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -32,14 +32,16 @@ class FoundPlans(NamedTuple):
     problems: list[str]
 
 
-def find_plans(*, device: str, recipe: Recipe, tokens: int, tables: str | os.PathLike[str] | None = None) -> FoundPlans:
-    """The plans of one device, recipe and number of tokens on a rank, by the file names that `fp8gate plan` gives them.
+def find_plans(
+    *, device: str, variant: Variant, tokens: int, tables: str | os.PathLike[str] | None = None
+) -> FoundPlans:
+    """The plans of one device, variant and number of tokens on a rank, by the file names that `fp8gate plan` gives.
 
     device: its full name, as its table has it. tables: as in `find_table`; plans lie in `plans/` beside tables.
     """
     found, problems = [], []
     for path in plan_files(tables, device=device):
-        if not re.search(rf"-{recipe}-m{tokens}[.-]", path.name):
+        if not re.search(rf"-{variant.recipe}-m{tokens}[.-]", path.name):
             continue
         try:
             plans = read_plans(path)
@@ -47,7 +49,7 @@ def find_plans(*, device: str, recipe: Recipe, tokens: int, tables: str | os.Pat
             problems.append(str(error))
             continue
         plan = plans[0]
-        is_same = (plan.recipe, plan.tokens, device_slug(plan.device.name)) == (recipe, tokens, device_slug(device))
+        is_same = (plan.variant, plan.tokens, device_slug(plan.device.name)) == (variant, tokens, device_slug(device))
         found += [FoundPlan(plans, path)] if is_same else []
     return FoundPlans(sorted(found, key=lambda one: one.plans[0].measured_at, reverse=True), problems)
 

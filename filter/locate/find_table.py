@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fp8gate.filter.contract.devices import device_slug, local_device_name
-from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.recipes import VARIANTS, Casts, Recipe, Variant, other_casts
 from fp8gate.filter.contract.table import Table, TableError, read_table
 from fp8gate.filter.locate.device_names import match_device, suggestions
 from fp8gate.filter.locate.places import Place, places
@@ -20,33 +20,37 @@ MAX_NAMED = 20  # devices that an error names; the table of each is read for its
 
 
 def find_table(
-    recipe: Recipe, *, device: str | None = None, tables: str | os.PathLike[str] | None = None
+    recipe: Recipe,
+    *,
+    casts: Casts = "inductor",
+    device: str | None = None,
+    tables: str | os.PathLike[str] | None = None,
 ) -> tuple[Table, Path]:
     """The table and the file it came from.
 
-    tables: a thresholds folder, a device's folder or a table file; None searches all `places`. device: a name as people
-    write it, see `match_device`. None means the device of `tables` if that is a file or a device's folder, and
-    otherwise the one that torch sees here, by its exact name.
+    casts: who compiled those of what was measured. tables: a thresholds folder, a device's folder or a table file; None
+    searches all `places`. device: a name as people write it, see `match_device`. None means the device of `tables` if
+    that is a file or a device's folder, and otherwise the one that torch sees here, by its exact name.
     Raises TableError if there is no such table (the message names the devices that have one), if it is not valid, or
-    if it is for another recipe or device. Raises InputError if a name fits several devices, or if no device is named
-    and torch is not installed.
+    if it is for another recipe, device or casts. Raises InputError if a name fits several devices, or if no device is
+    named and torch is not installed.
     """
-    searched = places(tables)
+    variant, searched = Variant(recipe, casts), places(tables)
     if tables is not None or len(searched) == 1:
-        file = _single_file(searched[0].path, recipe)
+        file = _single_file(searched[0].path, variant)
         if file:
-            return _checked(read_table(file), file, recipe, device), file
+            return _checked(read_table(file), file, variant, device), file
     name = device or local_device_name()
-    slug = _find_slug(searched, recipe, device) if device else device_slug(name)
+    slug = _find_slug(searched, variant, device) if device else device_slug(name)
     for place in searched:
-        path = place.path / (slug or device_slug(name)) / f"{recipe}.yaml"
+        path = place.path / (slug or device_slug(name)) / variant.file
         if os.path.isfile(path):
-            table = _checked(read_table(path), path, recipe, None)
+            table = _checked(read_table(path), path, variant, None)
             if device_slug(table.device.name) != path.parent.name:
                 raise TableError(f"{path}: $.device.name: expected {name}, found {table.device.name}")
             _require_this_device(table, path, None if device else name)
             return table, path
-    raise TableError(_no_table(searched, recipe, name))
+    raise TableError(_no_table(searched, variant, name))
 
 
 def table_files(
@@ -72,24 +76,24 @@ def table_files(
     return files
 
 
-def measured_devices(folders: Iterable[Path], recipe: Recipe) -> list[str]:
-    """The devices that have a table for this recipe in one of these folders, named as their tables name them.
+def measured_devices(folders: Iterable[Path], variant: Variant) -> list[str]:
+    """The devices that have a table of this variant in one of these folders, named as their tables name them.
 
     A table that cannot be used is named by its path in the folder. Only the first MAX_NAMED tables are read.
     """
-    paths = sorted(_by_slug(folders, recipe).items())
+    paths = sorted(_by_slug(folders, variant).items())
     more = [f"and {len(paths) - MAX_NAMED} more"] if len(paths) > MAX_NAMED else []
     return [*(_measured_device(path) for _, path in paths[:MAX_NAMED]), *more]
 
 
-def _single_file(location: Path, recipe: Recipe) -> Path | None:
-    """The table that a place stands for whatever the device: the file itself, or the recipe's in a device's folder."""
+def _single_file(location: Path, variant: Variant) -> Path | None:
+    """The table that a place stands for whatever the device: the file itself, or the variant's in a device's folder."""
     if not os.path.isdir(location):  # Path.is_dir raises for a path that is too long
         return location
-    if os.path.isfile(location / f"{recipe}.yaml"):
-        return location / f"{recipe}.yaml"
-    if any(os.path.isfile(location / f"{other}.yaml") for other in RECIPES):
-        raise TableError(f"{location}: no {recipe} table among this device's. {_how_to_measure(recipe)}")
+    if os.path.isfile(location / variant.file):
+        return location / variant.file
+    if any(os.path.isfile(location / other.file) for other in VARIANTS):
+        raise TableError(f"{location}: no {_table_of(variant)} among this device's. {_how_to_measure(variant)}")
     return None
 
 
@@ -97,19 +101,19 @@ def _files_in(location: Path) -> Iterator[Path]:
     if not os.path.isdir(location):
         yield location
         return
-    order = {f"{recipe}.yaml": i for i, recipe in enumerate(RECIPES)}
+    order = {variant.file: i for i, variant in enumerate(VARIANTS)}
     own = [path for path in location.glob("*.yaml") if not path.name.startswith(".")]
     found = own or [path for path in location.glob("*/*.yaml") if path.name in order]
     yield from sorted(found, key=lambda path: (path.parent, order.get(path.name, len(order)), path.name))
 
 
-def _find_slug(searched: Sequence[Place], recipe: Recipe, device: str) -> str | None:
-    return match_device(device, sorted(_by_slug([place.path for place in searched], recipe)))
+def _find_slug(searched: Sequence[Place], variant: Variant, device: str) -> str | None:
+    return match_device(device, sorted(_by_slug([place.path for place in searched], variant)))
 
 
-def _by_slug(folders: Iterable[Path], recipe: Recipe) -> dict[str, Path]:
-    """Device slug -> its table for the recipe, in the last of these folders that has one."""
-    return {path.parent.name: path for folder in folders for path in folder.glob(f"*/{recipe}.yaml")}
+def _by_slug(folders: Iterable[Path], variant: Variant) -> dict[str, Path]:
+    """Device slug -> its table of the variant, in the last of these folders that has one."""
+    return {path.parent.name: path for folder in folders for path in folder.glob(f"*/{variant.file}")}
 
 
 def _require_this_device(table: Table, path: Path, name: str | None) -> None:
@@ -128,26 +132,37 @@ def _measured_device(path: Path) -> str:
         return f"{path.parent.name}/{path.name} (no valid table)"
 
 
-def _checked(table: Table, path: Path, recipe: Recipe, device: str | None) -> Table:
-    if table.recipe != recipe:
-        raise TableError(f"{path}: $.recipe: expected {recipe}, found {table.recipe}")
+def _checked(table: Table, path: Path, variant: Variant, device: str | None) -> Table:
+    found = table.variant
+    if found.recipe != variant.recipe:
+        raise TableError(f"{path}: $.recipe: expected {variant.recipe}, found {found.recipe}")
+    if found != variant:
+        raise TableError(
+            f"{path}: $.protocol.casts: expected {variant.casts}, found {found.casts}: {other_casts(found)}. "
+            f"{_how_to_measure(variant)}"
+        )
     if device is not None and match_device(device, [device_slug(table.device.name)]) is None:
         raise TableError(f"{path}: $.device.name: expected {device}, found {table.device.name}")
     return table
 
 
-def _no_table(searched: Sequence[Place], recipe: Recipe, device: str) -> str:
+def _no_table(searched: Sequence[Place], variant: Variant, device: str) -> str:
     folders = [place.path for place in searched]
-    known = measured_devices(folders, recipe)
-    alike = suggestions(device, sorted(_by_slug(folders, recipe)))
+    known = measured_devices(folders, variant)
+    alike = suggestions(device, sorted(_by_slug(folders, variant)))
     meant = f" Did you mean {' or '.join(alike)}?" if alike else ""
     if known and not alike:
         meant = " To ask about one of these, name it: --device, or device= in Python."
     return (
-        f"device: no {recipe} table for {device!r} in {', '.join(map(str, folders))}; measured devices: "
-        f"{', '.join(known) or 'none'}.{meant} {_how_to_measure(recipe)}"
+        f"device: no {_table_of(variant)} for {device!r} in {', '.join(map(str, folders))}; measured devices: "
+        f"{', '.join(known) or 'none'}.{meant} {_how_to_measure(variant)}"
     )
 
 
-def _how_to_measure(recipe: Recipe) -> str:
-    return f"To measure this device, run on it: fp8gate calibrate --recipes {recipe}"
+def _table_of(variant: Variant) -> str:
+    """ "rowwise table", or "rowwise table with fp8gate's casts"."""
+    return f"{variant.recipe} table" + ("" if variant.casts == "inductor" else f" with {variant.casts}'s casts")
+
+
+def _how_to_measure(variant: Variant) -> str:
+    return f"To measure this device, run on it: fp8gate calibrate --recipes {variant.recipe}{variant.option}"

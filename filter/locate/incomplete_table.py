@@ -21,7 +21,7 @@ def incomplete_remark(table: Table, path: Path) -> str | None:
     """
     if table.incomplete is None:
         return None
-    again, grid = completing_command(path), table.grid
+    again, grid = completing_command(table, path), table.grid
     by_grid = f"; or, for its grid alone: {again} --recipes {table.recipe} --grid {shlex.quote(str(path))}"
     return (
         f"{path} is incomplete, its sweep was stopped after {table.incomplete}; to complete it, run on "
@@ -30,14 +30,17 @@ def incomplete_remark(table: Table, path: Path) -> str | None:
     )
 
 
-def completing_command(path: Path) -> str:
-    """`fp8gate calibrate`, with the folder if it writes elsewhere by itself. The grid is the user's to repeat."""
+def completing_command(table: Table, path: Path) -> str:
+    """`fp8gate calibrate`, with the casts if they are not Inductor's, and the folder if it writes elsewhere by itself.
+
+    The grid is the user's to repeat.
+    """
     out = path.absolute().parent.parent
     try:
         is_told = os.path.realpath(out) != os.path.realpath(default_out())
     except InputError:  # FP8GATE_THRESHOLDS names this table or its folder: nothing is written without --out
         is_told = True
-    return "fp8gate calibrate" + (f" --out {shlex.quote(str(out))}" if is_told else "")
+    return f"fp8gate calibrate{table.variant.option}" + (f" --out {shlex.quote(str(out))}" if is_told else "")
 
 
 def complete_table_elsewhere(path: Path) -> Path | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from fp8gate.filter.contract.plans.plan import Plan, PlanError
 from fp8gate.filter.contract.plans.plan_file import Plans, load_plans, require_same_training
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Variant
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.locate.find_plan import FoundPlan, find_plans, is_model_name, plan_files
@@ -29,14 +29,14 @@ class PlanChoice:
     """The plan that decides, and the plans that may turn out to be it.
 
     chosen: a plan that was given, or that fits the model that `look_at` saw last; None if the table decides all.
-    is_auto: `look_at` chooses. candidates: the plans of this device, recipe and number of tokens, the newest first.
+    is_auto: `look_at` chooses. candidates: those of this device, recipe, casts and tokens, the newest first.
     """
 
     def __init__(
         self,
         plan: PlanArgument,
         *,
-        recipe: Recipe,
+        variant: Variant,
         device: str,
         settings: FilterSettings,
         tables: str | os.PathLike[str] | None,
@@ -51,7 +51,7 @@ class PlanChoice:
         self._problems: list[str] = []
         self._has_looked = False
         self._settings = settings
-        self._training = _Training(recipe, device, settings.tokens // settings.parallel.cp)
+        self._training = _Training(variant, device, settings.tokens // settings.parallel.cp)
         if plan is None:
             return
         if not self.is_auto and not (isinstance(plan, str) and is_model_name(plan)):
@@ -89,10 +89,11 @@ class PlanChoice:
 
     def command(self, model: str) -> str:
         """The command that measures a plan for this training. model: a bundled model's name, or a config's path."""
-        tp, recompute = self._settings.parallel.tp, self._settings.recompute
+        asked, tp, recompute = self._training, self._settings.parallel.tp, self._settings.recompute
         options = f" --tp {tp}" if tp > 1 else ""
         options += " --recompute full" if recompute == "full" else ""
-        return f"fp8gate plan {model} --recipe {self._training.recipe} --tokens {self._training.tokens}{options}"
+        options += asked.variant.option
+        return f"fp8gate plan {model} --recipe {asked.variant.recipe} --tokens {asked.tokens}{options}"
 
     def findings(self) -> Iterator[Finding]:
         """The chosen plan's age, and files that are no valid plans."""
@@ -123,8 +124,8 @@ class PlanChoice:
         known = ", ".join(file.stem for file in plan_files(tables, device=asked.device)) or "none"
         divided = f", tp {tp}" if tp > 1 else ""
         return (
-            f"plan: no plan of {model!r} for {asked.recipe} at {asked.tokens} tokens{divided} on {asked.device}; plans "
-            f"of this device: {known}. To measure one, run on it: {self.command(model)}"
+            f"plan: no plan of {model!r} for {asked.variant} at {asked.tokens} tokens{divided} on {asked.device}; "
+            f"plans of this device: {known}. To measure one, run on it: {self.command(model)}"
         )
 
     def _decisions(self, plans: Plans, source: str, *, is_found: bool = False) -> ModelPlans:
@@ -134,6 +135,6 @@ class PlanChoice:
 class _Training(NamedTuple):
     """What a plan must have been measured for. tokens: on one rank."""
 
-    recipe: Recipe
+    variant: Variant
     device: str
     tokens: int

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fp8gate.calibrate.comparison.usual_models import PlacedLayer
 from fp8gate.calibrate.report.colour_scale import ColourScale
 from fp8gate.calibrate.report.speedup_map import map_tokens
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Variant
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Table
 from fp8gate.filter.decision.lookup import Lookup
@@ -29,7 +29,7 @@ class LayerCell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerRow:
-    """The roles of a model that have the same sizes, with a cell for each recipe and m."""
+    """The roles of a model that have the same sizes, with a cell for each table and m."""
 
     roles: str
     k: int
@@ -38,10 +38,13 @@ class LayerRow:
 
 
 def layer_rows(
-    layers: Sequence[PlacedLayer], tables: Mapping[Recipe, Table], lookups: Mapping[Recipe, Lookup], scale: ColourScale
+    layers: Sequence[PlacedLayer],
+    tables: Mapping[Variant, Table],
+    lookups: Mapping[Variant, Lookup],
+    scale: ColourScale,
 ) -> list[LayerRow]:
-    """A row for each layer, with the cells of every recipe and, for each, of the tokens that have a map."""
-    columns = [(lookups[recipe], m) for recipe, table in tables.items() for m in map_tokens(table)]
+    """A row for each layer, with the cells of every table and, for each, of the tokens that have a map."""
+    columns = [(lookups[variant], m) for variant, table in tables.items() for m in map_tokens(table)]
     return [
         LayerRow(
             roles=", ".join(layer.roles),

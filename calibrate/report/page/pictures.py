@@ -16,7 +16,7 @@ from fp8gate.calibrate.report.colour_scale import ColourScale
 from fp8gate.calibrate.report.map_figures import NO_RULE, Maps, draw_numbers, draw_side_by_side
 from fp8gate.calibrate.report.map_panel import LayerGroup
 from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Variant
 from fp8gate.filter.contract.table import Table, format_table
 
 OVERVIEW_MODELS = ("llama3-8b", "llama3-70b, TP 8")  # one whole and one divided: the names of more would not fit
@@ -61,7 +61,7 @@ class DevicePictures:
     def overview(self) -> Picture:
         """All recipes at the tokens of a usual run, with the names of two models' layers."""
         usual = usual_tokens(self._tokens)
-        names = ", ".join(self._maps)
+        names = ", ".join(map(str, self._maps))
         wide, narrow = (
             draw_side_by_side(
                 *(self._title, self._maps, [usual], _named_groups(), self._source, self._scale), stacked=stacked
@@ -87,15 +87,16 @@ class DevicePictures:
             png=draw_side_by_side(self._title, self._maps, self._tokens, _all_groups(), self._source, self._scale),
         )
 
-    def numbers(self, recipe: Recipe) -> Picture:
-        """One recipe at all tokens, with the number of every point."""
-        maps = self._maps[recipe]
+    def numbers(self, variant: Variant) -> Picture:
+        """One table at all tokens, with the number of every point."""
+        maps = self._maps[variant]
         has_rule = all(map_.torchao is not None for map_ in maps.values())
-        title = f"{self._device}, {recipe}: speedup at every point measured{'' if has_rule else f'; {NO_RULE}'}"
+        title = f"{self._device}, {variant}: speedup at every point measured{'' if has_rule else f'; {NO_RULE}'}"
         return Picture(
-            name=f"{self._slug}-{recipe}",
-            heading=f"{recipe}: every point",
-            alt=f"The measured speedup of {recipe} on {self._device} at every k and n, a map for each number of tokens",
+            name=f"{self._slug}-{variant.name}",
+            heading=f"{variant}: every point",
+            alt=f"The measured speedup of {variant} on {self._device} at every k and n, "
+            "a map for each number of tokens",
             png=draw_numbers(title, maps, self._source, self._scale),
         )
 

@@ -13,12 +13,12 @@ from typing import Any, get_args
 import msgspec
 
 from fp8gate.calibrate.report.speedup_map import CAPPED, UNMEASURED, map_tokens, short_status, without_row
-from fp8gate.filter.contract.bounds import Bounds
-from fp8gate.filter.contract.recipes import Recipe
-from fp8gate.filter.contract.table import WITH_NUMBERS, Spread, Status, Table, Unaligned
+from fp8gate.filter.contract.bounds import Bounds, Spread, Unaligned
+from fp8gate.filter.contract.recipes import Variant
+from fp8gate.filter.contract.table import WITH_NUMBERS, Status, Table
 
 RESULTS = ("spread", "controls", "between", "bounds", "unaligned")  # fields of a protocol that are told as `quality`
-TablesByRecipe = Mapping[Recipe, tuple[Path, Table]]
+TablesByVariant = Mapping[Variant, tuple[Path, Table]]
 
 STATUS_WORDS = {
     "out_of_memory": "the device had too little memory",
@@ -96,8 +96,8 @@ def _spread(spread: Spread | None) -> str:
     )
 
 
-def provenance(files: TablesByRecipe) -> dict[str, tuple[str, ...]]:
-    """For each field, its value in the table of each recipe, or a single value if all tables have the same."""
+def provenance(files: TablesByVariant) -> dict[str, tuple[str, ...]]:
+    """For each field, its value in each table, or a single value if all tables have the same."""
     facts = [_facts(path, table) for path, table in files.values()]
     values = {name: tuple(fact.get(name, "") for fact in facts) for name in dict.fromkeys(n for f in facts for n in f)}
     return {name: each[:1] if len(set(each)) == 1 else each for name, each in values.items()}

@@ -1,4 +1,4 @@
-"""The verdict: per model and recipe what to convert, and how much time that saves. Pure but for reading plans.
+"""The verdict: per model, recipe and casts what to convert, and how much time that saves. Pure but for reading plans.
 
 In: the tables of one device with their files, beside which plans lie. Out: a `Verdict`. A measured plan counts before
 the table, as in the filter.
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from fp8gate.calibrate.comparison.usual_models import ShownModel, shown_models
 from fp8gate.calibrate.report.colour_scale import FEW_WINS
-from fp8gate.calibrate.report.page.table_facts import TablesByRecipe
+from fp8gate.calibrate.report.page.table_facts import TablesByVariant
 from fp8gate.filter.contract.plans.plan import Plan
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Variant
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Point
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
@@ -41,12 +41,12 @@ class PlanMeasurement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerdictRow:
-    """One recipe for one model. Times: forward + backward of one microbatch on one rank.
+    """One table for one model. Times: forward + backward of one microbatch on one rank.
 
     convert: roles, by Llama's short names. plan: what was measured in the block, None if the table decides.
     """
 
-    recipe: Recipe
+    variant: Variant
     convert: tuple[str, ...]
     bf16_ms: float
     float8_ms: float
@@ -99,15 +99,15 @@ class _LinearTimes:
 class DeviceVerdict:
     """Makes the verdict of one device from its tables, their lookups, and the plans beside their files."""
 
-    def __init__(self, device: str, files: TablesByRecipe, lookups: Mapping[Recipe, Lookup], tokens: int) -> None:
+    def __init__(self, device: str, files: TablesByVariant, lookups: Mapping[Variant, Lookup], tokens: int) -> None:
         self._device, self._lookups, self._tokens = device, lookups, tokens
-        self._tables = {recipe: table for recipe, (_, table) in files.items()}
+        self._tables = {variant: table for variant, (_, table) in files.items()}
         found = {
-            recipe: find_plans(device=device, recipe=recipe, tokens=tokens, tables=file)
-            for recipe, (file, _) in files.items()
+            variant: find_plans(device=device, variant=variant, tokens=tokens, tables=file)
+            for variant, (file, _) in files.items()
         }
         self._plans = {
-            recipe: [one.plans[0] for one in plans.plans if len(one.plans) == 1] for recipe, plans in found.items()
+            variant: [one.plans[0] for one in plans.plans if len(one.plans) == 1] for variant, plans in found.items()
         }
         self._problems = tuple(dict.fromkeys(problem for plans in found.values() for problem in plans.problems))
 
@@ -129,19 +129,19 @@ class DeviceVerdict:
 
     def _of_model(self, model: ShownModel) -> ModelVerdict:
         shapes = model.shapes(self._tokens)
-        rows = (self._row(model, shapes, recipe) for recipe in self._tables)
+        rows = (self._row(model, shapes, variant) for variant in self._tables)
         return ModelVerdict(model=model.name, note=not_linear(model.config), rows=tuple(row for row in rows if row))
 
-    def _row(self, model: ShownModel, shapes: Mapping[str, LinearShape], recipe: Recipe) -> VerdictRow | None:
+    def _row(self, model: ShownModel, shapes: Mapping[str, LinearShape], variant: Variant) -> VerdictRow | None:
         """None if a linear about which the table decides is far outside of what it holds."""
-        lookup, linears = self._lookups[recipe], linear_roles(model.config)
-        plan = next((plan for plan in self._plans[recipe] if _fits(plan, shapes)), None)
+        lookup, linears = self._lookups[variant], linear_roles(model.config)
+        plan = next((plan for plan in self._plans[variant] if _fits(plan, shapes)), None)
         from_table = [linear for linear in linears if plan is None or plan.place(linear.fqn) is None]
         times = [_times(linear, shapes[linear.fqn], lookup) for linear in from_table]
         known = [one for one in times if one is not None]
         if len(known) < len(times):
             return None
-        return _table_row(recipe, known) if plan is None else _plan_row(recipe, plan, linears, known)
+        return _table_row(variant, known) if plan is None else _plan_row(variant, plan, linears, known)
 
 
 def few_wins_sentence(points: Collection[Point]) -> str | None:
@@ -163,19 +163,19 @@ def few_wins_sentence(points: Collection[Point]) -> str | None:
     return f"Float8 loses nearly everywhere here: {reach}, from which the filter converts linears that share no input."
 
 
-def _table_row(recipe: Recipe, times: list[_LinearTimes]) -> VerdictRow:
+def _table_row(variant: Variant, times: list[_LinearTimes]) -> VerdictRow:
     convert = tuple(one.linear.role for one in times if one.convert)
-    return VerdictRow(recipe=recipe, convert=convert, bf16_ms=_bf16_ms(times), float8_ms=_float8_ms(times))
+    return VerdictRow(variant=variant, convert=convert, bf16_ms=_bf16_ms(times), float8_ms=_float8_ms(times))
 
 
-def _plan_row(recipe: Recipe, plan: Plan, linears: list[LinearRole], outside: list[_LinearTimes]) -> VerdictRow:
+def _plan_row(variant: Variant, plan: Plan, linears: list[LinearRole], outside: list[_LinearTimes]) -> VerdictRow:
     """The plan's set for the blocks; the table for what lies outside of them, such as the head."""
     fwd_us, bwd_us, speedup, low, high = (number for number in plan.chosen.numbers if number is not None)
     blocks = max(linear.count for linear in linears)
     block_ms = (fwd_us + bwd_us) / 1e3
     planned = [linear.role for linear in linears if _is_planned(plan, linear)]
     return VerdictRow(
-        recipe=recipe,
+        variant=variant,
         convert=(*planned, *(one.linear.role for one in outside if one.convert)),
         bf16_ms=blocks * block_ms * speedup + _bf16_ms(outside),
         float8_ms=blocks * block_ms + _float8_ms(outside),

@@ -17,10 +17,10 @@ from fp8gate.calibrate.report.colour_scale import USUAL_LIMIT, colour_scale
 from fp8gate.calibrate.report.page.layer_rows import LayerRow, layer_rows
 from fp8gate.calibrate.report.page.number_tables import NumberTable, number_table
 from fp8gate.calibrate.report.page.pictures import DevicePictures, Picture, tables_hash, usual_tokens
-from fp8gate.calibrate.report.page.table_facts import TablesByRecipe, provenance, quality, status_legend
+from fp8gate.calibrate.report.page.table_facts import TablesByVariant, provenance, quality, status_legend
 from fp8gate.calibrate.report.page.verdict import DeviceVerdict, Verdict
 from fp8gate.calibrate.report.speedup_map import map_tokens, speedup_maps
-from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.recipes import RECIPES, VARIANTS, Variant
 from fp8gate.filter.contract.table import Incomplete, Table, TableError, read_table
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import Lookup
@@ -48,13 +48,13 @@ class DeviceSection:
     name: str
     verdict: Verdict
     limit: float | None
-    incomplete: dict[Recipe, Incomplete]
+    incomplete: dict[Variant, Incomplete]
     overview: Picture
     all_tokens: Picture
-    recipes: dict[Recipe, RecipeSection]
-    quality: dict[Recipe, dict[str, str]]
+    recipes: dict[Variant, RecipeSection]
+    quality: dict[Variant, dict[str, str]]
     provenance: dict[str, tuple[str, ...]]
-    tokens: dict[Recipe, tuple[int, ...]]
+    tokens: dict[Variant, tuple[int, ...]]
     models: dict[str, list[LayerRow]]
 
     @property
@@ -65,8 +65,8 @@ class DeviceSection:
 def write_report(paths: Iterable[Path], out: Path) -> list[Path]:
     """Write the page and its pictures. Returns the files, the page first.
 
-    Raises TableError for a table that cannot be read or drawn, or for two tables of one device and recipe, and OSError
-    if `out` cannot be written.
+    Raises TableError for a table that cannot be read or drawn, or for two tables of one device, recipe and casts, and
+    OSError if `out` cannot be written.
     """
     devices = by_device(paths)
     out.mkdir(parents=True, exist_ok=True)
@@ -79,44 +79,48 @@ def write_report(paths: Iterable[Path], out: Path) -> list[Path]:
     return [out / name for name in files]
 
 
-def by_device(paths: Iterable[Path]) -> dict[str, TablesByRecipe]:
-    """The tables of each device, in the order of the recipes. Raises TableError for two of one device and recipe."""
-    found: dict[str, dict[Recipe, tuple[Path, Table]]] = {}
+def by_device(paths: Iterable[Path]) -> dict[str, TablesByVariant]:
+    """The tables of each device, in the order of the recipes.
+
+    Raises TableError for two of one device, recipe and casts.
+    """
+    found: dict[str, dict[Variant, tuple[Path, Table]]] = {}
     for file in (file for path in paths for file in table_files(path)):
         table = read_table(file)
         of_device = found.setdefault(table.device.name, {})
-        if table.recipe in of_device:
-            other = of_device[table.recipe][0]
+        if table.variant in of_device:
+            other = of_device[table.variant][0]
             raise TableError(
-                f"{file}: $.recipe: expected one table of {table.recipe} on {table.device.name}; {other} is another: "
+                f"{file}: $.recipe: expected one table of {table.variant} on {table.device.name}; {other} is another: "
                 "fp8gate diff compares two"
             )
-        of_device[table.recipe] = file, table
+        of_device[table.variant] = file, table
     return {
-        device: {recipe: tables[recipe] for recipe in RECIPES if recipe in tables} for device, tables in found.items()
+        device: {variant: tables[variant] for variant in VARIANTS if variant in tables}
+        for device, tables in found.items()
     }
 
 
-def _section(device: str, files: TablesByRecipe) -> DeviceSection:
-    tables = {recipe: table for recipe, (_, table) in files.items()}
-    lookups = {recipe: Lookup(table) for recipe, table in tables.items()}
-    maps = {recipe: speedup_maps(table) for recipe, table in tables.items()}
+def _section(device: str, files: TablesByVariant) -> DeviceSection:
+    tables = {variant: table for variant, (_, table) in files.items()}
+    lookups = {variant: Lookup(table) for variant, table in tables.items()}
+    maps = {variant: speedup_maps(table) for variant, table in tables.items()}
     scale = colour_scale([p.speedup for table in tables.values() for p in table.points if p.speedup is not None])
-    tokens = {recipe: map_tokens(table) for recipe, table in tables.items()}
-    usual = usual_tokens(m for of_recipe in tokens.values() for m in of_recipe)
+    tokens = {variant: map_tokens(table) for variant, table in tables.items()}
+    usual = usual_tokens(m for of_variant in tokens.values() for m in of_variant)
     draw = DevicePictures(device, maps, scale, tables_hash(tables.values()))
     return DeviceSection(
         name=device,
         verdict=DeviceVerdict(device, files, lookups, usual).make(),
         limit=None if scale.limit == USUAL_LIMIT else scale.limit,
-        incomplete={recipe: table.incomplete for recipe, table in tables.items() if table.incomplete},
+        incomplete={variant: table.incomplete for variant, table in tables.items() if table.incomplete},
         overview=draw.overview(),
         all_tokens=draw.all_tokens(),
         recipes={
-            recipe: RecipeSection(picture=draw.numbers(recipe), numbers=tuple(map(number_table, of_recipe.values())))
-            for recipe, of_recipe in maps.items()
+            variant: RecipeSection(picture=draw.numbers(variant), numbers=tuple(map(number_table, of_variant.values())))
+            for variant, of_variant in maps.items()
         },
-        quality={recipe: quality(table) for recipe, table in tables.items()},
+        quality={variant: quality(table) for variant, table in tables.items()},
         provenance=provenance(files),
         tokens=tokens,
         models={model: layer_rows(layers, tables, lookups, scale) for model, layers in placed_models().items()},

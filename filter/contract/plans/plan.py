@@ -14,7 +14,7 @@ import msgspec
 from fp8gate.filter.contract.plans.layer_names import PATTERN, LayerNames
 from fp8gate.filter.contract.plans.role_names import PlaceInBlock, RoleNames, Roles
 from fp8gate.filter.contract.reading.messages import FileError
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import VARIANTS, Casts, Recipe, Variant
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Device, Positive, Size, Software, TimerName
 
@@ -27,7 +27,7 @@ class PlanError(FileError):
     """A plan that cannot be used; the message names the file, the field and what was expected there."""
 
 
-class PlanProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PlanProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the numbers were taken.
 
     In one visit a candidate ran alone on the device: after pause_s of idling it ran for settle_s, which do not count,
@@ -37,12 +37,14 @@ class PlanProtocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     these visits alone, with bounds at `confidence`. noise: the search followed a change only if it gained more than
     this share. It is also the half width of the bounds of candidates that were only screened (1.4 times it after a
     single visit).
-    inductor: the settings that candidates were compiled with. bf16 was compiled with the defaults.
+    inductor: the settings that candidates were compiled with. bf16 was compiled with the defaults. casts: who compiled
+    the casts of candidates. A file has it only if that is not Inductor.
     """
 
     timer: TimerName
     compile: bool
     inductor: dict[str, bool]
+    casts: Casts = "inductor"
     l2: Literal["cold"]
     data: str
     settle_s: Annotated[float, msgspec.Meta(ge=0)]
@@ -128,6 +130,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     columns: tuple[str, ...] = COLUMNS
     candidates: tuple[Candidate, ...]
 
+    @property
+    def variant(self) -> Variant:
+        return Variant(self.recipe, self.protocol.casts)
+
     def place(self, fqn: str) -> PlaceInBlock | None:
         """Where a linear is in a whole model of Hugging Face or torchtitan. None if it is in no block."""
         return RoleNames(self.shapes, self.layers).place(fqn)
@@ -175,6 +181,8 @@ def check_plan(plan: Plan, source: str) -> None:
     """
     if plan.columns != COLUMNS:
         raise PlanError(f"{source}: $.columns: expected {list(COLUMNS)}, found {list(plan.columns)}")
+    if plan.variant not in VARIANTS:
+        raise PlanError(f"{source}: $.protocol.casts: {plan.recipe} cannot have {plan.protocol.casts}'s casts")
     if not plan.shapes:
         raise PlanError(f"{source}: $.shapes: expected at least one role")
     if LayerNames(plan.layers).has_none:

@@ -26,7 +26,7 @@ from fp8gate.filter.contract.plain_yaml import (
 )
 from fp8gate.filter.contract.plans.layer_names import LayerNames
 from fp8gate.filter.contract.plans.plan import Candidate, Plan, PlanError, check_plan
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Variant, other_casts
 
 Plans = tuple[Plan, ...]
 """The plans of one model, one for each kind of its layers: same training, other layers."""
@@ -79,12 +79,15 @@ def load_plans(plan: Plan | Sequence[Plan] | str | os.PathLike[str]) -> tuple[Pl
     return plans, source
 
 
-def require_same_training(plans: Plans, source: str, *, recipe: Recipe, device: str, tokens: int) -> None:
+def require_same_training(plans: Plans, source: str, *, variant: Variant, device: str, tokens: int) -> None:
     """Raises PlanError for plans of other training. tokens: of one rank, after context parallelism."""
     plan = plans[0]
-    for field, expected, found in (("recipe", recipe, plan.recipe), ("tokens", tokens, plan.tokens)):
+    for field, expected, found in (("recipe", variant.recipe, plan.recipe), ("tokens", tokens, plan.tokens)):
         if expected != found:
             raise PlanError(f"{source}: $.{field}: expected {expected}, found {found}")
+    if plan.variant != variant:
+        casts = f"expected {variant.casts}, found {plan.variant.casts}"
+        raise PlanError(f"{source}: $.protocol.casts: {casts}: {other_casts(plan.variant)}")
     if device_slug(plan.device.name) != device_slug(device):
         raise PlanError(f"{source}: $.device.name: expected {device}, found {plan.device.name}")
 
@@ -142,6 +145,9 @@ def _check_together(plans: Plans, source: str) -> None:
             expected, found = getattr(first, field), getattr(plan, field)
             if expected != found:
                 raise PlanError(f"{source}: $.{field}: expected {expected} as in the first document, found {found}")
+        if plan.variant != first.variant:
+            expected = f"expected {first.variant.casts} as in the first document, found {plan.variant.casts}"
+            raise PlanError(f"{source}: $.protocol.casts: {expected}")
         if device_slug(plan.device.name) != device_slug(first.device.name):
             raise PlanError(f"{source}: $.device.name: expected {first.device.name}, found {plan.device.name}")
     for one, other in itertools.combinations(plans, 2):

@@ -14,6 +14,7 @@ import typer
 
 from fp8gate.cli.options import (
     BUNDLED_MODELS,
+    CastsOption,
     DeviceOption,
     JsonOption,
     OutOption,
@@ -24,7 +25,7 @@ from fp8gate.cli.options import (
     start_measuring,
 )
 from fp8gate.filter.contract.errors import EXIT_FOUND, InputError, UnfinishedError
-from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.recipes import RECIPES, Casts, Recipe, recipes_with, require_casts
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import DeviceKindName
 from fp8gate.filter.locate.places import default_out, is_searched
@@ -47,7 +48,10 @@ def calibrate_command(
             "a YAML file with m, k, n lists and shapes; or a table: its shapes."
         ),
     ] = "default",
-    recipes: Annotated[str, typer.Option(help="Recipes to measure, separated by commas.")] = ",".join(RECIPES),
+    recipes: Annotated[
+        str | None, typer.Option(help="Recipes to measure, separated by commas; by default all that have the casts.")
+    ] = None,
+    casts: CastsOption = "inductor",
     device: DeviceOption = None,
     out: OutOption = None,
     resume: ResumeOption = True,
@@ -72,9 +76,9 @@ def calibrate_command(
     remain, if no table was written because bf16 differed from itself, or if too many points are noise.
     """
     require("calibrate")
-    chosen, extra = _parse_recipes(recipes), _extra_shapes(model, tokens, tp)
+    chosen, extra = _parse_recipes(recipes, casts), _extra_shapes(model, tokens, tp)
     folder = out or default_out()
-    result = _run_sweep(grid, chosen, device, folder, not resume, extra, stop_after, workers, seed)
+    result = _run_sweep(grid, chosen, casts, device, folder, not resume, extra, stop_after, workers, seed)
     if result is None:
         return
     if as_json:
@@ -94,6 +98,7 @@ def calibrate_command(
 def _run_sweep(
     grid_name: str,
     recipes: tuple[Recipe, ...],
+    casts: Casts,
     kind: DeviceKindName | None,
     out: Path,
     fresh: bool,
@@ -117,7 +122,7 @@ def _run_sweep(
     from fp8gate.calibrate.sweep.run_sweep import sweep
 
     device = choose_device(kind)
-    setup = make_setup(device)
+    setup = make_setup(device, casts)
     ranks = join(environment) if environment else None
     if ranks and ranks.environment.rank > 0:
         take_part(ranks, device, setup, workers)
@@ -164,11 +169,13 @@ def _lines_to_paste(result: SweepResult, folder: Path) -> str:
     recipe: Recipe = "rowwise" if "rowwise" in by_recipe else next(iter(by_recipe))
     rows = by_recipe[recipe].grid.m or tuple(point.m for point in by_recipe[recipe].points)
     tokens = min(rows, key=lambda m: abs(m - USUAL_TOKENS))
+    has_ours = by_recipe[recipe].protocol.casts == "fp8gate"
     place = "" if is_searched(folder) else f", tables={str(folder)!r}"
     return (
         "\nIn training code on this device:\n\n"
         "    from torchao.float8 import Float8LinearConfig, convert_to_float8_training\n"
-        "    from fp8gate import auto_filter\n\n"
+        f"    from fp8gate import auto_filter{', casts' if has_ours else ''}\n\n"
+        f"{'    casts.enable()  # before anything is compiled' + chr(10) if has_ours else ''}"
         f"    wants_float8 = auto_filter({recipe!r}, tokens={tokens}{place})  # batch x sequence of a microbatch\n"
         "    wants_float8.check(model)\n"
         f"    config = Float8LinearConfig.from_recipe_name({recipe!r})\n"
@@ -176,12 +183,17 @@ def _lines_to_paste(result: SweepResult, folder: Path) -> str:
     )
 
 
-def _parse_recipes(names: str) -> tuple[Recipe, ...]:
+def _parse_recipes(names: str | None, casts: Casts) -> tuple[Recipe, ...]:
+    if names is None:
+        return recipes_with(casts)
     chosen = [name.strip() for name in names.split(",")]
     for name in chosen:
         if name not in RECIPES:
             raise InputError(f"--recipes: expected some of {', '.join(RECIPES)}; got {name!r}")
-    return tuple(recipe for recipe in RECIPES if recipe in chosen)
+    found = tuple(recipe for recipe in RECIPES if recipe in chosen)
+    for recipe in found:
+        require_casts(recipe, casts)
+    return found
 
 
 def _extra_shapes(model: str | None, tokens: int | None, tp: int) -> list[LinearShape]:

@@ -12,6 +12,7 @@ import typer
 
 from fp8gate.cli.options import (
     BUNDLED_MODELS,
+    CastsOption,
     FilterFqnsOption,
     JsonOption,
     LinearOption,
@@ -26,7 +27,7 @@ from fp8gate.cli.options import (
 )
 from fp8gate.filter.auto_filter import auto_filter
 from fp8gate.filter.contract.errors import EXIT_FOUND, InputError
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
 from fp8gate.filter.explain.explanation import Explanation, explain
@@ -47,6 +48,7 @@ def explain_command(
     recompute: Annotated[
         Recompute, typer.Option(help="full: activation checkpointing runs the blocks' forwards twice.")
     ] = "none",
+    casts: CastsOption = "inductor",
     device: Annotated[
         str | None, typer.Option(help="A measured device, such as H200; by default the one here (asks torch).")
     ] = None,
@@ -101,6 +103,8 @@ def explain_command(
                 plan=None if plan == "none" else plan,
                 parallel=Parallel(tp=tp, cp=cp, plan=described.parallel_plan),
                 recompute=recompute,
+                casts="inductor" if recipe == "all" and casts not in RECIPES[name].casts else casts,
+                on_unmeasured="ignore",  # what is enabled in this process says nothing of the training
             )
             explanations[name] = explain(described, wants_float8)
     if recipe == "all":

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.recipes import Casts, Recipe, recipes_with
 from fp8gate.filter.contract.software_check import installed_version
 from fp8gate.filter.contract.table import DeviceKindName
 from fp8gate.filter.locate.places import ENVIRONMENT
@@ -24,6 +24,10 @@ MEASURING_PACKAGES = ("torch", "torchao", "numpy", "pandas", "pynvml")
 RecipeOrAll = Literal[Recipe, "all"]
 Recompute = Literal["none", "full"]
 
+CastsOption = Annotated[
+    Casts,
+    typer.Option("--casts", help="Who compiles the casts of rowwise: Inductor, or fp8gate's pass (fp8gate.casts)."),
+]
 DeviceOption = Annotated[
     DeviceKindName | None, typer.Option("--device", help="What to measure; by default the GPU if there is one.")
 ]
@@ -63,9 +67,9 @@ WorkersOption = Annotated[
 ]
 
 
-def recipes_of(choice: RecipeOrAll) -> tuple[Recipe, ...]:
-    """One recipe, or every one."""
-    return tuple(RECIPES) if choice == "all" else (choice,)
+def recipes_of(choice: RecipeOrAll, casts: Casts = "inductor") -> tuple[Recipe, ...]:
+    """One recipe, or every one that can have these casts."""
+    return recipes_with(casts) if choice == "all" else (choice,)
 
 
 def patterns_of(names: str) -> list[str]:

@@ -13,6 +13,7 @@ import typer
 
 from fp8gate.cli.options import (
     MEASURING_PACKAGES,
+    CastsOption,
     DeviceOption,
     FilterFqnsOption,
     JsonOption,
@@ -31,6 +32,7 @@ from fp8gate.cli.options import (
     start_measuring,
 )
 from fp8gate.filter.contract.plans.plan_file import write_plans
+from fp8gate.filter.contract.recipes import Variant
 from fp8gate.filter.locate.places import default_out
 
 PLANNING_PACKAGES = (*MEASURING_PACKAGES, "transformers")
@@ -49,6 +51,7 @@ def plan_command(
         bool | None,
         typer.Option(help="Inductor's setting for float8 sets; by default as torchtitan sets it: for rowwise only."),
     ] = None,
+    casts: CastsOption = "inductor",
     filter_fqns: FilterFqnsOption = "",
     exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Measure every set of roles.")] = False,
     device: DeviceOption = None,
@@ -87,15 +90,16 @@ def plan_command(
         typer.echo(f"warning: not planned: {problem}", err=True)
     torch_device = choose_device(device)
     plans = []
-    for name in recipes_of(recipe):
-        path = plan_path(out or default_out(), subjects, name, torch_device, emulate_precision_casts)
+    for name in recipes_of(recipe, casts):
+        protocol = make_protocol(torch_device, name, emulate_precision_casts, casts)
+        path = plan_path(out or default_out(), subjects, Variant(name, casts), torch_device, emulate_precision_casts)
         until = math.inf if stop_after is None else time.monotonic() + stop_after * 60
         of_kinds = [
             plan_subject(
                 subject,
                 recipe=name,
                 device=torch_device,
-                protocol=make_protocol(torch_device, name, emulate_precision_casts),
+                protocol=protocol,
                 tables=tables,
                 exhaustive=exhaustive,
                 workers=workers,

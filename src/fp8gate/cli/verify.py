@@ -85,9 +85,10 @@ def _check_files(location: Path, as_json: bool) -> None:
 def _next_step(found: Verification, tables: Path | None, points: int) -> str | None:
     """The command that cures what was found: tables that do not hold, or too few points to tell."""
     if contradicted := found.contradicted:
-        grid = next(iter(contradicted.values()))
+        first, grid = next(iter(contradicted.items()))
         out = grid.absolute().parent.parent
-        options = ["--fresh", "--grid", str(grid), "--recipes", ",".join(contradicted)]
+        recipes = [variant.recipe for variant in contradicted if variant.casts == first.casts]
+        options = ["--fresh", "--grid", str(grid), "--recipes", ",".join(recipes), *first.option.split()]
         return shlex.join(["fp8gate", "calibrate", *options, *([] if is_searched(out) else ["--out", str(out)])])
     if not found.can_tell:
         where = ["--tables", str(tables)] if tables else []

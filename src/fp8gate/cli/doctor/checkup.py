@@ -17,7 +17,7 @@ from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.merged_sweep import measured_text
 from fp8gate.filter.contract.plans.plan import PLANS
 from fp8gate.filter.contract.plans.plan_file import read_plans
-from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.recipes import RECIPES, VARIANTS
 from fp8gate.filter.contract.software_check import DRIVER_VERSION, stale
 from fp8gate.filter.contract.table import WITH_NUMBERS
 from fp8gate.filter.locate.find_plan import plan_files
@@ -43,9 +43,10 @@ class DeviceFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundFile:
-    """A table or plan that the filter would use. what: the recipe, of a plan the model too. problem: why it cannot.
+    """A table or plan that the filter would use. what: the recipe and casts, of a plan the model too.
 
-    incomplete: how far the sweep of a table came that was stopped. completed_by: the command that completes it.
+    problem: why it cannot. incomplete: how far the sweep of a table came that was stopped. completed_by: the command
+    that completes it.
     """
 
     what: str
@@ -152,23 +153,23 @@ def _version(package: str) -> str | None:
 
 
 def _tables() -> Iterator[FoundFile]:
-    for recipe in RECIPES:
+    for variant in VARIANTS:
         try:
-            table, path = find_table(recipe)
+            table, path = find_table(variant.recipe, casts=variant.casts)
         except InputError as error:  # none, or one that cannot be used
             if not _is_missing(error):
-                yield FoundFile(what=recipe, path="", problem=str(error))
+                yield FoundFile(what=str(variant), path="", problem=str(error))
             continue
         numbers = sum(point.status in WITH_NUMBERS for point in table.points)
         measured = f"{numbers} of {len(table.points)} points, {measured_text(table.measured_at, table.merged_from)}"
         problem = None if numbers else "no point has a number: measure again when nothing else runs here"
         yield FoundFile(
-            what=recipe,
+            what=str(variant),
             path=shown(path),
             measured=measured + (", incomplete" if table.incomplete else ""),
             stale=stale(table.software),
             incomplete=str(table.incomplete) if table.incomplete else None,
-            completed_by=completing_command(path) if table.incomplete else None,
+            completed_by=completing_command(table, path) if table.incomplete else None,
             problem=problem,
         )
 
@@ -185,7 +186,7 @@ def _plans(device: str) -> Iterator[FoundFile]:
         except InputError as error:
             yield FoundFile(what=path.stem, path=shown(path), problem=str(error))
             continue
-        what = f"{plan.model}, {plan.recipe}, {plan.tokens} tokens" + (f", tp {plan.tp}" if plan.tp > 1 else "")
+        what = f"{plan.model}, {plan.variant}, {plan.tokens} tokens" + (f", tp {plan.tp}" if plan.tp > 1 else "")
         yield FoundFile(
             what=what, path=shown(path), measured=f"{plan.measured_at:%Y-%m-%d}", stale=stale(plan.software)
         )

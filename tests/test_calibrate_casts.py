@@ -1,0 +1,276 @@
+"""Sweeps, plans and comparisons of fp8gate's casts: their files, and that they never mix with those of Inductor's."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+import torch
+from builders import PROTOCOL as TABLE_PROTOCOL
+from builders import make_point, make_table, write_file, write_folder
+from msgspec.structs import replace
+from plans import PROTOCOL as PLAN_PROTOCOL
+from plans import Block, block_input, make_plan
+from samples import PROTOCOL, SETUP, quick_points
+from typer.testing import CliRunner
+
+from fp8gate.calibrate.arms.blueprint import Blueprint
+from fp8gate.calibrate.comparison import verify as verify_module
+from fp8gate.calibrate.comparison.compare_tables import compare_tables
+from fp8gate.calibrate.comparison.merge import merge_tables
+from fp8gate.calibrate.device.registry import describe_device
+from fp8gate.calibrate.planning.block_worker import BlockBench, PlanJob
+from fp8gate.calibrate.planning.plan_block import plan_subject
+from fp8gate.calibrate.planning.plan_protocol import make_protocol
+from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET
+from fp8gate.calibrate.planning.subject import Subject, plan_path
+from fp8gate.calibrate.points import setup as set_ups
+from fp8gate.calibrate.points.ready_point import make_ready
+from fp8gate.calibrate.points.setup import make_setup
+from fp8gate.calibrate.points.task_queue import Task
+from fp8gate.calibrate.report.plan_text import plan_json, plan_text
+from fp8gate.calibrate.sweep.run_sweep import SweepResult, sweep
+from fp8gate.cli import app
+from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.recipes import RECIPES, Variant
+from fp8gate.filter.contract.shapes import LinearShape
+from fp8gate.filter.contract.table import Grid, TableError, read_table
+
+CPU = torch.device("cpu")
+OURS = Variant("rowwise", "fp8gate")
+HERE = describe_device(CPU)
+SHAPES = [LinearShape(16, k, n) for k in (16, 32) for n in (16, 32)]
+SETUP_OF_CASTS = replace(SETUP, protocols={"rowwise": replace(PROTOCOL, casts="fp8gate")})
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("locks")))
+    with quick_points():
+        yield
+
+
+def table(speedup=1.5, *, ours=False, **fields):
+    protocol = replace(TABLE_PROTOCOL, casts="fp8gate") if ours else TABLE_PROTOCOL
+    points = [make_point(*shape, speedup) for shape in ((16, 16, 16), (16, 32, 32), (32, 64, 64))]
+    return make_table(*points, **{"protocol": protocol, **fields})
+
+
+# --- sweeps ----------------------------------------------------------------------------------------------------
+
+
+def test_the_set_up_is_of_the_recipes_that_have_the_casts(monkeypatch):
+    compiling = replace(make_setup(CPU).protocols["rowwise"], compile=True)
+    assert list(make_setup(CPU).protocols) == list(RECIPES)
+    with pytest.raises(
+        InputError, match=r"^casts: fp8gate's are a pass of Inductor; on a CPU linears are not compiled"
+    ):
+        make_setup(CPU, "fp8gate")
+    monkeypatch.setattr(set_ups, "kind_of", lambda _: SimpleNamespace(defaults=_defaults(compiling)))
+    found = make_setup(CPU, "fp8gate")
+    assert {recipe: found.variant(recipe) for recipe in found.protocols} == {"rowwise": OURS}
+    assert make_setup(CPU).fingerprint != found.fingerprint
+
+
+def _defaults(protocol):
+    return SimpleNamespace(compiles=True, timer=protocol.timer, rounds=protocol.rounds, control=protocol.control)
+
+
+def test_the_default_has_the_journal_that_it_had():
+    """What was begun by an earlier release goes on: nothing new is in what its name is made of."""
+    assert b'"casts"' not in msgspec.json.encode(SETUP)
+    assert b'"casts"' in msgspec.json.encode(SETUP_OF_CASTS)
+
+
+def test_tables_and_journals_of_both_casts_lie_side_by_side(tmp_path):
+    grid = Grid(m=(16,), k=(16, 32), n=(16, 32))
+    for setup in (SETUP, SETUP_OF_CASTS):
+        options = {"recipes": ["rowwise"], "device": CPU, "setup": setup, "out": tmp_path, "workers": 0}
+        result = sweep(grid, SHAPES, **options)
+        assert [one.variant for one in result.tables.values()] == [setup.variant("rowwise")]
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name for path in folder.glob("*.yaml")) == ["rowwise-fp8gate_casts.yaml", "rowwise.yaml"]
+    assert len(list(folder.glob("journal-*.jsonl"))) == 2
+    assert read_table(folder / OURS.file).protocol.casts == "fp8gate"
+    for journal in folder.glob("journal-*.jsonl"):
+        journal.unlink()
+    with pytest.raises(InputError, match=r"rowwise-fp8gate_casts\.yaml: 3 of its points are not in this sweep"):
+        sweep(Grid(), SHAPES[:1], **options)
+
+
+def test_points_are_compiled_with_the_protocols_casts(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "fp8gate.calibrate.points.ready_point.compiled_linear", lambda *args: asked.append(args[-1]) or args
+    )
+    for casts in ("inductor", "fp8gate"):
+        make_ready(Task(SHAPES[0]), {"rowwise": replace(PROTOCOL, compile=True, casts=casts)}, CPU)
+    assert asked == ["inductor", "fp8gate"]
+
+
+# --- plans -----------------------------------------------------------------------------------------------------
+
+
+def test_only_float8_sets_are_compiled_with_the_casts(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Blueprint, "ready", lambda self, roles, *args: asked.append((sorted(roles), args[-1])))
+    protocol = replace(PLAN_PROTOCOL, compile=True, casts="fp8gate")
+    blueprint = Blueprint.of(Block(), [block_input()], recomputed=False)
+    bench = BlockBench(PlanJob(blueprint=blueprint, recipe="rowwise", protocol=protocol, device=CPU))
+    for roles in (BF16_SET, CONTROL_SET, frozenset({"inner"})):
+        bench.compile(roles)
+    assert asked == [([], "inductor"), ([], "inductor"), (["inner"], "fp8gate")]
+
+
+def test_a_plans_protocol_and_file_say_the_casts(tmp_path):
+    protocol = make_protocol(torch.device("cuda"), "rowwise", casts="fp8gate")
+    assert (protocol.casts, make_protocol(torch.device("cuda"), "rowwise").casts) == ("fp8gate", "inductor")
+    subject = Subject(
+        name="tiny",
+        blueprint=Blueprint.of(Block(), [block_input()], recomputed=False),
+        whole={"inner": (32, 64), "outer": (64, 32)},
+        tokens=32,
+    )
+    assert plan_path(tmp_path, [subject], OURS, CPU).name == "tiny-rowwise-m32-fp8gate_casts.yaml"
+    found = make_plan(protocol=replace(PLAN_PROTOCOL, casts="fp8gate"))
+    assert "rowwise, fp8gate's casts" in plan_text(found)
+    assert plan_json(found)["protocol"]["casts"] == "fp8gate"
+    assert "casts" not in plan_json(make_plan())["protocol"]
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_plan_starts_from_the_table_of_its_casts(tmp_path, ours):
+    """With the others' casts every linear wins, with its own none does."""
+    write_folder(tmp_path, *(table(0.5 if one == ours else 2.0, ours=one, device=HERE) for one in (False, True)))
+    blueprint = Blueprint.of(Block(), [block_input()], recomputed=False)
+    subject = Subject(name="tiny", blueprint=blueprint, whole={"inner": (32, 64), "outer": (64, 32)}, tokens=32)
+    protocol = replace(PLAN_PROTOCOL, casts="fp8gate" if ours else "inductor")
+    found = plan_subject(subject, recipe="rowwise", device=CPU, protocol=protocol, tables=tmp_path, workers=0)
+    assert found.protocol.casts == protocol.casts
+    assert found.table.convert == ()
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------
+
+
+def test_tables_of_different_casts_are_not_merged():
+    with pytest.raises(TableError, match=r"^b: protocol\.casts is fp8gate, but inductor in a; only tables of one kind"):
+        merge_tables({"a": table(), "b": table(ours=True)})
+    assert merge_tables({"a": table(ours=True), "b": table(ours=True)}).variant == OURS
+
+
+def test_tables_of_different_casts_are_not_compared(tmp_path):
+    with pytest.raises(TableError, match=r"^protocol\.casts: inductor and fp8gate; only tables of the same casts"):
+        compare_tables(table(), table(ours=True), min_speedup=1.05)
+    files = [write_file(table(ours=ours), tmp_path / f"{ours}.yaml") for ours in (False, True)]
+    result = CliRunner().invoke(app, ["diff", *map(str, files)])
+    assert result.exit_code == 2
+    assert "expected tables of the same recipe and casts; found rowwise and rowwise, fp8gate's casts" in result.stderr
+
+
+def test_folders_are_compared_casts_by_casts(tmp_path):
+    before, after = (write_folder(tmp_path / name, table(), table(ours=True)) / "nvidia-h200" for name in "ab")
+    result = CliRunner().invoke(app, ["diff", str(before), str(after), "--json"])
+    comparisons = json.loads(result.stdout)["comparisons"]
+    assert [(one["recipe"], one.get("casts")) for one in comparisons] == [("rowwise", None), ("rowwise", "fp8gate")]
+
+
+def test_tables_are_verified_with_their_own_casts(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path, table(device=HERE), table(ours=True, device=HERE))
+    asked = []
+
+    def again(grid, shapes, *, recipes, setup, **_):
+        asked.append((recipes, setup))
+        found = table(2.0, ours=setup == "fp8gate", device=HERE)
+        return SweepResult({Path("t"): found}, SimpleNamespace(noise={}), 0, {}, {})
+
+    monkeypatch.setattr(verify_module, "sweep", again)
+    real = verify_module.make_setup
+    monkeypatch.setattr(verify_module, "make_setup", lambda device, casts=None: casts or real(device))
+    result = CliRunner().invoke(app, ["verify", "--tables", str(folder), "--device", "cpu", "--json"])
+    found = json.loads(result.stdout)
+    assert asked == [(["rowwise"], "inductor"), (["rowwise"], "fp8gate")]
+    assert [one.get("casts") for one in found["comparisons"]] == [None, "fp8gate"]
+
+
+# --- the command line ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def swept(monkeypatch):
+    """What `fp8gate calibrate` asks of a sweep; its set-up stands in for the one of a GPU."""
+    asked = {}
+    monkeypatch.setattr(set_ups, "make_setup", lambda device, casts: asked.update(casts=casts) or SETUP_OF_CASTS)
+
+    def sweep_nothing(grid, shapes, **options):
+        asked.update(options)
+        found = table(ours=True)
+        return SweepResult({Path("t/rowwise-fp8gate_casts.yaml"): found}, _Report(), 0, {}, {})
+
+    monkeypatch.setattr("fp8gate.calibrate.sweep.run_sweep.sweep", sweep_nothing)
+    return asked
+
+
+class _Report:
+    too_noisy = None
+
+    def text(self):
+        return "report"
+
+
+def calibrate(*args):
+    return CliRunner().invoke(app, ["calibrate", "--grid", "quick", "--device", "cpu", "--workers", "0", *args])
+
+
+@pytest.mark.parametrize("recipes", [[], ["--recipes", "rowwise"]])
+def test_calibrate_measures_the_recipes_that_have_the_casts(swept, tmp_path, recipes):
+    result = calibrate("--casts", "fp8gate", "--out", str(tmp_path), *recipes)
+    assert result.exit_code == 0, result.output
+    assert (swept["casts"], swept["recipes"]) == ("fp8gate", ("rowwise",))
+    assert "rowwise, fp8gate's casts speedup, 16 tokens" in result.stdout
+    assert "    from fp8gate import auto_filter, casts\n\n    casts.enable()  # before anything is" in result.stdout
+
+
+def test_calibrate_refuses_recipes_without_the_casts_and_a_cpu():
+    result = calibrate("--casts", "fp8gate", "--recipes", "rowwise,tensorwise")
+    assert result.exit_code == 2
+    assert "casts: expected inductor for tensorwise; got 'fp8gate'" in result.stderr
+    result = calibrate("--casts", "fp8gate")
+    assert result.exit_code == 2
+    assert "casts: fp8gate's are a pass of Inductor; on a CPU linears are not compiled" in result.stderr
+
+
+def explain(folder, *args):
+    layers = ["--linear", "wq,32,32,1", "--tokens", "16", "--device", "H200", "--tables", str(folder)]
+    return CliRunner().invoke(app, ["explain", *layers, *args])
+
+
+def test_explain_asks_for_the_casts_and_says_them(tmp_path):
+    """Whatever is on in its own process."""
+    folder = write_folder(tmp_path, table(0.5), table(2.0, ours=True), table(2.0, recipe="tensorwise"))
+    plain, ours = explain(folder, "--recipe", "rowwise"), explain(folder, "--recipe", "rowwise", "--casts", "fp8gate")
+    assert "casts" not in plain.stdout
+    assert "rowwise, fp8gate's casts, NVIDIA H200" in ours.stdout
+    assert "measured, with fp8gate's casts" in ours.stdout
+    assert (
+        json.loads(explain(folder, "--recipe", "rowwise", "--casts", "fp8gate", "--json").stdout)["casts"] == "fp8gate"
+    )
+    assert explain(folder, "--recipe", "rowwise", "--casts", "fp8gate", "--strict").exit_code == 0
+    assert "casts" not in json.loads(explain(folder, "--recipe", "rowwise", "--json").stdout)
+    refused = explain(folder, "--recipe", "tensorwise", "--casts", "fp8gate")
+    assert refused.exit_code == 2
+
+
+def test_explain_compares_recipes_with_the_casts_that_each_can_have(tmp_path):
+    others = (table(2.0, recipe=recipe) for recipe in ("tensorwise", "rowwise_with_gw_hp"))
+    folder = write_folder(tmp_path, table(0.5), table(2.0, ours=True), *others)
+    found = json.loads(explain(folder, "--recipe", "all", "--casts", "fp8gate", "--json").stdout)["recipes"]
+    assert {recipe: one.get("casts") for recipe, one in found.items()} == {
+        **dict.fromkeys(RECIPES),
+        "rowwise": "fp8gate",
+    }
+    assert "rowwise, fp8gate's casts" in explain(folder, "--recipe", "all", "--casts", "fp8gate").stdout

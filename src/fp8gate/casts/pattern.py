@@ -46,12 +46,11 @@ class UnknownPatternError(Exception):
 class Cast:
     """One form of one operand.
 
-    operand: contiguous, in bf16, with m rows of k elements. amax: of each row or column; None if the amaxes
-    that the scales come of are those of several ranks, or in another graph. scale: of each row or column. data: in
-    float8, in the shape of the view of the operand that torchao cast. is_transposed: that view has a row for each column
-    of the operand.
-    stored: what the products read: of the row form the data themselves, of the column form their contiguous (k, m)
-    copies.
+    operand: contiguous, in bf16, with m rows of k elements. amax: of each row or column; None if the amaxes that the
+    scales come of are those of several ranks, or in another graph. scale: of each row or column. data: in float8, in
+    the shape of the view of the operand that torchao cast. is_transposed: that view has a row for each column of the
+    operand. stored: what the products read: of the row form the data themselves, of the column form their contiguous
+    (k, m) copies.
     """
 
     form: Form

@@ -327,3 +327,19 @@ def test_no_spoiled_pattern_gives_a_wrong_number(powers_of_two):
         assert any(why.startswith(("unknown", ROW_ALONE)) for why in counts.left), what
         assert_equal_bits(graph(x, other), expected)
     assert changed == (44 if powers_of_two else 36)
+
+
+@pytest.mark.parametrize("cast", [with_scales, with_amaxes])
+def test_no_spoiled_pattern_with_saved_scales_gives_a_wrong_number(cast):
+    """Each call of the pattern is changed in turn. None of these is taken for torchao's."""
+    x, given = operand(), SCALES if cast is with_scales else SCALES.bfloat16()
+    changed = 0
+    for position in range(len(traced(cast, x, given).graph.nodes)):
+        graph = traced(cast, x, given)
+        if not spoiled(graph, position):
+            continue
+        changed += 1
+        expected = graph(x, given)
+        assert replaced(graph).replaced == 0
+        assert_equal_bits([graph(x, given)], [expected])
+    assert changed == (3 if cast is with_scales else 9)

@@ -8,7 +8,7 @@ torchao's (fp8gate.casts.pattern) is left alone. Where scales come of the amaxes
 the graph goes on computing them as it did, and another operator casts with them.
 
 An operand that Inductor could compute while it casts is written to memory for the operator. That pays: in decoder
-layers with all linears in float8 it gains 8 to 17 % over replacing only casts of operands that are there anyway.
+layers with all linears in float8 it is 10 to 17 % faster than replacing only casts of operands that are there anyway.
 """
 
 from __future__ import annotations
@@ -102,10 +102,7 @@ def replaced(*, least_elements: int = LEAST_ELEMENTS) -> Iterator[None]:
 def not_replaced() -> Iterator[None]:
     """Turn the pass off inside, if it is on. What runs before it stays."""
     present = _present()
-    if not isinstance(present, CastPass):
-        yield
-        return
-    with inductor_config.patch({SETTING: present.before}):
+    with inductor_config.patch({SETTING: present.before if isinstance(present, CastPass) else present}):
         yield
 
 

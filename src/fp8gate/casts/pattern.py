@@ -4,7 +4,7 @@ In: a graph after Inductor's own passes (post-grad). Out: a `Cast` for each floa
 torchao's rowwise recipe makes it, and for any other the reason why it is not. Nothing is changed here:
 fp8gate.casts.graph_pass replaces what is found.
 
-What is recognized (torchao 0.18.0 as Inductor of torch 2.11 to 2.13 decomposes it), from the amax to the data:
+What is recognized (torchao 0.18.0 as Inductor of torch 2.11 to 2.14 decomposes it), from the amax to the data:
 
     amax = abs(x).amax(dim, keepdim=True)                                    x in bf16
     scale = (reciprocal(max(float64(amax), 1e-12)) * 448).to(float32)        then exp2(floor(log2(scale))), or not

@@ -45,6 +45,7 @@ def main() -> None:
     compare_every_magnitude(powers_of_two=True)
     compare_every_magnitude(powers_of_two=False)
     compare_operators()
+    compare_given_scales()
     time_every_launch()
 
 
@@ -95,6 +96,18 @@ def compare_operators() -> None:
                 found = Form(data=one, scale=amaxes(bits))
                 expected = Form(data=other, scale=amaxes(expected_bits))
                 report("operators", f"{case}, {forms}, data {i}", *differences(found, expected))
+
+
+def compare_given_scales() -> None:
+    """The operator that is given scales, with those of the operand, and with larger ones."""
+    for case, x in special_operands(*MANY_BLOCKS, CPU):
+        right = torchao_forms("column", powers_of_two=True)(x)[1].flatten()
+        for name, scales in {"right": right, "too large": right * 3}.items():
+            found, expected = (
+                Form(data=cast(x, scales), scale=scales)
+                for cast in (operators.column_form_with_scales_by_kernel, operators.column_form_with_scales_by_torch)
+            )
+            report("given scales", f"{case}, {name}", *differences(found, expected))
 
 
 def amaxes(bits: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from casts_graphs import ROW_ALONE, assert_equal_bits, both, logged_by_casts, operand
+from casts_graphs import ROW_ALONE, assert_equal_bits, both, logged_by_casts, operand, scale_of
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
-from fp8gate.casts import graph_pass
+from fp8gate.casts import graph_pass, operators
 from fp8gate.casts.graph_pass import Counts
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +163,19 @@ def test_a_gpu_casts_every_magnitude_with_equal_bits(powers_of_two, caplog, monk
             for one, other in zip(compiled(x), both(x, powers_of_two=powers_of_two), strict=True):
                 torch.testing.assert_close(one.float(), other.float(), rtol=0.0, atol=0.0, equal_nan=True)
     assert logged_by_casts(caplog) == ["2 of 2 float8 casts replaced"] * 2  # of two sizes
+
+
+@on_gpu
+def test_a_gpu_casts_with_given_scales_with_equal_bits(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from rowwise_casts_equality import special_operands
+
+    for _, x in special_operands(1040, 1552, torch.device("cuda")):
+        right = scale_of(x.abs().amax(0)).nan_to_num()
+        for scales in (right, 3 * right):
+            found = operators.column_form_with_scales_by_kernel(x, scales)
+            expected = operators.column_form_with_scales_by_torch(x, scales)
+            torch.testing.assert_close(found.float(), expected.float(), rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @on_gpu

@@ -169,21 +169,78 @@ def test_one_operand_with_and_without_powers_of_two_is_left_alone():
     assert_equal_bits(graph(operand()), cast(operand()))
 
 
-def test_scales_that_the_forward_saved_are_left_alone():
+SCALES = operand(1, K).float().abs() + 0.5
+
+
+def with_scales(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() * scale).clamp(-448.0, 448.0).to(FLOAT8).t().contiguous()
+
+
+def with_scales_of_transposed(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.t().float() * scale).clamp(-448.0, 448.0).to(FLOAT8).contiguous()
+
+
+def with_amaxes(x: Tensor, amax: Tensor) -> Tensor:
+    return with_scales(x, scale_of(amax))
+
+
+@pytest.mark.parametrize(
+    ("cast", "given"),
+    [
+        (with_scales, SCALES),
+        (with_scales, SCALES * 1e-40),
+        (with_scales, SCALES * 1e30),
+        (with_scales_of_transposed, SCALES.view(K, 1)),
+        (with_amaxes, SCALES.bfloat16()),
+    ],
+)
+def test_what_the_forward_saved_is_cast_with(cast, given):
+    """Either the scales, or amaxes: an operator casts with whatever they are."""
+    x = operand()
+    graph = traced(cast, x, given)
+    assert replaced(graph).replaced == 1
+    assert operators_in(graph) == ["cast_column_form_with_scales"]
+    assert_equal_bits([graph(x, given)], [cast(x, given)])
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (torch.tensor(2.0), "unknown: expected a scale for each row or column, found torch.float32 ()"),
+        (torch.ones(1, 1), "unknown: expected a scale for each row or column, found torch.float32 (1, 1)"),
+        (torch.ones(M, K), f"unknown: expected a scale for each row or column, found torch.float32 {(M, K)}"),
+        (
+            torch.ones(1, K, dtype=torch.bfloat16),
+            f"unknown: expected a scale for each row or column, found torch.bfloat16 {(1, K)}",
+        ),
+        (torch.ones(M, 1), ROW_ALONE),
+    ],
+)
+def test_other_scales_are_left_alone(given, why):
     def cast(x: Tensor, scale: Tensor) -> Tensor:
-        return (x.float() * scale).clamp(-448.0, 448.0).to(FLOAT8).t().contiguous()
+        data = (x.float() * scale).clamp(-448.0, 448.0).to(FLOAT8)
+        return data if scale.shape == (M, 1) else data.t().contiguous()
 
-    graph = traced(cast, operand(), torch.ones(1, K))
-    assert list(replaced(graph).left) == ["unknown: its scales come from another graph"]
+    graph = traced(cast, operand(), given)
+    assert dict(replaced(graph).left) == {why: 1}
 
 
-def test_amaxes_of_several_ranks_are_left_alone():
-    graph = traced(column, operand())
-    (double,) = (node for node in graph.graph.nodes if node.args[1:] == (torch.float64,))
-    with graph.graph.inserting_after(double):
-        wait = graph.graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (double,))
-    double.replace_all_uses_with(wait, delete_user_cb=lambda user: user is not wait)
-    assert list(replaced(graph).left) == ["unknown: its amaxes are those of several ranks"]
+def test_amaxes_of_several_ranks_stay_in_the_graph():
+    """The collective may come before or after the conversion to float64."""
+    x = operand()
+    for position in (0, 1):
+        graph = traced(column, x)
+        (double,) = (node for node in graph.graph.nodes if node.args[1:] == (torch.float64,))
+        local = (double.args[0], double)[position]
+        with graph.graph.inserting_after(local):
+            wait = graph.graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (local,))
+        wait.meta["val"] = local.meta["val"]
+        local.replace_all_uses_with(wait, delete_user_cb=lambda user: user is not wait)  # noqa: B023
+        assert replaced(graph).replaced == 1
+        assert operators_in(graph) == ["cast_column_form_with_scales"]
+        assert wait.users
+        assert "abs" in str(graph.graph)
+        assert_equal_bits(graph(x), column(x))
 
 
 def test_a_tensorwise_cast_is_left_alone():
@@ -199,6 +256,7 @@ def test_a_tensorwise_cast_is_left_alone():
     ("cast", "x", "options", "why"),
     [
         (row, operand(), {}, ROW_ALONE),
+        (row, operand(), {"least_elements": M * K + 1}, ROW_ALONE),
         (column, operand(), {"least_elements": M * K + 1}, f"of fewer than {M * K + 1} elements"),
         (column, operand(m=M - 8), {}, "of sizes that are no multiples of 16"),
     ],
@@ -269,3 +327,19 @@ def test_no_spoiled_pattern_gives_a_wrong_number(powers_of_two):
         assert any(why.startswith(("unknown", ROW_ALONE)) for why in counts.left), what
         assert_equal_bits(graph(x, other), expected)
     assert changed == (44 if powers_of_two else 36)
+
+
+@pytest.mark.parametrize("cast", [with_scales, with_amaxes])
+def test_no_spoiled_pattern_with_saved_scales_gives_a_wrong_number(cast):
+    """Each call of the pattern is changed in turn. None of these is taken for torchao's."""
+    x, given = operand(), SCALES if cast is with_scales else SCALES.bfloat16()
+    changed = 0
+    for position in range(len(traced(cast, x, given).graph.nodes)):
+        graph = traced(cast, x, given)
+        if not spoiled(graph, position):
+            continue
+        changed += 1
+        expected = graph(x, given)
+        assert replaced(graph).replaced == 0
+        assert_equal_bits([graph(x, given)], [expected])
+    assert changed == (3 if cast is with_scales else 9)

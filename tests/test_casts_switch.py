@@ -50,6 +50,9 @@ def test_a_context_turns_it_on_or_off_and_back():
                 assert casts.is_enabled()
         assert passed() is turned_on
     assert not casts.is_enabled()
+    made_while_off = casts.not_replaced()
+    with casts.replaced(), made_while_off:
+        assert not casts.is_enabled()
     with casts.not_replaced():
         assert not casts.is_enabled()
 

@@ -46,7 +46,8 @@ def interpreted() -> dict[str, dict[str, tuple[int, int]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("test", "least"), [("special", 15 * 7), ("blocks", 7 + 1 + 3), ("magnitudes", 2), ("operators", 11 * 3)]
+    ("test", "least"),
+    [("special", 15 * 7), ("blocks", 7 + 1 + 3), ("magnitudes", 2), ("operators", 11 * 3), ("given scales", 11 * 2)],
 )
 def test_every_bit_is_that_of_torchao(interpreted, test, least):
     found = interpreted[test]

@@ -27,7 +27,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from fp8gate.filter.contract.errors import InputError
 
@@ -40,10 +40,10 @@ VARIABLE = "FP8GATE_CASTS"
 def enable() -> None:
     """Replace casts in all that compiles from now on, backward passes too. Does nothing if it is on already.
 
-    Call it before the first step, in every process, and there in the thread that trains: settings of torch are those of
-    a thread. Inside `replaced` or `not_replaced` it holds until their end. If Inductor has another pass of its user
-    (`torch._inductor.config.post_grad_custom_post_pass`), that one runs first. Raises InputError if it has several, or
-    one that takes more than a graph.
+    Call it before the first step, in every process, and there in the thread that trains: since torch 2.13 its settings
+    are those of a thread. Inside `replaced` or `not_replaced` it holds until their end. If Inductor has another pass of
+    its user (`torch._inductor.config.post_grad_custom_post_pass`), that one runs first. Raises InputError if it has
+    several, or one that takes more than a graph.
     """
     from fp8gate.casts import graph_pass
 
@@ -60,16 +60,19 @@ def replaced() -> contextlib.AbstractContextManager[None]:
     return graph_pass.replaced()
 
 
-def not_replaced() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def not_replaced() -> Iterator[None]:
     """Leave the casts in what compiles inside to Inductor; no change if they are already.
 
     Another pass that was there runs as before.
     """
     if not is_enabled():
-        return contextlib.nullcontext()
+        yield
+        return
     from fp8gate.casts import graph_pass
 
-    return graph_pass.not_replaced()
+    with graph_pass.not_replaced():
+        yield
 
 
 def is_enabled() -> bool:

@@ -49,16 +49,17 @@ def scale_of(amax_bits, POWERS_OF_TWO: tl.constexpr):
 def _rounded_bits(x):
     """float8_e4m3fn bits of float32 numbers by integer arithmetic, as c10/util/Float8_e4m3fn.h does it.
 
-    |x| is at most 448 and a rounding error, or NaN: no finite number overflows.
+    What exceeds 448 becomes 448, as the clamp before it leaves it.
     """
     bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)  # 448
     sign = (bits >> 24) & 0x80
     as_subnormal = magnitude.to(tl.float32, bitcast=True) + 16384.0  # its last bit is worth 2 ** -9
     subnormal = as_subnormal.to(tl.int32, bitcast=True) - 0x46800000
     normal = (magnitude - (120 << 23) + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20
     value = tl.where(magnitude < (121 << 23), subnormal, normal)
-    return tl.where(magnitude > 0x7F800000, 0x7F, value) | sign
+    return tl.where(is_nan, 0x7F, value) | sign
 
 
 @triton.jit

@@ -6,6 +6,7 @@ these, and keeps its own few operations from an amax to a scale.
 
 - fp8gate::cast_both_forms: row data (M, K), column data (K, M), amaxes of the rows and then the columns (M + K,).
 - fp8gate::cast_column_form: column data (K, M), amaxes of the columns (K,).
+- fp8gate::cast_column_form_with_scales: column data (K, M), given the float32 scales (K,).
 
 On CUDA they launch kernels. On a CPU they compute the same by torch's own operations, so that all but the kernels can
 be tested there. Importing this module registers them in a process; graphs from Inductor's cache need them too.
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor
 
 BOTH_FORMS, COLUMN_FORM = "fp8gate::cast_both_forms", "fp8gate::cast_column_form"
+COLUMN_FORM_WITH_SCALES = "fp8gate::cast_column_form_with_scales"
 LEAST_CAPABILITY = (8, 9)  # of an NVIDIA GPU that has the instructions to convert to float8
 FLOAT8 = torch.float8_e4m3fn
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)  # kernels take a contiguous operand alone
 
 torch.library.define(BOTH_FORMS, "(Tensor operand, bool powers_of_two) -> (Tensor, Tensor, Tensor)", tags=TAGS)
 torch.library.define(COLUMN_FORM, "(Tensor operand, bool powers_of_two) -> (Tensor, Tensor)", tags=TAGS)
+torch.library.define(COLUMN_FORM_WITH_SCALES, "(Tensor operand, Tensor scales) -> Tensor", tags=TAGS)
 
 
 def has_operators(device: torch.device) -> bool:
@@ -45,6 +48,12 @@ def _column_form_shapes(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, T
     return operand.new_empty(k, m, dtype=FLOAT8), operand.new_empty(k, dtype=torch.int32)
 
 
+@torch.library.register_fake(COLUMN_FORM_WITH_SCALES)  # type: ignore[untyped-decorator]
+def _column_form_with_scales_shape(operand: Tensor, scales: Tensor) -> Tensor:
+    m, k = operand.shape
+    return operand.new_empty(k, m, dtype=FLOAT8)
+
+
 def both_forms_by_kernels(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
     from fp8gate.casts.two_passes import amax_bits, cast_tiles
 
@@ -62,6 +71,12 @@ def column_form_by_kernel(operand: Tensor, powers_of_two: bool) -> tuple[Tensor,
     return column.data, bits
 
 
+def column_form_with_scales_by_kernel(operand: Tensor, scales: Tensor) -> Tensor:
+    from fp8gate.casts.given_scales import scaled_columns
+
+    return scaled_columns(operand, scales)
+
+
 def both_forms_by_torch(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
     row_data, row_amax = _cast(operand, 1, powers_of_two)
     column_data, column_amax = _cast(operand, 0, powers_of_two)
@@ -73,13 +88,21 @@ def column_form_by_torch(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, 
     return data.t().contiguous(), _bits(amax)
 
 
+def column_form_with_scales_by_torch(operand: Tensor, scales: Tensor) -> Tensor:
+    return _scaled(operand, scales).t().contiguous()
+
+
 def _cast(operand: Tensor, dim: int, powers_of_two: bool) -> tuple[Tensor, Tensor]:
     """torchao's cast with one scale for all along a dimension (float8_utils.py), and the amaxes."""
     amax = operand.abs().amax(dim, keepdim=True)
     scale = (448.0 / amax.double().clamp(min=1e-12)).float()
     if powers_of_two:
         scale = scale.log2().floor().exp2()
-    return (operand.float() * scale).clamp(-448.0, 448.0).to(FLOAT8), amax
+    return _scaled(operand, scale), amax
+
+
+def _scaled(operand: Tensor, scale: Tensor) -> Tensor:
+    return (operand.float() * scale).clamp(-448.0, 448.0).to(FLOAT8)
 
 
 def _bits(amax: Tensor) -> Tensor:
@@ -88,5 +111,7 @@ def _bits(amax: Tensor) -> Tensor:
 
 torch.library.impl(BOTH_FORMS, "CUDA", both_forms_by_kernels)
 torch.library.impl(COLUMN_FORM, "CUDA", column_form_by_kernel)
+torch.library.impl(COLUMN_FORM_WITH_SCALES, "CUDA", column_form_with_scales_by_kernel)
 torch.library.impl(BOTH_FORMS, "CPU", both_forms_by_torch)
 torch.library.impl(COLUMN_FORM, "CPU", column_form_by_torch)
+torch.library.impl(COLUMN_FORM_WITH_SCALES, "CPU", column_form_with_scales_by_torch)

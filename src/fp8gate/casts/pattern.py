@@ -4,11 +4,14 @@ In: a graph after Inductor's own passes (post-grad). Out: a `Cast` for each floa
 torchao's rowwise recipe makes it, and for any other the reason why it is not. Nothing is changed here:
 fp8gate.casts.graph_pass replaces what is found.
 
-What is recognized (torchao 0.18.0 as Inductor of torch 2.11 to 2.13 decomposes it), from the amax to the data:
+What is recognized (torchao 0.18.0 as Inductor of torch 2.11 to 2.14 decomposes it), from the amax to the data:
 
     amax = abs(x).amax(dim, keepdim=True)                                    x in bf16
     scale = (reciprocal(max(float64(amax), 1e-12)) * 448).to(float32)        then exp2(floor(log2(scale))), or not
     data = clamp(float32(x) * scale, -448, 448).to(float8_e4m3fn)
+
+The amax, or the scale, may come from another graph: the forward saves it for the backward. Under DTensor's tensor
+parallelism the amaxes over a divided dimension are those of all ranks: a collective stands between amax and scale.
 
 x is a view of a contiguous tensor, the operand. The row form has one scale for each row of the operand, whose rows are
 all dimensions but the last. The column form has one for each column, and its data are stored transposed.
@@ -30,6 +33,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_TYPES = frozenset({FLOAT8, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz})
 FLOAT8_MAX, LEAST_AMAX = 448.0, 1e-12
+WAIT = torch.ops._c10d_functional.wait_tensor.default
 RESHAPES = (aten.reshape.default, aten.view.default)
 CONTIGUOUS = {"memory_format": torch.contiguous_format}
 
@@ -42,10 +46,11 @@ class UnknownPatternError(Exception):
 class Cast:
     """One form of one operand.
 
-    operand: contiguous, in bf16, with m rows of k elements. amax: of each row or column. data: in float8, in the shape
-    of the view of the operand that torchao cast. is_transposed: that view has a row for each column of the operand.
-    stored: what the products read: of the row form the data themselves, of the column form their contiguous (k, m)
-    copies.
+    operand: contiguous, in bf16, with m rows of k elements. amax: of each row or column; None if the amaxes that the
+    scales come of are those of several ranks, or in another graph. scale: of each row or column. data: in float8, in
+    the shape of the view of the operand that torchao cast. is_transposed: that view has a row for each column of the
+    operand. stored: what the products read: of the row form the data themselves, of the column form their contiguous
+    (k, m) copies.
     """
 
     form: Form
@@ -53,7 +58,8 @@ class Cast:
     m: int
     k: int
     powers_of_two: bool
-    amax: Node
+    amax: Node | None
+    scale: Node
     data: Node
     is_transposed: bool
     stored: tuple[Node, ...]
@@ -73,7 +79,8 @@ def read_cast(data: Node) -> Cast:
     x, scale = _factors(_argument(clamped, aten.clamp_min.default, -FLOAT8_MAX))
     x = _argument(x, prims.convert_element_type.default, torch.float32)
     amax, powers_of_two = _amax_of(scale)
-    form, operand, m, k = _operand_of(x, _reduced_dimension(amax, x))
+    dim = _scaled_dimension(scale, x) if amax is None else _reduced_dimension(amax, x)
+    form, operand, m, k = _operand_of(x, dim)
     return Cast(
         form=form,
         operand=operand,
@@ -81,6 +88,7 @@ def read_cast(data: Node) -> Cast:
         k=k,
         powers_of_two=powers_of_two,
         amax=amax,
+        scale=scale,
         data=data,
         is_transposed=_is_transposed(x),
         stored=(data,) if form == "row" else _transposed_copies(data, is_transposed=_is_transposed(x)),
@@ -102,10 +110,10 @@ def _factors(product: Node) -> tuple[Node, Node]:
     return x, scale  # type: ignore[return-value]
 
 
-def _amax_of(scale: Node) -> tuple[Node, bool]:
-    """What a scale is computed from, and whether it is rounded down to a power of two."""
+def _amax_of(scale: Node) -> tuple[Node | None, bool]:
+    """What a scale is computed from, None as in `Cast`, and whether it is rounded down to a power of two."""
     if scale.op == "placeholder":
-        raise UnknownPatternError("its scales come from another graph")
+        return None, False
     powers_of_two = scale.target is aten.exp2.default
     if powers_of_two:
         scale = _argument(_argument(scale, aten.exp2.default), aten.floor.default)
@@ -113,15 +121,13 @@ def _amax_of(scale: Node) -> tuple[Node, bool]:
     scale = _argument(scale, prims.convert_element_type.default, torch.float32)
     scale = _argument(scale, aten.mul.Tensor, FLOAT8_MAX)
     amax = _argument(_argument(scale, aten.reciprocal.default), aten.clamp_min.default, LEAST_AMAX)
-    if amax.target is torch.ops._c10d_functional.wait_tensor.default:
-        raise UnknownPatternError("its amaxes are those of several ranks")
-    return _argument(amax, prims.convert_element_type.default, torch.float64), powers_of_two
+    if amax.target is not WAIT:
+        amax = _argument(amax, prims.convert_element_type.default, torch.float64)
+    return None if amax.op == "placeholder" or amax.target is WAIT else amax, powers_of_two
 
 
 def _reduced_dimension(amax: Node, x: Node) -> int:
     """The dimension of x that the amax is taken over."""
-    if amax.op == "placeholder":
-        raise UnknownPatternError("its amax comes from another graph")
     if amax.target is not aten.amax.default or len(amax.args) != 3 or amax.args[2] is not True or amax.kwargs:
         raise UnknownPatternError(f"expected amax(..., [dim], True), found {_text(amax)}")
     magnitude, dims, _ = amax.args
@@ -132,6 +138,15 @@ def _reduced_dimension(amax: Node, x: Node) -> int:
         raise UnknownPatternError(f"its amax is over dimensions {dims}")
     (dim,) = dims
     return int(dim) % _value(x).ndim  # type: ignore[arg-type]
+
+
+def _scaled_dimension(scale: Node, x: Node) -> int:
+    """The dimension of x that has one scale for all of it."""
+    value, shape = _value(scale), _value(x).shape
+    found = [dim for dim, size in enumerate(shape) if (*shape[:dim], 1, *shape[dim + 1 :]) == value.shape and size != 1]
+    if len(found) != 1 or value.dtype is not torch.float32:
+        raise UnknownPatternError(f"expected a scale for each row or column, found {value.dtype} {(*value.shape,)}")
+    return found[0]
 
 
 def _operand_of(x: Node, dim: int) -> tuple[Form, Node, int, int]:

@@ -18,7 +18,7 @@ import msgspec
 from tabulate import tabulate
 
 from fp8gate.calibrate.timing.statistics import paired_speedup
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Casts, Recipe
 from fp8gate.filter.contract.table import Device, Software
 
 ROUNDS, CONFIDENCE = 16, 0.99  # 8 rounds would be enough, but their bounds would be the least and the largest ratio
@@ -30,11 +30,15 @@ STUDENT_T = 4.303  # 95 %, two-sided, for three trainings in bf16
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """One training run. name: the choices that convert these linears. weights: the seed of the initial weights."""
+    """One training run. name: the choices that convert these linears. weights: the seed of the initial weights.
+
+    casts: who compiles those of float8.
+    """
 
     name: str
     float8: tuple[str, ...]
     weights: int = 0
+    casts: Casts = "inductor"
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,15 +23,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, get_args
 
 import msgspec
 from train_titan_journal import Journal, append, lines_of, opened
 from train_titan_output import (
-    CASTS,
     LOG_EVERY,
     Choice,
     Header,
@@ -42,12 +40,12 @@ from train_titan_output import (
     Variant,
     Visit,
     Widths,
-    choices_with,
     last_words,
     missing_visits,
     read_steps,
     report,
 )
+from train_titan_runs import runs_of
 from train_titan_trace import StepTrace
 from train_titan_trace import report as report_traces
 
@@ -180,31 +178,6 @@ def header_of(
             asked, [variant for variant in possible if setup.tp > 1 or variant != "async TP"], listing.with_casts
         ),
     )
-
-
-def runs_of(
-    float8: Mapping[Choice, tuple[str, ...]],
-    variants: Sequence[Variant],
-    with_casts: Mapping[Choice, tuple[str, ...]],
-) -> tuple[Run, ...]:
-    """A run for each set of linears, beginning with bf16, then those of the variants.
-
-    with_casts: what choices convert by what was measured with fp8gate's casts.
-    """
-    runs = _by_set(float8)
-    best: Choice = "plan" if "plan" in float8 else "table"
-    for variant in variants:
-        sets = with_casts if variant == CASTS else float8
-        asked = [choice for choice in choices_with(variant, best) if choice in sets and choice in float8]
-        runs += _by_set({choice: sets[choice] for choice in asked}, variant)
-    return tuple(runs)
-
-
-def _by_set(float8: Mapping[Choice, tuple[str, ...]], variant: Variant | None = None) -> list[Run]:
-    by_set: dict[tuple[str, ...], list[Choice]] = defaultdict(list)
-    for choice, names in float8.items():
-        by_set[names].append(choice)
-    return [Run(choices=tuple(choices), float8=names, variant=variant) for names, choices in by_set.items()]
 
 
 def is_too_late(stop_at: float | None, visits: Sequence[Visit]) -> bool:

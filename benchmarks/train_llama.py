@@ -5,6 +5,7 @@ for. Its parameters are bf16, and fused AdamW trains them. On a GPU each decoder
 all layers share one graph, and the head is compiled with the loss, as torchtitan does. bf16 has Inductor's defaults,
 float8 the recipe's production settings. The head stays in bf16 for every choice (`filter_fqns`, as in torchtitan),
 unless --convert-head lets each choice decide. Choices that convert the same linears are trained as one model.
+--casts adds models with fp8gate's casts: all float8, and what the table and the plan of these casts convert.
 
 All models are on the device at once and take turns. A visit is a pause, then steps that do not count, until the GPU
 has the clock that this model gives it, then whole seconds. Each round visits all models in random order, and gains are
@@ -26,35 +27,28 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor, nn
+from train_llama_choices import MODEL, casts_choices, choices, runs_of, say
 from train_llama_output import ROUNDS, Header, Run, Visit, report
 
-from fp8gate import auto_filter, casts
+from fp8gate import casts
 from fp8gate.calibrate.arms.linear import convert
 from fp8gate.calibrate.device.cuda.kind import VISIT_PAUSE_S
 from fp8gate.calibrate.device.lock import DeviceLock
 from fp8gate.calibrate.device.registry import choose_device, describe_device, describe_software, kind_of
 from fp8gate.calibrate.device.watch import Watch
 from fp8gate.calibrate.planning.subject import sequence_of
-from fp8gate.filter.contract.devices import device_slug
-from fp8gate.filter.contract.plans.plan import PLANS
-from fp8gate.filter.contract.recipes import RECIPES, Recipe
-from fp8gate.filter.contract.shapes import LinearShape
-from fp8gate.filter.decision.torchao_rule import torchao_converts
-from fp8gate.filter.locate.places import packaged_thresholds
-from fp8gate.filter.model.linear_layer import linears_of
+from fp8gate.filter.contract.recipes import RECIPES, Recipe, recipes_with
 from fp8gate.filter.model.model_config import BUNDLED, ModelConfig
 
-MODEL, HEAD = "llama3-8b", "lm_head"
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -64,17 +58,18 @@ TINY = {
 }
 SETTLE_STEPS = 3
 """With 4 layers of these widths they take 0.2 s, which a GPU at its power limit needs (`VISIT_SETTLE_S`)."""
-OTHER_WEIGHTS = (1, 2)  # seeds for bf16 alone: all choices start from the weights of seed 0
 ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}  # as Llama was trained
 WARM_UP = 0.1  # the share of the steps in which the learning rate rises
 
 
 def main() -> None:
     arguments = parse()
-    has_casts = casts.enable_if_asked()
     device = choose_device(None)
     sizes = TINY if arguments.tiny else {}
     model = msgspec.structs.replace(BUNDLED[MODEL], **sizes, num_hidden_layers=arguments.layers)
+    whole = build(model, torch.device("meta"))
+    found = choices(whole, arguments, device)
+    with_casts = casts_choices(whole, arguments, device, found["all float8"]) if arguments.casts else {}
     header = Header(
         model="tiny" if arguments.tiny else MODEL,
         recipe=arguments.recipe,
@@ -83,8 +78,7 @@ def main() -> None:
         steps=arguments.steps,
         device=describe_device(device),
         software=describe_software(device),
-        runs=runs_of(choices(model, arguments, device)),
-        fp8gate_casts=has_casts,
+        runs=runs_of(found, with_casts),
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"train-llama-{arguments.recipe}.jsonl"
@@ -107,57 +101,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=320, help=f"of each model, a multiple of {ROUNDS}")
     parser.add_argument("--tables", type=Path, help="a table or folder of tables; default: those of fp8gate")
     parser.add_argument("--plan", type=Path, help="a plan; default: fp8gate's for this model, recipe and tokens")
+    parser.add_argument("--casts", action="store_true", help="also train with fp8gate's casts")
+    parser.add_argument("--casts-plan", type=Path, help="a plan of these casts; default: fp8gate's")
     parser.add_argument("--convert-head", action="store_true", help="let each choice decide on the head too")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try this on a CPU")
     arguments = parser.parse_args()
     if arguments.steps % ROUNDS or arguments.steps <= ROUNDS * SETTLE_STEPS:
         least = ROUNDS * (SETTLE_STEPS + 1)
         parser.error(f"--steps: expected a multiple of {ROUNDS}, at least {least}; got {arguments.steps}")
+    if arguments.casts and "fp8gate" not in RECIPES[arguments.recipe].casts:
+        parser.error(f"--casts: expected one of {', '.join(recipes_with('fp8gate'))}; got {arguments.recipe}")
     return arguments
-
-
-def choices(model: ModelConfig, arguments: argparse.Namespace, device: torch.device) -> dict[str, tuple[str, ...]]:
-    """The names of the linears that each choice converts. Prints which choices are left out, and why."""
-    recipe, tokens = arguments.recipe, arguments.tokens
-    left_out = () if arguments.convert_head else (HEAD,)
-    whole = build(model, torch.device("meta"))
-    linears = {
-        fqn: LinearShape(tokens, linear.in_features, linear.out_features)
-        for fqn, linear in linears_of(whole)
-        if fqn not in left_out
-    }
-    found = {"bf16": (), "all float8": tuple(fqn for fqn, shape in linears.items() if not shape.indivisible())}
-    rule = {fqn: torchao_converts(recipe, in_features=s.k, out_features=s.n) for fqn, s in linears.items()}
-    if None in rule.values():
-        say(f"torchao's rule: none for {recipe}, left out")
-    else:
-        found["torchao's rule"] = tuple(fqn for fqn, converts in rule.items() if converts)
-    filters = {"table": None, "plan": arguments.plan or packaged_plan(recipe, tokens, device)}
-    for name, plan in filters.items():
-        if name == "plan" and plan is None:
-            say("plan: none given and none in fp8gate, left out")
-            continue
-        wants = auto_filter(recipe, tokens=tokens, filter_fqns=left_out, tables=arguments.tables, plan=plan)
-        wants.check(whole)
-        say(f"{name}: {wants.summary()}")
-        found[name] = tuple(fqn for fqn, decision in wants.decisions.items() if decision.convert)
-    return found
-
-
-def packaged_plan(recipe: Recipe, tokens: int, device: torch.device) -> Path | None:
-    folder = packaged_thresholds() / device_slug(describe_device(device).name) / PLANS
-    path = folder / f"{MODEL}-{recipe}-m{tokens}.yaml"
-    return path if path.is_file() else None
-
-
-def runs_of(found: Mapping[str, tuple[str, ...]]) -> tuple[Run, ...]:
-    """A run for each set of linears, beginning with bf16, then the runs of bf16 from other weights."""
-    names: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for name, float8 in found.items():
-        names[float8].append(name)
-    runs = [Run(name=", ".join(same), float8=float8) for float8, same in names.items()]
-    others = [Run(name=f"bf16, weights {seed}", float8=(), weights=seed) for seed in OTHER_WEIGHTS]
-    return (*runs, *others)
 
 
 class Training:
@@ -166,11 +120,12 @@ class Training:
     def __init__(self, run: Run, header: Header, model: ModelConfig, device: torch.device) -> None:
         torch.manual_seed(run.weights)
         self.model = build(model, device)
+        self.casts = run.casts
         self.head_loss = head_loss
         if run.float8:
             convert(self.model, header.recipe, lambda _, fqn: fqn in run.float8)
         if device.type == "cuda":
-            self.compile(RECIPES[header.recipe].inductor if run.float8 else {})
+            self.compile(inductor_of(run, header.recipe))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **ADAMW, fused=True)  # type: ignore[arg-type]
         warm_up = max(1, round(WARM_UP * header.steps))
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / warm_up, total_iters=warm_up)
@@ -188,7 +143,8 @@ class Training:
 
     def start(self, ids: Tensor) -> None:
         """Run once, which compiles and tunes, without changing the weights."""
-        self.loss(ids).backward()  # type: ignore[no-untyped-call]
+        with casts.replaced() if self.casts == "fp8gate" else casts.not_replaced():
+            self.loss(ids).backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad()
 
     def step(self, ids: Tensor) -> Tensor:
@@ -203,6 +159,15 @@ class Training:
         """What the model and its optimizer keep on the device between two steps."""
         states = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers(), *states))
+
+
+def inductor_of(run: Run, recipe: Recipe) -> dict[str, Any]:
+    """Inductor's options for a run. Dynamo takes models with equal options for one: those with fp8gate's casts differ.
+
+    They do by a setting that has its default, so that nothing else does.
+    """
+    options = {**RECIPES[recipe].inductor} if run.float8 else {}
+    return {**options, "epilogue_fusion": True} if run.casts == "fp8gate" else options
 
 
 def build(model: ModelConfig, device: torch.device) -> Any:
@@ -279,10 +244,6 @@ def make_visit(training: Training, ids: Tensor, watch: Watch, device: torch.devi
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

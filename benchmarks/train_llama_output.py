@@ -18,7 +18,7 @@ import msgspec
 from tabulate import tabulate
 
 from fp8gate.calibrate.timing.statistics import paired_speedup
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Casts, Recipe
 from fp8gate.filter.contract.table import Device, Software
 
 ROUNDS, CONFIDENCE = 16, 0.99  # 8 rounds would be enough, but their bounds would be the least and the largest ratio
@@ -30,18 +30,19 @@ STUDENT_T = 4.303  # 95 %, two-sided, for three trainings in bf16
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """One training run. name: the choices that convert these linears. weights: the seed of the initial weights."""
+    """One training run. name: the choices that convert these linears. weights: the seed of the initial weights.
+
+    casts: who compiles those of float8.
+    """
 
     name: str
     float8: tuple[str, ...]
     weights: int = 0
+    casts: Casts = "inductor"
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """The first line that the benchmark writes.
-
-    runs: the first is bf16, and the others are compared with it. fp8gate_casts: whether fp8gate.casts was on.
-    """
+    """The first line that the benchmark writes. runs: the first is bf16, and the others are compared with it."""
 
     model: str
     recipe: Recipe
@@ -51,7 +52,6 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     device: Device
     software: Software
     runs: tuple[Run, ...]
-    fp8gate_casts: bool = False
 
 
 class Visit(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,7 +110,6 @@ def title(header: Header) -> str:
     return (
         f"{header.model}, {header.layers} layers, {header.tokens} tokens, {header.steps} steps, {header.recipe}, "
         f"{header.device.name} (torch {software.torch}, torchao {software.torchao})"
-        f"{', casts by fp8gate' if header.fp8gate_casts else ''}"
     )
 
 

@@ -3,10 +3,11 @@
 Each visit is one run of torchtitan's own Trainer under torchrun: Llama 3 widths with as many layers as asked for, real
 steps with AdamW, and torchtitan's own metrics, read from its log. The choices are bf16; all float8; torchao's rule,
 asked about whole linears and about a rank's shards; fp8gate by its table; fp8gate by a plan. bf16 and the plan, or else
-the table, also run with async TP, under tensor parallelism, and without CUDA graphs (--variants). The head stays in
-bf16. Choices that convert the same linears are one run. A round visits each run once, and every other round goes
-backwards, so that a drift of the GPUs is the same for all. Gains are over the bf16 of the same round. Each visit
-compiles; from the second round on, compilers find the kernels of the first one in the cache.
+the table, also run with async TP, under tensor parallelism, and without CUDA graphs (--variants). All float8, and
+fp8gate by the table of fp8gate's casts if there is one, also run with these casts. The head stays in bf16. Choices that
+convert the same linears are one run. A round visits each run once, and every other round goes backwards, so that a
+drift of the GPUs is the same for all. Gains are over the bf16 of the same round. Each visit compiles; from the second
+round on, compilers find the kernels of the first one in the cache.
 
 Every visit is written into the journal as soon as it is done. --stop-after ends the command in time, and the same
 command goes on from the journal. torchtitan's logs of all visits are kept in one file beside it.
@@ -24,8 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, get_args
 
@@ -47,6 +47,7 @@ from train_titan_output import (
     read_steps,
     report,
 )
+from train_titan_runs import runs_of
 from train_titan_trace import StepTrace
 from train_titan_trace import report as report_traces
 
@@ -64,6 +65,7 @@ class Listing(msgspec.Struct, frozen=True, kw_only=True):
     """What train_titan_rank.py --list writes."""
 
     float8: dict[Choice, tuple[str, ...]]
+    with_casts: dict[Choice, tuple[str, ...]] = {}  # of fp8gate; empty for a recipe that they are not for
     linears: int
     device: Device
     gpus: tuple[str, ...]
@@ -161,7 +163,7 @@ def add_comparison_options(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         choices=get_args(Variant),
         default=get_args(Variant),
-        help="what bf16 and fp8gate are also run with; without a name, with none; default: all",
+        help="what some choices are also run with; without a name, with none; default: all",
     )
     parser.add_argument(
         "--trace",
@@ -210,21 +212,10 @@ def header_of(
         linears=listing.linears,
         device=listing.device,
         software=listing.software,
-        runs=runs_of(asked, [variant for variant in possible if setup.tp > 1 or variant != "async TP"]),
+        runs=runs_of(
+            asked, [variant for variant in possible if setup.tp > 1 or variant != "async TP"], listing.with_casts
+        ),
     )
-
-
-def runs_of(float8: Mapping[Choice, tuple[str, ...]], variants: Sequence[Variant]) -> tuple[Run, ...]:
-    """A run for each set of linears, beginning with bf16, then those of the variants."""
-    by_set: dict[tuple[str, ...], list[Choice]] = defaultdict(list)
-    for choice, names in float8.items():
-        by_set[names].append(choice)
-    runs = [Run(choices=tuple(choices), float8=names) for names, choices in by_set.items()]
-    best: Choice = "plan" if "plan" in float8 else "table"
-    asked: list[Choice] = [choice for choice in ("bf16", best) if choice in float8]
-    for variant in variants:
-        runs += [Run(choices=(choice,), float8=float8[choice], variant=variant) for choice in asked]
-    return tuple(runs)
 
 
 def is_too_late(stop_at: float | None, visits: Sequence[Visit]) -> bool:

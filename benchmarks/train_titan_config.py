@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch._utils
 import torch.distributed.fsdp
-from train_titan_output import LOG_EVERY, Choice, Setup, Variant
+from train_titan_output import CASTS, LOG_EVERY, Choice, Setup, Variant
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
@@ -124,7 +124,7 @@ def trainer_config(
     spec = model_spec(setup)
     imports = []
     if choice in ("table", "plan"):
-        imports.append(("fp8gate.torchtitan.gate", gate_settings(setup, choice, emulate=not ON_GPU)))
+        imports.append(("fp8gate.torchtitan.gate", gate_settings(setup, choice, variant, emulate=not ON_GPU)))
     elif choice != "bf16":
         left = (
             [HEAD] if choice == "all" else [HEAD, *left_by_rule(setup, spec.model, of_shards=choice == "rule-shards")]
@@ -188,8 +188,9 @@ def apart(attention: Any, param_init: Any) -> Any:
     )
 
 
-def gate_settings(setup: Setup, choice: Choice, *, emulate: bool) -> dict[str, Any]:
+def gate_settings(setup: Setup, choice: Choice, variant: Variant | None, *, emulate: bool) -> dict[str, Any]:
     given = {"tables": setup.tables, "plan": setup.plan if choice == "plan" else None}
+    given["casts"] = "fp8gate" if variant == CASTS else "inductor"
     return {"recipe": setup.recipe, "emulate": emulate, **given}
 
 

@@ -24,9 +24,10 @@ Widths = Literal["llama3-8b", "llama3-70b", "tiny"]
 Recipe = Literal["rowwise", "rowwise_with_gw_hp"]
 Recompute = Literal["none", "selective", "full"]
 Choice = Literal["bf16", "all", "rule", "rule-shards", "table", "plan"]
-Variant = Literal["async TP", "without CUDA graphs"]
-"""What bf16 and fp8gate's best choice are also run with. torchtitan runs forward and backward as one CUDA graph, unless
-told: then the host launches each kernel, and gradients are written anew instead of set to zero and added to."""
+Variant = Literal["async TP", "without CUDA graphs", "fp8gate casts"]
+"""What some choices are also run with. torchtitan runs forward and backward as one CUDA graph, unless told: then the
+host launches each kernel, and gradients are written anew instead of set to zero and added to."""
+CASTS: Variant = "fp8gate casts"
 LABELS: dict[Choice, str] = {
     "bf16": "bf16",
     "all": "all float8",
@@ -42,7 +43,8 @@ HEADLINE = (
     "recomputation",
     "bf16, tokens/s a rank",
     *(LABELS[choice] for choice in ("all", "rule", "rule-shards", "table", "plan")),
-    *(f"{who}, {variant}" for variant in get_args(Variant) for who in ("bf16", "fp8gate")),
+    *(f"{who}, {variant}" for variant in get_args(Variant)[:-1] for who in ("bf16", "fp8gate")),
+    *(f"{who}, {CASTS}" for who in ("all float8", "fp8gate")),
     "last loss: bf16, fp8gate",
 )
 HEADERS = ("choice", "float8 linears", "tokens/s a rank", "over bf16", "its visits", "peak GiB", "MFU", "last loss")
@@ -51,6 +53,14 @@ _STEP = re.compile(
     r"\S* +tps: +(?P<tokens_per_s>[\d,]+) +tflops: +(?P<tflops>[\d.,]+) +mfu: +(?P<mfu>[\d.]+%|N/A)"
 )
 _OTHER_RANK = re.compile(r"^\[rank[1-9]\d*\]:")
+
+
+def choices_with(variant: Variant, best: Choice) -> tuple[Choice, Choice]:
+    """The choices that are also run with a variant. best: of fp8gate's.
+
+    bf16 has no casts. The table is that of fp8gate's casts then, and a plan is of Inductor's.
+    """
+    return ("all", "table") if variant == CASTS else ("bf16", best)
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,7 +213,7 @@ def _headline_row(header: Header, visits: Sequence[Visit]) -> tuple[str, ...]:
         setup.recompute,
         f"{fmean(_by_round(setup, bf16, visits).values()):.0f}",
         *(gains.get((choice, None), "") for choice in get_args(Choice)[1:]),
-        *(gains.get((choice, variant), "") for variant in get_args(Variant) for choice in ("bf16", best)),
+        *(gains.get((one, variant), "") for variant in get_args(Variant) for one in choices_with(variant, best)),
         ", ".join(f"{loss:.3f}" for loss in losses),
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import msgspec
 import torch
 from torch.distributed.fsdp import FSDPModule
 from train_titan_config import HEAD, ON_GPU, model_spec, trainer_config
-from train_titan_output import LABELS, Choice, Setup, Variant
+from train_titan_output import CASTS, LABELS, Choice, Setup, Variant, choices_with
 from train_titan_trace import read_trace
 
 TRACED_STEPS = 2
@@ -30,7 +31,9 @@ from torchtitan.distributed import utils as distributed_utils
 from torchtitan.models.common.linear import Linear
 from torchtitan.tools.logging import init_logger
 
+from fp8gate import TableError, casts
 from fp8gate.calibrate.device.registry import choose_device, describe_device, describe_software, kind_of
+from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.decision.torchao_rule import torchao_converts
 
 
@@ -69,6 +72,8 @@ def train(setup: Setup, choice: Choice, variant: Variant | None, trace: Path | N
         metrics.build_device_memory_monitor = NoMemoryMonitor
     if not ON_GPU or not hasattr(torch.distributed, "set_timeout"):  # pytorch#187387, in 2.14
         distributed_utils.set_pg_timeouts = lambda **_: None
+    if variant == CASTS:
+        casts.enable()
     with tempfile.TemporaryDirectory() as folder:
         traced_steps = TRACED_STEPS if trace else 0
         config = trainer_config(setup, choice, variant=variant, traced_steps=traced_steps, dump_folder=folder)
@@ -105,9 +110,11 @@ def listing(setup: Setup) -> dict[str, Any]:
     """What each choice converts; how many linears the layers have; and which device and software these are."""
     device = choose_device("cuda" if ON_GPU else "cpu")
     float8 = {choice: float8_names(setup, choice) for choice in LABELS}
+    with_casts = names_with_casts(setup) if "fp8gate" in RECIPES[setup.recipe].casts else {}
     found = [fqn for fqn, *_ in model_spec(setup).model.traverse(Linear.Config) if fqn != HEAD]
     return {
         "float8": {choice: names for choice, names in float8.items() if names is not None},
+        "with_casts": with_casts,
         "linears": len(found),
         "device": describe_device(device),
         "gpus": [kind_of(device).identity(torch.device(device.type, rank), rank) for rank in range(setup.ranks)],
@@ -115,13 +122,28 @@ def listing(setup: Setup) -> dict[str, Any]:
     }
 
 
-def float8_names(setup: Setup, choice: Choice) -> list[str] | None:
+def names_with_casts(setup: Setup) -> dict[Choice, list[str] | None]:
+    """What choices convert by what was measured with fp8gate's casts. They are as before after that.
+
+    A table that is not there is said, and its choice left out.
+    """
+    found: dict[Choice, list[str] | None] = {}
+    with casts.not_replaced():
+        for choice in choices_with(CASTS, "table"):
+            try:
+                found[choice] = float8_names(setup, choice, CASTS)
+            except TableError as error:
+                print(f"{LABELS[choice]}, {CASTS}: left out: {error}", file=sys.stderr)
+    return found
+
+
+def float8_names(setup: Setup, choice: Choice, variant: Variant | None = None) -> list[str] | None:
     """The linears that a choice converts, by torchtitan's own steps. None if there is no such choice here."""
     if choice == "plan" and setup.plan is None:
         return None
     if choice.startswith("rule") and torchao_converts(setup.recipe, in_features=4096, out_features=4096) is None:
         return None
-    config = trainer_config(setup, choice)
+    config = trainer_config(setup, choice, variant=variant)
     config.model_spec.model.update_from_config(config=config)
     apply_overrides(config.override, config)
     found = config.model_spec.model.traverse(Linear.Config)

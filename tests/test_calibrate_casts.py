@@ -160,7 +160,7 @@ def test_a_plan_starts_from_the_table_of_its_casts(tmp_path, ours):
 def test_tables_of_different_casts_are_not_merged():
     with pytest.raises(TableError, match=r"^b: protocol\.casts is fp8gate, but inductor in a; only tables of one kind"):
         merge_tables({"a": table(), "b": table(ours=True)})
-    assert merge_tables({"a": table(ours=True), "b": table(ours=True)}).variant == OURS
+    assert merge_tables({"a": table(ours=True), "b": table(1.6, ours=True)}).variant == OURS
 
 
 def test_tables_of_different_casts_are_not_compared(tmp_path):

@@ -183,8 +183,10 @@ def test_a_plan_of_other_casts_that_is_given_is_refused(folder, ours):
     path = write_plan(folder, ours=not ours)
     with casts.replaced() if ours else casts.not_replaced():
         for plan in (path, plan_of(ours=not ours)):
-            with pytest.raises(PlanError, match=r"\$\.protocol\.casts: expected \w+, found \w+: it was measured with"):
+            with pytest.raises(PlanError, match=r"\$\.protocol\.casts: expected \w+, found \w+: it was meas") as error:
                 ask(folder, plan=plan)
+            command = "fp8gate plan tiny --recipe rowwise --tokens 32" + (" --casts fp8gate" if ours else "")
+            assert str(error.value).endswith(f"To measure one: {command}")
 
 
 def test_asking_for_the_casts_loads_nothing_heavy(folder):

@@ -29,7 +29,7 @@ from forked import Processes, rank_environments, run_script
 from plans import make_plan
 
 import fp8gate
-from fp8gate import AutoFilter, Parallel, UnmeasuredSettingWarning, auto_filter
+from fp8gate import AutoFilter, Parallel, UnmeasuredSettingWarning, auto_filter, casts
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import without_indices
 from fp8gate.filter.contract.plans.plan import Candidate
@@ -386,6 +386,45 @@ def test_converted_linears_compute_by_the_recipe(recipe: str, a_gpu: None, tmp_p
     assert converted
     expected = Float8LinearConfig.from_recipe_name(recipe)
     assert all(config._torchao_config == expected for config in converted)
+
+
+@pytest.fixture
+def both_casts(tmp_path: Path) -> Iterator[Path]:
+    """Tables of both casts, which say the opposite of each other. fp8gate's are off after a test."""
+    folder = tmp_path / "both" / "nvidia-h200"
+    opposite = tuple(make_point(p.m, p.k, p.n, 2.0 - (p.speedup or 0)) for p in TABLE.points)
+    protocol = msgspec.structs.replace(TABLE.protocol, casts="fp8gate")
+    for table in (TABLE, msgspec.structs.replace(TABLE, points=opposite, protocol=protocol)):
+        write_file(table, folder / table.variant.file)
+    with casts.not_replaced():
+        yield folder
+
+
+def test_the_casts_are_turned_on_and_their_table_decides(
+    debug: Callable[..., Any], both_casts: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fp8gate")
+    assert float8_names(debug(tables=str(both_casts))) == WIN
+    assert not casts.is_enabled()
+    assert "casts" not in caplog.text
+    assert float8_names(debug(tables=str(both_casts), casts="fp8gate")) == ["attention.wo", "feed_forward.w2"]
+    assert casts.is_enabled()
+    assert "to float8 rowwise, fp8gate's casts (" in caplog.text
+    assert "fp8gate's casts are on\n" in caplog.text
+
+
+def test_without_the_key_what_is_enabled_decides(debug: Callable[..., Any], both_casts: Path) -> None:
+    with casts.replaced():
+        assert float8_names(debug(tables=str(both_casts))) == ["attention.wo", "feed_forward.w2"]
+        with pytest.raises(UnmeasuredSettingWarning, match="fp8gate's casts are on, and what was measured had Ind"):
+            debug(tables=str(both_casts), casts="inductor", strict=True)
+
+
+@pytest.mark.parametrize(("recipe", "asked"), [("rowwise", "triton"), ("rowwise_with_gw_hp", "fp8gate")])
+def test_casts_that_the_recipe_cannot_have_are_refused(debug: Callable[..., Any], recipe: str, asked: str) -> None:
+    with pytest.raises(InputError, match=r"^fp8gate\.torchtitan\.gate: casts: expected (one of )?inductor"):
+        debug(recipe=recipe, casts=asked)
+    assert not casts.is_enabled()
 
 
 def test_a_model_that_stays_in_bf16_is_compiled_as_without_the_override(debug: Callable[..., Any]) -> None:

@@ -123,27 +123,10 @@ def test_what_there_is_not_is_said(
     assert [run.float8[-1:] for run in msgspec.json.decode(first, type=llama.Header).runs][1:3] == [("lm_head",)] * 2
 
 
-@pytest.mark.parametrize("value", ["0", "1"])
-def test_it_is_written_down_whether_fp8gate_casts(
-    llama: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
-) -> None:
-    import torch._inductor.config as inductor_config
-
-    from fp8gate import casts
-
-    was_on = []
-    monkeypatch.setenv("FP8GATE_CASTS", value)
-    monkeypatch.setattr(llama, "train", lambda *_: was_on.append(casts.is_enabled()) or [])
-    monkeypatch.setattr(llama, "report", lambda header, _: sys.modules["train_llama_output"].title(header))
-    table = write_file(TABLE, tmp_path / "rowwise.yaml")
-    with inductor_config.patch({"post_grad_custom_post_pass": None}):
-        bench(llama, monkeypatch, "--recipe", "rowwise", "--tables", table, "--out", tmp_path)
-    assert was_on == [value == "1"]
-    assert capsys.readouterr().out.strip().endswith(", casts by fp8gate") is was_on[0]
-
-
 def test_choices_that_convert_the_same_are_one_model(llama: ModuleType) -> None:
-    runs = llama.runs_of({"bf16": (), "all float8": ("a", "b"), "torchao's rule": ("a",), "table": (), "plan": ("a",)})
+    runs = llama.runs_of(
+        {"bf16": (), "all float8": ("a", "b"), "torchao's rule": ("a",), "table": (), "plan": ("a",)}, {}
+    )
     assert [(run.name, run.float8, run.weights) for run in runs] == [
         ("bf16, table", (), 0),
         ("all float8", ("a", "b"), 0),
@@ -151,6 +134,43 @@ def test_choices_that_convert_the_same_are_one_model(llama: ModuleType) -> None:
         ("bf16, weights 1", (), 1),
         ("bf16, weights 2", (), 2),
     ]
+
+
+def test_what_is_trained_with_fp8gates_casts_is_a_model_of_its_own(llama: ModuleType) -> None:
+    everything = ("a", "b")
+    with_casts = {"all float8": everything, "table": (), "plan": ("a",)}
+    runs = llama.runs_of({"bf16": (), "all float8": everything}, with_casts)
+    assert [(run.name, run.float8, run.casts) for run in runs[:-2]] == [
+        ("bf16", (), "inductor"),
+        ("all float8", ("a", "b"), "inductor"),
+        ("all float8; fp8gate's casts", ("a", "b"), "fp8gate"),
+        ("plan; fp8gate's casts", ("a",), "fp8gate"),
+    ]
+    plain, ours = (llama.inductor_of(run, "rowwise") for run in runs[1:3])
+    assert plain == RECIPES["rowwise"].inductor  # equal options would let Dynamo run one's code for the other
+    assert plain != ours
+    assert llama.inductor_of(runs[0], "rowwise") == {}
+
+
+def test_the_table_of_fp8gates_casts_decides_and_is_left_out_where_it_is_not(
+    llama: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(llama, "train", lambda *_: [])
+    monkeypatch.setattr(llama, "report", lambda header, _: " | ".join(run.name for run in header.runs))
+    folder = tmp_path / "nvidia-h200"
+    write_file(TABLE, folder / "rowwise.yaml")
+    options = ("--recipe", "rowwise", "--tables", folder, "--out", tmp_path / "out", "--casts")
+    bench(llama, monkeypatch, *options)
+    out, err = capsys.readouterr()
+    assert "table, fp8gate's casts: left out: " in err
+    assert "all float8; fp8gate's casts | bf16, weights 1" in out
+    protocol = msgspec.structs.replace(TABLE.protocol, casts="fp8gate")
+    ours = msgspec.structs.replace(TABLE, protocol=protocol)
+    write_file(ours, folder / ours.variant.file)
+    bench(llama, monkeypatch, *options)
+    out, err = capsys.readouterr()
+    assert "all float8; fp8gate's casts | table; fp8gate's casts | bf16, weights 1" in out
+    assert "to float8 rowwise, fp8gate's casts" in err
 
 
 def test_getting_ready_trains_nothing_and_a_step_does(llama: ModuleType) -> None:
@@ -241,7 +261,7 @@ def made_visits(llama: ModuleType, step_s: dict[str, float], losses: dict[str, f
 
 
 def test_the_report_says_what_was_measured(llama: ModuleType) -> None:
-    runs = llama.runs_of({"bf16": (), "torchao's rule": ("a",), "table": ("a",), "plan": ("b", "c")})
+    runs = llama.runs_of({"bf16": (), "torchao's rule": ("a",), "table": ("a",), "plan": ("b", "c")}, {})
     step_s = {"bf16": 0.5, "torchao's rule, table": 0.4, "plan": 0.625, "bf16, weights 1": 0.5, "bf16, weights 2": 0.5}
     losses = {
         "bf16": 5.0,
@@ -270,7 +290,7 @@ def test_the_report_says_what_was_measured(llama: ModuleType) -> None:
 
 
 def test_a_loss_beyond_the_noise_is_named(llama: ModuleType) -> None:
-    runs = llama.runs_of({"bf16": (), "table": ("a",), "plan": ("b", "c")})
+    runs = llama.runs_of({"bf16": (), "table": ("a",), "plan": ("b", "c")}, {})
     losses = {"bf16": 5.0, "table": 5.25, "plan": 6.0, "bf16, weights 1": 4.75, "bf16, weights 2": 5.125}
     text = llama.report(header(llama, *runs), made_visits(llama, dict.fromkeys(losses, 0.5), losses))
     assert "another would lie within 0.9487 (95%); beyond that: plan" in text

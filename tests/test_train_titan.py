@@ -124,19 +124,31 @@ def test_the_line_that_says_why_a_visit_failed(output: ModuleType, log: str, exp
 
 def test_choices_that_convert_the_same_linears_are_one_run(titan: ModuleType) -> None:
     float8 = {"bf16": (), "all": (QKV, W1), "rule": (QKV, W1), "table": (W1,), "plan": (W1,)}
-    runs = titan.runs_of(float8, ["async TP", "without CUDA graphs"])
+    runs = titan.runs_of(float8, ["async TP", "without CUDA graphs"], {})
     assert [(run.choices, run.variant) for run in runs] == [
         *((("bf16",), None), (("all", "rule"), None), (("table", "plan"), None)),
         *((("bf16",), "async TP"), (("plan",), "async TP")),
         *((("bf16",), "without CUDA graphs"), (("plan",), "without CUDA graphs")),
     ]
     assert [run.name for run in runs][3:5] == ["bf16; async TP", "fp8gate, plan; async TP"]
-    assert len(titan.runs_of(float8, [])) == 3
+    assert len(titan.runs_of(float8, [], {})) == 3
 
 
 def test_without_a_plan_the_table_has_the_variants(titan: ModuleType) -> None:
-    runs = titan.runs_of({"bf16": (), "table": (W1,)}, ["async TP"])
+    runs = titan.runs_of({"bf16": (), "table": (W1,)}, ["async TP"], {})
     assert [run.choices for run in runs if run.variant] == [("bf16",), ("table",)]
+
+
+def test_with_fp8gates_casts_all_float8_runs_and_the_set_of_their_own_table(titan: ModuleType) -> None:
+    float8 = {"bf16": (), "all": (QKV, W1), "table": (W1,), "plan": (QKV,)}
+    runs = titan.runs_of(float8, ["fp8gate casts"], {"all": (QKV, W1), "table": (QKV,)})[4:]
+    assert [(run.choices, run.float8) for run in runs] == [(("all",), (QKV, W1)), (("table",), (QKV,))]
+    assert runs[1].name == "fp8gate, table; fp8gate casts"
+    (run,) = titan.runs_of(float8, ["fp8gate casts"], {"all": (QKV, W1), "table": (QKV, W1)})[4:]
+    assert run.name == "all float8; fp8gate, table; fp8gate casts"
+    without_table = titan.runs_of(float8, ["fp8gate casts"], {"all": (QKV, W1)})[4:]
+    assert [run.choices for run in without_table] == [("all",)]
+    assert len(titan.runs_of(float8, ["fp8gate casts"], {})) == 4
 
 
 def test_async_tp_is_for_tensor_parallelism_on_gpus(titan: ModuleType, output: ModuleType) -> None:

@@ -87,7 +87,9 @@ def require_same_training(plans: Plans, source: str, *, variant: Variant, device
             raise PlanError(f"{source}: $.{field}: expected {expected}, found {found}")
     if plan.variant != variant:
         casts = f"expected {variant.casts}, found {plan.variant.casts}"
-        raise PlanError(f"{source}: $.protocol.casts: {casts}: {other_casts(plan.variant)}")
+        command = f"fp8gate plan {plan.model} --recipe {variant.recipe} --tokens {tokens}{variant.option}"
+        instead = f"{other_casts(plan.variant)}. To measure one: {command}"
+        raise PlanError(f"{source}: $.protocol.casts: {casts}: {instead}")
     if device_slug(plan.device.name) != device_slug(device):
         raise PlanError(f"{source}: $.device.name: expected {device}, found {plan.device.name}")
 

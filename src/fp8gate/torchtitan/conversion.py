@@ -17,6 +17,7 @@ from torchao.float8 import convert_to_float8_training
 from torchtitan.components.quantization.float8 import Float8Linear, Float8LinearConverter
 from torchtitan.models.common.moe import GroupedExperts
 
+from fp8gate import casts
 from fp8gate.filter.auto_filter import auto_filter
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import is_head, without_indices
@@ -60,6 +61,8 @@ def _convert_winners(run: Run, settings: GateSettings) -> bool:
     asked = [place for place in places if place.fqn not in left]
     _require_head_rows(asked, settings)
     torchao_config = _torchao_config(run, settings)
+    if settings.casts == "fp8gate":
+        casts.enable()
     wants_float8 = _filter(run, settings, asked, left, torchao_config)
     wants_float8.check([(place.fqn, plain(place.config)) for place in asked])
     _agree(wants_float8)
@@ -128,6 +131,7 @@ def _filter(
         lookup=settings.lookup,
         tables=settings.tables,
         plan=settings.plan,
+        casts=settings.casts,
         parallel=Parallel(tp=run.tp, cp=run.cp, plan=sharding_plan(asked)),
         recompute=run.recompute_for(settings),
         strict=settings.strict,
@@ -189,6 +193,8 @@ def _unseen(run: Run, settings: GateSettings, left: dict[str, str]) -> Iterator[
             f"{run.checkpointing} runs a part of the forward twice, which was not measured: decided by "
             f'"recompute": "{taken}"; the other choice is "{other}"'
         )
+    if casts.is_enabled():
+        yield "fp8gate's casts are on"
     if settings.head and run.is_compiled:
         yield "the head is not compiled, and tables are of compiled linears: its casts cost more than they say"
     if run.has_async_tp:

@@ -8,6 +8,7 @@ import msgspec
 
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plain_yaml import convert
+from fp8gate.filter.contract.recipes import Casts, require_casts
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LOOKUPS, LookupName
 from fp8gate.filter.model.rows import require_row_counts
 
@@ -26,6 +27,8 @@ class GateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tokens, tp, cp, recompute: they are taken from the run. Give one to have it checked: another number is an error.
     Only where activation checkpointing runs a part of the forward twice, recompute decides what counts ("none").
     filter_fqns: linears whose name contains one of these stay in bf16. The head and routers do so anyway.
+    casts: "fp8gate" turns fp8gate's casts on, and decides by what was measured with them. "inductor" decides by what
+    was measured without them. If it is left out, what is enabled counts.
     head: ask about the head as well; `rows` must then say how many rows a call of it multiplies.
     replace: decide also about linears that torchtitan's own Float8LinearConverter has converted.
     emulate: compute float8 in float32, as torchtitan does it to test where the hardware has no float8.
@@ -41,6 +44,7 @@ class GateSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     min_speedup: float | None = None
     lookup: LookupName = DEFAULT_LOOKUP
     plan: str | None = "auto"
+    casts: Casts | None = None
     device: str | None = None
     tables: str | None = None
     strict: bool = False
@@ -53,6 +57,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "recipe": get_args(ConverterRecipe),
     "recompute": (*get_args(Recomputed), None),
     "lookup": LOOKUPS,
+    "casts": (*get_args(Casts), None),
 }
 
 
@@ -69,6 +74,11 @@ def read_settings(given: dict[str, Any]) -> GateSettings:
     if isinstance(rows := given.get("rows"), dict):
         require_row_counts(rows)
     settings = convert(given, GateSettings, source=NAME, error=InputError)
+    if settings.casts:
+        try:
+            require_casts(settings.recipe, settings.casts)
+        except InputError as error:
+            raise InputError(f"{NAME}: {error}") from error
     if _TORCHAO_RULE in settings.filter_fqns:
         raise InputError(f"{NAME}: filter_fqns: {_TORCHAO_RULE!r} is torchao's rule, in place of which fp8gate decides")
     return settings

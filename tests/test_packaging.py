@@ -29,7 +29,7 @@ def expected_files() -> set[str]:
     """Everything tracked in the four source folders, under its installed name."""
     files = {f"fp8gate/{name}" for name in ("__init__.py", "__main__.py", "py.typed")}
     package = ROOT / "src" / "fp8gate"
-    for folder in ("cli", "torchtitan"):
+    for folder in ("casts", "cli", "torchtitan"):
         files |= {f"fp8gate/{path.relative_to(package)}" for path in (package / folder).rglob("*.py")}
     code = (("calibrate", "*.py"), ("filter", "*.py"))
     data = (("calibrate", "*.jinja"), ("filter", "*.json"), ("thresholds", "*.yaml"))

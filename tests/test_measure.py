@@ -471,7 +471,7 @@ def test_rounds_that_fail_leave_no_arm_any_numbers(clock):
 
 
 def test_what_cannot_be_compiled_is_failed_and_the_others_are_measured(fake, monkeypatch):
-    def refuse_rowwise(recipe, shape, inductor, device):
+    def refuse_rowwise(recipe, shape, inductor, device, casts):
         if recipe == "rowwise":
             raise RuntimeError("no such layout")
         return ready_point.eager_linear(recipe, shape)

@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from block_settings_list import is_setting, settings_on
+from block_settings_list import CASTS_ON, is_setting, settings_on
 
 from fp8gate.calibrate.arms.block import BlockArm
 from fp8gate.calibrate.arms.failure import Failure
@@ -32,6 +32,7 @@ from fp8gate.calibrate.planning.block_worker_pool import BlockWorkerPool
 from fp8gate.calibrate.planning.search import RoleSet
 from fp8gate.calibrate.processes.channel import Channel
 from fp8gate.calibrate.processes.limits import Limits
+from fp8gate.filter.contract.recipes import Casts
 
 STEP_S = 1200.0  # a layer has dozens of kernels, and coordinate descent tunes each for many seconds
 COMPILED = "compiled"  # a file in a cache that is complete
@@ -93,6 +94,9 @@ class SettingsBench(BlockBench):
         (folder / COMPILED).touch()
         self._compiled[roles] = (None if was_there else round(compile_s, 3)), sources
         return done
+
+    def casts_of(self, roles: RoleSet) -> Casts:
+        return "fp8gate" if CASTS_ON in roles else super().casts_of(roles)
 
     def load(self, roles: RoleSet) -> Done | Failure:
         """Settings and cache are those of compiling: some settings act at a kernel's first launch."""

@@ -17,18 +17,20 @@ from typing import Any
 import torch._functorch.config
 import torch._inductor.config
 
-from fp8gate import casts
 from fp8gate.filter.contract.errors import InputError
 
 
 class CastsConfig:
-    """fp8gate.casts, off by default, in the way that torch's modules of settings are used."""
+    """fp8gate.casts, off by default, in the way that torch's modules of settings are used.
+
+    Turning it on is left to `SettingsBench.casts_of`, as what compiles a layer is told who casts.
+    """
 
     def get_config_copy(self) -> dict[str, object]:
         return {"casts": False}
 
-    def patch(self, changes: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-        return casts.replaced() if changes["casts"] else casts.not_replaced()
+    def patch(self, _: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 MODULES: Mapping[str, Any] = {
@@ -37,6 +39,7 @@ MODULES: Mapping[str, Any] = {
     "fp8gate": CastsConfig(),
 }
 OTHER = "other"  # as a value: what a setting is not by default, of True and False
+CASTS_ON = "fp8gate.casts=True"
 TOGETHER = " + "  # between the names of settings that are on at once
 AGAIN = "again"
 """Instead of a setting: production's settings a second time, compiled and tuned anew. It gains what noise gains."""

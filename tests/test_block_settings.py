@@ -63,14 +63,15 @@ def test_settings_are_on_inside_and_off_afterwards():
 
 
 def test_every_setting_can_be_turned_on_and_changes_something():
-    from block_settings_list import KnownSettings, settings_on
+    from block_settings_list import CASTS_ON, KnownSettings, settings_on
 
     known = KnownSettings.of_torch()
     assert len(known.candidates) + len(known.skipped) == 19
     before = inductor_config.get_config_copy(), functorch_config.get_config_copy()
     for candidate in known.candidates:
         with settings_on(candidate):
-            assert (inductor_config.get_config_copy(), functorch_config.get_config_copy()) != before
+            changed = (inductor_config.get_config_copy(), functorch_config.get_config_copy()) != before
+            assert changed is (candidate != (CASTS_ON,))  # these, the worker turns on
         assert (inductor_config.get_config_copy(), functorch_config.get_config_copy()) == before
 
 
@@ -130,19 +131,12 @@ def test_a_name_that_is_no_candidate_is_an_error():
         assert KnownSettings(((VIEWS,),), ("skipped",)).named([unknown_to_torch]) == ()
 
 
-def test_the_casts_are_turned_on_like_a_setting():
-    from block_settings_list import KnownSettings, settings_on
-
-    from fp8gate import casts
+def test_the_casts_are_named_like_a_setting():
+    from block_settings_list import KnownSettings
 
     known = KnownSettings.of_torch()
     assert known.named(["casts"]) == known.named(["fp8gate.casts"]) == (("fp8gate.casts=True",),)
     assert known.named(["fp8gate.casts + triton.max_tiles"]) == (("fp8gate.casts=True", TILES),)
-    with settings_on(["fp8gate.casts=True", TILES]):
-        assert (casts.is_enabled(), values()) == (True, (3, False))
-        with settings_on(["fp8gate.casts=False"]):
-            assert not casts.is_enabled()
-    assert not casts.is_enabled()
 
 
 # --- compiling -------------------------------------------------------------------------------------------------
@@ -198,6 +192,24 @@ def test_a_set_that_does_not_compile_leaves_nothing_on(tmp_path, monkeypatch):
     assert bench.answer(("compile", ALL | {TILES})) == Failure("failed", "RuntimeError: no such tiling")
     assert values() == (None, False)
     assert not any(tmp_path.rglob("compiled"))
+
+
+def test_only_a_set_with_that_setting_is_compiled_with_the_casts(tmp_path, monkeypatch):
+    from block_settings_list import CASTS_ON
+
+    from fp8gate import casts
+    from fp8gate.calibrate.arms import compilation
+
+    def note(*_: object) -> object:
+        seen.append(casts.is_enabled())
+        raise compilation._CompiledButNotRun
+
+    seen: list[bool] = []
+    bench = make_bench(tmp_path, compile=True)
+    monkeypatch.setattr(compilation._InductorUntilRun, "__call__", note)
+    for one in (ALL, ALL | {CASTS_ON}, ALL | {CASTS_ON, TILES}, BF16_SET, CONTROL_SET):
+        bench.answer(("compile", one))
+    assert seen == [False, True, True, False, False]
 
 
 def test_each_set_and_setting_has_a_cache_of_its_own(tmp_path):

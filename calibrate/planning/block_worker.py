@@ -31,7 +31,7 @@ from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET, RoleSet
 from fp8gate.calibrate.processes.channel import Channel
 from fp8gate.calibrate.timing.steady_run import run_steadily
 from fp8gate.filter.contract.plans.plan import PlanProtocol
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Casts, Recipe
 
 MAX_ERROR = 0.45
 """Of float8 against bf16. Decoder layers gave up to 0.18 (tensorwise, 8192 wide), more the wider they are, and up to
@@ -107,9 +107,14 @@ class BlockBench:
         job = self.job
         converted = BF16_SET if roles == CONTROL_SET else roles
         inductor = (job.protocol.inductor if converted else {}) if job.protocol.compile else None
-        casts = job.protocol.casts if converted else "inductor"
-        self._ready[roles] = job.blueprint.ready(converted, job.recipe, inductor, job.device.type, casts)
+        self._ready[roles] = job.blueprint.ready(
+            converted, job.recipe, inductor, job.device.type, self.casts_of(converted)
+        )
         return Done()
+
+    def casts_of(self, roles: RoleSet) -> Casts:
+        """Who compiles the casts of a set."""
+        return self.job.protocol.casts if roles else "inductor"
 
     def load(self, roles: RoleSet) -> Done | Failure:
         """Tune, capture and check a set that is compiled."""

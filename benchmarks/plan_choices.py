@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import attrgetter
 from statistics import fmean
 
 from tabulate import tabulate
@@ -39,7 +40,7 @@ def main() -> None:
 
 def packaged_plans(device: str) -> Iterator[Plan]:
     folder = packaged_thresholds() / device_slug(device) / PLANS
-    return (plan for path in sorted(folder.glob("*.yaml")) for plan in read_plans(path))
+    return (plan for path in sorted(folder.glob("*.yaml"), key=attrgetter("stem")) for plan in read_plans(path))
 
 
 def gains(plans: list[Plan]) -> str:

@@ -199,6 +199,17 @@ def _train_titan(output: Any) -> str:
     return str(output.headline(sorted((ROOT / "benchmarks" / "data" / "train-titan").glob("*.jsonl"))))
 
 
+def _train_titan_casts(output: Any) -> str:
+    return str(output.headline(sorted((ROOT / "benchmarks" / "data" / "train-titan-casts").glob("*.jsonl"))))
+
+
+def _casts_plans(script: Any) -> str:
+    """Plans of the layers that were planned with either casts."""
+    plans = list(script.packaged_plans(H100))
+    ours = {(plan.model, plan.tp, plan.recipe) for plan in plans if plan.variant.casts == "fp8gate"}
+    return str(script.gains([plan for plan in plans if (plan.model, plan.tp, plan.recipe) in ours]))
+
+
 def _scaling(scaling: Any) -> str:
     return str(scaling.report(scaling.read_costs(scaling.COSTS), [1, 8, 64, 512]))
 
@@ -229,6 +240,8 @@ BLOCKS: dict[str, Maker] = {
     "plan_choices_h100": benchmark("plan_choices", lambda script: str(script.gains(list(script.packaged_plans(H100))))),
     "tp_block": benchmark("tp_block_output", _tp_block),
     "train_titan": benchmark("train_titan_output", _train_titan),
+    "train_titan_casts": benchmark("train_titan_output", _train_titan_casts),
+    "casts_plans": benchmark("plan_choices", _casts_plans),
     "sweep_seconds": benchmark("sweep_seconds", lambda script: str(script.report(script.read_costs()))),
     "against_torchao_rule": benchmark("against_torchao_rule", lambda script: str(script.compare(DEVICE))),
     "against_h100": benchmark("against_torchao_rule", lambda script: str(script.compare(H100, min_speedup=1.0))),

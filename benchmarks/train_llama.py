@@ -20,7 +20,6 @@ runs also show what bf16 gains over itself, and a gain has to exceed that. Some 
 part. They do not show what training converges to.
 
 Run it: python benchmarks/train_llama.py --recipe rowwise --out DIR
-With FP8GATE_CASTS=1 in the environment, the kernels of fp8gate.casts do rowwise's casts.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor, nn
-from train_llama_choices import MODEL, casts_choices, choices, runs_of, say
+from train_llama_choices import CHOICES, MODEL, casts_choices, choices, runs_of, say
 from train_llama_output import ROUNDS, Header, Run, Visit, report
 
 from fp8gate import casts
@@ -69,7 +68,7 @@ def main() -> None:
     model = msgspec.structs.replace(BUNDLED[MODEL], **sizes, num_hidden_layers=arguments.layers)
     whole = build(model, torch.device("meta"))
     found = choices(whole, arguments, device)
-    with_casts = casts_choices(whole, arguments, device, found["all float8"]) if arguments.casts else {}
+    with_casts = casts_choices(whole, arguments, device) if arguments.casts else {}
     header = Header(
         model="tiny" if arguments.tiny else MODEL,
         recipe=arguments.recipe,
@@ -101,6 +100,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=320, help=f"of each model, a multiple of {ROUNDS}")
     parser.add_argument("--tables", type=Path, help="a table or folder of tables; default: those of fp8gate")
     parser.add_argument("--plan", type=Path, help="a plan; default: fp8gate's for this model, recipe and tokens")
+    parser.add_argument(
+        "--choices", nargs="+", choices=CHOICES, default=[*CHOICES], help="what to train beside bf16; default: all"
+    )
     parser.add_argument("--casts", action="store_true", help="also train with fp8gate's casts")
     parser.add_argument("--casts-plan", type=Path, help="a plan of these casts; default: fp8gate's")
     parser.add_argument("--convert-head", action="store_true", help="let each choice decide on the head too")

@@ -26,39 +26,57 @@ from fp8gate.filter.locate.places import packaged_thresholds
 from fp8gate.filter.model.linear_layer import linears_of
 
 MODEL, HEAD = "llama3-8b", "lm_head"
+CHOICES = {"all": "all float8", "rule": "torchao's rule", "table": "table", "plan": "plan"}
+"""What a run of it is called, for each choice beside bf16."""
 OTHER_WEIGHTS = (1, 2)  # seeds for bf16 alone: all choices start from the weights of seed 0
 
 
 def choices(whole: nn.Module, arguments: argparse.Namespace, device: torch.device) -> dict[str, tuple[str, ...]]:
     """The names of the model's linears that each choice converts. Prints which choices are left out, and why."""
-    recipe, tokens = arguments.recipe, arguments.tokens
-    left_out = () if arguments.convert_head else (HEAD,)
-    linears = {
-        fqn: LinearShape(tokens, linear.in_features, linear.out_features)
-        for fqn, linear in linears_of(whole)
-        if fqn not in left_out
+    recipe = arguments.recipe
+    found = {"bf16": (), "all float8": everything(whole, arguments)}
+    rule = {
+        fqn: torchao_converts(recipe, in_features=shape.k, out_features=shape.n)
+        for fqn, shape in shapes(whole, arguments).items()
     }
-    found = {"bf16": (), "all float8": tuple(fqn for fqn, shape in linears.items() if not shape.indivisible())}
-    rule = {fqn: torchao_converts(recipe, in_features=s.k, out_features=s.n) for fqn, s in linears.items()}
     if None in rule.values():
         say(f"torchao's rule: none for {recipe}, left out")
     else:
         found["torchao's rule"] = tuple(fqn for fqn, converts in rule.items() if converts)
-    return found | filter_choices(whole, arguments, device, Variant(recipe), arguments.plan)
+    found |= filter_choices(whole, arguments, device, Variant(recipe), arguments.plan)
+    return asked(found, arguments)
 
 
-def casts_choices(
-    whole: nn.Module, arguments: argparse.Namespace, device: torch.device, everything: tuple[str, ...]
-) -> dict[str, tuple[str, ...]]:
-    """The same for the choices that are also trained with fp8gate's casts. everything: all that can be converted."""
+def asked(found: dict[str, tuple[str, ...]], arguments: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    """bf16, and the choices that were asked for."""
+    names = {"bf16", *(CHOICES[choice] for choice in arguments.choices)}
+    return {name: float8 for name, float8 in found.items() if name in names}
+
+
+def casts_choices(whole: nn.Module, arguments: argparse.Namespace, device: torch.device) -> dict[str, tuple[str, ...]]:
+    """The same for the choices that are also trained with fp8gate's casts."""
     variant = Variant(arguments.recipe, "fp8gate")
-    found = {"all float8": everything}
+    found = {"all float8": everything(whole, arguments)}
     try:
         with casts.replaced():
             found |= filter_choices(whole, arguments, device, variant, arguments.casts_plan)
     except TableError as error:
         say(f"table, fp8gate's casts: left out: {error}")
-    return found
+    return asked(found, arguments)
+
+
+def everything(whole: nn.Module, arguments: argparse.Namespace) -> tuple[str, ...]:
+    """All that can be converted."""
+    return tuple(fqn for fqn, shape in shapes(whole, arguments).items() if not shape.indivisible())
+
+
+def shapes(whole: nn.Module, arguments: argparse.Namespace) -> dict[str, LinearShape]:
+    left_out = () if arguments.convert_head else (HEAD,)
+    return {
+        fqn: LinearShape(arguments.tokens, linear.in_features, linear.out_features)
+        for fqn, linear in linears_of(whole)
+        if fqn not in left_out
+    }
 
 
 def filter_choices(

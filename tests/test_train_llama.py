@@ -120,6 +120,8 @@ def test_what_there_is_not_is_said(
     assert "plan: none given and none in fp8gate, left out" in err
     assert out == "bf16 | all float8 | table | bf16, weights 1 | bf16, weights 2\n"
     first = (tmp_path / "train-llama-rowwise_with_gw_hp.jsonl").read_bytes()
+    bench(llama, monkeypatch, *options, "--choices", "table")
+    assert capsys.readouterr().out == "bf16 | table | bf16, weights 1 | bf16, weights 2\n"
     assert [run.float8[-1:] for run in msgspec.json.decode(first, type=llama.Header).runs][1:3] == [("lm_head",)] * 2
 
 

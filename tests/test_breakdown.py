@@ -14,14 +14,14 @@ from fp8gate.calibrate.breakdown import take_apart as module
 from fp8gate.calibrate.breakdown.breakdown_record import ArmBreakdown, Breakdown, Ceilings, Direction, Flop, Kernel
 from fp8gate.calibrate.breakdown.profiler import ProfileError
 from fp8gate.calibrate.breakdown.roofline import Work, work_of
-from fp8gate.calibrate.breakdown.story import sentence
+from fp8gate.calibrate.breakdown.story import sentence, title
 from fp8gate.calibrate.breakdown.take_apart import BreakdownError, break_down
 from fp8gate.calibrate.device.cpu import Cpu, CpuWatch
 from fp8gate.calibrate.device.lock import DeviceLock
 from fp8gate.calibrate.report.breakdown_figure import write_png
 from fp8gate.calibrate.report.breakdown_text import breakdown_json, breakdown_text
 from fp8gate.cli import app
-from fp8gate.filter.contract.recipes import RECIPES
+from fp8gate.filter.contract.recipes import RECIPES, Variant
 from fp8gate.filter.contract.shapes import LinearShape
 
 SHAPE = LinearShape(8192, 8192, 1024)
@@ -58,7 +58,7 @@ def found():
     """The products save 430 us, the casts cost 560 us, the gaps 10 us."""
     return Breakdown(
         shape=SHAPE,
-        recipe="rowwise",
+        variant=Variant("rowwise"),
         device="NVIDIA H200",
         ceilings=Ceilings(square=8192, bf16_tflop_per_s=800.0, float8_tflop_per_s=1600.0, copy_gb_per_s=4000.0),
         bf16=arm("bf16", 860.0, 0.0, 880.0, work_of(None, SHAPE)),
@@ -183,6 +183,20 @@ def test_a_shape_that_float8_cannot_compute_is_exit_code_2():
     assert "k = 50" in result.stderr
 
 
+def test_casts_are_refused_where_there_are_none():
+    result = run("64", "48", "32", "--recipe", "rowwise", "--casts", "fp8gate")
+    assert (result.exit_code, "on a CPU linears are not compiled" in result.stderr) == (2, True)
+    result = run("64", "48", "32", "--recipe", "tensorwise", "--casts", "fp8gate")
+    assert result.exit_code == 2
+    assert "casts: expected inductor for tensorwise; got 'fp8gate'" in result.stderr
+
+
+def test_what_was_broken_down_with_the_casts_says_so(found):
+    ours = replace(found, variant=Variant("rowwise", "fp8gate"))
+    assert "rowwise, fp8gate's casts, " in title(ours)
+    assert breakdown_json(ours) == {**breakdown_json(found), "casts": "fp8gate"}
+
+
 def test_a_device_that_a_sweep_has_is_exit_code_2():
     with DeviceLock(torch.device("cpu")):
         result = run("64", "48", "32", "--recipe", "rowwise")
@@ -221,7 +235,7 @@ def test_a_picture_that_cannot_be_written_is_exit_code_2_and_loses_nothing(found
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_real_linear_on_a_gpu():
     """Of a size whose launch gaps are small beside its kernels."""
-    found = break_down(LinearShape(4096, 4096, 4096), "rowwise", torch.device("cuda"))
+    found = break_down(LinearShape(4096, 4096, 4096), Variant("rowwise"), torch.device("cuda"))
     assert not found.has_findings, breakdown_text(found)
     calls = {
         (arm.name, name): sum(kernel.calls for kernel in direction.kernels if kernel.kind == "product")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fp8gate.calibrate.points.point_record import ArmName
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Variant
 from fp8gate.filter.contract.shapes import LinearShape
 
 AGREEMENT = 0.05  # how far the kernels' sum may be from the timing for the kernels to explain it
@@ -130,7 +130,7 @@ class Breakdown:
     """Both arms of one linear."""
 
     shape: LinearShape
-    recipe: Recipe
+    variant: Variant
     device: str
     ceilings: Ceilings
     bf16: ArmBreakdown

@@ -9,7 +9,7 @@ from fp8gate.calibrate.breakdown.breakdown_record import Breakdown
 
 
 def title(breakdown: Breakdown) -> str:
-    return f"{breakdown.shape} {breakdown.recipe}, {breakdown.device}"
+    return f"{breakdown.shape} {breakdown.variant}, {breakdown.device}"
 
 
 def sentence(breakdown: Breakdown) -> str:
@@ -30,4 +30,6 @@ def reasons(breakdown: Breakdown) -> str:
 
 def outcome(breakdown: Breakdown) -> str:
     """How the time of the float8 arm compares with that of bf16."""
-    return f"{breakdown.recipe} takes {breakdown.float8.timed_us / breakdown.bf16.timed_us:.2f} times bf16's time"
+    return (
+        f"{breakdown.variant.recipe} takes {breakdown.float8.timed_us / breakdown.bf16.timed_us:.2f} times bf16's time"
+    )

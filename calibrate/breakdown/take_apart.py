@@ -32,7 +32,7 @@ from fp8gate.calibrate.points.setup import make_setup
 from fp8gate.calibrate.points.task_queue import Task
 from fp8gate.calibrate.timing.steady_run import BATCH_S
 from fp8gate.filter.contract.errors import InputError, UnfinishedError
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Recipe, Variant, require_casts
 from fp8gate.filter.contract.shapes import LinearShape
 
 PROFILE_SETTLE_S, PROFILE_RUN_S = 1.2, 1.0
@@ -47,15 +47,18 @@ class BreakdownError(UnfinishedError):
     """This linear cannot be taken apart here and now."""
 
 
-def break_down(shape: LinearShape, recipe: Recipe, device: torch.device) -> Breakdown:
+def break_down(shape: LinearShape, variant: Variant, device: torch.device) -> Breakdown:
     """Compile, time and profile both arms, each alone on the device.
 
-    Raises InputError for a shape that float8 cannot compute, DeviceBusyError if a sweep has the device, BreakdownError
-    if an arm cannot run or the GPU slows down, ProfileError if the profiler has not recorded what ran.
+    Raises InputError for a shape that float8 cannot compute or casts that the recipe cannot have on this device,
+    DeviceBusyError if a sweep has the device, BreakdownError if an arm cannot run or the GPU slows down, ProfileError
+    if the profiler has not recorded what ran.
     """
     if problem := shape.indivisible():
         raise InputError(f"{shape}: expected multiples of 16, which float8 products take; got {problem}")
-    setup = make_setup(device)
+    recipe, casts = variant
+    require_casts(recipe, casts)
+    setup = make_setup(device, casts)
     with DeviceLock(device):
         kind = kind_of(device)
         timer, watch = kind.make_timer(device), kind.make_watch(device)
@@ -67,7 +70,7 @@ def break_down(shape: LinearShape, recipe: Recipe, device: torch.device) -> Brea
         bf16, float8 = _break_down_arms(point, recipe, _ProfilingBench(timer, watch, device, flush))
     return Breakdown(
         shape=shape,
-        recipe=recipe,
+        variant=variant,
         device=setup.device.name,
         ceilings=ceilings,
         bf16=bf16,

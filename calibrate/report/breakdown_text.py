@@ -6,6 +6,7 @@ from typing import Any
 
 from fp8gate.calibrate.breakdown.breakdown_record import AGREEMENT, ArmBreakdown, Breakdown, Kernel
 from fp8gate.calibrate.breakdown.story import sentence, title
+from fp8gate.filter.contract.recipes import casts_json
 from fp8gate.filter.terminal_table import Align, render_table
 
 NAME_LENGTH = 72
@@ -39,7 +40,8 @@ def breakdown_json(breakdown: Breakdown) -> dict[str, Any]:
         "m": shape.m,
         "k": shape.k,
         "n": shape.n,
-        "recipe": breakdown.recipe,
+        "recipe": breakdown.variant.recipe,
+        **casts_json(breakdown.variant),
         "device": breakdown.device,
         "sentence": sentence(breakdown),
         "findings": breakdown.has_findings,

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from fp8gate.cli.options import DeviceOption, JsonOption, print_json, require, say_if_untested
+from fp8gate.cli.options import CastsOption, DeviceOption, JsonOption, print_json, require, say_if_untested
 from fp8gate.filter.contract.errors import EXIT_FOUND
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Recipe, Variant
 from fp8gate.filter.contract.shapes import LinearShape
 
 
@@ -21,6 +21,7 @@ def breakdown_command(
     k: Annotated[int, typer.Argument(min=1, help="in_features.")],
     n: Annotated[int, typer.Argument(min=1, help="out_features.")],
     recipe: Annotated[Recipe, typer.Option(help="The float8 recipe to set against bf16.")],
+    casts: CastsOption = "inductor",
     device: DeviceOption = None,
     png: Annotated[Path | None, typer.Option(help="Write a picture to this file.")] = None,
     as_json: JsonOption = False,
@@ -36,7 +37,7 @@ def breakdown_command(
     from fp8gate.calibrate.device.registry import choose_device
     from fp8gate.calibrate.report.breakdown_text import breakdown_json, breakdown_text
 
-    found = break_down(LinearShape(m, k, n), recipe, choose_device(device))
+    found = break_down(LinearShape(m, k, n), Variant(recipe, casts), choose_device(device))
     if as_json:
         print_json(breakdown_json(found))
     else:

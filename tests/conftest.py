@@ -1,6 +1,7 @@
 """What all tests share: a temporary folder and a data folder of their own.
 
-So no lock is another test run's, or a sweep's, and no table or plan is the user's.
+So no lock is another test run's, or a sweep's, and no table or plan is the user's. And no test leaves fp8gate's casts
+on for those after it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import tempfile
 from multiprocessing.util import Finalize
 
 import pytest
+
+from fp8gate import casts
 
 AFTER_MULTIPROCESSING = -200  # whose own folder in there is removed at -100
 
@@ -22,9 +25,16 @@ def _own_temporary_folder():
         patch.setenv("TMPDIR", folder)
         patch.setenv("XDG_DATA_HOME", f"{folder}/data")
         patch.delenv("FP8GATE_THRESHOLDS", raising=False)
+        patch.delenv(casts.VARIABLE, raising=False)
         patch.setattr(tempfile, "tempdir", folder)
         yield
     Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=AFTER_MULTIPROCESSING)
+
+
+@pytest.fixture(autouse=True)
+def _casts_are_off_afterwards():
+    yield
+    assert not casts.is_enabled()
 
 
 @pytest.fixture

@@ -32,9 +32,7 @@ def table_of(speedup: float, *, ours: bool = False, **fields) -> Table:
 
 
 @pytest.fixture(autouse=True)
-def _not_asked_for(monkeypatch):
-    """By the environment; and what a test turns on is off after it."""
-    monkeypatch.delenv("FP8GATE_CASTS", raising=False)
+def _off_afterwards():
     with casts.not_replaced():
         yield
 

@@ -19,7 +19,7 @@ With Inductor's `emulate_precision_casts`, which torchtitan sets for rowwise, al
 without. Else Inductor does not round an operand to bf16 that it computes while it casts; the kernels read it rounded,
 as eager torch does.
 
-Importing this loads neither torch nor triton; turning it on does.
+Importing this and asking whether it is on load neither torch nor triton; turning it on or off does.
 """
 
 from __future__ import annotations
@@ -60,19 +60,11 @@ def replaced() -> contextlib.AbstractContextManager[None]:
     return graph_pass.replaced()
 
 
-@contextlib.contextmanager
-def not_replaced() -> Iterator[None]:
-    """Leave the casts in what compiles inside to Inductor; no change if they are already.
-
-    Another pass that was there runs as before.
-    """
-    if not is_enabled():
-        yield
-        return
+def not_replaced() -> contextlib.AbstractContextManager[None]:
+    """Leave the casts in what compiles inside to Inductor. Another pass that was there runs as before."""
     from fp8gate.casts import graph_pass
 
-    with graph_pass.not_replaced():
-        yield
+    return graph_pass.not_replaced()
 
 
 def is_enabled() -> bool:

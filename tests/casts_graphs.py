@@ -17,7 +17,7 @@ from fp8gate.casts.graph_pass import replace_casts
 
 M, K = 48, 80
 FLOAT8 = torch.float8_e4m3fn
-ROW_ALONE = "of the row form alone"
+ROW_ALONE = "along rows alone, which it does well"
 
 
 def scaled(

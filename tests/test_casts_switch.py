@@ -137,6 +137,6 @@ def test_a_line_a_graph_is_logged_by_casts(caplog):
         passed()(graph.graph)
         passed()(traced(torch.relu, operand()).graph)  # without casts, there is nothing to say
     assert logged_by_casts(caplog) == [
-        "2 of 4 float8 casts replaced; left to Inductor: 1 of the row form alone; "
+        "2 of 4 float8 casts replaced; left to Inductor: 1 along rows alone, which it does well; "
         "1 unknown: expected clamp_min(..., 1e-12), found clamp_min(..., 0.0)"
     ]

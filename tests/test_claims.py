@@ -175,16 +175,22 @@ def test_what_the_casts_gain_in_torchtitan():
     without = ("bf16", graphs)
     assert f"widths train {gain(tp, 'plan', None)} to 1.4 % faster than in bf16, and without" in README
     assert f"without torchtitan's CUDA graphs {gain(tp, 'plan', graphs, without)} %" in README
-    assert f"from {gain(fsdp, 'table', None)} to {gain(fsdp, 'table', ours)} %" in README
+    ranges = [f"from {gain(name, 'table', None)} to {gain(name, 'table', ours)} %" for name in (fsdp, tp)]
+    assert "{} under FSDP, and {} under TP 2".format(*ranges) in README
     assert f"[{gain(tp, 'plan', graphs, without)} % faster](plans.md" in LIMITS
     assert f"bf16 trains {gain(tp, *without)} % faster without them" in PLANS
     assert f"fp8gate's set {gain(tp, 'plan', graphs, ('plan', None))} % faster, which is" in PLANS
     assert f"which is {gain(tp, 'plan', graphs, without)} % ahead of that bf16" in PLANS
-    assert f"{speeds[fsdp, 'table', ours]:.0f} instead of {speeds[fsdp, 'bf16', None]:.0f} tokens" in CASTS
+    for name, said in (
+        (fsdp, "{} tokens per second, instead of {} with Inductor's casts and {} in bf16"),
+        (tp, "{}, instead of {} and {}"),
+    ):
+        places = (("table", ours), ("table", None), ("bf16", None))
+        assert said.format(*(f"{speeds[(name, *place)]:.0f}" for place in places)) in CASTS
     below, above = (losses[name, "table", ours] - losses[name, "bf16", None] for name in (fsdp, tp))
     usual = [losses[name, "table", None] - losses[name, "bf16", None] for name in (fsdp, tp)]
     assert f"are {-below:.3f} below bf16's (FSDP) and {above:.3f} above (TP 2)" in CASTS
-    assert "is {:.3f} and {:.3f} above".format(*usual) in CASTS
+    assert "the loss is {:.3f} and {:.3f} above".format(*usual) in CASTS
 
 
 def test_losses_in_torchtitan_follow_those_of_bf16():

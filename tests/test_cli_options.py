@@ -50,6 +50,7 @@ OPTIONS = {
         "k": REQUIRED,
         "n": REQUIRED,
         "--recipe": REQUIRED,
+        "--casts": "inductor",
         "--device": None,
         "--png": None,
         "--json": False,

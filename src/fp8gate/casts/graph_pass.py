@@ -159,7 +159,7 @@ def _why_left(casts: list[Cast], least_elements: int) -> str | None:
     """Why Inductor casts an operand better, or as well; None if the kernels do."""
     one = casts[0]
     if all(cast.form == "row" for cast in casts):
-        return "of the row form alone"
+        return "along rows alone, which it does well"
     if one.m * one.k < least_elements:
         return f"of fewer than {least_elements} elements"
     if one.m % ALIGNMENT or one.k % ALIGNMENT:

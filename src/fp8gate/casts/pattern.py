@@ -77,6 +77,8 @@ def read_cast(data: Node) -> Cast:
     clamped = _argument(data, prims.convert_element_type.default, FLOAT8)
     clamped = _argument(clamped, aten.clamp_max.default, FLOAT8_MAX)
     x, scale = _factors(_argument(clamped, aten.clamp_min.default, -FLOAT8_MAX))
+    if x.target is not prims.convert_element_type.default and _value(x).dtype is torch.float32:
+        raise UnknownPatternError("its operand is in float32, not in bf16")
     x = _argument(x, prims.convert_element_type.default, torch.float32)
     amax, powers_of_two = _amax_of(scale)
     dim = _scaled_dimension(scale, x) if amax is None else _reduced_dimension(amax, x)
@@ -128,6 +130,8 @@ def _amax_of(scale: Node) -> tuple[Node | None, bool]:
 
 def _reduced_dimension(amax: Node, x: Node) -> int:
     """The dimension of x that the amax is taken over."""
+    if amax.target is aten.max.default:
+        raise UnknownPatternError("its operand has one scale, as tensorwise has it")
     if amax.target is not aten.amax.default or len(amax.args) != 3 or amax.args[2] is not True or amax.kwargs:
         raise UnknownPatternError(f"expected amax(..., [dim], True), found {_text(amax)}")
     magnitude, dims, _ = amax.args

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from casts_graphs import ROW_ALONE, assert_equal_bits, both, logged_by_casts, operand, scale_of
+from casts_graphs import FLOAT8, ROW_ALONE, K, M, assert_equal_bits, both, column, logged_by_casts, operand, scale_of
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
@@ -96,6 +96,45 @@ def test_what_is_compiled_with_casts_replaced_has_equal_bits(make, recipe, expec
     found = step()
     assert logged_by_casts(caplog) == [str(Counts(replaced=count, left=left)) for count, left in expected]
     assert_equal_bits(found, without)
+
+
+def laid_out_anew(x: Tensor) -> tuple[Tensor, ...]:
+    """Casts of operands that Inductor would rather write in another layout, as nothing but the casts reads them."""
+    operands = (
+        x.t().contiguous(),
+        (2 * x).t().contiguous(),
+        x.t().contiguous() + 1,
+        torch.relu(x @ x).t().contiguous(),
+    )
+    return tuple(result for one in operands for result in column(one))
+
+
+@pytest.mark.slow
+def test_operators_are_given_contiguous_operands(caplog):
+    x = operand(48, 48)
+    torch._dynamo.reset()
+    with caplog.at_level(logging.INFO, "fp8gate.casts"), graph_pass.replaced(least_elements=0), UNCACHED:
+        found = torch.compile(laid_out_anew, dynamic=False)(x)
+    assert_equal_bits(found, laid_out_anew(x))
+    assert logged_by_casts(caplog) == ["4 of 4 float8 casts replaced"]
+
+
+@pytest.mark.slow
+def test_sizes_that_vary_are_left_alone(caplog):
+    """Those of a dimension that is said to vary, and those that depend on data, with scales that are given."""
+
+    def selected(x: Tensor, chosen: Tensor, scale: Tensor) -> Tensor:
+        return (x[chosen].float() * scale).clamp(-448.0, 448.0).to(FLOAT8).t().contiguous()
+
+    x, chosen, scale = operand(), torch.arange(M) % 3 > 0, torch.rand(1, K) + 0.5
+    torch._dynamo.reset()
+    capture = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+    with caplog.at_level(logging.INFO, "fp8gate.casts"), graph_pass.replaced(least_elements=0), UNCACHED, capture:
+        assert_equal_bits(torch.compile(lambda x: column(x), dynamic=True)(x), column(x))
+        found = torch.compile(selected)(x, chosen, scale)
+    assert torch.equal(found.float(), selected(x, chosen, scale).float())
+    vary = "0 of 1 float8 casts replaced; left to Inductor: 1 unknown: its operand has sizes that vary"
+    assert logged_by_casts(caplog) == [vary] * 2
 
 
 @pytest.mark.slow

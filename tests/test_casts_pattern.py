@@ -30,6 +30,8 @@ from fp8gate.casts.operators import has_operators
 
 ROOT = Path(__file__).parent.parent
 
+OTHER_SCALE = "unknown: expected a scale for each row or column, found"
+
 
 @pytest.mark.parametrize("powers_of_two", [True, False])
 @pytest.mark.parametrize(
@@ -206,13 +208,12 @@ def test_what_the_forward_saved_is_cast_with(cast, given):
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        (torch.tensor(2.0), "unknown: expected a scale for each row or column, found torch.float32 ()"),
-        (torch.ones(1, 1), "unknown: expected a scale for each row or column, found torch.float32 (1, 1)"),
-        (torch.ones(M, K), f"unknown: expected a scale for each row or column, found torch.float32 {(M, K)}"),
-        (
-            torch.ones(1, K, dtype=torch.bfloat16),
-            f"unknown: expected a scale for each row or column, found torch.bfloat16 {(1, K)}",
-        ),
+        (torch.tensor(2.0), f"{OTHER_SCALE} torch.float32 (), of strides ()"),
+        (torch.ones(1, 1), f"{OTHER_SCALE} torch.float32 (1, 1), of strides (1, 1)"),
+        (torch.ones(M, K), f"{OTHER_SCALE} torch.float32 {(M, K)}, of strides {(K, 1)}"),
+        (torch.ones(1, K, dtype=torch.bfloat16), f"{OTHER_SCALE} torch.bfloat16 {(1, K)}, of strides {(K, 1)}"),
+        (torch.ones(1, 2 * K)[:, ::2], f"{OTHER_SCALE} torch.float32 {(1, K)}, of strides {(2 * K, 2)}"),
+        (torch.ones(1, 1).expand(1, K), f"{OTHER_SCALE} torch.float32 {(1, K)}, of strides (1, 0)"),
         (torch.ones(M, 1), ROW_ALONE),
     ],
 )
@@ -223,6 +224,32 @@ def test_other_scales_are_left_alone(given, why):
 
     graph = traced(cast, operand(), given)
     assert dict(replaced(graph).left) == {why: 1}
+
+
+def test_scales_that_the_kernel_cannot_read_are_refused():
+    from fp8gate.casts.given_scales import scaled_columns
+
+    for scales in (torch.ones(K)[::2], torch.ones(2 * K)[::2], torch.ones(K, dtype=torch.float64), torch.ones(1, K)):
+        with pytest.raises(ValueError, match=f"expected {K} contiguous float32 scales; got "):
+            scaled_columns(operand(), scales)
+
+
+@pytest.mark.parametrize(
+    ("cast", "casts"),
+    [
+        (lambda x: (row(x)[0], row(x.view(3, 16, K))[0], column(x)[0]), 3),
+        (lambda x: (column(x)[0], column_of_transposed(x)[0].t()), 2),
+    ],
+)
+def test_results_that_leave_the_graph_stay_tensors_of_their_own(cast, casts):
+    graph = traced(cast, operand())
+    assert dict(replaced(graph).left) == {"of data that leave the graph more than once": casts}
+
+
+def test_an_operand_that_is_not_bf16_is_left_alone():
+    graph = traced(column, operand(dtype=torch.float16))
+    strides = "expected a contiguous bf16 operand, found torch.float16 of strides (80, 1)"
+    assert dict(replaced(graph).left) == {f"unknown: {strides}": 1}
 
 
 def test_amaxes_of_several_ranks_stay_in_the_graph():

@@ -16,7 +16,10 @@ from fp8gate.casts.two_passes import TILE_LAUNCH
 
 
 def scaled_columns(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Raises ValueError for an operand or scales that the kernel does not take."""
     m, k = checked_shape(x)
+    if scales.dtype is not torch.float32 or scales.shape != (k,) or not scales.is_contiguous():
+        raise ValueError(f"expected {k} contiguous float32 scales; got {scales.dtype} {(*scales.shape,)}")
     data = torch.empty((k, m), dtype=torch.float8_e4m3fn, device=x.device)
     launch = TILE_LAUNCH
     _scaled_kernel[(triton.cdiv(m, launch.rows) * triton.cdiv(k, launch.columns),)](

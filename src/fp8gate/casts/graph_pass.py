@@ -41,6 +41,7 @@ SOURCES = (__file__, str(pattern.__file__), str(operators.__file__))
 """What a graph depends on; kernels are no part of it."""
 
 aten, prims = torch.ops.aten, torch.ops.prims
+VIEWS = (aten.reshape.default, aten.view.default, aten.view.dtype, aten.permute.default, aten.slice.Tensor)
 log = logging.getLogger(__name__)
 GraphPass = Callable[[Graph], None]
 
@@ -166,9 +167,21 @@ def _why_left(casts: list[Cast], least_elements: int) -> str | None:
         return f"of sizes that are no multiples of {ALIGNMENT}"
     if any(cast.powers_of_two != one.powers_of_two for cast in casts):
         return "of an operand that is cast both with and without powers of two"
+    if _leave_more_than_once(casts):
+        return "of data that leave the graph more than once"
     if not operators.has_operators(one.operand.meta["val"].device):
         return "on a device without kernels for them"
     return None
+
+
+def _leave_more_than_once(casts: list[Cast]) -> bool:
+    """Whether several results of a form leave the graph: they are tensors of their own, and would become one."""
+    leaving = Counter(cast.form for cast in casts for stored in cast.stored if _leaves(stored))
+    return any(count > 1 for count in leaving.values())
+
+
+def _leaves(node: Node) -> bool:
+    return any(user.op == "output" or (user.target in VIEWS and _leaves(user)) for user in node.users)
 
 
 def _replace_data(graph: Graph, casts: list[Cast]) -> None:
@@ -177,7 +190,7 @@ def _replace_data(graph: Graph, casts: list[Cast]) -> None:
         with graph.inserting_before(cast.data):
             operand = _call(graph, aten.reshape.default, cast.operand, [cast.m, cast.k])
             scales = _call(graph, aten.reshape.default, cast.scale, [cast.k])
-            data = _call(graph, torch.ops.fp8gate.cast_column_form_with_scales.default, operand, scales)
+            data = _call_operator(graph, torch.ops.fp8gate.cast_column_form_with_scales, operand, scales)
         for stored in cast.stored:
             _exchange(graph, stored, data)
 
@@ -200,7 +213,7 @@ def _put_operator(graph: Graph, cast: Cast, *, both: bool) -> tuple[dict[str, No
     """The operator, and what it gives for each form: the data, and the amaxes in bf16."""
     operator_ = torch.ops.fp8gate.cast_both_forms if both else torch.ops.fp8gate.cast_column_form
     operand = _call(graph, aten.reshape.default, cast.operand, [cast.m, cast.k])
-    results = _call(graph, operator_.default, operand, cast.powers_of_two)
+    results = _call_operator(graph, operator_, operand, cast.powers_of_two)
     parts = {"row": cast.m, "column": cast.k} if both else {"column": cast.k}
     data = {form: _call(graph, operator.getitem, results, i) for i, form in enumerate(parts)}
     bits = _call(graph, operator.getitem, results, len(parts))
@@ -226,6 +239,16 @@ def _call(graph: Graph, target: Callable[..., Any], *args: Any) -> Node:
     """A call, and what is known of its result."""
     node = graph.call_function(target, args)
     node.meta["val"] = target(*map_arg(args, lambda argument: argument.meta["val"]))
+    return node
+
+
+def _call_operator(graph: Graph, packet: Any, *args: Any) -> Node:
+    """A call of one of our operators. Inductor gives it operands in the layout that they have here, contiguous.
+
+    It keeps to that (the tag needs_exact_strides) only where it is told of arguments, as tracing does.
+    """
+    node = _call(graph, packet.default, *args)
+    node.meta["eager_input_vals"] = map_arg(args, lambda argument: argument.meta["val"]), {}
     return node
 
 

@@ -8,14 +8,17 @@ these, and keeps its own few operations from an amax to a scale.
 - fp8gate::cast_column_form: column data (K, M), amaxes of the columns (K,).
 - fp8gate::cast_column_form_with_scales: column data (K, M), given the float32 scales (K,).
 
-On CUDA they launch kernels. On a CPU they compute the same by torch's own operations, so that all but the kernels can
-be tested there. Importing this module registers them in a process; graphs from Inductor's cache need them too.
+On CUDA they launch kernels. On a CPU they compute the same by torch's own operations, and refuse what the kernels
+refuse, so that all but the kernels can be tested there. Importing this module registers them in a process; graphs from
+Inductor's cache need them too.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fp8gate.casts.operand import checked_shape
 
 BOTH_FORMS, COLUMN_FORM = "fp8gate::cast_both_forms", "fp8gate::cast_column_form"
 COLUMN_FORM_WITH_SCALES = "fp8gate::cast_column_form_with_scales"
@@ -78,17 +81,20 @@ def column_form_with_scales_by_kernel(operand: Tensor, scales: Tensor) -> Tensor
 
 
 def both_forms_by_torch(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor, Tensor]:
+    checked_shape(operand)
     row_data, row_amax = _cast(operand, 1, powers_of_two)
     column_data, column_amax = _cast(operand, 0, powers_of_two)
     return row_data, column_data.t().contiguous(), torch.cat([_bits(row_amax), _bits(column_amax)])
 
 
 def column_form_by_torch(operand: Tensor, powers_of_two: bool) -> tuple[Tensor, Tensor]:
+    checked_shape(operand)
     data, amax = _cast(operand, 0, powers_of_two)
     return data.t().contiguous(), _bits(amax)
 
 
 def column_form_with_scales_by_torch(operand: Tensor, scales: Tensor) -> Tensor:
+    checked_shape(operand)
     return _scaled(operand, scales).t().contiguous()
 
 

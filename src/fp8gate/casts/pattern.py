@@ -80,6 +80,9 @@ def read_cast(data: Node) -> Cast:
     if x.target is not prims.convert_element_type.default and _value(x).dtype is torch.float32:
         raise UnknownPatternError("its operand is in float32, not in bf16")
     x = _argument(x, prims.convert_element_type.default, torch.float32)
+    for tensor in (x, scale):
+        if not all(isinstance(size, int) for size in _value(tensor).shape):
+            raise UnknownPatternError("its operand has sizes that vary")
     amax, powers_of_two = _amax_of(scale)
     dim = _scaled_dimension(scale, x) if amax is None else _reduced_dimension(amax, x)
     form, operand, m, k = _operand_of(x, dim)
@@ -148,8 +151,9 @@ def _scaled_dimension(scale: Node, x: Node) -> int:
     """The dimension of x that has one scale for all of it."""
     value, shape = _value(scale), _value(x).shape
     found = [dim for dim, size in enumerate(shape) if (*shape[:dim], 1, *shape[dim + 1 :]) == value.shape and size != 1]
-    if len(found) != 1 or value.dtype is not torch.float32:
-        raise UnknownPatternError(f"expected a scale for each row or column, found {value.dtype} {(*value.shape,)}")
+    if len(found) != 1 or value.dtype is not torch.float32 or not value.is_contiguous():
+        shape_and_strides = f"{(*value.shape,)}, of strides {value.stride()}"
+        raise UnknownPatternError(f"expected a scale for each row or column, found {value.dtype} {shape_and_strides}")
     return found[0]
 
 
@@ -159,8 +163,6 @@ def _operand_of(x: Node, dim: int) -> tuple[Form, Node, int, int]:
     if _is_transposed(x):
         x, dim = x.args[0], 1 - dim  # type: ignore[assignment]
     value = _value(x)
-    if not all(isinstance(size, int) for size in value.shape):
-        raise UnknownPatternError(f"its operand has sizes that vary: {(*value.shape,)}")
     if value.dtype is not torch.bfloat16 or value.layout is not torch.strided or not value.is_contiguous():
         found = f"{value.dtype} of strides {value.stride()}"
         raise UnknownPatternError(f"expected a contiguous bf16 operand, found {found}")

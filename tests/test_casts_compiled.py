@@ -72,7 +72,7 @@ def linear(bias: bool = False) -> nn.Module:
     return nn.Sequential(nn.Linear(64, 96, bias=bias, dtype=torch.bfloat16))
 
 
-TENSORWISE = "unknown: its operand has one scale, as tensorwise has it"
+TENSORWISE = "of one scale, as tensorwise has it"
 COMPILED = [
     # The forward casts an input to both forms, a weight to rows; the backward a gradient to both, a weight to columns.
     (linear, "rowwise", [(2, {ROW_ALONE: 1}), (3, {})]),

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from casts_graphs import both, column, logged_by_casts, operand, operators_in, row, traced
+from casts_graphs import FLOAT8, both, column, logged_by_casts, operand, operators_in, row, traced
 from test_light_import import HEAVY, loaded_after
+from torch import Tensor
 from torch._inductor import config as inductor_config
 
 from fp8gate import casts
@@ -140,3 +141,15 @@ def test_a_line_a_graph_is_logged_by_casts(caplog):
         "2 of 4 float8 casts replaced; left to Inductor: 1 along rows alone, which it does well; "
         "1 unknown: expected clamp_min(..., 1e-12), found clamp_min(..., 0.0)"
     ]
+
+
+def test_a_graph_without_any_replaced_cast_is_a_warning_if_one_is_unknown(caplog):
+    def cast_at_once(x: Tensor) -> Tensor:
+        return (x.float() * (448.0 / x.abs().max().double().clamp(min=1e-12)).float()).clamp(-448.0, 448.0).to(FLOAT8)
+
+    functions = (row, lambda x: column(x, eps=0.0), lambda x: (*both(x), *column(2 * x, eps=0.0)), cast_at_once)
+    with caplog.at_level(logging.INFO, "fp8gate.casts"), graph_pass.replaced(least_elements=0):
+        for one in functions:
+            passed()(traced(one, operand()).graph)
+    levels = [record.levelname for record in caplog.records if record.name.startswith("fp8gate.casts")]
+    assert levels == ["INFO", "WARNING", "INFO", "INFO"]

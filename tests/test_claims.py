@@ -187,6 +187,8 @@ def test_what_the_casts_gain_in_torchtitan():
     ):
         places = (("table", ours), ("table", None), ("bf16", None))
         assert said.format(*(f"{speeds[(name, *place)]:.0f}" for place in places)) in CASTS
+    bf16, table = (f"{speeds[tp, choice, graphs]:.0f}" for choice in ("bf16", "plan"))
+    assert f"bf16 has {bf16} tokens per second, and fp8gate's set with Inductor's casts {table}" in CASTS
     below, above = (losses[name, "table", ours] - losses[name, "bf16", None] for name in (fsdp, tp))
     usual = [losses[name, "table", None] - losses[name, "bf16", None] for name in (fsdp, tp)]
     assert f"are {-below:.3f} below bf16's (FSDP) and {above:.3f} above (TP 2)" in CASTS

@@ -29,12 +29,13 @@ from torch.fx.node import map_arg
 
 from fp8gate.casts import operators, pattern
 from fp8gate.casts.operand import ALIGNMENT
-from fp8gate.casts.pattern import Cast, UnknownPatternError, float8_nodes, read_cast
+from fp8gate.casts.pattern import Cast, OtherRecipeError, UnknownPatternError, float8_nodes, read_cast
 from fp8gate.filter.contract.errors import InputError
 
 LEAST_ELEMENTS = 8192 * 1024
 """Of an operand: from this size on the kernels were measured to be faster: there by 18 % for both forms, by 9 % for the
 column form (H100)."""
+UNKNOWN = "unknown"
 SETTING = "post_grad_custom_post_pass"
 """Inductor's setting that holds a pass."""
 SOURCES = (__file__, str(pattern.__file__), str(operators.__file__))
@@ -57,6 +58,11 @@ class Counts:
     def seen(self) -> int:
         return self.replaced + sum(self.left.values())
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether nothing was replaced, and not for a good reason: then this is not what was measured."""
+        return not self.replaced and any(reason.startswith(UNKNOWN) for reason in self.left)
+
     def __str__(self) -> str:
         left = "; ".join(f"{count} {reason}" for reason, count in sorted(self.left.items()))
         return f"{self.replaced} of {self.seen} float8 casts replaced" + (f"; left to Inductor: {left}" if left else "")
@@ -73,7 +79,7 @@ class CastPass(CustomGraphPass):
             self.before(graph)
         counts = replace_casts(graph, least_elements=self.least_elements)
         if counts.seen:
-            log.info("%s", counts)
+            log.log(logging.WARNING if counts.is_doubtful else logging.INFO, "%s", counts)
 
     def uuid(self) -> object | None:
         """Part of the key in Inductor's cache of graphs. None, for no caching, if the pass before this has none."""
@@ -139,8 +145,11 @@ def replace_casts(graph: Graph, *, least_elements: int) -> Counts:
     for node in float8_nodes(graph):
         try:
             cast = read_cast(node)
+        except OtherRecipeError as error:
+            left[str(error)] += 1
+            continue
         except UnknownPatternError as error:
-            left[f"unknown: {error}"] += 1
+            left[f"{UNKNOWN}: {error}"] += 1
             continue
         forms[cast.operand, cast.scale if cast.amax is None else None].append(cast)
     replaced = 0

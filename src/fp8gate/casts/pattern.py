@@ -42,6 +42,10 @@ class UnknownPatternError(Exception):
     """A float8 tensor that is not made as torchao's rowwise recipe makes it; the message says how it differs."""
 
 
+class OtherRecipeError(Exception):
+    """A float8 tensor of another recipe of torchao's, for which there is nothing to do; the message says what it is."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cast:
     """One form of one operand.
@@ -73,7 +77,10 @@ def float8_nodes(graph: Graph) -> Iterator[Node]:
 
 
 def read_cast(data: Node) -> Cast:
-    """The cast that gives this float8 tensor. Raises UnknownPatternError if it is not one of torchao's rowwise."""
+    """The cast that gives this float8 tensor.
+
+    Raises OtherRecipeError if it has one scale, UnknownPatternError if it is not one of torchao's rowwise otherwise.
+    """
     clamped = _argument(data, prims.convert_element_type.default, FLOAT8)
     clamped = _argument(clamped, aten.clamp_max.default, FLOAT8_MAX)
     x, scale = _factors(_argument(clamped, aten.clamp_min.default, -FLOAT8_MAX))
@@ -134,7 +141,7 @@ def _amax_of(scale: Node) -> tuple[Node | None, bool]:
 def _reduced_dimension(amax: Node, x: Node) -> int:
     """The dimension of x that the amax is taken over."""
     if amax.target is aten.max.default:
-        raise UnknownPatternError("its operand has one scale, as tensorwise has it")
+        raise OtherRecipeError("of one scale, as tensorwise has it")
     if amax.target is not aten.amax.default or len(amax.args) != 3 or amax.args[2] is not True or amax.kwargs:
         raise UnknownPatternError(f"expected amax(..., [dim], True), found {_text(amax)}")
     magnitude, dims, _ = amax.args

@@ -165,7 +165,7 @@ def test_what_the_casts_gain_in_torchtitan():
         names = {(choice, run.variant): run.name for run in header.runs for choice in run.choices}
         for place, run in names.items():
             (visit,) = [one for one in visits if one.run == run]
-            speeds[(name, *place)] = mean(step.tokens_per_s for step in visit.steps if step.step > header.setup.warm_up)
+            speeds[(name, *place)] = train_titan_output.tokens_per_s(header.setup, visit)
             losses[(name, *place)] = visit.steps[-1].loss
 
     def gain(name, choice, variant, over=("bf16", None)):

@@ -2,8 +2,9 @@
 
 Inductor compiles the casts along the columns to kernels that reach 28 to 56 % of a copy's bandwidth on an H100. On,
 these casts are found in every graph that Inductor compiles, and kernels of 54 to 67 % do them: in a decoder layer of
-Llama 3 8B with all linears in float8, the gain over bf16 rises from 6 to 18 % (LOG.md, 2026-11-26). The model, FSDP, tensor parallelism and
-recomputation need nothing else. A cast that is not exactly torchao's is left alone, and so are the other recipes.
+Llama 3 8B with all linears in float8, the gain over bf16 rises from 6 to 18 % (LOG.md, 2026-11-26). The model, FSDP,
+tensor parallelism and recomputation need nothing else. A cast that is not exactly torchao's is left alone, and so are
+the other recipes.
 
 Off by default. On for all that compiles from here on, or inside a context, or by FP8GATE_CASTS=1 in the environment of
 a program that calls `enable_if_asked`:

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from plans import PROTOCOL as PLAN_PROTOCOL
 from plans import Block, block_input, make_plan
 from samples import PROTOCOL, SETUP, quick_points
+from test_light_import import loaded_after
 from typer.testing import CliRunner
 
 from fp8gate.calibrate.arms.blueprint import Blueprint
@@ -34,6 +35,7 @@ from fp8gate.calibrate.points.setup import make_setup
 from fp8gate.calibrate.points.task_queue import Task
 from fp8gate.calibrate.report.plan_text import plan_json, plan_text
 from fp8gate.calibrate.sweep.run_sweep import SweepResult, sweep
+from fp8gate.casts import is_enabled
 from fp8gate.cli import app
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.recipes import RECIPES, Variant
@@ -263,6 +265,37 @@ def test_explain_asks_for_the_casts_and_says_them(tmp_path):
     assert "casts" not in json.loads(explain(folder, "--recipe", "rowwise", "--json").stdout)
     refused = explain(folder, "--recipe", "tensorwise", "--casts", "fp8gate")
     assert refused.exit_code == 2
+
+
+def test_explain_takes_the_casts_of_the_environment(tmp_path, monkeypatch):
+    """As training would. An option that is given wins, and nothing is turned on in its own process."""
+    folder = write_folder(tmp_path, table(0.5), table(2.0, ours=True), table(2.0, recipe="tensorwise"))
+
+    def found(*args):
+        return json.loads(explain(folder, *args, "--json").stdout).get("casts", "inductor")
+
+    monkeypatch.setenv("FP8GATE_CASTS", "1")
+    assert found("--recipe", "rowwise") == "fp8gate"
+    assert found("--recipe", "rowwise", "--casts", "inductor") == "inductor"
+    assert found("--recipe", "tensorwise") == "inductor"
+    assert not is_enabled()
+    monkeypatch.setenv("FP8GATE_CASTS", "0")
+    assert found("--recipe", "rowwise") == "inductor"
+    assert found("--recipe", "rowwise", "--casts", "fp8gate") == "fp8gate"
+    monkeypatch.setenv("FP8GATE_CASTS", "yes")
+    refused = explain(folder, "--recipe", "rowwise")
+    assert refused.exit_code == 2
+    assert "FP8GATE_CASTS: expected 1 to replace casts, or 0; got 'yes'" in refused.stderr
+
+
+def test_explain_loads_nothing_heavy_whatever_the_environment_asks_for(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path, table(2.0, ours=True))
+    monkeypatch.setenv("FP8GATE_CASTS", "1")
+    layers = ["--linear", "wq,32,32,1", "--tokens", "16", "--device", "H200", "--tables", str(folder)]
+    loaded = loaded_after(
+        f"from fp8gate.cli import app\napp({['explain', *layers, '--recipe', 'rowwise']}, standalone_mode=False)"
+    )
+    assert loaded & {"torch", "triton", "torchao"} == set()
 
 
 def test_explain_compares_recipes_with_the_casts_that_each_can_have(tmp_path):

@@ -73,10 +73,21 @@ def test_without_casts_the_table_of_the_enabled_ones_decides(folder):
 
 def test_the_environment_turns_them_on(folder, monkeypatch):
     monkeypatch.setenv("FP8GATE_CASTS", "1")
-    assert ask(folder, casts="inductor").table.protocol.casts == "inductor"
-    assert not casts.is_enabled()
     assert ask(folder).table.protocol.casts == "fp8gate"
     assert casts.is_enabled()
+
+
+def test_the_environment_is_obeyed_whatever_casts_are_asked_for(folder, monkeypatch):
+    monkeypatch.setenv("FP8GATE_CASTS", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnmeasuredSettingWarning)
+        ask(folder, casts="fp8gate")
+    assert casts.is_enabled()
+    with pytest.warns(UnmeasuredSettingWarning, match="^fp8gate's casts are on"):
+        assert ask(folder, casts="inductor").table.protocol.casts == "inductor"
+    monkeypatch.setenv("FP8GATE_CASTS", "yes")
+    with pytest.raises(InputError, match=r"^FP8GATE_CASTS: expected 1 to replace casts, or 0; got 'yes'"):
+        ask(folder, casts="inductor")
 
 
 def test_a_recipe_that_has_no_choice_keeps_inductors(folder):

@@ -6,13 +6,14 @@ Try it: fp8gate explain llama3-8b --recipe rowwise --tokens 8192 --device "NVIDI
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fp8gate.casts import VARIABLE
 from fp8gate.cli.options import (
     BUNDLED_MODELS,
-    CastsOption,
     FilterFqnsOption,
     JsonOption,
     LinearOption,
@@ -25,17 +26,20 @@ from fp8gate.cli.options import (
     print_json,
     recipes_of,
 )
-from fp8gate.filter.auto_filter import auto_filter
+from fp8gate.filter.auto_filter import make_filter
 from fp8gate.filter.contract.errors import EXIT_FOUND, InputError
-from fp8gate.filter.contract.recipes import RECIPES, Recipe
+from fp8gate.filter.contract.recipes import RECIPES, Casts, Recipe, Variant
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
+from fp8gate.filter.decision.measured_settings import casts_of_environment
 from fp8gate.filter.explain.explanation import Explanation, explain
 from fp8gate.filter.explain.explanation_text import explanation_json, explanation_text, recipes_json, recipes_text
+from fp8gate.filter.model.described_model import DescribedModel
 from fp8gate.filter.model.parallel import Parallel
 from fp8gate.filter.observe.describe import describe_model
 from fp8gate.filter.planned.plan_choice import AUTO
-from fp8gate.filter.policy.findings import FilterWarning
+from fp8gate.filter.policy.findings import FilterWarning, Findings
+from fp8gate.filter.policy.settings import FilterSettings, policies
 
 
 def explain_command(
@@ -48,7 +52,13 @@ def explain_command(
     recompute: Annotated[
         Recompute, typer.Option(help="full: activation checkpointing runs the blocks' forwards twice.")
     ] = "none",
-    casts: CastsOption = "inductor",
+    casts: Annotated[
+        Casts | None,
+        typer.Option(
+            help="Who compiles the casts of rowwise: Inductor, or fp8gate's pass (fp8gate.casts); by default Inductor, "
+            f"and fp8gate where {VARIABLE} is 1."
+        ),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="A measured device, such as H200; by default the one here (asks torch).")
     ] = None,
@@ -88,31 +98,53 @@ def explain_command(
         raise InputError(f"MODEL: expected a config.json, its folder, or one of {BUNDLED_MODELS}; or --linear")
     described = describe_model(model, tokens, linears=linear or ())
     described.require_divisible(tp)
+    settings = FilterSettings(
+        tokens=tokens,
+        filter_fqns=tuple(patterns_of(filter_fqns)),
+        min_speedup=min_speedup,
+        lookup=lookup,
+        parallel=Parallel(tp=tp, cp=cp, plan=described.parallel_plan),
+        recompute=recompute,
+    )
     explanations: dict[Recipe, Explanation] = {}
     for name in recipes_of(recipe):
-        with warnings.catch_warnings():  # an explanation says itself what is doubtful
-            warnings.simplefilter("ignore", FilterWarning)
-            wants_float8 = auto_filter(
-                name,
-                tokens=tokens,
-                device=device,
-                filter_fqns=patterns_of(filter_fqns),
-                min_speedup=min_speedup,
-                lookup=lookup,
-                tables=tables,
-                plan=None if plan == "none" else plan,
-                parallel=Parallel(tp=tp, cp=cp, plan=described.parallel_plan),
-                recompute=recompute,
-                casts="inductor" if recipe == "all" and casts not in RECIPES[name].casts else casts,
-                on_unmeasured="ignore",  # what is enabled in this process says nothing of the training
-            )
-            explanations[name] = explain(described, wants_float8)
+        variant = _variant(name, casts, is_one_of_all=recipe == "all")
+        explanations[name] = _explain(described, settings, variant, device=device, tables=tables, plan=plan)
     if recipe == "all":
         _print_recipes(asked, explanations, as_json)
     else:
         _print_one(asked, explanations[recipe], as_json)
     if strict and any(explanation.findings for explanation in explanations.values()):
         raise typer.Exit(EXIT_FOUND)
+
+
+def _variant(recipe: Recipe, casts: Casts | None, *, is_one_of_all: bool) -> Variant:
+    """The recipe with the casts that were asked for, or those of the environment.
+
+    is_one_of_all: a recipe that cannot have them is shown with Inductor's.
+    """
+    if casts is None:
+        return Variant(recipe, casts_of_environment(recipe))
+    return Variant(recipe, "inductor" if is_one_of_all and casts not in RECIPES[recipe].casts else casts)
+
+
+def _explain(
+    described: DescribedModel,
+    settings: FilterSettings,
+    variant: Variant,
+    *,
+    device: str | None,
+    tables: Path | None,
+    plan: str,
+) -> Explanation:
+    # what is enabled in this process says nothing of the training
+    findings = Findings(policies("warn", {"on_unmeasured": "ignore"}))
+    choice = None if plan == "none" else plan
+    with warnings.catch_warnings():  # an explanation says itself what is doubtful
+        warnings.simplefilter("ignore", FilterWarning)
+        wants_float8 = make_filter(variant, settings, findings, device=device, tables=tables, plan=choice)
+        findings.settle()
+        return explain(described, wants_float8)
 
 
 def _print_one(asked: dict[str, Any], explanation: Explanation, as_json: bool) -> None:

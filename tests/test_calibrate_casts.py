@@ -38,6 +38,7 @@ from fp8gate.calibrate.sweep.run_sweep import SweepResult, sweep
 from fp8gate.casts import is_enabled
 from fp8gate.cli import app
 from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.plans.plan_file import write_plans
 from fp8gate.filter.contract.recipes import RECIPES, Variant
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, TableError, read_table
@@ -246,8 +247,8 @@ def test_calibrate_refuses_recipes_without_the_casts_and_a_cpu():
     assert "casts: fp8gate's are a pass of Inductor; on a CPU linears are not compiled" in result.stderr
 
 
-def explain(folder, *args):
-    layers = ["--linear", "wq,32,32,1", "--tokens", "16", "--device", "H200", "--tables", str(folder)]
+def explain(folder, *args, tokens=16):
+    layers = ["--linear", "wq,32,32,1", "--tokens", str(tokens), "--device", "H200", "--tables", str(folder)]
     return CliRunner().invoke(app, ["explain", *layers, *args])
 
 
@@ -296,6 +297,26 @@ def test_explain_loads_nothing_heavy_whatever_the_environment_asks_for(tmp_path,
         f"from fp8gate.cli import app\napp({['explain', *layers, '--recipe', 'rowwise']}, standalone_mode=False)"
     )
     assert loaded & {"torch", "triton", "torchao"} == set()
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("kind", ["table", "plan"])
+def test_explain_answers_a_file_of_other_casts_with_its_option(tmp_path, kind, ours):
+    """And not with what a caller in Python would do."""
+    folder = write_folder(tmp_path, table(2.0), table(2.0, ours=True))
+    if kind == "table":
+        given = ["--tables", str(write_file(table(ours=ours), tmp_path / "file.yaml"))]
+    else:
+        plan = make_plan(protocol=replace(PLAN_PROTOCOL, casts="fp8gate" if ours else "inductor"))
+        write_plans([plan], tmp_path / "file.yaml")
+        given = ["--plan", str(tmp_path / "file.yaml")]
+    wrong = "inductor" if ours else "fp8gate"
+    refused = explain(folder, "--recipe", "rowwise", "--casts", wrong, *given, tokens=32)
+    assert refused.exit_code == 2
+    found = "fp8gate" if ours else "inductor"
+    assert f"file.yaml: $.protocol.casts: expected {wrong}, found {found}: it was measured with " in refused.stderr
+    advice = "add --casts fp8gate" if ours else "leave out --casts (where FP8GATE_CASTS is 1: --casts inductor)"
+    assert refused.stderr.endswith(f"; {advice}\n")
 
 
 def test_explain_compares_recipes_with_the_casts_that_each_can_have(tmp_path):

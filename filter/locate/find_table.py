@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fp8gate.filter.contract.devices import device_slug, local_device_name
-from fp8gate.filter.contract.recipes import VARIANTS, Casts, Recipe, Variant, other_casts
+from fp8gate.filter.contract.recipes import VARIANTS, Casts, Recipe, Variant, other_casts, other_casts_option
 from fp8gate.filter.contract.table import Table, TableError, read_table
 from fp8gate.filter.locate.device_names import match_device, suggestions
 from fp8gate.filter.locate.places import Place, places
@@ -137,10 +137,9 @@ def _checked(table: Table, path: Path, variant: Variant, device: str | None) -> 
     if found.recipe != variant.recipe:
         raise TableError(f"{path}: $.recipe: expected {variant.recipe}, found {found.recipe}")
     if found != variant:
-        raise TableError(
-            f"{path}: $.protocol.casts: expected {variant.casts}, found {found.casts}: {other_casts(found)}. "
-            f"{_how_to_measure(variant)}"
-        )
+        differs = f"{path}: $.protocol.casts: expected {variant.casts}, found {found.casts}"
+        option = f"{differs}: {other_casts_option(found)}"
+        raise TableError(f"{differs}: {other_casts(found)}", on_command_line=option)
     if device is not None and match_device(device, [device_slug(table.device.name)]) is None:
         raise TableError(f"{path}: $.device.name: expected {device}, found {table.device.name}")
     return table

@@ -127,8 +127,10 @@ def auto_filter(
     }
     findings = Findings(policies("error" if strict else "warn", asked))
     enable_if_asked()
-    variant = Variant(recipe, casts_enabled(recipe) if casts is None else casts)
-    wants_float8 = make_filter(variant, settings, findings, device=device, tables=tables, plan=plan)
+    variant, is_default = Variant(recipe, casts_enabled(recipe) if casts is None else casts), casts is None
+    wants_float8 = make_filter(
+        variant, settings, findings, device=device, tables=tables, plan=plan, has_default_casts=is_default
+    )
     for message in unmeasured_settings(recipe, float8_config, compiled=compiled):
         findings.add(Finding(UnmeasuredSettingWarning, message))
     wants_float8.compare_casts()
@@ -144,15 +146,17 @@ def make_filter(
     device: str | None = None,
     tables: str | os.PathLike[str] | None = None,
     plan: PlanArgument = AUTO,
+    has_default_casts: bool = False,
 ) -> AutoFilter:
     """The filter of a training that may run elsewhere: nothing is asked of this process, nor turned on in it.
 
-    The arguments and errors are those of `auto_filter`. What is found is added to `findings`, and not settled.
+    The arguments and errors are those of `auto_filter`. has_default_casts: see `AutoFilter`. What is found is added to
+    `findings`, and not settled.
     """
     require_casts(*variant)
     table, path = find_table(variant.recipe, casts=variant.casts, device=device, tables=tables)
     plans = PlanChoice(plan, variant=table.variant, device=table.device.name, settings=settings, tables=tables)
-    wants_float8 = AutoFilter(table, path, settings, findings, plans)
+    wants_float8 = AutoFilter(table, path, settings, findings, plans, has_default_casts=has_default_casts)
     if differences := stale(table.software):
         message = f"{path} was measured with {differences}; to measure again: fp8gate calibrate{table.variant.option}"
         findings.add(Finding(StaleTableWarning, message))

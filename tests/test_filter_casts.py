@@ -117,8 +117,10 @@ def test_other_casts_than_are_enabled_are_a_finding(folder, asked, is_on):
         ):
             wants_float8 = ask(folder, casts=asked)
         assert UnmeasuredSettingWarning in [finding.category for finding in checked(wants_float8)]
-        with pytest.raises(UnmeasuredSettingWarning):
+        with pytest.raises(UnmeasuredSettingWarning) as raised:
             ask(folder, casts=asked, strict=True)
+        assert ("leave casts to its default" in str(raised.value)) == is_on
+        assert "make the filter after" not in str(raised.value)
     with casts.not_replaced() if is_on else casts.replaced():
         assert UnmeasuredSettingWarning not in [finding.category for finding in checked(wants_float8)]
 
@@ -128,7 +130,10 @@ def test_check_looks_again(folder):
     wants_float8 = ask(folder)
     assert UnmeasuredSettingWarning not in [finding.category for finding in checked(wants_float8)]
     casts.enable()
-    with pytest.warns(UnmeasuredSettingWarning, match=r"^fp8gate's casts are on, and what was measured had Inductor's"):
+    after = (
+        r"^fp8gate's casts are on, and what was measured had Inductor's: make the filter after casts\.enable\(\), to"
+    )
+    with pytest.warns(UnmeasuredSettingWarning, match=after):
         checked(wants_float8)
 
 

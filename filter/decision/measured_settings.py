@@ -60,14 +60,18 @@ def casts_enabled(recipe: Recipe) -> Casts:
     return "fp8gate" if casts.is_enabled() and "fp8gate" in RECIPES[recipe].casts else "inductor"
 
 
-def wrong_casts(measured: Variant) -> str:
-    """What to say where what is measured had other casts than are enabled."""
+def wrong_casts(measured: Variant, *, is_default: bool) -> str:
+    """What to say where what is measured had other casts than are enabled.
+
+    is_default: nobody asked for these casts; they were enabled when the filter was made.
+    """
     if measured.casts == "inductor":
+        how = "make the filter after casts.enable()" if is_default else "leave casts to its default"
         return (
-            "fp8gate's casts are on, and what was measured had Inductor's: leave casts to its default, to decide by "
-            "what was measured with those that are on"
+            f"fp8gate's casts are on, and what was measured had Inductor's: {how}, to decide by what was measured with "
+            "those that are on"
         )
     return (
         "fp8gate's casts are off, and what was measured had them: call fp8gate.casts.enable() before anything is "
-        "compiled, or set FP8GATE_CASTS=1 and leave casts to its default"
+        "compiled, or set FP8GATE_CASTS=1"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ from fp8gate.casts import is_enabled
 from fp8gate.cli import app
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plans.plan_file import write_plans
-from fp8gate.filter.contract.recipes import RECIPES, Variant
+from fp8gate.filter.contract.recipes import RECIPES, SEE_BOTH_CASTS, Variant
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, TableError, read_table
 
@@ -161,18 +162,26 @@ def test_a_plan_starts_from_the_table_of_its_casts(tmp_path, ours):
 
 
 def test_tables_of_different_casts_are_not_merged():
-    with pytest.raises(TableError, match=r"^b: protocol\.casts is fp8gate, but inductor in a; only tables of one kind"):
+    kind = r"^b: protocol\.casts is fp8gate, but inductor in a; only tables of one kind can be merged"
+    with pytest.raises(TableError, match=rf"{kind}: {re.escape(SEE_BOTH_CASTS)}$"):
         merge_tables({"a": table(), "b": table(ours=True)})
+    with pytest.raises(TableError, match=r"only tables of one kind can be merged$"):
+        merge_tables({"a": table(), "b": table(recipe="tensorwise")})
     assert merge_tables({"a": table(ours=True), "b": table(1.6, ours=True)}).variant == OURS
 
 
 def test_tables_of_different_casts_are_not_compared(tmp_path):
-    with pytest.raises(TableError, match=r"^protocol\.casts: inductor and fp8gate; only tables of the same casts"):
+    with pytest.raises(
+        TableError, match=r"^protocol\.casts: inductor and fp8gate; only tables of the same casts .*report FOLDER"
+    ):
         compare_tables(table(), table(ours=True), min_speedup=1.05)
     files = [write_file(table(ours=ours), tmp_path / f"{ours}.yaml") for ours in (False, True)]
     result = CliRunner().invoke(app, ["diff", *map(str, files)])
     assert result.exit_code == 2
     assert "expected tables of the same recipe and casts; found rowwise and rowwise, fp8gate's casts" in result.stderr
+    assert result.stderr.endswith(f"{SEE_BOTH_CASTS}\n")
+    other = write_file(table(recipe="tensorwise"), tmp_path / "tensorwise.yaml")
+    assert "FOLDER" not in CliRunner().invoke(app, ["diff", str(files[0]), str(other)]).stderr
 
 
 def test_folders_are_compared_casts_by_casts(tmp_path):

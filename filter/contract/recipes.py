@@ -122,6 +122,12 @@ def other_casts_option(found: Variant) -> str:
     return f"it was measured with {found.casts}'s casts; add{found.option}"
 
 
+SEE_BOTH_CASTS = (
+    "fp8gate report FOLDER draws both, and fp8gate explain MODEL ... --casts fp8gate asks that of fp8gate's"
+)
+"""What is possible with two tables of one recipe and different casts, which cannot be merged or compared."""
+
+
 def casts_json(variant: Variant) -> dict[str, str]:
     """What the JSON of a command has beside the recipe: the casts, if they are not Inductor's."""
     return {} if variant.casts == "inductor" else {"casts": variant.casts}

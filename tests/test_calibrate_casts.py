@@ -337,3 +337,25 @@ def test_explain_compares_recipes_with_the_casts_that_each_can_have(tmp_path):
         "rowwise": "fp8gate",
     }
     assert "rowwise, fp8gate's casts" in explain(folder, "--recipe", "all", "--casts", "fp8gate").stdout
+
+
+def test_explain_leaves_out_a_recipe_without_a_table_of_the_casts(tmp_path):
+    tables = [table(2.0, recipe=recipe) for recipe in RECIPES]
+    folder = write_folder(tmp_path / "without", *tables)
+    asked = ("--recipe", "all", "--casts", "fp8gate")
+    found = explain(folder, *asked)
+    assert found.exit_code == 0
+    why = (
+        "rowwise, fp8gate's casts: left out, as NVIDIA H200 has no such table. To see rowwise with Inductor's casts: "
+        "--casts inductor. To measure, run on it: fp8gate calibrate --recipes rowwise --casts fp8gate"
+    )
+    assert found.stdout.count(why) == found.stdout.count("rowwise, ") == 1
+    assert "\ntensorwise " in found.stdout
+    data = json.loads(explain(folder, *asked, "--json").stdout)
+    assert list(data["recipes"]) == ["tensorwise", "rowwise_with_gw_hp"]
+    assert data["left_out"] == {"rowwise": why}
+    assert explain(folder, *asked, "--strict").exit_code == 1
+    assert explain(folder, "--recipe", "rowwise", "--casts", "fp8gate").exit_code == 2
+    whole = write_folder(tmp_path / "with", *tables, table(ours=True))
+    assert "left_out" not in json.loads(explain(whole, *asked, "--json").stdout)
+    assert explain(write_folder(tmp_path / "broken", *tables[1:]), *asked).exit_code == 2

@@ -154,8 +154,15 @@ def test_a_device_without_such_a_table_is_told_how_to_measure(tmp_path):
     folder = write_folder(tmp_path / "t", table_of(2.0))
     with casts.replaced():
         for place in (folder, folder / "nvidia-h200"):
-            with pytest.raises(TableError, match=r"no rowwise table with fp8gate's casts .*rowwise --casts fp8gate$"):
+            with pytest.raises(
+                TableError, match=r"no rowwise table with fp8gate's casts .*rowwise --casts fp8gate$"
+            ) as e:
                 ask(place)
+            assert ". With Inductor's casts there is one: leave out --casts and FP8GATE_CASTS, or" in str(e.value)
+        for place in (folder, write_folder(tmp_path / "u", table_of(2.0, recipe="tensorwise")) / "nvidia-h200"):
+            with pytest.raises(TableError, match=r"no rowwise table with fp8gate's casts ") as e:
+                auto_filter("rowwise", tokens=32, tables=place, device="NVIDIA H100" if place == folder else None)
+            assert "With Inductor's casts" not in str(e.value)
 
 
 def test_an_incomplete_table_names_its_command(tmp_path):

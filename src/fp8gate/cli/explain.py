@@ -34,6 +34,7 @@ from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
 from fp8gate.filter.decision.measured_settings import casts_of_environment
 from fp8gate.filter.explain.explanation import Explanation, explain
 from fp8gate.filter.explain.explanation_text import explanation_json, explanation_text, recipes_json, recipes_text
+from fp8gate.filter.locate.find_table import NoTableError
 from fp8gate.filter.model.described_model import DescribedModel
 from fp8gate.filter.model.parallel import Parallel
 from fp8gate.filter.observe.describe import describe_model
@@ -107,14 +108,20 @@ def explain_command(
         recompute=recompute,
     )
     explanations: dict[Recipe, Explanation] = {}
+    left_out: list[Variant] = []
     for name in recipes_of(recipe):
         variant = _variant(name, casts, is_one_of_all=recipe == "all")
-        explanations[name] = _explain(described, settings, variant, device=device, tables=tables, plan=plan)
+        try:
+            explanations[name] = _explain(described, settings, variant, device=device, tables=tables, plan=plan)
+        except NoTableError:
+            if recipe != "all" or variant.casts == "inductor":
+                raise
+            left_out.append(variant)
     if recipe == "all":
-        _print_recipes(asked, explanations, as_json)
+        _print_recipes(asked, explanations, left_out, as_json)
     else:
         _print_one(asked, explanations[recipe], as_json)
-    if strict and any(explanation.findings for explanation in explanations.values()):
+    if strict and (left_out or any(explanation.findings for explanation in explanations.values())):
         raise typer.Exit(EXIT_FOUND)
 
 
@@ -154,11 +161,13 @@ def _print_one(asked: dict[str, Any], explanation: Explanation, as_json: bool) -
         typer.echo(explanation_text(_title(asked), explanation))
 
 
-def _print_recipes(asked: dict[str, Any], explanations: dict[Recipe, Explanation], as_json: bool) -> None:
+def _print_recipes(
+    asked: dict[str, Any], explanations: dict[Recipe, Explanation], left_out: list[Variant], as_json: bool
+) -> None:
     if as_json:
-        print_json(recipes_json(asked, explanations))
+        print_json(recipes_json(asked, explanations, left_out))
     else:
-        typer.echo(recipes_text(_title(asked), explanations))
+        typer.echo(recipes_text(_title(asked), explanations, left_out))
 
 
 def _title(asked: dict[str, Any]) -> str:

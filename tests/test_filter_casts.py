@@ -13,11 +13,11 @@ from plans import PROTOCOL as PLAN_PROTOCOL
 from plans import make_plan
 from test_light_import import HEAVY, loaded_after
 
-from fp8gate import PlanError, TableError, UnmeasuredSettingWarning, auto_filter, casts
+from fp8gate import PlanError, StaleTableWarning, TableError, UnmeasuredSettingWarning, auto_filter, casts
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plans.plan import Candidate
 from fp8gate.filter.contract.plans.plan_file import write_plans
-from fp8gate.filter.contract.table import Table
+from fp8gate.filter.contract.table import Software, Table
 from fp8gate.filter.locate.incomplete_table import completing_command
 
 Q, GATE = (64, 64), (64, 128)
@@ -197,6 +197,13 @@ def test_plans_of_other_casts_are_passed_over(folder, ours, plan):
         checked(wants_float8)
         assert wants_float8.plans.chosen.source == str(path)
         assert wants_float8.decisions["model.layers.0.self_attn.q_proj"].reason.endswith("casts") == ours
+
+
+def test_a_stale_plan_is_measured_again_with_its_casts(folder):
+    old = plan_of(ours=True, software=Software(torch="1.0.0", torchao="0.18.0", fp8gate="0.1.0"))
+    command = "fp8gate plan tiny --recipe rowwise --tokens 32 --casts fp8gate"
+    with casts.replaced(), pytest.warns(StaleTableWarning, match=rf"; to measure again: {command}$"):
+        ask(folder, plan=old)
 
 
 @pytest.mark.parametrize("ours", [False, True])

@@ -84,6 +84,11 @@ class Variant(NamedTuple):
         return f"{self.name}.yaml"
 
     @property
+    def in_reasons(self) -> str:
+        """What the reasons of decisions end with: ", with fp8gate's casts", or nothing."""
+        return "" if self.casts == "inductor" else f", with {self.casts}'s casts"
+
+    @property
     def option(self) -> str:
         """What a command of fp8gate needs to be about it, beside the recipe."""
         return "" if self.casts == "inductor" else f" --casts {self.casts}"

@@ -38,6 +38,7 @@ from fp8gate.calibrate.report.plan_text import plan_json, plan_text
 from fp8gate.calibrate.sweep.run_sweep import SweepResult, sweep
 from fp8gate.casts import is_enabled
 from fp8gate.cli import app
+from fp8gate.filter.contract import software_check
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plans.plan_file import write_plans
 from fp8gate.filter.contract.recipes import RECIPES, SEE_BOTH_CASTS, Variant
@@ -337,6 +338,23 @@ def test_explain_compares_recipes_with_the_casts_that_each_can_have(tmp_path):
         "rowwise": "fp8gate",
     }
     assert "rowwise, fp8gate's casts" in explain(folder, "--recipe", "all", "--casts", "fp8gate").stdout
+
+
+def test_explain_says_once_what_is_true_with_all_casts(tmp_path, monkeypatch):
+    """Only the option at the end of a command differs."""
+    monkeypatch.setattr(software_check, "installed_version", {"torch": "9.9.0"}.get)
+    tables = [table(recipe=recipe) for recipe in RECIPES if recipe != "rowwise"]
+    folder = write_folder(tmp_path, *tables, table(ours=True))
+    asked = ("--recipe", "all", "--casts", "fp8gate")
+    said = explain(folder, *asked).stdout
+    assert said.count("Measured with torch ") == 1
+    assert said.endswith(": fp8gate calibrate, and again with --casts fp8gate\n")
+    other = msgspec.structs.replace(table(ours=True), software=replace(tables[0].software, torch="1.0.0"))
+    said = explain(write_folder(tmp_path, other), *asked).stdout
+    torch = tables[0].software.torch.split("+")[0]
+    assert f"\n\nrowwise_with_gw_hp, tensorwise: Measured with torch {torch}, here 9.9.0. To" in said
+    assert "\n\nrowwise: Measured with torch 1.0.0, here 9.9.0. To" in said
+    assert said.endswith(": fp8gate calibrate --casts fp8gate\n")
 
 
 def test_explain_leaves_out_a_recipe_without_a_table_of_the_casts(tmp_path):

@@ -40,12 +40,13 @@ from fp8gate.casts import is_enabled
 from fp8gate.cli import app
 from fp8gate.filter.contract import software_check
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.plans.plan_file import write_plans
+from fp8gate.filter.contract.plans.plan_file import read_plans, write_plans
 from fp8gate.filter.contract.recipes import RECIPES, SEE_BOTH_CASTS, Variant
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import Grid, TableError, read_table
 
 CPU = torch.device("cpu")
+THRESHOLDS = Path(__file__).parents[1] / "thresholds"
 OURS = Variant("rowwise", "fp8gate")
 HERE = describe_device(CPU)
 SHAPES = [LinearShape(16, k, n) for k in (16, 32) for n in (16, 32)]
@@ -266,7 +267,10 @@ def test_explain_asks_for_the_casts_and_says_them(tmp_path):
     """Whatever is on in its own process."""
     folder = write_folder(tmp_path, table(0.5), table(2.0, ours=True), table(2.0, recipe="tensorwise"))
     plain, ours = explain(folder, "--recipe", "rowwise"), explain(folder, "--recipe", "rowwise", "--casts", "fp8gate")
-    assert "casts" not in plain.stdout
+    assert plain.stdout.count("casts") == 2
+    assert "\n\nThis was measured with fp8gate's casts too: --casts fp8gate\n" in plain.stdout
+    assert "casts" not in explain(folder, "--recipe", "rowwise", "--casts", "inductor").stdout
+    assert "casts" not in explain(folder, "--recipe", "tensorwise").stdout
     assert "rowwise, fp8gate's casts, NVIDIA H200" in ours.stdout
     assert ours.stdout.count("fp8gate's casts") == 1  # the title says it, and no row again
     assert (
@@ -276,6 +280,27 @@ def test_explain_asks_for_the_casts_and_says_them(tmp_path):
     assert "casts" not in json.loads(explain(folder, "--recipe", "rowwise", "--json").stdout)
     refused = explain(folder, "--recipe", "tensorwise", "--casts", "fp8gate")
     assert refused.exit_code == 2
+
+
+def test_explain_tells_what_the_block_gains_with_the_casts():
+    """Where a plan of them fits."""
+    asked = ["explain", "llama3-8b", "--tokens", "8192", "--tables", str(THRESHOLDS)]
+
+    def said(*args):
+        return CliRunner().invoke(app, [*asked, *args]).stdout
+
+    device = THRESHOLDS / "nvidia-h100-80gb-hbm3"
+    plan = read_plans(device / "plans" / "llama3-8b-rowwise-m8192-fp8gate_casts.yaml")[0]
+    gain = f"the block {plan.chosen.speedup:.3f}x"
+    remark = f"This was measured with fp8gate's casts too, {gain}: --casts fp8gate\n"
+    assert f"\n\n{remark}" in said("--device", "H100", "--recipe", "rowwise")
+    assert f"\n\nrowwise: {remark}" in said("--device", "H100", "--recipe", "all")
+    assert "casts too: --casts" in said("--device", "H100", "--recipe", "rowwise", "--plan", "none")
+    assert "casts too" not in said("--device", "H100", "--recipe", "rowwise", "--casts", "fp8gate")
+    assert "casts too" not in said("--device", "H200", "--recipe", "rowwise")
+    of_a_file = CliRunner().invoke(app, [*asked[:-1], str(device / "rowwise.yaml"), "--recipe", "rowwise"])
+    assert of_a_file.exit_code == 0
+    assert "casts too" not in of_a_file.stdout
 
 
 def test_explain_takes_the_casts_of_the_environment(tmp_path, monkeypatch):

@@ -99,6 +99,7 @@ class Explanation:
 
     choices: bf16 first, the filter's last; torchao's rule is left out for a recipe without one. plans: those that
     decide, None if the table does. plan_command: what measures one, None if `fp8gate plan` does not know the model.
+    with_casts: the same with fp8gate's casts, to tell of them where they were not asked for.
     measure_command: what measures the shapes. findings: what should be known before the decisions are trusted. note:
     what the times leave out, or None.
     """
@@ -113,6 +114,7 @@ class Explanation:
     min_speedup: float | None
     findings: list[Finding]
     note: str | None
+    with_casts: Explanation | None = None
 
     @property
     def chosen(self) -> Choice:

@@ -33,6 +33,7 @@ def remarks(explanation: Explanation) -> Iterator[str]:
         yield from (f"The filter takes {remark}." for remark in plans.remarks())
     if faster := _faster_by_sums(explanation):
         yield _why_behind(explanation, faster, is_brief=False)
+    yield from _gain_with_casts(explanation)
     yield from _factors_for_tokens([explanation])
     yield from _doubts(explanation)
     if plans is None and explanation.plan_command:
@@ -44,6 +45,7 @@ def shared_remarks(explanations: Mapping[Recipe, Explanation]) -> Iterator[str]:
     for recipe, explanation in explanations.items():
         if faster := _faster_by_sums(explanation):
             yield f"{recipe}: {_why_behind(explanation, faster, is_brief=True)}"
+        yield from (f"{recipe}: {remark}" for remark in _gain_with_casts(explanation))
     yield from _factors_for_tokens(explanations.values())
     yield from _shared_doubts(explanations)
     if unplanned := [recipe for recipe, explanation in explanations.items() if not explanation.plans]:
@@ -107,6 +109,16 @@ def _measured_instead(chosen: Choice, faster: Choice) -> str:
 def _in_words(choice: Choice) -> str:
     """The choice, in a sentence."""
     return {TABLE: "the table's set", PLAN: "the plan's set"}.get(choice.name, choice.name)
+
+
+def _gain_with_casts(explanation: Explanation) -> Iterator[str]:
+    """That other casts were measured as well, and what the block gains with them if a plan tells."""
+    other = explanation.with_casts
+    if other is None:
+        return
+    variant, in_block = other.table.variant, other.chosen.in_block
+    gain = f", the block {in_block.speedup:.3f}x" if in_block else ""
+    yield f"This was measured with {variant.casts}'s casts too{gain}:{variant.option}"
 
 
 def _threshold(explanation: Explanation) -> str:

@@ -6,6 +6,7 @@ Try it: fp8gate explain llama3-8b --recipe rowwise --tokens 8192 --device "NVIDI
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from fp8gate.cli.options import (
 from fp8gate.filter.auto_filter import make_filter
 from fp8gate.filter.contract.errors import EXIT_FOUND, InputError
 from fp8gate.filter.contract.recipes import RECIPES, Casts, Recipe, Variant
+from fp8gate.filter.contract.table import TableError
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
 from fp8gate.filter.decision.measured_settings import casts_of_environment
@@ -41,6 +43,41 @@ from fp8gate.filter.observe.describe import describe_model
 from fp8gate.filter.planned.plan_choice import AUTO
 from fp8gate.filter.policy.findings import FilterWarning, Findings
 from fp8gate.filter.policy.settings import FilterSettings, policies
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Question:
+    """What is asked about a model, whatever the recipe and its casts."""
+
+    described: DescribedModel
+    settings: FilterSettings
+    device: str | None
+    tables: Path | None
+    plan: str
+
+    def explained(self, variant: Variant) -> Explanation:
+        # what is enabled in this process says nothing of the training
+        findings = Findings(policies("warn", {"on_unmeasured": "ignore"}))
+        plan = None if self.plan == "none" else self.plan
+        with warnings.catch_warnings():  # an explanation says itself what is doubtful
+            warnings.simplefilter("ignore", FilterWarning)
+            wants_float8 = make_filter(
+                variant, self.settings, findings, device=self.device, tables=self.tables, plan=plan
+            )
+            findings.settle()
+            return explain(self.described, wants_float8)
+
+    def beside_other_casts(self, found: Explanation) -> Explanation:
+        """The explanation with that of fp8gate's casts beside it, if those were measured on the same device too."""
+        recipe, casts = found.table.variant
+        if casts != "inductor" or "fp8gate" not in RECIPES[recipe].casts:
+            return found
+        plan = self.plan if self.plan == AUTO else "none"
+        question = replace(self, device=found.table.device.name, plan=plan)
+        try:
+            return replace(found, with_casts=question.explained(Variant(recipe, "fp8gate")))
+        except TableError:  # there is none that can be used
+            return found
 
 
 def explain_command(
@@ -107,16 +144,19 @@ def explain_command(
         parallel=Parallel(tp=tp, cp=cp, plan=described.parallel_plan),
         recompute=recompute,
     )
+    question = _Question(described=described, settings=settings, device=device, tables=tables, plan=plan)
     explanations: dict[Recipe, Explanation] = {}
     left_out: list[Variant] = []
     for name in recipes_of(recipe):
         variant = _variant(name, casts, is_one_of_all=recipe == "all")
         try:
-            explanations[name] = _explain(described, settings, variant, device=device, tables=tables, plan=plan)
+            explanations[name] = question.explained(variant)
         except NoTableError:
             if recipe != "all" or variant.casts == "inductor":
                 raise
             left_out.append(variant)
+    if casts is None:
+        explanations = {name: question.beside_other_casts(found) for name, found in explanations.items()}
     if recipe == "all":
         _print_recipes(asked, explanations, left_out, as_json)
     else:
@@ -133,25 +173,6 @@ def _variant(recipe: Recipe, casts: Casts | None, *, is_one_of_all: bool) -> Var
     if casts is None:
         return Variant(recipe, casts_of_environment(recipe))
     return Variant(recipe, "inductor" if is_one_of_all and casts not in RECIPES[recipe].casts else casts)
-
-
-def _explain(
-    described: DescribedModel,
-    settings: FilterSettings,
-    variant: Variant,
-    *,
-    device: str | None,
-    tables: Path | None,
-    plan: str,
-) -> Explanation:
-    # what is enabled in this process says nothing of the training
-    findings = Findings(policies("warn", {"on_unmeasured": "ignore"}))
-    choice = None if plan == "none" else plan
-    with warnings.catch_warnings():  # an explanation says itself what is doubtful
-        warnings.simplefilter("ignore", FilterWarning)
-        wants_float8 = make_filter(variant, settings, findings, device=device, tables=tables, plan=choice)
-        findings.settle()
-        return explain(described, wants_float8)
 
 
 def _print_one(asked: dict[str, Any], explanation: Explanation, as_json: bool) -> None:

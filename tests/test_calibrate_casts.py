@@ -158,6 +158,11 @@ def test_a_plan_starts_from_the_table_of_its_casts(tmp_path, ours):
     found = plan_subject(subject, recipe="rowwise", device=CPU, protocol=protocol, tables=tmp_path, workers=0)
     assert found.protocol.casts == protocol.casts
     assert found.table.convert == ()
+    said = []
+    other = write_file(table(ours=not ours, device=HERE), tmp_path / "other.yaml")
+    plan_subject(subject, recipe="rowwise", device=CPU, protocol=protocol, tables=other, workers=0, say=said.append)
+    advice = "leave out --casts" if ours else "add --casts fp8gate; so the search"
+    assert advice in "".join(said)
 
 
 # --- comparisons -----------------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
+from fp8gate.casts import enable_if_asked
 from fp8gate.filter.contract.errors import InputError
-from fp8gate.filter.contract.recipes import RECIPES, Casts, Recipe, require_casts
+from fp8gate.filter.contract.recipes import RECIPES, Casts, Recipe, Variant, require_casts
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
-from fp8gate.filter.decision.measured_settings import casts_asked_for, unmeasured_settings
+from fp8gate.filter.decision.measured_settings import casts_enabled, unmeasured_settings
 from fp8gate.filter.layer_filter import AutoFilter
 from fp8gate.filter.locate.find_table import find_table
 from fp8gate.filter.locate.incomplete_table import complete_table_elsewhere, incomplete_remark
@@ -66,8 +67,8 @@ def auto_filter(
     number: pattern of names -> rows, such as {"*.experts.*": 256}; of several that match, the last counts.
     float8_config: torchao's Float8LinearConfig, if you have one: settings in it that were not measured are found.
     compiled: whether training runs under torch.compile, as what was measured did. casts: who compiles the casts of
-    rowwise: "inductor", or "fp8gate" where `fp8gate.casts` is on; None asks which they are, and turns those of fp8gate
-    on if the environment variable FP8GATE_CASTS is 1. The table and the plans are those measured with these casts.
+    rowwise: "inductor", or "fp8gate" where `fp8gate.casts` is on; None asks which they are. The table and the plans are
+    those measured with these casts. Whatever this is, FP8GATE_CASTS=1 in the environment turns fp8gate's casts on.
 
     device: a measured device as people write it, such as "H200"; None asks torch for the local one. filter_fqns:
     linears whose name contains one of these are never converted. lookup: "interpolate" between the measured points
@@ -125,11 +126,37 @@ def auto_filter(
         "on_nothing": on_nothing,
     }
     findings = Findings(policies("error" if strict else "warn", asked))
-    casts = casts_asked_for(recipe) if casts is None else casts
-    require_casts(recipe, casts)
-    table, path = find_table(recipe, casts=casts, device=device, tables=tables)
+    enable_if_asked()
+    variant, is_default = Variant(recipe, casts_enabled(recipe) if casts is None else casts), casts is None
+    wants_float8 = make_filter(
+        variant, settings, findings, device=device, tables=tables, plan=plan, has_default_casts=is_default
+    )
+    for message in unmeasured_settings(recipe, float8_config, compiled=compiled):
+        findings.add(Finding(UnmeasuredSettingWarning, message))
+    wants_float8.compare_casts()
+    findings.settle()
+    return wants_float8
+
+
+def make_filter(
+    variant: Variant,
+    settings: FilterSettings,
+    findings: Findings,
+    *,
+    device: str | None = None,
+    tables: str | os.PathLike[str] | None = None,
+    plan: PlanArgument = AUTO,
+    has_default_casts: bool = False,
+) -> AutoFilter:
+    """The filter of a training that may run elsewhere: nothing is asked of this process, nor turned on in it.
+
+    The arguments and errors are those of `auto_filter`. has_default_casts: see `AutoFilter`. What is found is added to
+    `findings`, and not settled.
+    """
+    require_casts(*variant)
+    table, path = find_table(variant.recipe, casts=variant.casts, device=device, tables=tables)
     plans = PlanChoice(plan, variant=table.variant, device=table.device.name, settings=settings, tables=tables)
-    wants_float8 = AutoFilter(table, path, settings, findings, plans)
+    wants_float8 = AutoFilter(table, path, settings, findings, plans, has_default_casts=has_default_casts)
     if differences := stale(table.software):
         message = f"{path} was measured with {differences}; to measure again: fp8gate calibrate{table.variant.option}"
         findings.add(Finding(StaleTableWarning, message))
@@ -137,10 +164,6 @@ def auto_filter(
         complete = complete_table_elsewhere(path) if tables is None else None
         instead = f"; or take the complete one that comes after it: tables={str(complete)!r}" if complete else ""
         findings.add(Finding(IncompleteTableWarning, f"{remark}{instead}"))
-    for message in unmeasured_settings(recipe, float8_config, compiled=compiled):
-        findings.add(Finding(UnmeasuredSettingWarning, message))
-    wants_float8.compare_casts()
     for finding in plans.findings():
         findings.add(finding)
-    findings.settle()
     return wants_float8

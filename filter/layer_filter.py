@@ -55,12 +55,21 @@ class AutoFilter:
     """
 
     def __init__(
-        self, table: Table, path: Path, settings: FilterSettings, findings: Findings, plans: PlanChoice
+        self,
+        table: Table,
+        path: Path,
+        settings: FilterSettings,
+        findings: Findings,
+        plans: PlanChoice,
+        *,
+        has_default_casts: bool = False,
     ) -> None:
+        """has_default_casts: the table's are those that were enabled, and not asked for."""
         self.table = table
         self.path = path
         self.settings = settings
         self.decisions: dict[str, Decision] = {}
+        self._has_default_casts = has_default_casts
         self._model = ModelLinears()
         self._findings = findings
         self.plans = plans
@@ -150,7 +159,7 @@ class AutoFilter:
 
     @property
     def _wrong_casts(self) -> Finding:
-        return Finding(UnmeasuredSettingWarning, wrong_casts(self.table.variant))
+        return Finding(UnmeasuredSettingWarning, wrong_casts(self.table.variant, is_default=self._has_default_casts))
 
     @property
     def left_alone(self) -> tuple[str, ...]:

@@ -146,9 +146,8 @@ class LinearDecisions:
 
     def _with_casts(self, decision: Decision) -> Decision:
         """The decision, whose reason names the casts that were measured if they are not Inductor's."""
-        if self._variant.casts == "inductor":
-            return decision
-        return msgspec.structs.replace(decision, reason=f"{decision.reason}, with {self._variant.casts}'s casts")
+        casts = self._variant.in_reasons
+        return msgspec.structs.replace(decision, reason=f"{decision.reason}{casts}") if casts else decision
 
     def _add_doubts(self, fqn: str, decision: Decision, min_speedup: float) -> None:
         """Of linears of one shape, only the first is named with each doubt."""

@@ -62,7 +62,7 @@ OPTIONS = {
         "--tp": 1,
         "--cp": 1,
         "--recompute": "none",
-        "--casts": "inductor",
+        "--casts": None,
         "--device": None,
         "--tables": None,
         "--plan": "auto",

@@ -33,6 +33,8 @@ WELL = Checkup(
     device=GPU,
     versions=VERSIONS,
     places={"/data/thresholds": "your own"},
+    casts=None,
+    casts_problem=None,
     tables=tuple(
         FoundFile(what=recipe, path=f"{recipe}.yaml", measured="407 points, 2026-11-25") for recipe in RECIPES
     ),
@@ -205,6 +207,16 @@ def test_a_merged_table_says_of_how_many_sweeps(here):
     write_file(merge_tables({"own": own, "later": later}), here / device_slug(local_device_name()) / "rowwise.yaml")
     (found,) = check_up().tables
     assert found.measured == "1 of 1 points, 2026-11-25, 2 sweeps merged"
+
+
+@pytest.mark.parametrize(("value", "is_wrong"), [(None, False), ("1", False), ("0", False), ("on", True)])
+def test_the_variable_of_the_casts_is_told_where_it_is_set(here, monkeypatch, value, is_wrong):
+    if value is not None:
+        monkeypatch.setenv("FP8GATE_CASTS", value)
+    found = check_up()
+    assert found.casts == value
+    assert (f"the environment has FP8GATE_CASTS={value}\n" in checkup_text(found)) == (value is not None)
+    assert (f"FP8GATE_CASTS: expected 1 to replace casts, or 0; got {value!r}" in problems(found)) == is_wrong
 
 
 def test_tables_of_both_casts_are_listed_and_only_inductors_can_be_missing(here):

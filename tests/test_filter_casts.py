@@ -13,11 +13,11 @@ from plans import PROTOCOL as PLAN_PROTOCOL
 from plans import make_plan
 from test_light_import import HEAVY, loaded_after
 
-from fp8gate import PlanError, TableError, UnmeasuredSettingWarning, auto_filter, casts
+from fp8gate import PlanError, StaleTableWarning, TableError, UnmeasuredSettingWarning, auto_filter, casts
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plans.plan import Candidate
 from fp8gate.filter.contract.plans.plan_file import write_plans
-from fp8gate.filter.contract.table import Table
+from fp8gate.filter.contract.table import Software, Table
 from fp8gate.filter.locate.incomplete_table import completing_command
 
 Q, GATE = (64, 64), (64, 128)
@@ -73,10 +73,21 @@ def test_without_casts_the_table_of_the_enabled_ones_decides(folder):
 
 def test_the_environment_turns_them_on(folder, monkeypatch):
     monkeypatch.setenv("FP8GATE_CASTS", "1")
-    assert ask(folder, casts="inductor").table.protocol.casts == "inductor"
-    assert not casts.is_enabled()
     assert ask(folder).table.protocol.casts == "fp8gate"
     assert casts.is_enabled()
+
+
+def test_the_environment_is_obeyed_whatever_casts_are_asked_for(folder, monkeypatch):
+    monkeypatch.setenv("FP8GATE_CASTS", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnmeasuredSettingWarning)
+        ask(folder, casts="fp8gate")
+    assert casts.is_enabled()
+    with pytest.warns(UnmeasuredSettingWarning, match="^fp8gate's casts are on"):
+        assert ask(folder, casts="inductor").table.protocol.casts == "inductor"
+    monkeypatch.setenv("FP8GATE_CASTS", "yes")
+    with pytest.raises(InputError, match=r"^FP8GATE_CASTS: expected 1 to replace casts, or 0; got 'yes'"):
+        ask(folder, casts="inductor")
 
 
 def test_a_recipe_that_has_no_choice_keeps_inductors(folder):
@@ -106,8 +117,10 @@ def test_other_casts_than_are_enabled_are_a_finding(folder, asked, is_on):
         ):
             wants_float8 = ask(folder, casts=asked)
         assert UnmeasuredSettingWarning in [finding.category for finding in checked(wants_float8)]
-        with pytest.raises(UnmeasuredSettingWarning):
+        with pytest.raises(UnmeasuredSettingWarning) as raised:
             ask(folder, casts=asked, strict=True)
+        assert ("leave casts to its default" in str(raised.value)) == is_on
+        assert "make the filter after" not in str(raised.value)
     with casts.not_replaced() if is_on else casts.replaced():
         assert UnmeasuredSettingWarning not in [finding.category for finding in checked(wants_float8)]
 
@@ -117,7 +130,10 @@ def test_check_looks_again(folder):
     wants_float8 = ask(folder)
     assert UnmeasuredSettingWarning not in [finding.category for finding in checked(wants_float8)]
     casts.enable()
-    with pytest.warns(UnmeasuredSettingWarning, match=r"^fp8gate's casts are on, and what was measured had Inductor's"):
+    after = (
+        r"^fp8gate's casts are on, and what was measured had Inductor's: make the filter after casts\.enable\(\), to"
+    )
+    with pytest.warns(UnmeasuredSettingWarning, match=after):
         checked(wants_float8)
 
 
@@ -129,17 +145,24 @@ def test_a_table_file_of_other_casts_is_refused(tmp_path, ours):
         assert auto_filter("rowwise", tokens=32, tables=path, casts=right).table.protocol.casts == right
     with pytest.raises(TableError, match=rf"t\.yaml: \$\.protocol\.casts: expected {wrong}, found {right}: ") as error:
         auto_filter("rowwise", tokens=32, tables=path, casts=wrong)
-    measures = "fp8gate calibrate --recipes rowwise" + ("" if ours else " --casts fp8gate")
-    assert str(error.value).endswith(measures)
     assert ("fp8gate.casts.enable()" in str(error.value)) == ours
+    assert ("give casts='inductor'" in str(error.value)) != ours
+    assert "fp8gate calibrate" not in str(error.value)  # both can be had
 
 
 def test_a_device_without_such_a_table_is_told_how_to_measure(tmp_path):
     folder = write_folder(tmp_path / "t", table_of(2.0))
     with casts.replaced():
         for place in (folder, folder / "nvidia-h200"):
-            with pytest.raises(TableError, match=r"no rowwise table with fp8gate's casts .*rowwise --casts fp8gate$"):
+            with pytest.raises(
+                TableError, match=r"no rowwise table with fp8gate's casts .*rowwise --casts fp8gate$"
+            ) as e:
                 ask(place)
+            assert ". With Inductor's casts there is one: leave out --casts and FP8GATE_CASTS, or" in str(e.value)
+        for place in (folder, write_folder(tmp_path / "u", table_of(2.0, recipe="tensorwise")) / "nvidia-h200"):
+            with pytest.raises(TableError, match=r"no rowwise table with fp8gate's casts ") as e:
+                auto_filter("rowwise", tokens=32, tables=place, device="NVIDIA H100" if place == folder else None)
+            assert "With Inductor's casts" not in str(e.value)
 
 
 def test_an_incomplete_table_names_its_command(tmp_path):
@@ -176,6 +199,13 @@ def test_plans_of_other_casts_are_passed_over(folder, ours, plan):
         assert wants_float8.decisions["model.layers.0.self_attn.q_proj"].reason.endswith("casts") == ours
 
 
+def test_a_stale_plan_is_measured_again_with_its_casts(folder):
+    old = plan_of(ours=True, software=Software(torch="1.0.0", torchao="0.18.0", fp8gate="0.1.0"))
+    command = "fp8gate plan tiny --recipe rowwise --tokens 32 --casts fp8gate"
+    with casts.replaced(), pytest.warns(StaleTableWarning, match=rf"; to measure again: {command}$"):
+        ask(folder, plan=old)
+
+
 @pytest.mark.parametrize("ours", [False, True])
 def test_a_plan_of_other_casts_that_is_given_is_refused(folder, ours):
     path = write_plan(folder, ours=not ours)
@@ -183,8 +213,8 @@ def test_a_plan_of_other_casts_that_is_given_is_refused(folder, ours):
         for plan in (path, plan_of(ours=not ours)):
             with pytest.raises(PlanError, match=r"\$\.protocol\.casts: expected \w+, found \w+: it was meas") as error:
                 ask(folder, plan=plan)
-            command = "fp8gate plan tiny --recipe rowwise --tokens 32" + (" --casts fp8gate" if ours else "")
-            assert str(error.value).endswith(f"To measure one: {command}")
+            assert ("fp8gate.casts.enable()" in str(error.value)) != ours
+            assert "fp8gate plan" not in str(error.value)
 
 
 def test_asking_for_the_casts_loads_nothing_heavy(folder):

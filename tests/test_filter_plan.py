@@ -427,8 +427,12 @@ def test_a_plan_that_was_never_checked_is_an_error(with_plan):
 
 def test_a_plan_of_other_software_is_stale(with_plan):
     old = {"software": Software(torch="1.0.0", torchao="0.18.0", fp8gate="0.1.0")}
-    with pytest.warns(StaleTableWarning, match=r"of tiny was measured with torch 1.0.0, here .*: fp8gate plan"):
+    command = "fp8gate plan tiny --recipe rowwise --tokens 32"
+    with pytest.warns(StaleTableWarning, match=rf"of tiny was measured with torch 1.0.0, here .*: {command}$"):
         with_plan(plan=old)
+    parts = {"tp": 2, "recompute": "full", "left_out": ("mlp.gate_proj",)}
+    with pytest.warns(StaleTableWarning, match=rf"{command} --tp 2 --recompute full --filter-fqns mlp\.gate_proj$"):
+        with_plan(plan={**old, **parts})
     with pytest.raises(StaleTableWarning):
         with_plan(plan=old, on_stale="error")
     with warnings.catch_warnings():

@@ -413,6 +413,20 @@ def test_the_casts_are_turned_on_and_their_table_decides(
     assert "fp8gate's casts are on\n" in caplog.text
 
 
+def test_nothing_is_said_of_casts_where_they_have_nothing_to_do(
+    debug: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fp8gate")
+    monkeypatch.setenv("FP8GATE_CASTS", "1")
+    recipe = "rowwise_with_gw_hp"
+    table = write_file(msgspec.structs.replace(TABLE, recipe=recipe), tmp_path / f"{recipe}.yaml")
+    with casts.not_replaced():
+        debug(recipe=recipe, tables=str(table))
+        assert casts.is_enabled()
+    assert "fp8gate.torchtitan.gate:" in caplog.text
+    assert "casts are on" not in caplog.text
+
+
 def test_without_the_key_what_is_enabled_decides(debug: Callable[..., Any], both_casts: Path) -> None:
     with casts.replaced():
         assert float8_names(debug(tables=str(both_casts))) == ["attention.wo", "feed_forward.w2"]

@@ -19,7 +19,7 @@ from statistics import median
 
 from fp8gate.calibrate.comparison.point_change import PointChange, compare_points, most_by_chance
 from fp8gate.calibrate.timing.statistics import Interval, ratio_of
-from fp8gate.filter.contract.recipes import Variant
+from fp8gate.filter.contract.recipes import SEE_BOTH_CASTS, Variant
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import WITH_NUMBERS, Point, Table, TableError
 from fp8gate.filter.decision.decide import DEFAULT_MIN_SPEEDUP
@@ -152,7 +152,7 @@ def compare_tables(
         raise TableError(f"recipe: {before.recipe} and {after.recipe}; only tables of one recipe can be compared")
     if before.variant != after.variant:
         casts = f"{before.protocol.casts} and {after.protocol.casts}"
-        raise TableError(f"protocol.casts: {casts}; only tables of the same casts can be compared")
+        raise TableError(f"protocol.casts: {casts}; only tables of the same casts can be compared: {SEE_BOTH_CASTS}")
     old, new = ({point.shape: point for point in table.points} for table in (before, after))
     common = sorted(old.keys() & new.keys())
     if not common:

@@ -11,7 +11,7 @@ from pathlib import Path
 from fp8gate.calibrate.comparison.compare_tables import Comparison, compare_tables
 from fp8gate.calibrate.comparison.table_paths import by_variant, read_tables
 from fp8gate.calibrate.comparison.usual_models import usual_models
-from fp8gate.filter.contract.recipes import VARIANTS
+from fp8gate.filter.contract.recipes import SEE_BOTH_CASTS, VARIANTS
 from fp8gate.filter.contract.table import TableError
 
 
@@ -26,9 +26,11 @@ def compare_paths(before: Path, after: Path, *, min_speedup: float) -> list[Comp
     )
     common = [variant for variant in VARIANTS if variant in old and variant in new]
     if not common:
+        differ_by_casts = {variant.recipe for variant in old} & {variant.recipe for variant in new}
+        instead = f". {SEE_BOTH_CASTS}" if differ_by_casts else ""
         raise TableError(
             f"{before} and {after}: expected tables of the same recipe and casts; "
-            f"found {', '.join(map(str, old))} and {', '.join(map(str, new))}"
+            f"found {', '.join(map(str, old))} and {', '.join(map(str, new))}{instead}"
         )
     models = usual_models()
     return [compare_tables(old[variant], new[variant], min_speedup=min_speedup, models=models) for variant in common]

@@ -27,6 +27,7 @@ from fp8gate.calibrate.points.point_record import make_point
 from fp8gate.calibrate.timing.statistics import Interval
 from fp8gate.filter.contract.bounds import COVERAGE, Bounds, RunBounds, Spread, Unaligned
 from fp8gate.filter.contract.merged_sweep import MergedSweep
+from fp8gate.filter.contract.recipes import SEE_BOTH_CASTS
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.table import (
     WITH_NUMBERS,
@@ -70,8 +71,8 @@ def merge_tables(tables: Mapping[str, Table]) -> Table:
     first_name, first = next(iter(tables.items()))
     for name, table in tables.items():
         if difference := _difference(first, table):
-            kind = "only tables of one kind can be merged, and fp8gate diff compares others"
-            raise TableError(f"{name}: {difference} in {first_name}; {kind}")
+            kind = "only tables of one kind can be merged"
+            raise TableError(f"{name}: {difference} in {first_name}; {kind}{_instead(first, table)}")
     ordered = sorted(tables.values(), key=format_table)  # so that no sum depends on the order given
     by_shape: dict[LinearShape, list[Point]] = defaultdict(list)
     for table in ordered:
@@ -247,6 +248,13 @@ def _difference(one: Table, other: Table) -> str:
     if ours_us != theirs_us:
         return f"protocol.bounds.board_us is {theirs_us or 'missing'}, but {ours_us or 'missing'}"
     return ""
+
+
+def _instead(one: Table, other: Table) -> str:
+    """What can be done with two tables that cannot be merged: those of two recipes cannot be compared either."""
+    if one.recipe != other.recipe:
+        return ""
+    return ", and fp8gate diff compares others" if one.variant == other.variant else f": {SEE_BOTH_CASTS}"
 
 
 def _pooled(spreads: Iterable[Spread | None]) -> Spread | None:

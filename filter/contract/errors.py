@@ -17,6 +17,8 @@ class InputError(ValueError):
     """An argument or a file that cannot be used; the message names it and says what was expected."""
 
     exit_code = EXIT_USAGE
+    on_command_line: str | None = None
+    """What a command says in place of the message, if that gives advice to a caller in Python."""
 
 
 class UnfinishedError(RuntimeError):

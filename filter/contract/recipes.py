@@ -84,6 +84,11 @@ class Variant(NamedTuple):
         return f"{self.name}.yaml"
 
     @property
+    def in_reasons(self) -> str:
+        """What the reasons of decisions end with: ", with fp8gate's casts", or nothing."""
+        return "" if self.casts == "inductor" else f", with {self.casts}'s casts"
+
+    @property
     def option(self) -> str:
         """What a command of fp8gate needs to be about it, beside the recipe."""
         return "" if self.casts == "inductor" else f" --casts {self.casts}"
@@ -106,13 +111,26 @@ def require_casts(recipe: Recipe, casts: Casts) -> None:
 
 
 def other_casts(found: Variant) -> str:
-    """What to do about a table or plan that was measured with other casts than were asked for."""
+    """What a caller in Python does about a table or plan of other casts than were asked for."""
     if found.casts == "inductor":
         return "it was measured with Inductor's casts; give casts='inductor', and leave those of fp8gate off"
     return (
         f"it was measured with {found.casts}'s casts; to train with them: fp8gate.casts.enable(), before anything is "
         "compiled, or FP8GATE_CASTS=1"
     )
+
+
+def other_casts_option(found: Variant) -> str:
+    """The same for someone at the command line."""
+    if found.casts == "inductor":
+        return "it was measured with Inductor's casts; leave out --casts (where FP8GATE_CASTS is 1: --casts inductor)"
+    return f"it was measured with {found.casts}'s casts; add{found.option}"
+
+
+SEE_BOTH_CASTS = (
+    "fp8gate report FOLDER draws both, and fp8gate explain MODEL ... --casts fp8gate asks that of fp8gate's"
+)
+"""What is possible with two tables of one recipe and different casts, which cannot be merged or compared."""
 
 
 def casts_json(variant: Variant) -> dict[str, str]:

@@ -6,7 +6,8 @@ In: torchao's config and how the model runs. Out: a sentence for each such setti
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fp8gate import casts
@@ -43,13 +44,15 @@ def unmeasured_settings(recipe: Recipe, config: Any, *, compiled: bool) -> Itera
             yield f"float8_config.{one.name} is {asked}, measured was {usual}: {why}"
 
 
-def casts_asked_for(recipe: Recipe) -> Casts:
-    """Who will compile the recipe's casts, as far as this process knows: fp8gate, if its casts are on for it.
+def casts_of_environment(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> Casts:
+    """Who will compile the recipe's casts in a process with this FP8GATE_CASTS. Turns nothing on, and loads nothing.
 
-    The environment variable FP8GATE_CASTS turns them on, if nothing has yet.
+    Raises InputError for a value that is not one of the variable's.
     """
-    casts.enable_if_asked()
-    return casts_enabled(recipe)
+    is_on = environment.get(casts.VARIABLE) == "1"
+    if not is_on:
+        casts.enable_if_asked(environment)  # it refuses the values that are none
+    return "fp8gate" if is_on and "fp8gate" in RECIPES[recipe].casts else "inductor"
 
 
 def casts_enabled(recipe: Recipe) -> Casts:
@@ -57,14 +60,18 @@ def casts_enabled(recipe: Recipe) -> Casts:
     return "fp8gate" if casts.is_enabled() and "fp8gate" in RECIPES[recipe].casts else "inductor"
 
 
-def wrong_casts(measured: Variant) -> str:
-    """What to say where what is measured had other casts than are enabled."""
+def wrong_casts(measured: Variant, *, is_default: bool) -> str:
+    """What to say where what is measured had other casts than are enabled.
+
+    is_default: nobody asked for these casts; they were enabled when the filter was made.
+    """
     if measured.casts == "inductor":
+        how = "make the filter after casts.enable()" if is_default else "leave casts to its default"
         return (
-            "fp8gate's casts are on, and what was measured had Inductor's: leave casts to its default, to decide by "
-            "what was measured with those that are on"
+            f"fp8gate's casts are on, and what was measured had Inductor's: {how}, to decide by what was measured with "
+            "those that are on"
         )
     return (
         "fp8gate's casts are off, and what was measured had them: call fp8gate.casts.enable() before anything is "
-        "compiled, or set FP8GATE_CASTS=1 and leave casts to its default"
+        "compiled, or set FP8GATE_CASTS=1"
     )

@@ -31,14 +31,16 @@ from fp8gate.filter.policy.findings import Finding
 class LayerExplanation:
     """Linears of one kind with one decision: the shape that a rank holds, what decides, and the times by the table.
 
-    decision: the filter's. by_table: what the table alone would decide. torchao: whether torchao's rule would convert
-    it, None if torchao has no rule for the recipe. stays: it is bf16 in every choice, as float8 cannot compute it or
-    the user leaves it out. is_far: too far outside of what was measured; it is bf16, and its times are 0.
+    decision: the filter's. reason: its reason, but for the casts, which are those of the whole explanation. by_table:
+    what the table alone would decide. torchao: whether torchao's rule would convert it, None if torchao has no rule for
+    the recipe. stays: it is bf16 in every choice, as float8 cannot compute it or the user leaves it out. is_far: too
+    far outside of what was measured; it is bf16, and its times are 0.
     """
 
     linear: LinearRole
     shape: LinearShape
     decision: Decision
+    reason: str
     by_table: Decision
     torchao: bool | None
     stays: bool
@@ -61,7 +63,7 @@ class LayerExplanation:
             "speedup": self.by_table.speedup,
             "speedup_low": self.by_table.speedup_low,
             "speedup_high": self.by_table.speedup_high,
-            "reason": self.decision.reason,
+            "reason": self.reason,
         }
 
 
@@ -97,6 +99,7 @@ class Explanation:
 
     choices: bf16 first, the filter's last; torchao's rule is left out for a recipe without one. plans: those that
     decide, None if the table does. plan_command: what measures one, None if `fp8gate plan` does not know the model.
+    with_casts: the same with fp8gate's casts, to tell of them where they were not asked for.
     measure_command: what measures the shapes. findings: what should be known before the decisions are trusted. note:
     what the times leave out, or None.
     """
@@ -111,6 +114,7 @@ class Explanation:
     min_speedup: float | None
     findings: list[Finding]
     note: str | None
+    with_casts: Explanation | None = None
 
     @property
     def chosen(self) -> Choice:
@@ -237,6 +241,7 @@ def _explain_layer(
         linear=linear,
         shape=shape,
         decision=decision,
+        reason=decision.reason.removesuffix(wants_float8.table.variant.in_reasons),
         by_table=by_table,
         torchao=torchao_converts(wants_float8.table.recipe, **sizes),
         stays=stays,

@@ -5,12 +5,12 @@ In: `Explanation`s of one model. Out: a text, or plain data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fp8gate.filter.contract.merged_sweep import measured_text
 from fp8gate.filter.contract.plans.layer_names import DEFAULT
-from fp8gate.filter.contract.recipes import MOST_ACCURATE_FIRST, Recipe, casts_json
+from fp8gate.filter.contract.recipes import MOST_ACCURATE_FIRST, Recipe, Variant, casts_json
 from fp8gate.filter.explain.explanation import ALL, BF16, PLAN, RULE, TABLE, Explanation, SpeedupInBlocks
 from fp8gate.filter.explain.remarks import remarks, shared_remarks
 from fp8gate.filter.planned.model_plans import ModelPlans
@@ -54,7 +54,7 @@ def explanation_text(title: str, explanation: Explanation) -> str:
             *(layer.shape.m, layer.shape.k, layer.shape.n),
             "float8" if layer.decision.convert else "bf16",
             layer.by_table.speedup_text,
-            layer.decision.reason,
+            layer.reason,
         )
         for layer in explanation.layers
     ]
@@ -70,18 +70,27 @@ def explanation_text(title: str, explanation: Explanation) -> str:
     return "\n\n".join(parts)
 
 
-def recipes_json(title: Mapping[str, Any], explanations: Mapping[Recipe, Explanation]) -> dict[str, Any]:
-    """Every recipe's explanation, the fastest recipe, and how much longer the linears take with each recipe."""
+def recipes_json(
+    title: Mapping[str, Any], explanations: Mapping[Recipe, Explanation], left_out: Sequence[Variant] = ()
+) -> dict[str, Any]:
+    """Every recipe's explanation, the fastest recipe, and how much longer the linears take with each recipe.
+
+    left_out: what was asked about as well, and has no table.
+    """
     return {
         **title,
         "recipes": {recipe: explanation_json({}, explanation) for recipe, explanation in explanations.items()},
         "fastest": fastest(explanations),
         "slower_than_fastest": {recipe: slower(explanations, recipe) for recipe in explanations},
+        **({"left_out": {one.recipe: _why_left_out(one, explanations) for one in left_out}} if left_out else {}),
     }
 
 
-def recipes_text(title: str, explanations: Mapping[Recipe, Explanation]) -> str:
-    """The recipes side by side, the most accurate first, each with the layers that the filter converts."""
+def recipes_text(title: str, explanations: Mapping[Recipe, Explanation], left_out: Sequence[Variant] = ()) -> str:
+    """The recipes side by side, the most accurate first, each with the layers that the filter converts.
+
+    left_out: as in `recipes_json`.
+    """
     ranked = [recipe for recipe in MOST_ACCURATE_FIRST if recipe in explanations]
     headers = ["recipe, most accurate first", "float8", "by the", "predicted ms", "speedup", "slower than fastest"]
     rows = [list(_recipe_row(recipe, explanations)) for recipe in ranked]
@@ -89,7 +98,7 @@ def recipes_text(title: str, explanations: Mapping[Recipe, Explanation]) -> str:
         headers.append("measured in the block")
         for recipe, row in zip(ranked, rows, strict=True):
             row.append(_in_block_text(explanations[recipe].chosen.in_block))
-    best, device = fastest(explanations), next(iter(explanations.values())).table.device.name
+    best, device = fastest(explanations), _device(explanations)
     sentence = f"{best} is the fastest by the sum of the linears"
     if not any(explanation.chosen.converted for explanation in explanations.values()):
         sentence = "No recipe converts any of them"
@@ -97,7 +106,20 @@ def recipes_text(title: str, explanations: Mapping[Recipe, Explanation]) -> str:
         sentence += f"; {ranked[0]}, the most accurate, takes {slower(explanations, ranked[0]):.1%} longer"
     align: list[Align] = ["left", "left", "left", "right", "right", "right", "right"]
     tables = [f"{title}, {device}", render_table(headers, rows, align=align[: len(headers)])]
-    return "\n\n".join([*tables, f"{sentence}.", *shared_remarks({recipe: explanations[recipe] for recipe in ranked})])
+    remarked = shared_remarks({recipe: explanations[recipe] for recipe in ranked})
+    missing = [_why_left_out(one, explanations) for one in left_out]
+    return "\n\n".join([*tables, f"{sentence}.", *missing, *remarked])
+
+
+def _device(explanations: Mapping[Recipe, Explanation]) -> str:
+    return next(iter(explanations.values())).table.device.name
+
+
+def _why_left_out(variant: Variant, explanations: Mapping[Recipe, Explanation]) -> str:
+    return (
+        f"{variant}: left out, as {_device(explanations)} has no such table. To see {variant.recipe} with Inductor's "
+        f"casts: --casts inductor. To measure, run on it: fp8gate calibrate --recipes {variant.recipe}{variant.option}"
+    )
 
 
 def _recipe_row(recipe: Recipe, explanations: Mapping[Recipe, Explanation]) -> Iterator[str]:

@@ -33,6 +33,7 @@ def remarks(explanation: Explanation) -> Iterator[str]:
         yield from (f"The filter takes {remark}." for remark in plans.remarks())
     if faster := _faster_by_sums(explanation):
         yield _why_behind(explanation, faster, is_brief=False)
+    yield from _gain_with_casts(explanation)
     yield from _factors_for_tokens([explanation])
     yield from _doubts(explanation)
     if plans is None and explanation.plan_command:
@@ -44,13 +45,33 @@ def shared_remarks(explanations: Mapping[Recipe, Explanation]) -> Iterator[str]:
     for recipe, explanation in explanations.items():
         if faster := _faster_by_sums(explanation):
             yield f"{recipe}: {_why_behind(explanation, faster, is_brief=True)}"
+        yield from (f"{recipe}: {remark}" for remark in _gain_with_casts(explanation))
     yield from _factors_for_tokens(explanations.values())
-    yield from dict.fromkeys(doubt for explanation in explanations.values() for doubt in _doubts(explanation))
+    yield from _shared_doubts(explanations)
     if unplanned := [recipe for recipe, explanation in explanations.items() if not explanation.plans]:
         command = explanations[unplanned[0]].plan_command
         if command:
             which = f"No measured plan of this block decides with {', '.join(unplanned)}"
             yield f"{which}. To measure one: {command}"
+
+
+def _shared_doubts(explanations: Mapping[Recipe, Explanation]) -> Iterator[str]:
+    """Every doubt once. It begins with its recipes if others have another doubt of the same kind.
+
+    Doubts that differ only by the casts that their command ends with are one doubt.
+    """
+    said: dict[str, dict[Recipe, str]] = {}  # a doubt without the option for the casts -> that option, by recipe
+    for recipe, explanation in explanations.items():
+        option = explanation.table.variant.option
+        for doubt in _doubts(explanation):
+            said.setdefault(doubt.removesuffix(option), {})[recipe] = option if doubt.endswith(option) else ""
+    for doubt, options in said.items():
+        kind, _, _ = doubt.partition(" ")
+        others = [by for other, by in said.items() if other != doubt and other.startswith(f"{kind} ")]
+        has_others = any(by.keys() - options.keys() for by in others)
+        which = f"{', '.join(options)}: " if has_others else ""
+        commands = ", and again with".join(sorted({*options.values()}))  # "", " --casts fp8gate", or both
+        yield f"{which}{doubt}{commands}"
 
 
 def _faster_by_sums(explanation: Explanation) -> Choice | None:
@@ -88,6 +109,16 @@ def _measured_instead(chosen: Choice, faster: Choice) -> str:
 def _in_words(choice: Choice) -> str:
     """The choice, in a sentence."""
     return {TABLE: "the table's set", PLAN: "the plan's set"}.get(choice.name, choice.name)
+
+
+def _gain_with_casts(explanation: Explanation) -> Iterator[str]:
+    """That other casts were measured as well, and what the block gains with them if a plan tells."""
+    other = explanation.with_casts
+    if other is None:
+        return
+    variant, in_block = other.table.variant, other.chosen.in_block
+    gain = f", the block {in_block.speedup:.3f}x" if in_block else ""
+    yield f"This was measured with {variant.casts}'s casts too{gain}:{variant.option}"
 
 
 def _threshold(explanation: Explanation) -> str:

@@ -11,12 +11,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fp8gate.filter.contract.devices import device_slug, local_device_name
-from fp8gate.filter.contract.recipes import VARIANTS, Casts, Recipe, Variant, other_casts
+from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.recipes import VARIANTS, Casts, Recipe, Variant, other_casts, other_casts_option
 from fp8gate.filter.contract.table import Table, TableError, read_table
 from fp8gate.filter.locate.device_names import match_device, suggestions
 from fp8gate.filter.locate.places import Place, places
 
+_WITH_INDUCTORS = (
+    " With Inductor's casts there is one: leave out --casts and FP8GATE_CASTS, or casts.enable() in Python."
+)
 MAX_NAMED = 20  # devices that an error names; the table of each is read for its name
+
+
+class NoTableError(TableError):
+    """There is no table of a recipe and casts for a device, wherever it was looked for."""
 
 
 def find_table(
@@ -31,9 +39,9 @@ def find_table(
     casts: who compiled those of what was measured. tables: a thresholds folder, a device's folder or a table file; None
     searches all `places`. device: a name as people write it, see `match_device`. None means the device of `tables` if
     that is a file or a device's folder, and otherwise the one that torch sees here, by its exact name.
-    Raises TableError if there is no such table (the message names the devices that have one), if it is not valid, or
-    if it is for another recipe, device or casts. Raises InputError if a name fits several devices, or if no device is
-    named and torch is not installed.
+    Raises NoTableError, a TableError, if there is no such table (the message names the devices that have one), and
+    TableError if it is not valid, or if it is for another recipe, device or casts. Raises InputError if a name fits
+    several devices, or if no device is named and torch is not installed.
     """
     variant, searched = Variant(recipe, casts), places(tables)
     if tables is not None or len(searched) == 1:
@@ -50,7 +58,7 @@ def find_table(
                 raise TableError(f"{path}: $.device.name: expected {name}, found {table.device.name}")
             _require_this_device(table, path, None if device else name)
             return table, path
-    raise TableError(_no_table(searched, variant, name))
+    raise NoTableError(_no_table(searched, variant, name))
 
 
 def table_files(
@@ -93,7 +101,9 @@ def _single_file(location: Path, variant: Variant) -> Path | None:
     if os.path.isfile(location / variant.file):
         return location / variant.file
     if any(os.path.isfile(location / other.file) for other in VARIANTS):
-        raise TableError(f"{location}: no {_table_of(variant)} among this device's. {_how_to_measure(variant)}")
+        instead = _WITH_INDUCTORS if os.path.isfile(location / Variant(variant.recipe).file) else ""
+        measure = _how_to_measure(variant)
+        raise NoTableError(f"{location}: no {_table_of(variant)} among this device's.{instead} {measure}")
     return None
 
 
@@ -137,10 +147,9 @@ def _checked(table: Table, path: Path, variant: Variant, device: str | None) -> 
     if found.recipe != variant.recipe:
         raise TableError(f"{path}: $.recipe: expected {variant.recipe}, found {found.recipe}")
     if found != variant:
-        raise TableError(
-            f"{path}: $.protocol.casts: expected {variant.casts}, found {found.casts}: {other_casts(found)}. "
-            f"{_how_to_measure(variant)}"
-        )
+        differs = f"{path}: $.protocol.casts: expected {variant.casts}, found {found.casts}"
+        option = f"{differs}: {other_casts_option(found)}"
+        raise TableError(f"{differs}: {other_casts(found)}", on_command_line=option)
     if device is not None and match_device(device, [device_slug(table.device.name)]) is None:
         raise TableError(f"{path}: $.device.name: expected {device}, found {table.device.name}")
     return table
@@ -153,10 +162,22 @@ def _no_table(searched: Sequence[Place], variant: Variant, device: str) -> str:
     meant = f" Did you mean {' or '.join(alike)}?" if alike else ""
     if known and not alike:
         meant = " To ask about one of these, name it: --device, or device= in Python."
+    if _has_inductors(folders, variant, device):
+        meant = f"{_WITH_INDUCTORS}{meant}"
     return (
         f"device: no {_table_of(variant)} for {device!r} in {', '.join(map(str, folders))}; measured devices: "
         f"{', '.join(known) or 'none'}.{meant} {_how_to_measure(variant)}"
     )
+
+
+def _has_inductors(folders: Iterable[Path], variant: Variant, device: str) -> bool:
+    """Whether the device has a table of the same recipe with Inductor's casts, where others were asked for."""
+    if variant.casts == "inductor":
+        return False
+    try:
+        return match_device(device, sorted(_by_slug(folders, Variant(variant.recipe)))) is not None
+    except InputError:  # the name fits several devices
+        return False
 
 
 def _table_of(variant: Variant) -> str:

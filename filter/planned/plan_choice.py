@@ -17,7 +17,7 @@ from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.locate.find_plan import FoundPlan, find_plans, is_model_name, plan_files
 from fp8gate.filter.planned.model_plans import ModelPlans
 from fp8gate.filter.policy.findings import Finding, PlanMismatchWarning, StaleTableWarning
-from fp8gate.filter.policy.settings import FilterSettings
+from fp8gate.filter.policy.settings import FilterSettings, Recompute
 
 AUTO = "auto"
 PlanArgument = Plan | Sequence[Plan] | str | os.PathLike[str] | None
@@ -89,21 +89,18 @@ class PlanChoice:
 
     def command(self, model: str) -> str:
         """The command that measures a plan for this training. model: a bundled model's name, or a config's path."""
-        asked, tp, recompute = self._training, self._settings.parallel.tp, self._settings.recompute
-        options = f" --tp {tp}" if tp > 1 else ""
-        options += " --recompute full" if recompute == "full" else ""
-        options += asked.variant.option
-        return f"fp8gate plan {model} --recipe {asked.variant.recipe} --tokens {asked.tokens}{options}"
+        asked, settings = self._training, self._settings
+        return _command(model, asked.variant, asked.tokens, settings.parallel.tp, settings.recompute)
 
     def findings(self) -> Iterator[Finding]:
         """The chosen plan's age, and files that are no valid plans."""
         for problem in self._problems if self._has_looked and self.chosen is None else ():
             yield Finding(PlanMismatchWarning, f"{problem}; this file is left out")
         if self.chosen and (differences := stale(self.chosen.plans[0].software)):
-            source = self.chosen.source
-            yield Finding(
-                StaleTableWarning, f"{source} was measured with {differences}; to measure again: fp8gate plan"
-            )
+            plan, source = self.chosen.plans[0], self.chosen.source
+            again = _command(plan.model, plan.variant, plan.tokens, plan.tp, plan.recompute)
+            again += f" --filter-fqns {','.join(plan.left_out)}" if plan.left_out else ""
+            yield Finding(StaleTableWarning, f"{source} was measured with {differences}; to measure again: {again}")
 
     def _given(self, plan: Plan | Sequence[Plan] | str | os.PathLike[str]) -> ModelPlans:
         loaded, source = load_plans(plan)
@@ -130,6 +127,12 @@ class PlanChoice:
 
     def _decisions(self, plans: Plans, source: str, *, is_found: bool = False) -> ModelPlans:
         return ModelPlans(plans, source, self._settings.recomputes, is_found=is_found)
+
+
+def _command(model: str, variant: Variant, tokens: int, tp: int, recompute: Recompute) -> str:
+    options = f" --tp {tp}" if tp > 1 else ""
+    options += " --recompute full" if recompute == "full" else ""
+    return f"fp8gate plan {model} --recipe {variant.recipe} --tokens {tokens}{options}{variant.option}"
 
 
 class _Training(NamedTuple):

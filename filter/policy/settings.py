@@ -92,11 +92,11 @@ POLICY_OF: dict[str, type[FilterWarning]] = {
 
 
 def policies(default: Policy, asked: Mapping[str, Policy | None]) -> dict[type[FilterWarning], Policy]:
-    """The policy of every category. asked: by the names of `POLICY_OF`; None means the default.
+    """The policy of every category. asked: by the names of `POLICY_OF`; None, or no entry, means the default.
 
     Raises InputError, naming the argument, for an unknown policy.
     """
     for name, policy in asked.items():
         if policy is not None and policy not in POLICIES:
             raise InputError(f"{name}: expected one of {', '.join(POLICIES)}; got {policy!r}")
-    return {category: asked[name] or default for name, category in POLICY_OF.items()}
+    return {category: asked.get(name) or default for name, category in POLICY_OF.items()}

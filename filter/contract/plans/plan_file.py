@@ -26,7 +26,7 @@ from fp8gate.filter.contract.plain_yaml import (
 )
 from fp8gate.filter.contract.plans.layer_names import LayerNames
 from fp8gate.filter.contract.plans.plan import Candidate, Plan, PlanError, check_plan
-from fp8gate.filter.contract.recipes import Variant, other_casts
+from fp8gate.filter.contract.recipes import Variant, other_casts, other_casts_option
 
 Plans = tuple[Plan, ...]
 """The plans of one model, one for each kind of its layers: same training, other layers."""
@@ -86,10 +86,9 @@ def require_same_training(plans: Plans, source: str, *, variant: Variant, device
         if expected != found:
             raise PlanError(f"{source}: $.{field}: expected {expected}, found {found}")
     if plan.variant != variant:
-        casts = f"expected {variant.casts}, found {plan.variant.casts}"
-        command = f"fp8gate plan {plan.model} --recipe {variant.recipe} --tokens {tokens}{variant.option}"
-        instead = f"{other_casts(plan.variant)}. To measure one: {command}"
-        raise PlanError(f"{source}: $.protocol.casts: {casts}: {instead}")
+        differs = f"{source}: $.protocol.casts: expected {variant.casts}, found {plan.variant.casts}"
+        option = f"{differs}: {other_casts_option(plan.variant)}"
+        raise PlanError(f"{differs}: {other_casts(plan.variant)}", on_command_line=option)
     if device_slug(plan.device.name) != device_slug(device):
         raise PlanError(f"{source}: $.device.name: expected {device}, found {plan.device.name}")
 

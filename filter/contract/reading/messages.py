@@ -13,8 +13,9 @@ MAX_END = 400
 class FileError(InputError):
     """A file that cannot be used. Its message is one line, however long and strange the file's content and name are."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, on_command_line: str | None = None) -> None:
         super().__init__(one_line(message))
+        self.on_command_line = on_command_line and one_line(on_command_line)
 
 
 def one_line(text: str) -> str:

@@ -72,7 +72,9 @@ class Commands(TyperGroup):
 def _ending(error: BaseException, *, has_journal: bool) -> tuple[str, int] | None:
     """The message and the exit code; None for a bug, for typer's own exceptions, and for a pipe that was closed."""
     match error:
-        case InputError() | UnfinishedError():
+        case InputError():
+            return error.on_command_line or str(error), error.exit_code
+        case UnfinishedError():
             return str(error), error.exit_code
         case KeyboardInterrupt():
             return f"stopped{_kept(has_journal)}", EXIT_INTERRUPTED

@@ -21,6 +21,7 @@ from fp8gate import casts
 from fp8gate.filter.auto_filter import auto_filter
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import is_head, without_indices
+from fp8gate.filter.decision.measured_settings import casts_enabled
 from fp8gate.filter.layer_filter import AutoFilter
 from fp8gate.filter.model.parallel import Parallel
 from fp8gate.torchtitan.gate_settings import NAME, GateSettings
@@ -193,7 +194,7 @@ def _unseen(run: Run, settings: GateSettings, left: dict[str, str]) -> Iterator[
             f"{run.checkpointing} runs a part of the forward twice, which was not measured: decided by "
             f'"recompute": "{taken}"; the other choice is "{other}"'
         )
-    if casts.is_enabled():
+    if casts_enabled(settings.recipe) == "fp8gate":
         yield "fp8gate's casts are on"
     if settings.head and run.is_compiled:
         yield "the head is not compiled, and tables are of compiled linears: its casts cost more than they say"

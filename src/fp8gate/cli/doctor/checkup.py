@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
+from fp8gate.casts import VARIABLE
 from fp8gate.filter.contract.devices import device_slug, local_device_name
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.merged_sweep import measured_text
@@ -20,6 +21,7 @@ from fp8gate.filter.contract.plans.plan_file import read_plans
 from fp8gate.filter.contract.recipes import RECIPES, VARIANTS
 from fp8gate.filter.contract.software_check import DRIVER_VERSION, stale
 from fp8gate.filter.contract.table import WITH_NUMBERS
+from fp8gate.filter.decision.measured_settings import casts_of_environment
 from fp8gate.filter.locate.find_plan import plan_files
 from fp8gate.filter.locate.find_table import find_table, table_files
 from fp8gate.filter.locate.incomplete_table import completing_command
@@ -61,15 +63,17 @@ class FoundFile:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkup:
     """device: None without torch. missing: recipes without a table for it. measured: the devices that have
-    tables. out: where `calibrate` and `plan` write.
+    tables. out: where `calibrate` and `plan` write. casts: the value of FP8GATE_CASTS, None if it is not set.
 
-    out_problem: why nothing can be written there. waiting: journals that are newer than what they are for. load: of the
-    last minute, None where the system does not tell.
+    casts_problem: what is wrong with that. out_problem: why nothing can be written there. waiting: journals that are
+    newer than what they are for. load: of the last minute, None where the system does not tell.
     """
 
     device: DeviceFacts | None
     versions: dict[str, str | None]
     places: dict[str, str]
+    casts: str | None
+    casts_problem: str | None
     tables: tuple[FoundFile, ...]
     missing: tuple[str, ...]
     measured: tuple[str, ...]
@@ -89,6 +93,8 @@ def check_up() -> Checkup:
         device=device,
         versions={"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
         places={str(place.path): place.what for place in places()},
+        casts=os.environ.get(VARIABLE),
+        casts_problem=_casts_problem(),
         tables=tables,
         missing=tuple(recipe for recipe in RECIPES if recipe not in {table.what for table in tables}) if device else (),
         measured=tuple(sorted({path.parent.name for path in table_files()})),
@@ -99,6 +105,14 @@ def check_up() -> Checkup:
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         processors=os.cpu_count() or 1,
     )
+
+
+def _casts_problem() -> str | None:
+    try:
+        casts_of_environment("rowwise")
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _device() -> DeviceFacts:

@@ -30,7 +30,7 @@ def problems(checkup: Checkup) -> list[str]:
     found += [f"{file.what} was measured with {file.stale}" for file in (*checkup.tables, *checkup.plans) if file.stale]
     found += [f"{file.what} is incomplete, with {file.incomplete}" for file in checkup.tables if file.incomplete]
     found += [f"{journal} waits to be gone on with" for journal in checkup.waiting]
-    found += [checkup.out_problem] if checkup.out_problem else []
+    found += [problem for problem in (checkup.casts_problem, checkup.out_problem) if problem]
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from fp8gate.calibrate.device.host_load import BUSY
+from fp8gate.casts import VARIABLE
 from fp8gate.cli.doctor.checkup import Checkup, DeviceFacts, FoundFile
 from fp8gate.cli.doctor.next_steps import next_steps, problems
 from fp8gate.filter.terminal_table import render_table
@@ -49,10 +50,12 @@ def _host_lines(checkup: Checkup) -> list[str]:
     load = "unknown" if checkup.load is None else f"{checkup.load:.1f}"
     busy = checkup.load is not None and checkup.load > BUSY * checkup.processors
     searched = ", then ".join(f"{path} ({what})" for path, what in checkup.places.items())
+    asked = [] if checkup.casts is None else [f"the environment has {VARIABLE}={checkup.casts}"]
     return [
         f"host: load {load} on {checkup.processors} processors" + (", too busy to measure now" if busy else ""),
         f"tables and plans are searched in {searched or 'no folder: none is there'}",
         f"calibrate and plan write to {checkup.out or 'no folder'}",
+        *asked,
     ]
 
 

@@ -13,7 +13,7 @@ from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.recipes import RECIPES, Casts, Recipe, Variant, require_casts
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.decision.lookup import DEFAULT_LOOKUP, LookupName
-from fp8gate.filter.decision.measured_settings import casts_enabled, unmeasured_settings
+from fp8gate.filter.decision.measured_settings import casts_wanted, unmeasured_settings
 from fp8gate.filter.layer_filter import AutoFilter
 from fp8gate.filter.locate.find_table import find_table
 from fp8gate.filter.locate.incomplete_table import complete_table_elsewhere, incomplete_remark
@@ -126,11 +126,11 @@ def auto_filter(
         "on_nothing": on_nothing,
     }
     findings = Findings(policies("error" if strict else "warn", asked))
-    enable_if_asked()
-    variant, is_default = Variant(recipe, casts_enabled(recipe) if casts is None else casts), casts is None
+    variant, is_default = Variant(recipe, casts_wanted(recipe) if casts is None else casts), casts is None
     wants_float8 = make_filter(
         variant, settings, findings, device=device, tables=tables, plan=plan, has_default_casts=is_default
     )
+    enable_if_asked()  # not before there is a table for them
     for message in unmeasured_settings(recipe, float8_config, compiled=compiled):
         findings.add(Finding(UnmeasuredSettingWarning, message))
     wants_float8.compare_casts()

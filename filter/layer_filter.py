@@ -150,7 +150,8 @@ class AutoFilter:
         if not self.decisions:
             raise InputError("agree: nothing is decided yet; call check(model) first")
         plans = self.plans.chosen.plans if self.plans.chosen else None
-        decided = topics_decided(self.table, self.settings, plans, self.decisions)
+        enabled = casts_enabled(self.table.recipe)
+        decided = topics_decided(self.table, self.settings, plans, self.decisions, casts_enabled=enabled)
         require_agreement(decided, str(self.path), group, timeout_s)
 
     @property

@@ -14,6 +14,7 @@ from plans import make_plan
 from test_light_import import HEAVY, loaded_after
 
 from fp8gate import PlanError, StaleTableWarning, TableError, UnmeasuredSettingWarning, auto_filter, casts
+from fp8gate.filter import layer_filter
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plans.plan import Candidate
 from fp8gate.filter.contract.plans.plan_file import write_plans
@@ -88,6 +89,28 @@ def test_the_environment_is_obeyed_whatever_casts_are_asked_for(folder, monkeypa
     monkeypatch.setenv("FP8GATE_CASTS", "yes")
     with pytest.raises(InputError, match=r"^FP8GATE_CASTS: expected 1 to replace casts, or 0; got 'yes'"):
         ask(folder, casts="inductor")
+
+
+def test_without_a_table_for_them_they_stay_off(folder, monkeypatch):
+    """Who catches the error and trains without the filter has what there was before."""
+    (folder / "nvidia-h200" / "rowwise-fp8gate_casts.yaml").unlink()
+    monkeypatch.setenv("FP8GATE_CASTS", "1")
+    with pytest.raises(TableError):
+        ask(folder)
+    assert not casts.is_enabled()
+
+
+def test_ranks_compare_the_casts_that_are_on(folder, monkeypatch):
+    found = []
+    monkeypatch.setattr(layer_filter, "require_agreement", lambda decided, *_: found.append(decided))
+    for context in (casts.not_replaced, casts.replaced):
+        with context(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnmeasuredSettingWarning)
+            wants_float8 = ask(folder, casts="inductor")
+            checked(wants_float8)
+            wants_float8.agree()
+    differ = {topic: [one[topic] for one in found] for topic in found[0] if found[0][topic] != found[1][topic]}
+    assert differ == {"casts that are on": ["inductor", "fp8gate"]}
 
 
 def test_a_recipe_that_has_no_choice_keeps_inductors(folder):

@@ -60,6 +60,12 @@ def casts_enabled(recipe: Recipe) -> Casts:
     return "fp8gate" if casts.is_enabled() and "fp8gate" in RECIPES[recipe].casts else "inductor"
 
 
+def casts_wanted(recipe: Recipe) -> Casts:
+    """Who compiles the recipe's casts once the environment is obeyed. Raises InputError as `casts_of_environment`."""
+    asked = casts_of_environment(recipe)
+    return casts_enabled(recipe) if asked == "inductor" else asked
+
+
 def wrong_casts(measured: Variant, *, is_default: bool) -> str:
     """What to say where what is measured had other casts than are enabled.
 

@@ -128,7 +128,7 @@ def other_casts_option(found: Variant) -> str:
 
 
 SEE_BOTH_CASTS = (
-    "fp8gate report FOLDER draws both, and fp8gate explain MODEL ... --casts fp8gate asks that of fp8gate's"
+    "fp8gate report FOLDER draws both, and fp8gate explain MODEL ... --casts fp8gate asks the one with fp8gate's casts"
 )
 """What is possible with two tables of one recipe and different casts, which cannot be merged or compared."""
 

@@ -125,6 +125,17 @@ def test_what_the_compiler_refuses_is_raised():
         compiled_linear("tensorwise", SHAPE, {"no_such_setting": True}, "cpu")
 
 
+def test_casts_that_are_unknown_to_the_pass_are_an_error(monkeypatch):
+    """As with another torch or torchao, whose graphs differ: else Inductor's casts would be measured as fp8gate's."""
+    from fp8gate.casts import pattern
+
+    monkeypatch.setattr(pattern, "FLOAT8_MAX", 440.0)
+    with pytest.raises(
+        Exception, match=r"UnknownPatternError: 0 of \d float8 casts replaced; .* unknown: expected clamp"
+    ):
+        compiled_linear("rowwise", SHAPE, RECIPES["rowwise"].inductor, "cpu", "fp8gate")
+
+
 @pytest.mark.parametrize("is_on", [True, False])
 def test_the_casts_are_those_that_were_asked_for_whatever_is_on(monkeypatch, is_on):
     """Where the module is compiled; this process has its own setting again after that."""

@@ -143,7 +143,8 @@ def _no_guards(guards: Sequence[object]) -> list[bool]:
 def _settings(inductor: dict[str, bool], casts: Casts) -> contextlib.ExitStack:
     """These Inductor settings and casts, one thread, errors instead of eager runs.
 
-    The backward is compiled with the forward.
+    The backward is compiled with the forward. Where fp8gate is to cast and knows none of a graph's casts, that is an
+    error too: the times would be those of Inductor's casts.
     """
     import torch._dynamo.config
     import torch._functorch.config
@@ -155,7 +156,7 @@ def _settings(inductor: dict[str, bool], casts: Casts) -> contextlib.ExitStack:
     stack.enter_context(torch._dynamo.config.patch(recompile_limit=MAX_ALIVE, accumulated_recompile_limit=MAX_ALIVE))
     stack.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
     stack.enter_context(torch._inductor.config.patch({"compile_threads": 1, **inductor}))
-    stack.enter_context(fp8gate.casts.replaced() if casts == "fp8gate" else fp8gate.casts.not_replaced())
+    stack.enter_context(fp8gate.casts.replaced(strict=True) if casts == "fp8gate" else fp8gate.casts.not_replaced())
     stack.enter_context(torch.compiler.config.patch(cache_key_tag=CACHE_TAG))  # type: ignore[attr-defined]
     return stack
 

@@ -51,14 +51,15 @@ def enable() -> None:
     graph_pass.enable()
 
 
-def replaced() -> contextlib.AbstractContextManager[None]:
+def replaced(*, strict: bool = False) -> contextlib.AbstractContextManager[None]:
     """Replace casts in what compiles inside; no change if they are already.
 
-    A backward pass compiles when it first runs, so let it run inside. Raises InputError as `enable` does.
+    A backward pass compiles when it first runs, so let it run inside. strict: a graph in which none is replaced, and
+    one is unknown, does not compile. Raises InputError as `enable` does.
     """
     from fp8gate.casts import graph_pass
 
-    return graph_pass.replaced()
+    return graph_pass.replaced(strict=strict)
 
 
 def not_replaced() -> contextlib.AbstractContextManager[None]:

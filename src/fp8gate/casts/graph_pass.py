@@ -69,21 +69,23 @@ class Counts:
 
 
 class CastPass(CustomGraphPass):
-    """The pass. before: what runs first."""
+    """The pass. before: what runs first. strict: a doubtful graph is an UnknownPatternError."""
 
-    def __init__(self, *, least_elements: int, before: GraphPass | None) -> None:
-        self.least_elements, self.before = least_elements, before
+    def __init__(self, *, least_elements: int, before: GraphPass | None, strict: bool = False) -> None:
+        self.least_elements, self.before, self.strict = least_elements, before, strict
 
     def __call__(self, graph: Graph) -> None:
         if self.before:
             self.before(graph)
         counts = replace_casts(graph, least_elements=self.least_elements)
+        if self.strict and counts.is_doubtful:
+            raise UnknownPatternError(str(counts))
         if counts.seen:
             log.log(logging.WARNING if counts.is_doubtful else logging.INFO, "%s", counts)
 
     def uuid(self) -> object | None:
         """Part of the key in Inductor's cache of graphs. None, for no caching, if the pass before this has none."""
-        own = get_hash_for_files(SOURCES, f"{self.least_elements}")
+        own = get_hash_for_files(SOURCES, f"{self.least_elements} {self.strict}")
         if self.before is None:
             return own
         before = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
@@ -97,12 +99,12 @@ def enable() -> None:
 
 
 @contextlib.contextmanager
-def replaced(*, least_elements: int = LEAST_ELEMENTS) -> Iterator[None]:
+def replaced(*, strict: bool = False, least_elements: int = LEAST_ELEMENTS) -> Iterator[None]:
     """Turn the pass on inside, if it is off. Raises as `enable` does."""
     if is_enabled():
         yield
         return
-    with inductor_config.patch({SETTING: _after_the_present(least_elements)}):
+    with inductor_config.patch({SETTING: _after_the_present(least_elements, strict)}):
         yield
 
 
@@ -122,7 +124,7 @@ def _present() -> Any:
     return getattr(inductor_config, SETTING)
 
 
-def _after_the_present(least_elements: int) -> CastPass:
+def _after_the_present(least_elements: int, strict: bool = False) -> CastPass:
     """The pass, after the one that Inductor has already."""
     before = _present()
     if before is not None and not _takes_a_graph_alone(before):
@@ -130,7 +132,7 @@ def _after_the_present(least_elements: int) -> CastPass:
             f"torch._inductor.config.{SETTING}: expected none, or one pass that takes a graph alone; got {before!r}. "
             "Set it to None, or to a function of a graph, before float8 casts are to be replaced"
         )
-    return CastPass(least_elements=least_elements, before=before)
+    return CastPass(least_elements=least_elements, before=before, strict=strict)
 
 
 def _takes_a_graph_alone(one: Any) -> bool:

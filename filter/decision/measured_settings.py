@@ -49,10 +49,7 @@ def casts_of_environment(recipe: Recipe, environment: Mapping[str, str] = os.env
 
     Raises InputError for a value that is not one of the variable's.
     """
-    is_on = environment.get(casts.VARIABLE) == "1"
-    if not is_on:
-        casts.enable_if_asked(environment)  # it refuses the values that are none
-    return "fp8gate" if is_on and "fp8gate" in RECIPES[recipe].casts else "inductor"
+    return "fp8gate" if casts.is_asked_for(environment) and "fp8gate" in RECIPES[recipe].casts else "inductor"
 
 
 def casts_enabled(recipe: Recipe) -> Casts:

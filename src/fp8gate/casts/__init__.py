@@ -32,10 +32,10 @@ from collections.abc import Mapping
 
 from fp8gate.filter.contract.errors import InputError
 
-__all__ = ["VARIABLE", "enable", "enable_if_asked", "is_enabled", "not_replaced", "replaced"]
+__all__ = ["VARIABLE", "enable", "enable_if_asked", "is_asked_for", "is_enabled", "not_replaced", "replaced"]
 
 VARIABLE = "FP8GATE_CASTS"
-"""The environment variable that `enable_if_asked` reads."""
+"""The environment variable that `is_asked_for` reads."""
 
 
 def enable() -> None:
@@ -76,13 +76,19 @@ def is_enabled() -> bool:
 
 
 def enable_if_asked(environment: Mapping[str, str] = os.environ) -> bool:
-    """Call `enable` if FP8GATE_CASTS is "1"; nothing if it is "0", empty or not set. Returns whether it was "1".
+    """Call `enable` if `is_asked_for`. Returns whether it is; raises as that does."""
+    asked = is_asked_for(environment)
+    if asked:
+        enable()
+    return asked
+
+
+def is_asked_for(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether FP8GATE_CASTS is "1"; not if it is "0", empty or not set. Loads nothing.
 
     Raises InputError for any other value.
     """
     value = environment.get(VARIABLE, "")
     if value not in ("", "0", "1"):
         raise InputError(f"{VARIABLE}: expected 1 to replace casts, or 0; got {value!r}")
-    if value == "1":
-        enable()
     return value == "1"

@@ -171,6 +171,16 @@ def report(setup: SettingsSetup, records: Iterable[SettingVisit]) -> str:
     return "\n\n".join(parts)
 
 
+def headline(setup: SettingsSetup, records: Iterable[SettingVisit]) -> str:
+    """The table of each set of roles, for the documents."""
+    measured, block = Measured.of(setup, records), f"{setup.model}, TP {setup.tp}"
+    tables = [
+        f"{block}, {_set_name(production, setup)} in float8:\n\n{table(measured, production)}"
+        for production in measured.productions
+    ]
+    return "\n\n".join(tables)
+
+
 def title(setup: SettingsSetup) -> str:
     software = setup.software
     how = "compiled" if setup.protocol.compile else "not compiled, so that no setting changes anything"

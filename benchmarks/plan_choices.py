@@ -72,11 +72,12 @@ def losses(plans: list[Plan]) -> str:
 
 
 def label(plan: Plan) -> str:
-    """The model, which of its layers if it has several kinds, and the degree."""
+    """The model, which of its layers if it has several kinds, the degree, and whether its forward runs twice."""
     stack, _, indices = plan.layers.rpartition(".")
     first, _, others = indices.partition(",")
     which = f" layers {first}{',...' if others else ''}" if stack and indices != "*" else ""
-    return f"{plan.model}{which}" + (f" TP {plan.tp}" if plan.tp > 1 else "")
+    degree = f" TP {plan.tp}" if plan.tp > 1 else ""
+    return f"{plan.model}{which}{degree}{', recomputed' if plan.recompute == 'full' else ''}"
 
 
 def table_choice(plan: Plan, min_speedup: float | None = None) -> Roles:

@@ -92,11 +92,16 @@ def read_last_benchmark(file: Path) -> tuple[Header, Visits]:
 
 
 def headline(files: Iterable[Path]) -> str:
-    """The choices of several files in one table. The runs of bf16 from other weights are left out."""
-    rows = []
+    """The choices of several files in one table, without the runs of bf16 from other weights.
+
+    Columns without any text are left out.
+    """
+    found = []
     for header, visits in map(read_last_benchmark, files):
-        rows += [(header.recipe, *_row(header, run, visits)) for run in header.runs if not run.weights]
-    return tabulate(rows, headers=("recipe", *HEADERS), disable_numparse=True, tablefmt="github")
+        found += [(header.recipe, *_row(header, run, visits)) for run in header.runs if not run.weights]
+    columns = zip(("recipe", *HEADERS), *found, strict=True)
+    headers, *rows = zip(*(column for column in columns if any(column[1:])), strict=True)
+    return tabulate(rows, headers=headers, disable_numparse=True, tablefmt="github")
 
 
 def report(header: Header, visits: Visits) -> str:

@@ -40,6 +40,7 @@ LOG_EVERY = 5
 """Steps between two lines of torchtitan's log. For each line it waits for the GPU, by default every 10 steps."""
 HEADLINE = (
     "widths",
+    "recipe",
     "recomputation",
     "bf16, tokens/s a rank",
     *(LABELS[choice] for choice in ("all", "rule", "rule-shards", "table", "plan")),
@@ -210,6 +211,7 @@ def _headline_row(header: Header, visits: Sequence[Visit]) -> tuple[str, ...]:
     losses = (fmean(step.loss for step in _last_steps(header, run, visits)) for run in (bf16, runs[best, None]))
     return (
         f"{setup.widths}, {setup.layers} layers{'' if setup.fused else ', q, k, v apart'}, {_degree(setup)}",
+        setup.recipe,
         setup.recompute,
         f"{fmean(_by_round(setup, bf16, visits).values()):.0f}",
         *(gains.get((choice, None), "") for choice in get_args(Choice)[1:]),

@@ -185,29 +185,28 @@ def benchmark(name: str, call: Callable[[Any], str]) -> Maker:
     return make
 
 
-def _train_llama(output: Any) -> str:
-    files = sorted((ROOT / "benchmarks" / "data" / "train-llama").glob("*.jsonl"))
-    return str(output.headline(files))
+def journals(folder: str) -> list[Path]:
+    """What was measured and is committed in a folder of benchmarks/data."""
+    return sorted((ROOT / "benchmarks" / "data" / folder).glob("*.jsonl"))
 
 
 def _tp_block(output: Any) -> str:
-    files = sorted((ROOT / "benchmarks" / "data" / "tp-block").glob("*.jsonl"))
-    return "\n\n".join(output.headline(*output.read_journal(file)) for file in files)
+    return "\n\n".join(output.headline(*output.read_journal(file)) for file in journals("tp-block"))
 
 
-def _train_titan(output: Any) -> str:
-    return str(output.headline(sorted((ROOT / "benchmarks" / "data" / "train-titan").glob("*.jsonl"))))
-
-
-def _train_titan_casts(output: Any) -> str:
-    return str(output.headline(sorted((ROOT / "benchmarks" / "data" / "train-titan-casts").glob("*.jsonl"))))
+def _block_settings(output: Any) -> str:
+    return "\n\n".join(output.headline(*output.read_journal(file)) for file in journals("block-settings"))
 
 
 def _casts_plans(script: Any) -> str:
     """Plans of the layers that were planned with either casts."""
+
+    def block(plan: Any) -> tuple[object, ...]:
+        return plan.model, plan.tp, plan.recompute, plan.recipe
+
     plans = list(script.packaged_plans(H100))
-    ours = {(plan.model, plan.tp, plan.recipe) for plan in plans if plan.variant.casts == "fp8gate"}
-    return str(script.gains([plan for plan in plans if (plan.model, plan.tp, plan.recipe) in ours]))
+    ours = {block(plan) for plan in plans if plan.variant.casts == "fp8gate"}
+    return str(script.gains([plan for plan in plans if block(plan) in ours]))
 
 
 def _scaling(scaling: Any) -> str:
@@ -235,12 +234,18 @@ BLOCKS: dict[str, Maker] = {
     "explain": command_output,
     "explain-8b": command_output,
     "explain-tp": command_output,
-    "train_llama": benchmark("train_llama_output", _train_llama),
+    "train_llama": benchmark("train_llama_output", lambda output: str(output.headline(journals("train-llama")))),
+    "train_llama_casts": benchmark(
+        "train_llama_output", lambda output: str(output.headline(journals("train-llama-casts")))
+    ),
     "plan_choices": benchmark("plan_choices", lambda script: str(script.gains(list(script.packaged_plans(DEVICE))))),
     "plan_choices_h100": benchmark("plan_choices", lambda script: str(script.gains(list(script.packaged_plans(H100))))),
     "tp_block": benchmark("tp_block_output", _tp_block),
-    "train_titan": benchmark("train_titan_output", _train_titan),
-    "train_titan_casts": benchmark("train_titan_output", _train_titan_casts),
+    "train_titan": benchmark("train_titan_output", lambda output: str(output.headline(journals("train-titan")))),
+    "train_titan_casts": benchmark(
+        "train_titan_output", lambda output: str(output.headline(journals("train-titan-casts")))
+    ),
+    "block_settings": benchmark("block_settings_output", _block_settings),
     "casts_plans": benchmark("plan_choices", _casts_plans),
     "sweep_seconds": benchmark("sweep_seconds", lambda script: str(script.report(script.read_costs()))),
     "against_torchao_rule": benchmark("against_torchao_rule", lambda script: str(script.compare(DEVICE))),

@@ -150,6 +150,10 @@ def test_what_float8_gained_in_torchtitan():
     assert "4 layers of the 70B widths gain 8.1 %, also by the rule" in README
     assert [gains[full, choice, None] for choice in ("rule", "rule-shards", "table")] == ["+1.0 %", "+2.1 %", "+3.1 %"]
     assert "and 3.1 % with full recomputation, where it gains 1.0 to 2.1 %" in CHANGES
+    gw_hp = "8b tp2 selective rowwise_with_gw_hp"
+    found = [gains[gw_hp, choice, None][1:] for choice in ("table", "all")]
+    assert "gains {} by the table (w1, w2, w3), and 2.2 % with".format(*found) in PLANS
+    assert found[1] == "2.2 %"
     with_async = speeds[small, "plan", "async TP"] / speeds[small, "bf16", "async TP"] - 1
     assert f"gains 1.4 %, and {100 * with_async:.1f} % with asynchronous" in PLANS
     assert f"gains of the same choice by {max(apart):.1f} points or less" in PLANS
@@ -160,11 +164,15 @@ def test_what_float8_gained_in_torchtitan():
 def test_what_the_casts_gain_in_torchtitan():
     import train_titan_output
 
-    speeds, losses = {}, {}
+    speeds, losses, tries_all = {}, {}, {}
     for name, header, visits in trained_in_torchtitan(train_titan_output, "train-titan-casts"):
         names = {(choice, run.variant): run.name for run in header.runs for choice in run.choices}
         for place, run in names.items():
-            (visit,) = [one for one in visits if one.run == run]
+            found = [one for one in visits if one.run == run]
+            if "all" in {choice for choice, _ in names}:
+                tries_all[place] = [train_titan_output.tokens_per_s(header.setup, one) for one in found]
+                continue
+            (visit,) = found
             speeds[(name, *place)] = train_titan_output.tokens_per_s(header.setup, visit)
             losses[(name, *place)] = visit.steps[-1].loss
 
@@ -193,12 +201,38 @@ def test_what_the_casts_gain_in_torchtitan():
     usual = [losses[name, "table", None] - losses[name, "bf16", None] for name in (fsdp, tp)]
     assert f"are {-below:.3f} below bf16's (FSDP) and {above:.3f} above (TP 2)" in CASTS
     assert "the loss is {:.3f} and {:.3f} above".format(*usual) in CASTS
+    (bf16,) = tries_all["bf16", None]
+    with_casts, without = (100 * (tries_all["all", variant][0] / bf16 - 1) for variant in (ours, None))
+    assert f"all linears, converted, gain {with_casts:.1f} % with the casts, and lose {-without:.1f} % with" in CASTS
+
+
+def test_what_the_casts_gain_in_a_model_on_one_gpu():
+    import train_llama_output
+
+    header, visits = train_llama_output.read_last_benchmark(
+        ROOT / "benchmarks" / "data" / "train-llama-casts" / f"{H100}-rowwise.jsonl"
+    )
+    lines = train_llama_output.gains(header, visits).splitlines()
+    rows = {cells[1]: cells for cells in map(cells_of, lines)}
+    gained, loss = rows["plan; fp8gate's casts"][4].partition(" ")[0], 7
+    ends = sorted(float(rows[name][loss]) for name in ("bf16", "bf16, weights 1", "bf16, weights 2"))
+    assert f"and {gained[1:].replace('%', ' %')} are there" in CASTS
+    assert f"initial weights end between {ends[0]:.3f} and {ends[-1]:.3f}" in CASTS
+    assert "so do all in float8" in train_llama_output.report(header, visits)
+    layers_s = header.layers * 20.96e-3
+    share = layers_s / (header.tokens / float(rows["bf16"][3]))
+    assert f"three layers are {100 * share:.0f} % of such a step" in CASTS
+    assert f"would be {100 * (1 / (1 - share * (1 - 1 / 1.193)) - 1):.1f} % here" in CASTS
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.split("|")]
 
 
 def test_losses_in_torchtitan_follow_those_of_bf16():
     import train_titan_output
 
-    far, last, own, ours = [], [], [], []
+    far, last, own, ours, in_gw_hp = [], [], [], [], []
     for name, _, visits in trained_in_torchtitan(train_titan_output):
         bf16 = [[step.loss for step in visit.steps] for visit in visits if visit.run == "bf16"]
         usual = [mean(losses) for losses in zip(*bf16, strict=True)]
@@ -208,22 +242,26 @@ def test_losses_in_torchtitan_follow_those_of_bf16():
             last.append(abs(away[-1]))
             if visit.run == "bf16":
                 own += map(abs, away)
+            elif name.endswith("gw_hp"):
+                in_gw_hp.append(away[-1])
             elif visit.run.startswith("fp8gate") and name.startswith("8b tp2"):
                 ours.append(away[-1])
     assert f"at most {max(far):.2f} from bf16's at the steps that are logged" in PLANS
     assert f"At step 40 they are at most {max(last):.3f} apart" in PLANS
     assert f"is {min(ours):.3f} to {max(ours):.3f} above bf16 in all six visits" in PLANS
     assert len(ours) == 6
+    assert "fp8gate's set is {1:.3f} above, all float8 {0:.3f} above".format(*sorted(in_gw_hp)) in PLANS
     assert f"bf16 differs from itself by {2 * max(own):.3f} at most" in PLANS
 
 
 def trained_in_torchtitan(output, folder="train-titan"):
-    """Each journal: its model, degree and recomputation; its header; its visits."""
+    """Each journal: its model, degree, recomputation, and recipe if not rowwise; its header; its visits."""
     for file in sorted((ROOT / "benchmarks" / "data" / folder).glob("*.jsonl")):
         header, visits = output.read_journal(file)
         setup = header.setup
         degree = f"tp{setup.tp}" if setup.tp > 1 else f"fsdp{setup.fsdp}"
-        yield f"{setup.widths.partition('-')[2]} {degree} {setup.recompute}", header, visits
+        parts = [setup.widths.partition("-")[2], degree, setup.recompute, setup.recipe]
+        yield " ".join(parts).removesuffix(" rowwise"), header, visits
 
 
 def sweeps_of(device):

@@ -3,7 +3,8 @@
 A plan measures sets of float8 linears inside of a layer as one rank computes it, without communication. This benchmark
 runs the model's own layers on as many ranks as torchrun starts, with sequence parallelism, and times the plan's
 finalists, its choice, all linears, torchao's rule, the table's answer, bf16, and bf16 again. Without a plan it times
-the MLP's linears (w1, w2, w3) too. On a GPU each layer is compiled as production does, bf16 with Inductor's defaults.
+the MLP's linears (w1, w2, w3) too, and with fp8gate's casts the plan's set with Inductor's as well. On a GPU each layer
+is compiled as production does, bf16 with Inductor's defaults.
 
 A step is the forward and backward of all layers. A set runs alone on the GPUs in visits: a pause, steps that do not
 count until the clock is its own, and then a whole second between two CUDA events on each rank. The slowest rank's time
@@ -24,6 +25,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -40,7 +42,7 @@ from fp8gate.calibrate.planning.table_answer import TableAnswer
 from fp8gate.calibrate.ranks.environment import RankEnvironment
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plans.plan import Plan
-from fp8gate.filter.contract.recipes import RECIPES, Variant
+from fp8gate.filter.contract.recipes import RECIPES, Casts, Variant, require_casts
 
 ROUNDS = 10  # with 8 the 99 % bounds would be the least and the largest ratio
 SEED = 0
@@ -64,7 +66,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipe", choices=RECIPES, required=True)
     parser.add_argument("--tokens", type=int, required=True, help="of the batch that the ranks share")
     parser.add_argument("--out", type=Path, required=True, help="folder for the journal")
-    parser.add_argument("--plan", type=Path, help="a plan of the model and recipe, of any degree")
+    parser.add_argument("--plan", type=Path, help="a plan of the model, recipe and casts, of any degree")
+    parser.add_argument(
+        "--casts", choices=get_args(Casts), default="inductor", help="who compiles float8's; default: Inductor"
+    )
     parser.add_argument("--tables", type=Path, help="a table or folder of tables; default: those of fp8gate")
     parser.add_argument("--layers", type=int, default=3, help="how many a step runs")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"visits of each set, at least {LEAST_ROUNDS}")
@@ -80,6 +85,10 @@ def run(arguments: argparse.Namespace, place: RankEnvironment) -> None:
     start = time.monotonic()
     until = math.inf if arguments.stop_after is None else start + 60 * arguments.stop_after
     device = own_device(place)
+    variant = Variant(arguments.recipe, arguments.casts)
+    require_casts(*variant)
+    if variant.casts != "inductor" and not kind_of(device).defaults.compiles:
+        raise InputError(f"casts: {variant.casts}'s are a pass of Inductor; on a CPU layers are not compiled")
     has_lock = kind_of(device).has_own_lock(place.local_rank)
     with DeviceLock(device) if has_lock else contextlib.nullcontext(), Ranks.joined(device) as ranks:
 
@@ -88,9 +97,10 @@ def run(arguments: argparse.Namespace, place: RankEnvironment) -> None:
                 print(f"{time.monotonic() - start:.0f} s: {message}", file=sys.stderr, flush=True)
 
         whole, part = (only_subject(arguments, tp) for tp in (1, ranks.world))
-        plan = plan_of(arguments.plan, part, arguments.recipe)
-        answer = TableAnswer.of(part, Variant(arguments.recipe), describe_device(device).name, arguments.tables, say)
-        setup = make_setup(arguments, part, device, make_sets(part.possible, answer, plan, say), plan)
+        plan = plan_of(arguments.plan, part, variant)
+        answer = TableAnswer.of(part, variant, describe_device(device).name, arguments.tables, say)
+        sets = make_sets(part.possible, answer, plan, variant.casts, say)
+        setup = make_setup(arguments, part, device, sets, plan)
         with TpJournal(arguments.out, setup) if ranks.rank == 0 else contextlib.nullcontext() as journal:
             known = ranks.gather(journal.records if journal else None)[0]
             watch = kind_of(device).make_watch(device)

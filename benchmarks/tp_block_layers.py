@@ -34,12 +34,13 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._pytree import tree_map_only
 from torchao.float8.float8_linear import Float8Linear
 
+import fp8gate.casts
 from fp8gate.calibrate.arms.compilation import MAX_ALIVE, put_tensors
 from fp8gate.calibrate.arms.linear import WEIGHT_STD, convert
 from fp8gate.calibrate.planning.subject import Subject
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import block_role
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Casts, Recipe
 
 HIDDEN = "hidden_states"  # what transformers calls the input of a layer and of its attention
 COLWISE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -90,10 +91,13 @@ class TpLayers:
         for leaf in (self.x, self._check_x):
             leaf.requires_grad_()
 
-    def make(self, roles: Collection[str], recipe: Recipe, inductor: dict[str, bool] | None) -> TpStack:
-        """The layers with these roles in float8. inductor: settings to compile them with; None to leave them eager.
+    def make(
+        self, roles: Collection[str], recipe: Recipe, inductor: dict[str, bool] | None, casts: Casts = "inductor"
+    ) -> TpStack:
+        """The layers with these roles in float8.
 
-        Each call compiles anew, even if it asks for the same again.
+        inductor: settings to compile them with; None to leave them eager. casts: who compiles those of float8. Each
+        call compiles anew, even if it asks for the same again.
         """
         stack = []
         for parameters in self.parameters:
@@ -108,7 +112,7 @@ class TpLayers:
             stack.append(layer)
         if inductor is not None:
             _compile(stack, inductor)
-        return TpStack(self, stack)
+        return TpStack(self, stack, casts)
 
     def forward(self, stack: Iterable[nn.Module], x: Tensor) -> Tensor:
         for layer in stack:
@@ -134,13 +138,18 @@ class TpStack:
 
     owner: TpLayers
     layers: list[nn.Module]
+    casts: Casts
 
     def start(self) -> Results:
-        """Run for the first time, which compiles and tunes. A graph break, or too many graphs, is an error."""
+        """Run for the first time, which compiles and tunes.
+
+        A graph break, too many graphs, or casts that fp8gate's pass does not know, are an error.
+        """
         import torch._dynamo.config
 
         limits = torch._dynamo.config.patch(recompile_limit=MAX_ALIVE, accumulated_recompile_limit=MAX_ALIVE)
-        with limits, torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        replaced = fp8gate.casts.replaced(strict=True) if self.casts == "fp8gate" else fp8gate.casts.not_replaced()
+        with limits, torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), replaced:
             return self.owner.check(self.layers)
 
     def step(self) -> None:

@@ -24,7 +24,7 @@ from tabulate import tabulate
 from fp8gate.calibrate.points.setup import Header
 from fp8gate.calibrate.sweep.journal import Journal, content_of
 from fp8gate.calibrate.timing.statistics import Interval, paired_speedup
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Casts, Recipe, Variant
 from fp8gate.filter.contract.table import Device, Positive, Software
 
 CONFIDENCE, LEAST_ROUNDS = 0.99, 8  # fewer rounds cannot give such bounds
@@ -40,12 +40,13 @@ HEADERS = ("set", "float8", "ms", "over bf16", "in the plan", "difference")
 class ConvertedSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A set of roles in float8.
 
-    name: whose choice it is. plan: bf16 time / the set's time without communication, and its bounds, as the plan
-    measured them; None if it did not.
+    name: whose choice it is. casts: who compiles those of float8. plan: bf16 time / the set's time without
+    communication, and its bounds, as the plan measured them; None if it did not.
     """
 
     name: str
     convert: tuple[str, ...]
+    casts: Casts = "inductor"
     plan: tuple[Positive, Positive, Positive] | None = None
 
 
@@ -73,6 +74,12 @@ class TpSetup(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     block: str
     plan: str
     sets: tuple[ConvertedSet, ...]
+
+    @property
+    def variant(self) -> Variant:
+        """The recipe, and the casts of the choices."""
+        ours = any(one.casts == "fp8gate" for one in self.sets)
+        return Variant(self.recipe, "fp8gate" if ours else "inductor")
 
 
 class RankVisit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -153,14 +160,14 @@ def report(setup: TpSetup, visits: Sequence[TpVisit]) -> str:
 def headline(setup: TpSetup, visits: Sequence[TpVisit]) -> str:
     """The gains alone, for the documents."""
     rounds = complete_rounds(setup, visits)
-    return f"{setup.model}, TP {setup.tp}, {setup.recipe}:\n\n{gains(setup, rounds, _times(setup, rounds))}"
+    return f"{setup.model}, TP {setup.tp}, {setup.variant}:\n\n{gains(setup, rounds, _times(setup, rounds))}"
 
 
 def title(setup: TpSetup) -> str:
     software = setup.software
     return (
         f"{setup.model}, TP {setup.tp} with sequence parallelism, {setup.layers} layers, {setup.tokens} tokens, "
-        f"{setup.recipe}, {setup.device.name} (torch {software.torch}, torchao {software.torchao})"
+        f"{setup.variant}, {setup.device.name} (torch {software.torch}, torchao {software.torchao})"
         + (f"; plan of {setup.plan}" if setup.plan else "")
     )
 

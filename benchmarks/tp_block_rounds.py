@@ -127,7 +127,7 @@ class Bench:
             if self._is_time_up():
                 return False
             settings = self.setup.inductor if one.convert else {}
-            stack = layers.make(one.convert, self.setup.recipe, settings if self.setup.compile else None)
+            stack = layers.make(one.convert, self.setup.recipe, settings if self.setup.compile else None, one.casts)
             results = stack.start()
             expected = expected or results
             error = max(self.ranks.gather(results.error(expected)))

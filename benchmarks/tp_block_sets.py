@@ -16,19 +16,23 @@ from fp8gate.calibrate.planning.table_answer import TableAnswer
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plans.plan import Candidate, Plan
 from fp8gate.filter.contract.plans.plan_file import read_plan
-from fp8gate.filter.contract.recipes import Recipe
+from fp8gate.filter.contract.recipes import Casts, Variant
 
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-def plan_of(path: Path | None, subject: Subject, recipe: Recipe) -> Plan | None:
-    """Raises InputError for a plan of another model or recipe, or of roles that cannot be float8 on these ranks."""
+def plan_of(path: Path | None, subject: Subject, variant: Variant) -> Plan | None:
+    """Raises InputError for a plan of another model, recipe or casts, or of roles that cannot be float8 here."""
     if path is None:
         return None
     plan = read_plan(path)
-    for name, expected in (("model", subject.name), ("recipe", recipe)):
-        if getattr(plan, name) != expected:
-            raise InputError(f"{path}: $.{name}: expected {expected}, found {getattr(plan, name)}")
+    for name, found, expected in (
+        ("model", plan.model, subject.name),
+        ("recipe", plan.recipe, variant.recipe),
+        ("protocol.casts", plan.protocol.casts, variant.casts),
+    ):
+        if found != expected:
+            raise InputError(f"{path}: $.{name}: expected {expected}, found {found}")
     if unknown := {role for one in finalists(plan) for role in one.convert} - {*subject.possible}:
         raise InputError(f"{path}: expected roles that float8 can compute here; found {sorted(unknown)}")
     return plan
@@ -42,9 +46,12 @@ def finalists(plan: Plan) -> list[Candidate]:
 
 
 def make_sets(
-    possible: Sequence[str], answer: TableAnswer, plan: Plan | None, say: Callable[[str], None]
+    possible: Sequence[str], answer: TableAnswer, plan: Plan | None, casts: Casts, say: Callable[[str], None]
 ) -> tuple[ConvertedSet, ...]:
-    """The sets to measure, bf16 first and bf16 again last. Choices that convert the same roles are one set."""
+    """The sets to measure, bf16 first and bf16 again last. Choices that convert the same roles are one set.
+
+    With fp8gate's casts, what the plan converts, or the table, or else all, is measured with Inductor's too.
+    """
     chosen: dict[frozenset[str], list[str]] = defaultdict(list)
     chosen[frozenset()].append("bf16")
     chosen[frozenset(possible)].append("all")
@@ -63,11 +70,23 @@ def make_sets(
                 chosen[frozenset(one.convert)].append(f"finalist {i}")
     sets = [
         ConvertedSet(
-            name=", ".join(names), convert=tuple(role for role in possible if role in roles), plan=_planned(plan, roles)
+            name=", ".join(names),
+            convert=tuple(role for role in possible if role in roles),
+            casts=casts if roles else "inductor",
+            plan=_planned(plan, roles),
         )
         for roles, names in chosen.items()
     ]
+    if casts != "inductor":
+        sets += [_with_inductors_casts(sets)]
     return (*sets, ConvertedSet(name=CONTROL, convert=()))
+
+
+def _with_inductors_casts(sets: Sequence[ConvertedSet]) -> ConvertedSet:
+    """The set of the plan, else of the table, else of all, of those that convert something."""
+    by_choice = {choice: one for one in sets if one.convert for choice in one.name.split(", ")}
+    same = next(by_choice[choice] for choice in (PLAN, "table", "all") if choice in by_choice)
+    return ConvertedSet(name=f"{same.name}; Inductor's casts", convert=same.convert)
 
 
 def _planned(plan: Plan | None, roles: frozenset[str]) -> tuple[float, float, float] | None:

@@ -25,6 +25,7 @@ from fp8gate.calibrate.device.cpu import CpuWatch
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plans.plan import Candidate
 from fp8gate.filter.contract.plans.plan_file import write_plans
+from fp8gate.filter.contract.recipes import Variant
 
 ROOT = Path(__file__).parent.parent
 Q, K, V, OUT = (f"self_attn.{name}_proj" for name in "qkvo")
@@ -139,8 +140,9 @@ def test_two_ranks_compute_what_one_does(processes: Processes, config: Path) -> 
     same, mlp, everything = found["errors"]
     assert same == 0
     assert 0.02 < mlp < everything < 0.3
-    assert max(found["errors compiled"][:2]) < 0.02 < found["errors compiled"][2] < mlp
-    assert found["settings"] == [False, False, True]  # one graph a set, bf16 again included, however many layers
+    assert max(found["errors compiled"][:2]) < 0.02 < max(found["errors compiled"][2:]) < mlp
+    # one graph a set, bf16 again included, however many layers; casts as asked for, whatever is enabled
+    assert found["settings"] == [[False, False], [False, False], [True, False], [True, True]]
 
 
 @pytest.mark.slow
@@ -211,7 +213,8 @@ def made_sets(answer: Any, plan: Any) -> tuple[list[tuple[Any, ...]], list[str]]
     from tp_block_sets import make_sets
 
     said: list[str] = []
-    sets = make_sets(POSSIBLE, answer, plan, said.append)
+    sets = make_sets(POSSIBLE, answer, plan, "inductor", said.append)
+    assert {one.casts for one in sets} == {"inductor"}
     return [(one.name, one.convert, one.plan and one.plan[0]) for one in sets], said
 
 
@@ -239,9 +242,51 @@ def test_choices_that_convert_the_same_are_one_set() -> None:
 
 
 @pytest.mark.parametrize(
+    ("plan", "table", "same"),
+    [
+        (PLAN, (GATE,), ("plan; Inductor's casts", (Q, GATE))),
+        (None, (GATE,), ("table; Inductor's casts", (GATE,))),
+        (None, (), ("all; Inductor's casts", POSSIBLE)),
+        (PLAN, (Q, GATE), ("table, plan; Inductor's casts", (Q, GATE))),
+    ],
+)
+def test_with_fp8gates_casts_one_set_has_inductors_too(output: Any, plan: Any, table: Any, same: Any) -> None:
+    from tp_block_sets import make_sets
+
+    answer = SimpleNamespace(table=SimpleNamespace(convert=table), torchao=None)
+    *sets, inductors, control = make_sets(POSSIBLE, answer, plan, "fp8gate", print)
+    assert [one.casts for one in sets if one.convert] == ["fp8gate"] * (len(sets) - 1)
+    assert (inductors.name, inductors.convert) == same
+    assert {one.casts for one in (sets[0], inductors, control)} == {"inductor"}
+    assert inductors.plan is None  # so it takes no part in the plan's order
+    assert not output.is_plans_choice(inductors)
+    setup = make_setup(output, sets=(*sets, inductors, control))
+    assert "rowwise, fp8gate's casts, " in output.title(setup)
+
+
+def test_casts_of_another_recipe_or_where_nothing_compiles_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import tp_block
+
+    (environment,) = rank_environments(1)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    for recipe, expected in (("tensorwise", "casts: "), ("rowwise", "casts: fp8gate's .* on a CPU")):
+        options = ["llama3-8b", "--recipe", recipe, "--tokens", "32", "--casts", "fp8gate", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["tp_block.py", *options])
+        with pytest.raises(SystemExit, match=expected):
+            tp_block.main()
+
+
+@pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({}, None),
+        (
+            {"protocol": msgspec.structs.replace(PLAN.protocol, casts="fp8gate")},
+            r"\$\.protocol\.casts: expected inductor, found fp8gate",
+        ),
         ({"model": "other"}, r"\$\.model: expected tiny, found other"),
         ({"recipe": "tensorwise"}, r"\$\.recipe: expected rowwise, found tensorwise"),
         ({"possible": POSSIBLE[1:]}, r"float8 can compute here; found \['self_attn.q_proj'\]"),
@@ -254,10 +299,10 @@ def test_a_plan_must_be_of_the_model(tmp_path: Path, changes: dict[str, Any], ex
     path = tmp_path / "plan.yaml"
     write_plans([msgspec.structs.replace(PLAN, **changes)], path)
     if expected is None:
-        assert plan_of(path, subject, "rowwise") == PLAN
+        assert plan_of(path, subject, Variant("rowwise")) == PLAN
         return
     with pytest.raises(InputError, match=expected):
-        plan_of(path, subject, "rowwise")
+        plan_of(path, subject, Variant("rowwise"))
 
 
 def test_layers_of_another_kind_are_refused() -> None:
@@ -378,7 +423,7 @@ class Layers:
     def __init__(self) -> None:
         self.steps: list[str] = []
 
-    def make(self, roles: Sequence[str], recipe: str, inductor: dict[str, bool] | None) -> Any:
+    def make(self, roles: Sequence[str], recipe: str, inductor: dict[str, bool] | None, casts: Any) -> Any:
         name = ", ".join(roles) or "bf16"
         step = functools.partial(self.steps.append, name)
         return SimpleNamespace(step=step, start=lambda: SimpleNamespace(error=lambda right: 0.25))

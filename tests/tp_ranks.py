@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fp8gate.casts
 from fp8gate.calibrate.planning.subject import model_subjects
 
 ROOT = Path(__file__).parent.parent
@@ -44,11 +45,15 @@ def compare(config: Path, tokens: int) -> None:
         with Collectives() as collectives:
             stack.step()
         found["collectives"].append([collectives.counts[name] for name in COLLECTIVES])
-    asked: list[dict[str, bool]] = []
+    asked: list[tuple[bool, bool]] = []
     compile_fx.compile_fx = functools.partial(_compile_quickly, asked)  # type: ignore[assignment]
-    compiled = [layers.make(roles, "rowwise", {"emulate_precision_casts": bool(roles)}) for roles in ((), (), MLP[:1])]
+    compiled = [
+        layers.make(roles, "rowwise", {"emulate_precision_casts": bool(roles)}, casts)
+        for roles, casts in (((), "inductor"), ((), "inductor"), (MLP[:1], "inductor"), (MLP[:1], "fp8gate"))
+    ]
+    fp8gate.casts.enable()
     found["errors compiled"] = [one.start().error(right) for one in compiled]
-    found["settings"] = [one["emulate_precision_casts"] for one in asked]
+    found["settings"] = asked
     for one in compiled:
         one.step()  # raises if it compiles again
     if dist.get_rank() == 0:
@@ -58,7 +63,7 @@ def compare(config: Path, tokens: int) -> None:
 
 def _compile_quickly(asked, graph, inputs, *, config_patches):
     """As Inductor's function, without Inductor: it takes minutes for a layer on a busy machine."""
-    asked.append(config_patches)
+    asked.append((config_patches["emulate_precision_casts"], fp8gate.casts.is_enabled()))
     return aot_eager(graph, inputs)
 
 

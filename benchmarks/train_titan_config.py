@@ -115,22 +115,29 @@ def zipf(shape: tuple[int, ...], vocab: int, rng: torch.Generator) -> torch.Tens
 
 
 def trainer_config(
-    setup: Setup, choice: Choice, *, variant: Variant | None = None, traced_steps: int = 0, dump_folder: str = ""
+    setup: Setup,
+    choice: Choice,
+    *,
+    variant: Variant | None = None,
+    traced_steps: int = 0,
+    dump_folder: str = "",
+    emulate: bool = not ON_GPU,
 ) -> Any:
     """The config of a run, in which torchtitan's converter has converted, or fp8gate's override will.
 
-    traced_steps: so many of the last steps are traced by torchtitan's profiler, into the dump folder.
+    emulate: float8 by other types. traced_steps: so many of the last steps are traced by torchtitan's profiler, into
+    the dump folder.
     """
     spec = model_spec(setup)
     imports = []
     if choice in ("table", "plan"):
-        imports.append(("fp8gate.torchtitan.gate", gate_settings(setup, choice, variant, emulate=not ON_GPU)))
+        imports.append(("fp8gate.torchtitan.gate", gate_settings(setup, choice, variant, emulate=emulate)))
     elif choice != "bf16":
         left = (
             [HEAD] if choice == "all" else [HEAD, *left_by_rule(setup, spec.model, of_shards=choice == "rule-shards")]
         )
         converter = Float8LinearConverter.Config(
-            recipe_name=setup.recipe, filter_fqns=left, emulate=not ON_GPU, model_compile_enabled=ON_GPU
+            recipe_name=setup.recipe, filter_fqns=left, emulate=emulate, model_compile_enabled=not emulate
         )
         spec.model = converter.build().convert(spec.model)
     return Trainer.Config(

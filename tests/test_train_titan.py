@@ -14,7 +14,9 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from builders import DEVICE, SOFTWARE_HERE, make_point, make_table, write_file
+from documents import page_text
 from plans import make_plan
 
 from fp8gate.filter.contract.plans.plan import Candidate
@@ -411,9 +413,55 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
     return write_file(table, folder / "rowwise.yaml"), folder / "plan.yaml"
 
 
+# --- what it compiles -------------------------------------------------------------------------------------------
+
+
+NEEDS_TITAN = pytest.mark.skipif(util.find_spec("torchtitan") is None, reason="not installed: torchtitan")
+
+
+@NEEDS_TITAN
+@pytest.mark.parametrize("is_used", [True, False])
+def test_a_collective_is_dead_whose_result_nothing_uses(output: ModuleType, is_used: bool) -> None:
+    import train_titan_graphs
+
+    ops, graph = torch.ops._c10d_functional, torch.fx.Graph()
+    x = graph.placeholder("x")
+    both = [graph.call_function(op, (x, "max", "0")) for op in (ops.all_reduce.default, ops.all_reduce_.default)]
+    used, other = (graph.call_function(ops.wait_tensor.default, (one,)) for one in both)
+    graph.output((used, other) if is_used else (used,))
+    assert train_titan_graphs.dead_collectives(graph) == ([] if is_used else ["all_reduce"])
+    rows = train_titan_graphs.report({"forward": graph}).splitlines()[2:]
+    assert [cell.strip() for cell in rows[0].split("|")[1:-1]] == ["forward", "all_reduce", "2", "" if is_used else "1"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(util.find_spec("torchtitan") is None, reason="not installed: torchtitan")
+@NEEDS_TITAN
+@pytest.mark.parametrize(
+    ("options", "row"),
+    [
+        (["--choice", "bf16"], "| none (bf16) | 0, 0 | |"),
+        (["--choice", "table"], "| w1, w3 (the table) | 2, 4 | 2 |"),
+        (["--choice", "table", "--casts", "fp8gate"], "| w1, w2, w3 (the table of fp8gate's casts) | 4, 4 | 2 |"),
+        (["--choice", "all"], "| all | 7, 6 | 3 |"),
+    ],
+)
+def test_the_collectives_of_the_documents_are_what_torchtitan_compiles(options: list[str], row: str) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "train_titan_graphs.py", "--widths", "llama3-8b", "--tp", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    counts = {(cells[0], cells[1]): cells[2:] for cells in found}
+    assert counts["forward", "all_gather_into_tensor"] == ["2", ""]
+    forward, backward = (counts.get((which, "all_reduce"), ["0", ""]) for which in ("forward", "backward"))
+    assert row in page_text("plans.md")
+    assert row.split(" | ", 1)[1] == f"{forward[0]}, {backward[0]} | {backward[1]} |".replace("|  |", "| |")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@NEEDS_TITAN
 def test_two_ranks_train_every_choice_and_a_second_command_goes_on(output: ModuleType, tmp_path: Path) -> None:
     table, plan = write_inputs(tmp_path)
     options = ["--widths", "tiny", "--layers", 1, "--tp", 2, "--recipe", "rowwise", "--tokens", ROWS]

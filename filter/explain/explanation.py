@@ -31,16 +31,14 @@ from fp8gate.filter.policy.findings import Finding
 class LayerExplanation:
     """Linears of one kind with one decision: the shape that a rank holds, what decides, and the times by the table.
 
-    decision: the filter's. reason: its reason, but for the casts, which are those of the whole explanation. by_table:
-    what the table alone would decide. torchao: whether torchao's rule would convert it, None if torchao has no rule for
-    the recipe. stays: it is bf16 in every choice, as float8 cannot compute it or the user leaves it out. is_far: too
-    far outside of what was measured; it is bf16, and its times are 0.
+    decision: the filter's. by_table: what the table alone would decide. torchao: whether torchao's rule would convert
+    it, None if torchao has no rule for the recipe. stays: it is bf16 in every choice, as float8 cannot compute it or
+    the user leaves it out. is_far: too far outside of what was measured; it is bf16, and its times are 0.
     """
 
     linear: LinearRole
     shape: LinearShape
     decision: Decision
-    reason: str
     by_table: Decision
     torchao: bool | None
     stays: bool
@@ -63,7 +61,7 @@ class LayerExplanation:
             "speedup": self.by_table.speedup,
             "speedup_low": self.by_table.speedup_low,
             "speedup_high": self.by_table.speedup_high,
-            "reason": self.reason,
+            "reason": self.decision.reason,
         }
 
 
@@ -241,7 +239,6 @@ def _explain_layer(
         linear=linear,
         shape=shape,
         decision=decision,
-        reason=decision.reason.removesuffix(wants_float8.table.variant.in_reasons),
         by_table=by_table,
         torchao=torchao_converts(wants_float8.table.recipe, **sizes),
         stays=stays,

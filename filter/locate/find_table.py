@@ -103,7 +103,9 @@ def _single_file(location: Path, variant: Variant) -> Path | None:
     if any(os.path.isfile(location / other.file) for other in VARIANTS):
         instead = _WITH_INDUCTORS if os.path.isfile(location / Variant(variant.recipe).file) else ""
         measure = _how_to_measure(variant)
-        raise NoTableError(f"{location}: no {_table_of(variant)} among this device's.{instead} {measure}")
+        raise NoTableError(
+            f"{location}: no {variant.recipe} table{variant.with_casts} among this device's.{instead} {measure}"
+        )
     return None
 
 
@@ -165,8 +167,8 @@ def _no_table(searched: Sequence[Place], variant: Variant, device: str) -> str:
     if _has_inductors(folders, variant, device):
         meant = f"{_WITH_INDUCTORS}{meant}"
     return (
-        f"device: no {_table_of(variant)} for {device!r} in {', '.join(map(str, folders))}; measured devices: "
-        f"{', '.join(known) or 'none'}.{meant} {_how_to_measure(variant)}"
+        f"device: no {variant.recipe} table{variant.with_casts} for {device!r} in {', '.join(map(str, folders))}; "
+        f"measured devices: {', '.join(known) or 'none'}.{meant} {_how_to_measure(variant)}"
     )
 
 
@@ -178,11 +180,6 @@ def _has_inductors(folders: Iterable[Path], variant: Variant, device: str) -> bo
         return match_device(device, sorted(_by_slug(folders, Variant(variant.recipe)))) is not None
     except InputError:  # the name fits several devices
         return False
-
-
-def _table_of(variant: Variant) -> str:
-    """ "rowwise table", or "rowwise table with fp8gate's casts"."""
-    return f"{variant.recipe} table" + ("" if variant.casts == "inductor" else f" with {variant.casts}'s casts")
 
 
 def _how_to_measure(variant: Variant) -> str:

@@ -47,6 +47,8 @@ WELL = Checkup(
     load=0.5,
     processors=8,
 )
+AGAIN = "fp8gate plan llama3-8b --recipe rowwise --tokens 8192 --sequence 4096"
+STALE_PLAN = replace(WELL.plans[0], stale="torch 2.11.0, here 2.13.0", measured_again_by=AGAIN)
 STALE = replace(WELL, tables=(replace(WELL.tables[0], stale="torch 2.11.0, here 2.13.0"), *WELL.tables[1:]))
 INCOMPLETE = {"incomplete": "75 of 140 measurements", "completed_by": "fp8gate calibrate --out /elsewhere"}
 
@@ -74,6 +76,7 @@ def test_all_is_well():
             "fp8gate calibrate --recipes rowwise_with_gw_hp",
         ),
         (replace(WELL, tables=(), missing=tuple(RECIPES)), "no table for this device", "fp8gate calibrate"),
+        (replace(WELL, plans=(STALE_PLAN,)), "8192 tokens was measured with torch 2.11.0", AGAIN),
         (STALE, "tensorwise was measured with torch 2.11.0, here 2.13.0", "fp8gate verify"),
         (
             replace(WELL, tables=(replace(WELL.tables[0], **INCOMPLETE), *WELL.tables[1:])),
@@ -186,6 +189,18 @@ def test_a_stale_table_and_a_broken_one_are_named(here):
     assert stale.stale.startswith("torch 1.0.0, here ")
     assert str(folder / "tensorwise.yaml") in broken.problem
     assert found.missing == ("rowwise_with_gw_hp",)
+
+
+def test_a_stale_plan_is_named_with_what_measures_it_again(here):
+    folder = here / device_slug(local_device_name()) / "plans"
+    folder.mkdir(parents=True)
+    old = msgspec.structs.replace(SOFTWARE_HERE, torch="1.0.0")
+    plan = make_plan(device=this_cpu(), software=old, tokens=32, sequence=16, exhaustive=True)
+    write_plans([plan], folder / "tiny-rowwise-m32-s16.yaml")
+    command = "fp8gate plan CONFIG.json --recipe rowwise --tokens 32 --sequence 16 --exhaustive --device cpu"
+    assert command in commands(check_up())
+    write_plans([msgspec.structs.replace(plan, software=SOFTWARE_HERE)], folder / "tiny-rowwise-m32-s16.yaml")
+    assert not any("plan CONFIG.json" in one for one in commands(check_up()))
 
 
 def test_an_incomplete_table_is_named_with_what_completes_it(here):

@@ -240,7 +240,7 @@ def test_plans_of_other_casts_are_passed_over(folder, ours, plan):
 
 def test_a_stale_plan_is_measured_again_with_its_casts(folder):
     old = plan_of(ours=True, software=Software(torch="1.0.0", torchao="0.18.0", fp8gate="0.1.0"))
-    command = "fp8gate plan tiny --recipe rowwise --tokens 32 --casts fp8gate"
+    command = r"fp8gate plan CONFIG\.json --recipe rowwise --tokens 32 --sequence 32 --casts fp8gate"
     with casts.replaced(), pytest.warns(StaleTableWarning, match=rf"; to measure again: {command}$"):
         ask(folder, plan=old)
 

@@ -26,6 +26,7 @@ from fp8gate.filter.locate.find_plan import plan_files
 from fp8gate.filter.locate.find_table import find_table, table_files
 from fp8gate.filter.locate.incomplete_table import completing_command
 from fp8gate.filter.locate.places import default_out, places, shown
+from fp8gate.filter.planned.planning_command import command_again
 
 PACKAGES = ("fp8gate", "torch", "torchao", "triton", "transformers")
 SMALLEST = 16  # of the sizes that a float8 product takes
@@ -48,7 +49,7 @@ class FoundFile:
     """A table or plan that the filter would use. what: the recipe and casts, of a plan the model too.
 
     problem: why it cannot. incomplete: how far the sweep of a table came that was stopped. completed_by: the command
-    that completes it.
+    that completes it. measured_again_by: the command that measures a stale plan again.
     """
 
     what: str
@@ -57,6 +58,7 @@ class FoundFile:
     stale: str | None = None
     incomplete: str | None = None
     completed_by: str | None = None
+    measured_again_by: str | None = None
     problem: str | None = None
 
 
@@ -196,13 +198,18 @@ def _is_missing(error: InputError) -> bool:
 def _plans(device: str) -> Iterator[FoundFile]:
     for path in plan_files(device=device):
         try:
-            plan = read_plans(path)[0]
+            plans = read_plans(path)
         except InputError as error:
             yield FoundFile(what=path.stem, path=shown(path), problem=str(error))
             continue
+        plan, differences = plans[0], stale(plans[0].software)
         what = f"{plan.model}, {plan.variant}, {plan.tokens} tokens" + (f", tp {plan.tp}" if plan.tp > 1 else "")
         yield FoundFile(
-            what=what, path=shown(path), measured=f"{plan.measured_at:%Y-%m-%d}", stale=stale(plan.software)
+            what=what,
+            path=shown(path),
+            measured=f"{plan.measured_at:%Y-%m-%d}",
+            stale=differences,
+            measured_again_by=command_again(plans) if differences else None,
         )
 
 

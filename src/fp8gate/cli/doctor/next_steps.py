@@ -52,6 +52,8 @@ def next_steps(checkup: Checkup) -> list[Step]:
         steps.append(_calibrate(checkup))
     if any(file.stale for file in checkup.tables):
         steps.append(Step("fp8gate verify", "whether the tables still hold with this software"))
+    if again := [plan.measured_again_by for plan in checkup.plans if plan.measured_again_by]:
+        steps.append(Step(again[0], "measures a stale plan again"))
     if device is None or device.kind == "cpu":
         steps.append(Step(f"{EXPLAIN} --device H200", "what a measured GPU would convert"))
     elif checkup.tables:

@@ -174,7 +174,10 @@ def test_the_same_call_goes_on_where_it_was(tmp_path):
     again = planned(out=tmp_path)
     assert journal.read_bytes().splitlines() == lines
     assert again.candidates == first.candidates
-    assert planned(out=tmp_path, fresh=True).candidates != first.candidates
+    said = []
+    assert planned(out=tmp_path, fresh=True, say=said.append).candidates != first.candidates
+    (kept,) = tmp_path.glob("journal-*.jsonl.*")
+    assert f"the earlier journal is kept as {kept}" in said
 
 
 def test_what_float8_cannot_compute_is_left_out():

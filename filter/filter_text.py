@@ -14,6 +14,7 @@ from fp8gate.filter.decision.estimate import OF_ALIGNED
 from fp8gate.filter.decision.shared_input import least_text
 from fp8gate.filter.planned.plan_choice import PlanChoice
 from fp8gate.filter.policy.settings import FilterSettings
+from fp8gate.filter.shapes_command import shapes_command
 
 
 def decisions_text(decisions: Mapping[str, Decision], *, full: bool) -> str:
@@ -70,7 +71,7 @@ def summary_text(
         sentences.append(remark)
     if outside := [fqn for fqn, d in decisions.items() if d.outside]:
         names = ", ".join(dict.fromkeys(map(without_indices, outside)))
-        command = f"fp8gate calibrate --model CONFIG.json --tokens {settings.tokens}{table.variant.option}"
+        command = f"{shapes_command('CONFIG.json', settings)}{table.variant.option}"
         sentences.append(f"outside the measured range: {len(outside)} ({names}); to measure them: {command}")
     if unaligned := dict.fromkeys(without_indices(fqn) for fqn, d in decisions.items() if d.unaligned is None):
         sentences.append(f"answered from {OF_ALIGNED}: {', '.join(unaligned)}")

@@ -373,6 +373,15 @@ def test_explain_compares_recipes_with_the_casts_that_each_can_have(tmp_path):
     assert "rowwise, fp8gate's casts" in explain(folder, "--recipe", "all", "--casts", "fp8gate").stdout
 
 
+@pytest.mark.parametrize("size", [256, 2048], ids=["outside", "too far outside"])
+def test_shapes_without_a_config_are_measured_with_the_casts(tmp_path, size):
+    folder = write_folder(tmp_path, table(2.0, ours=True))
+    options = ["--recipe", "rowwise", "--casts", "fp8gate", "--tables", str(folder), "--device", "H200"]
+    result = CliRunner().invoke(app, ["explain", "--tokens", "16", "--linear", f"wq,{size},{size},1", *options])
+    listed = ", listed in FILE.yaml as shapes: [[M, K, N], ...]"
+    assert re.search(rf"{re.escape(listed)}(, run on it)?: fp8gate calibrate --grid FILE\.yaml --casts", result.output)
+
+
 def test_explain_says_once_what_is_true_with_all_casts(tmp_path, monkeypatch):
     """Only the option at the end of a command differs."""
     monkeypatch.setattr(software_check, "installed_version", {"torch": "9.9.0"}.get)

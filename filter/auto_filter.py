@@ -162,7 +162,8 @@ def make_filter(
         findings.add(Finding(StaleTableWarning, message))
     if remark := incomplete_remark(table, path):
         complete = complete_table_elsewhere(path) if tables is None else None
-        instead = f"; or take the complete one that comes after it: tables={str(complete)!r}" if complete else ""
+        name = f"; or name the complete one that comes after it, by --tables, or tables= in Python: {complete}"
+        instead = name if complete else ""
         findings.add(Finding(IncompleteTableWarning, f"{remark}{instead}"))
     for finding in plans.findings():
         findings.add(finding)

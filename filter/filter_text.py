@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from fp8gate.filter.contract.names import without_indices
 from fp8gate.filter.contract.shapes import TOKEN_TILE
@@ -12,8 +13,10 @@ from fp8gate.filter.contract.table import Table
 from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.decision.estimate import OF_ALIGNED
 from fp8gate.filter.decision.shared_input import least_text
+from fp8gate.filter.locate.incomplete_table import completing_command
 from fp8gate.filter.planned.plan_choice import PlanChoice
 from fp8gate.filter.policy.settings import FilterSettings
+from fp8gate.filter.shapes_command import shapes_command
 
 
 def decisions_text(decisions: Mapping[str, Decision], *, full: bool) -> str:
@@ -42,6 +45,7 @@ def decisions_text(decisions: Mapping[str, Decision], *, full: bool) -> str:
 
 def summary_text(
     table: Table,
+    path: Path,
     settings: FilterSettings,
     decisions: Mapping[str, Decision],
     *,
@@ -50,7 +54,7 @@ def summary_text(
 ) -> str:
     """How many linears are converted, by which plan or speedup, and what should be known about the others.
 
-    notes: remark -> the names that it is about; it is left out if there are none.
+    path: of the table. notes: remark -> the names that it is about; it is left out if there are none.
     """
     converted = sum(d.convert for d in decisions.values())
     least = f"at least {least_text(settings.min_speedup)}"
@@ -70,7 +74,7 @@ def summary_text(
         sentences.append(remark)
     if outside := [fqn for fqn, d in decisions.items() if d.outside]:
         names = ", ".join(dict.fromkeys(map(without_indices, outside)))
-        command = f"fp8gate calibrate --model CONFIG.json --tokens {settings.tokens}{table.variant.option}"
+        command = f"{shapes_command('CONFIG.json', settings)}{table.variant.option}"
         sentences.append(f"outside the measured range: {len(outside)} ({names}); to measure them: {command}")
     if unaligned := dict.fromkeys(without_indices(fqn) for fqn, d in decisions.items() if d.unaligned is None):
         sentences.append(f"answered from {OF_ALIGNED}: {', '.join(unaligned)}")
@@ -82,7 +86,7 @@ def summary_text(
             f"the table was measured with {differences}; to measure again: fp8gate calibrate{table.variant.option}"
         )
     if table.incomplete:
-        again = "the same fp8gate calibrate"
-        sentences.append(f"the table is incomplete, with {table.incomplete}; to complete it: {again}")
+        again = f"with the options that it was begun with: {completing_command(table, path)}"
+        sentences.append(f"the table is incomplete, with {table.incomplete}; to complete it, {again}")
     sentences += [f"{remark}: {', '.join(names)}" for remark, names in notes.items() if names]
     return "; ".join(sentences)

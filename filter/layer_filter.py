@@ -182,6 +182,7 @@ class AutoFilter:
         """What was decided, in a sentence or two for a log."""
         return summary_text(
             self.table,
+            self.path,
             self.settings,
             self.decisions,
             plans=self.plans,

@@ -128,7 +128,7 @@ class LinearDecisions:
         if isinstance(answer, Finding):
             self._findings.add(answer)
             return None
-        return self._with_casts(answer) if answer else None
+        return answer
 
     def _by_table(self, kind: InputKind, fqn: str, shape: LinearShape, recomputed: bool, is_frozen: bool) -> Decision:
         decision = self._by_shape.get((kind, shape, recomputed, is_frozen))
@@ -137,17 +137,11 @@ class LinearDecisions:
             decision = decide_linear(
                 kind, shape, self._lookup, min_speedup=least, recomputed=recomputed, is_frozen=is_frozen
             )
-            decision = self._with_casts(decision)
             if self._plans.chosen:
                 decision = msgspec.structs.replace(decision, reason=f"not in the plan: {decision.reason}")
             self._add_doubts(fqn, decision, least_speedup(kind, least))
             self._by_shape[kind, shape, recomputed, is_frozen] = decision
         return decision
-
-    def _with_casts(self, decision: Decision) -> Decision:
-        """The decision, whose reason names the casts that were measured if they are not Inductor's."""
-        casts = self._variant.in_reasons
-        return msgspec.structs.replace(decision, reason=f"{decision.reason}{casts}") if casts else decision
 
     def _add_doubts(self, fqn: str, decision: Decision, min_speedup: float) -> None:
         """Of linears of one shape, only the first is named with each doubt."""
@@ -160,7 +154,8 @@ class LinearDecisions:
         for category, is_doubtful in doubts.items():
             if is_doubtful and (category, decision.shape) not in self._doubted:
                 self._doubted.add((category, decision.shape))
-                self._findings.add(Finding(category, f"{fqn}, {decision.shape}: {number}{decision.reason}"))
+                asked = f"{fqn}, {decision.shape}{self._variant.with_casts}"
+                self._findings.add(Finding(category, f"{asked}: {number}{decision.reason}"))
 
 
 def _cost_if_wrong(decision: Decision, min_speedup: float) -> float:

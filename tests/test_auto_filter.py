@@ -304,6 +304,14 @@ def test_summary_says_what_is_outside_and_what_matched_nothing(table_path):
     )
 
 
+def test_the_command_in_the_summary_measures_what_a_rank_holds(table_path):
+    parallel = Parallel(tp=2, cp=2, plan="transformers")
+    wants_float8 = auto_filter("rowwise", tokens=2 * TOKENS, tables=table_path, parallel=parallel)
+    with pytest.warns(OutsideGridWarning):
+        wants_float8(LinearConfig(64, 512), "model.layers.0.mlp.up_proj")
+    assert f"fp8gate calibrate --model CONFIG.json --tokens {TOKENS} --tp 2" in wants_float8.summary()
+
+
 def test_summary_says_that_the_table_is_stale_and_what_cures_it(table_path, monkeypatch):
     monkeypatch.setattr(stale_module, "installed_version", {"torch": "9.9.0"}.get)
     wants_float8 = auto_filter("rowwise", tokens=TOKENS, tables=table_path, on_stale="ignore")

@@ -185,7 +185,7 @@ def test_a_shape_that_float8_cannot_compute_is_exit_code_2():
 
 def test_casts_are_refused_where_there_are_none():
     result = run("64", "48", "32", "--recipe", "rowwise", "--casts", "fp8gate")
-    assert (result.exit_code, "on a CPU linears are not compiled" in result.stderr) == (2, True)
+    assert (result.exit_code, "on a CPU nothing is compiled" in result.stderr) == (2, True)
     result = run("64", "48", "32", "--recipe", "tensorwise", "--casts", "fp8gate")
     assert result.exit_code == 2
     assert "casts: expected inductor for tensorwise; got 'fp8gate'" in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import tempfile
@@ -24,6 +25,7 @@ from fp8gate.calibrate.arms.blueprint import Blueprint
 from fp8gate.calibrate.comparison import verify as verify_module
 from fp8gate.calibrate.comparison.compare_tables import compare_tables
 from fp8gate.calibrate.comparison.merge import merge_tables
+from fp8gate.calibrate.device.cpu import Cpu
 from fp8gate.calibrate.device.registry import describe_device
 from fp8gate.calibrate.planning.block_worker import BlockBench, PlanJob
 from fp8gate.calibrate.planning.plan_block import plan_subject
@@ -70,20 +72,21 @@ def table(speedup=1.5, *, ours=False, **fields):
 
 
 def test_the_set_up_is_of_the_recipes_that_have_the_casts(monkeypatch):
-    compiling = replace(make_setup(CPU).protocols["rowwise"], compile=True)
     assert list(make_setup(CPU).protocols) == list(RECIPES)
-    with pytest.raises(
-        InputError, match=r"^casts: fp8gate's are a pass of Inductor; on a CPU linears are not compiled"
-    ):
-        make_setup(CPU, "fp8gate")
-    monkeypatch.setattr(set_ups, "kind_of", lambda _: SimpleNamespace(defaults=_defaults(compiling)))
+    monkeypatch.setattr(Cpu, "defaults", dataclasses.replace(Cpu.defaults, compiles=True))
     found = make_setup(CPU, "fp8gate")
     assert {recipe: found.variant(recipe) for recipe in found.protocols} == {"rowwise": OURS}
     assert make_setup(CPU).fingerprint != found.fingerprint
 
 
-def _defaults(protocol):
-    return SimpleNamespace(compiles=True, timer=protocol.timer, rounds=protocol.rounds, control=protocol.control)
+def test_where_nothing_is_compiled_casts_are_refused_in_the_same_words():
+    said = r"^casts: says how Inductor compiles; on a CPU nothing is compiled$"
+    with pytest.raises(InputError, match=said):
+        make_setup(CPU, "fp8gate")
+    with pytest.raises(InputError, match=said):
+        make_protocol(CPU, "rowwise", casts="fp8gate")
+    with pytest.raises(InputError, match=said.replace("casts", "emulate_precision_casts")):
+        make_protocol(CPU, "rowwise", True)
 
 
 def test_the_default_has_the_journal_that_it_had():
@@ -260,7 +263,7 @@ def test_calibrate_refuses_recipes_without_the_casts_and_a_cpu():
     assert "casts: expected inductor for tensorwise; got 'fp8gate'" in result.stderr
     result = calibrate("--casts", "fp8gate")
     assert result.exit_code == 2
-    assert "casts: fp8gate's are a pass of Inductor; on a CPU linears are not compiled" in result.stderr
+    assert "casts: says how Inductor compiles; on a CPU nothing is compiled" in result.stderr
 
 
 def explain(folder, *args, tokens=16):
@@ -368,6 +371,15 @@ def test_explain_compares_recipes_with_the_casts_that_each_can_have(tmp_path):
         "rowwise": "fp8gate",
     }
     assert "rowwise, fp8gate's casts" in explain(folder, "--recipe", "all", "--casts", "fp8gate").stdout
+
+
+@pytest.mark.parametrize("size", [256, 2048], ids=["outside", "too far outside"])
+def test_shapes_without_a_config_are_measured_with_the_casts(tmp_path, size):
+    folder = write_folder(tmp_path, table(2.0, ours=True))
+    options = ["--recipe", "rowwise", "--casts", "fp8gate", "--tables", str(folder), "--device", "H200"]
+    result = CliRunner().invoke(app, ["explain", "--tokens", "16", "--linear", f"wq,{size},{size},1", *options])
+    listed = ", listed in FILE.yaml as shapes: [[M, K, N], ...]"
+    assert re.search(rf"{re.escape(listed)}(, run on it)?: fp8gate calibrate --grid FILE\.yaml --casts", result.output)
 
 
 def test_explain_says_once_what_is_true_with_all_casts(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from datetime import timedelta
 import msgspec
 import pytest
 from builders import PROTOCOL, SOFTWARE_HERE, make_point, make_table, write_file
+from commands import parse
 from plans import make_plan
 from typer.testing import CliRunner
 
@@ -47,6 +48,8 @@ WELL = Checkup(
     load=0.5,
     processors=8,
 )
+AGAIN = "fp8gate plan llama3-8b --recipe rowwise --tokens 8192 --sequence 4096"
+STALE_PLAN = replace(WELL.plans[0], stale="torch 2.11.0, here 2.13.0", measured_again_by=AGAIN)
 STALE = replace(WELL, tables=(replace(WELL.tables[0], stale="torch 2.11.0, here 2.13.0"), *WELL.tables[1:]))
 INCOMPLETE = {"incomplete": "75 of 140 measurements", "completed_by": "fp8gate calibrate --out /elsewhere"}
 
@@ -74,6 +77,7 @@ def test_all_is_well():
             "fp8gate calibrate --recipes rowwise_with_gw_hp",
         ),
         (replace(WELL, tables=(), missing=tuple(RECIPES)), "no table for this device", "fp8gate calibrate"),
+        (replace(WELL, plans=(STALE_PLAN,)), "8192 tokens was measured with torch 2.11.0", AGAIN),
         (STALE, "tensorwise was measured with torch 2.11.0, here 2.13.0", "fp8gate verify"),
         (
             replace(WELL, tables=(replace(WELL.tables[0], **INCOMPLETE), *WELL.tables[1:])),
@@ -103,6 +107,9 @@ def test_all_is_well():
 def test_a_problem_is_named_and_its_command_comes_first(checkup, problem, first):
     assert problem in "\n".join(problems(checkup))
     assert commands(checkup)[0].startswith(first)
+    for command in commands(checkup):
+        if command.startswith("fp8gate") and not checkup.waiting:  # then the options are those of the earlier run
+            parse(command)
     assert 1 <= len(commands(checkup)) <= 3
     assert problem in checkup_text(checkup)
 
@@ -168,7 +175,7 @@ def test_with_tables_and_a_plan_it_ends_with_exit_code_0(here):
         write_table_of_this_device(here, recipe)
     folder = here / device_slug(local_device_name())
     (folder / "plans").mkdir()
-    write_plans([make_plan(device=this_cpu(), software=SOFTWARE_HERE)], folder / "plans" / "p.yaml")
+    write_plans([make_plan(device=this_cpu(), software=SOFTWARE_HERE)], folder / "plans" / "tiny-rowwise-m32.yaml")
     result = doctor("--json")
     found = json.loads(result.stdout)
     assert [table["what"] for table in found["tables"]] == list(RECIPES)
@@ -186,6 +193,92 @@ def test_a_stale_table_and_a_broken_one_are_named(here):
     assert stale.stale.startswith("torch 1.0.0, here ")
     assert str(folder / "tensorwise.yaml") in broken.problem
     assert found.missing == ("rowwise_with_gw_hp",)
+
+
+OTHER = Device(name="NVIDIA H200", kind="cuda", memory_gib=139.8)
+
+
+def misfiled(here, name, *, device=None, casts="inductor"):
+    folder = here / device_slug(local_device_name())
+    protocol = msgspec.structs.replace(PROTOCOL, casts=casts)
+    fields = {"device": device or this_cpu(), "software": SOFTWARE_HERE, "protocol": protocol}
+    write_file(make_table(make_point(32, 64, 64), **fields), folder / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "belongs"),
+    [
+        ("tensorwise.yaml", {}, "{here}/rowwise.yaml: move it there"),
+        ("rowwise.yaml", {"casts": "fp8gate"}, "{here}/rowwise-fp8gate_casts.yaml: move it there"),
+        ("rowwise-fp8gate_casts.yaml", {}, "{here}/rowwise.yaml: move it there"),
+        ("rowwise.yaml", {"device": OTHER}, "nvidia-h200/rowwise.yaml: move it there"),
+    ],
+)
+def test_a_misfiled_table_is_to_be_moved(here, name, table, belongs):
+    misfiled(here, name, **table)
+    text = doctor().stdout
+    todo = text[text.index("to be done:") :]
+    assert belongs.format(here=device_slug(local_device_name())) in todo
+    assert not any(word in text for word in ("()", "tables=", "casts=", "in Python"))
+
+
+def test_nothing_is_measured_for_a_table_that_only_has_to_be_moved(here):
+    for recipe in RECIPES:
+        write_table_of_this_device(here, recipe)
+    misfiled(here, "rowwise-fp8gate_casts.yaml")
+    assert "where there is one already: keep one of them" in problems(check_up())[0]
+    assert "fp8gate calibrate" not in "".join(commands(check_up()))
+
+
+def test_advice_is_for_a_shell_where_another_device_has_the_folder(here):
+    name = local_device_name()
+    misfiled(here, "rowwise.yaml", device=Device(name=name.replace(" ", "_"), kind="cpu", memory_gib=1.0))
+    (problem,) = [one for one in problems(check_up()) if "another device" in one]
+    assert problem.endswith("a thresholds folder of its own, and name that by FP8GATE_THRESHOLDS")
+
+
+@pytest.mark.parametrize("place", ["", "rowwise.yaml"], ids=["a device's folder", "a file"])
+def test_where_one_place_is_named_the_other_tables_are_missing(here, monkeypatch, place):
+    path = write_table_of_this_device(here, "rowwise")
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(path.parent / place))
+    found = check_up()
+    assert [table.what for table in found.tables] == ["rowwise"]
+    assert found.missing == ("tensorwise", "rowwise_with_gw_hp")
+    assert [one for one in problems(found) if "no table" not in one] == [found.out_problem]
+    assert commands(found)[0].endswith(" --out FOLDER")
+
+
+def test_a_place_that_is_not_there_is_said_once(here, monkeypatch):
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(here / "none"))
+    found = check_up()
+    assert (found.tables, found.measured, found.missing) == ((), (), tuple(RECIPES))
+    assert f"{here / 'none'} (FP8GATE_THRESHOLDS, not there yet)" in checkup_text(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("tiny-tensorwise-m32.yaml", {}), ("tiny-rowwise-m64.yaml", {}), ("tiny-rowwise-m32.yaml", {"device": OTHER})],
+)
+def test_a_plan_that_the_filter_does_not_find_is_misfiled(here, name, fields):
+    path = here / device_slug(local_device_name()) / "plans" / name
+    path.parent.mkdir(parents=True)
+    plan = make_plan(**{"device": this_cpu(), "software": SOFTWARE_HERE, **fields})
+    write_plans([plan], path)
+    (found,) = check_up().plans
+    place = f"{device_slug(plan.device.name)}/plans, with -rowwise-m32 in its name: move it there"
+    assert found.problem == f"{path}: the filter does not find it there. It belongs in {place}"
+
+
+def test_a_stale_plan_is_named_with_what_measures_it_again(here):
+    folder = here / device_slug(local_device_name()) / "plans"
+    folder.mkdir(parents=True)
+    old = msgspec.structs.replace(SOFTWARE_HERE, torch="1.0.0")
+    plan = make_plan(device=this_cpu(), software=old, tokens=32, sequence=16, exhaustive=True)
+    write_plans([plan], folder / "tiny-rowwise-m32-s16.yaml")
+    command = "fp8gate plan CONFIG.json --recipe rowwise --tokens 32 --sequence 16 --exhaustive --device cpu"
+    assert command in commands(check_up())
+    write_plans([msgspec.structs.replace(plan, software=SOFTWARE_HERE)], folder / "tiny-rowwise-m32-s16.yaml")
+    assert not any("plan CONFIG.json" in one for one in commands(check_up()))
 
 
 def test_an_incomplete_table_is_named_with_what_completes_it(here):

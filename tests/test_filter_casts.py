@@ -13,7 +13,15 @@ from plans import PROTOCOL as PLAN_PROTOCOL
 from plans import make_plan
 from test_light_import import HEAVY, loaded_after
 
-from fp8gate import PlanError, StaleTableWarning, TableError, UnmeasuredSettingWarning, auto_filter, casts
+from fp8gate import (
+    OutsideGridWarning,
+    PlanError,
+    StaleTableWarning,
+    TableError,
+    UnmeasuredSettingWarning,
+    auto_filter,
+    casts,
+)
 from fp8gate.filter import layer_filter
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.plans.plan import Candidate
@@ -121,15 +129,23 @@ def test_a_recipe_that_has_no_choice_keeps_inductors(folder):
         ask(folder, recipe="tensorwise", casts="fp8gate")
 
 
-def test_summary_and_reasons_name_the_casts(folder):
+def test_the_summary_names_the_casts_and_no_reason_does(folder):
     with casts.replaced():
         wants_float8 = ask(folder)
         checked(wants_float8)
     assert "to float8 rowwise, fp8gate's casts (at least" in wants_float8.summary()
-    assert [d.reason for d in wants_float8.decisions.values()] == ["measured, with fp8gate's casts"] * 2
+    assert [d.reason for d in wants_float8.decisions.values()] == ["measured"] * 2
+    assert wants_float8.report().count("casts") == 1
     plain = ask(folder)
     plain(SimpleNamespace(in_features=64, out_features=64), "lm_head")
     assert "casts" not in plain.report()
+
+
+def test_a_doubt_about_a_linear_names_the_casts(folder):
+    """It is printed by itself, away from the summary."""
+    for is_on, said in ((True, r"^far, \(32, 512, 512\) with fp8gate's casts: "), (False, r"^far, \(32, 512, 512\): ")):
+        with casts.replaced() if is_on else casts.not_replaced(), pytest.warns(OutsideGridWarning, match=said):
+            ask(folder)(SimpleNamespace(in_features=512, out_features=512), "far")
 
 
 @pytest.mark.parametrize(("asked", "is_on"), [("fp8gate", False), ("inductor", True)])
@@ -219,12 +235,12 @@ def test_plans_of_other_casts_are_passed_over(folder, ours, plan):
         wants_float8 = ask(folder, plan=plan)
         checked(wants_float8)
         assert wants_float8.plans.chosen.source == str(path)
-        assert wants_float8.decisions["model.layers.0.self_attn.q_proj"].reason.endswith("casts") == ours
+        assert wants_float8.decisions["model.layers.0.self_attn.q_proj"].reason == "the plan: block 1.200x"
 
 
 def test_a_stale_plan_is_measured_again_with_its_casts(folder):
     old = plan_of(ours=True, software=Software(torch="1.0.0", torchao="0.18.0", fp8gate="0.1.0"))
-    command = "fp8gate plan tiny --recipe rowwise --tokens 32 --casts fp8gate"
+    command = r"fp8gate plan CONFIG\.json --recipe rowwise --tokens 32 --sequence 32 --casts fp8gate"
     with casts.replaced(), pytest.warns(StaleTableWarning, match=rf"; to measure again: {command}$"):
         ask(folder, plan=old)
 

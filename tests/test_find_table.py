@@ -16,7 +16,7 @@ from fp8gate.filter.contract.table import TableError
 from fp8gate.filter.locate import find_table as module
 from fp8gate.filter.locate import places as places_module
 from fp8gate.filter.locate.device_names import match_device
-from fp8gate.filter.locate.find_table import find_table, measured_devices, table_files
+from fp8gate.filter.locate.find_table import MisfiledError, find_table, measured_devices, table_files
 from fp8gate.filter.locate.places import ENVIRONMENT, default_out, packaged_thresholds, places, user_thresholds
 
 
@@ -353,7 +353,23 @@ def test_misplaced_file_is_refused(tmp_path):
     path = write_file(table_of("NVIDIA H200"), tmp_path / "t" / "nvidia-h100" / "rowwise.yaml")
     with pytest.raises(TableError) as error:
         find_table("rowwise", device="NVIDIA H100", tables=tmp_path / "t")
-    assert str(error.value) == f"{path}: $.device.name: expected NVIDIA H100, found NVIDIA H200"
+    belongs = tmp_path / "t" / "nvidia-h200" / "rowwise.yaml"
+    differs = "$.device.name: expected NVIDIA H100, found NVIDIA H200"
+    assert str(error.value) == f"{path}: {differs}. It belongs in {belongs}: move it there"
+
+
+@pytest.mark.parametrize("place", [".", "nvidia-h200"])
+def test_a_file_under_the_name_of_another_variant_says_its_own(tmp_path, place):
+    """In a device's folder too, whose name is not looked at."""
+    path = write_file(table_of(recipe="tensorwise"), tmp_path / "nvidia-h200" / "rowwise.yaml")
+    belongs = f"found tensorwise. It belongs in {path.with_name('tensorwise.yaml')}"
+    with pytest.raises(MisfiledError) as error:
+        find_table("rowwise", device="h200", tables=tmp_path / place)
+    assert str(error.value) == f"{path}: $.recipe: expected rowwise, {belongs}: move it there"
+    write_file(table_of(recipe="tensorwise"), path.with_name("tensorwise.yaml"))
+    with pytest.raises(MisfiledError) as error:
+        find_table("rowwise", device="h200", tables=tmp_path / place)
+    assert str(error.value).endswith(f"{belongs}, where there is one already: keep one of them")
 
 
 def test_filter_uses_the_same_places(tmp_path, monkeypatch):

@@ -211,7 +211,7 @@ def test_a_complete_table_of_a_later_place_is_named_and_not_taken(two_places, se
         path.write_text("schema: 0\n")
     (message,), found = warnings_of()
     assert found == first / "nvidia-x" / "rowwise.yaml"
-    assert message.endswith(f"comes after it: tables={str(path)!r}") == (second == "complete")
+    assert message.endswith(f"comes after it, by --tables, or tables= in Python: {path}") == (second == "complete")
     assert message.count("tables=") == (second == "complete")
 
 

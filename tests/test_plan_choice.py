@@ -253,7 +253,7 @@ def test_a_model_without_a_plan_for_this_training_is_an_error_with_the_command(f
     with pytest.raises(PlanError) as caught:
         converted(folder, plan="tiny", **options)
     assert str(caught.value).startswith(f"plan: no plan of 'tiny' for rowwise {asked}; plans of this device: tiny-row")
-    assert "run on it: fp8gate plan tiny --recipe rowwise --tokens 32" in str(caught.value)
+    assert "run on it: fp8gate plan CONFIG.json --recipe rowwise --tokens 32" in str(caught.value)
 
 
 def test_a_file_decides_and_none_does_without(folder):

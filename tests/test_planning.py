@@ -174,7 +174,10 @@ def test_the_same_call_goes_on_where_it_was(tmp_path):
     again = planned(out=tmp_path)
     assert journal.read_bytes().splitlines() == lines
     assert again.candidates == first.candidates
-    assert planned(out=tmp_path, fresh=True).candidates != first.candidates
+    said = []
+    assert planned(out=tmp_path, fresh=True, say=said.append).candidates != first.candidates
+    (kept,) = tmp_path.glob("journal-*.jsonl.*")
+    assert f"the earlier journal is kept as {kept}" in said
 
 
 def test_what_float8_cannot_compute_is_left_out():
@@ -281,8 +284,8 @@ def test_stopped_is_exit_code_1_and_the_next_run_goes_on(run):
     [
         (["--recipe", "rowwise", "--tp", "4"], "tp: expected a divisor of num_key_value_heads = 2; got 4"),
         (["--recipe", "rowwise", "--sequence", "24"], "sequence: expected a divisor of tokens = 32; got 24"),
-        (["--recipe", "rowwise", "--no-emulate-precision-casts"], "emulate_precision_casts: a setting of Inductor"),
-        (["--recipe", "all", "--casts", "fp8gate"], "casts: fp8gate's are a pass of Inductor; on a CPU blocks are not"),
+        (["--recipe", "rowwise", "--no-emulate-precision-casts"], "emulate_precision_casts: says how Inductor"),
+        (["--recipe", "all", "--casts", "fp8gate"], "casts: says how Inductor compiles; on a CPU"),
         (["--recipe", "tensorwise", "--casts", "fp8gate"], "casts: expected inductor for tensorwise; got 'fp8gate'"),
     ],
 )

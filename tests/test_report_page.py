@@ -239,12 +239,12 @@ def test_a_thresholds_folder_with_one_device_is_that_device(run, tmp_path):
 
 def test_a_thresholds_folder_with_several_devices_is_refused_with_the_command_for_each(run, tmp_path):
     elsewhere = table(device=replace(DEVICE, name="NVIDIA B200"))
-    folder = write_folder(tmp_path / "tables", table(), elsewhere)
+    folder = write_folder(tmp_path / "my tables", table(), elsewhere)
     result = run(folder, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert f"{folder}: expected the tables of one device, found nvidia-b200, nvidia-h200;" in result.stderr
     for device in ("nvidia-b200", "nvidia-h200"):
-        assert f"fp8gate report {folder / device} --out {tmp_path / 'out'}" in result.stderr
+        assert f"fp8gate report '{folder / device}' --out {tmp_path / 'out'}" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from builders import PROTOCOL, make_point, make_table, write_file
+from commands import parse
 from plans import make_plan
 from samples import quick_points, replaced
 from typer.testing import CliRunner
@@ -103,7 +104,9 @@ def test_tables_that_do_not_hold_end_with_the_command_that_replaces_them(verify,
     other = folder / "here" / "tensorwise.yaml"
     command = f"fp8gate calibrate --fresh --grid {{}} --recipes tensorwise,rowwise --out {folder}"
     assert result.stdout.splitlines()[-1] in {f"next: {command.format(file)}" for file in (grid, other)}
-    assert json.loads(verify("--json", factor=1.1).stdout)["next"] in {command.format(file) for file in (grid, other)}
+    found = json.loads(verify("--json", factor=1.1).stdout)["next"]
+    assert found in {command.format(file) for file in (grid, other)}
+    parse(found)
 
 
 def test_tables_that_hold_need_no_next_command(verify):

@@ -45,6 +45,13 @@ def choose_device(name: DeviceKindName | None) -> torch.device:
     raise InputError(f"device: {kinds[0].name} was asked for, but torch sees no {kinds[0].noun} here")
 
 
+def require_compiler(device: torch.device, argument: str) -> None:
+    """Raises InputError if nothing is compiled for the device. argument: one that says how Inductor compiles."""
+    kind = kind_of(device)
+    if not kind.defaults.compiles:
+        raise InputError(f"{argument}: says how Inductor compiles; on a {kind.noun} nothing is compiled")
+
+
 def describe_device(device: torch.device) -> Device:
     """The device's facts, as a table states them."""
     return kind_of(device).describe(device)

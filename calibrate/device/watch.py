@@ -28,6 +28,11 @@ class Watch(Protocol):
         """The name of every process that computes on the device, by its number."""
 
 
+def spoils_timings(other: str) -> str:
+    """The warning about one of `other_processes`."""
+    return f"warning: another process is on the device and may spoil timings: {other}"
+
+
 def other_processes(on_device: dict[int, str], own: Iterable[int]) -> list[str]:
     """The processes on the device that are not ours: "1234 (python3)".
 

@@ -123,8 +123,8 @@ def plan_subject(
         ):
             what = " ".join(filter(None, (subject.name, subject.layers)))
             say(f"{setup.device.name}: {what}, {variant}, {len(roles)} roles, {workers} workers, {journal.path}")
-            if journal.had_no_checksums:
-                say(f"warning: {journal.path} had no checksums: its visits were taken as they are, and have them now")
+            for remark in journal.remarks():
+                say(remark)
             rounds = VisitRounds(pool, journal, subject.blueprint.shapes, say, start=start, until=until, bar=bar)
             measure = _with_control(rounds, rules)
             chosen = (search_all if exhaustive else search)(roles, answer.guesses, measure, rules)

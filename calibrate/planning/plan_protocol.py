@@ -11,8 +11,7 @@ from fp8gate.calibrate.arms.block import DATA
 from fp8gate.calibrate.arms.blueprint import Blueprint
 from fp8gate.calibrate.arms.linear import inductor_settings
 from fp8gate.calibrate.device.capacity import default_workers
-from fp8gate.calibrate.device.registry import KINDS, kind_of
-from fp8gate.filter.contract.errors import InputError
+from fp8gate.calibrate.device.registry import KINDS, kind_of, require_compiler
 from fp8gate.filter.contract.plans.plan import PlanProtocol
 from fp8gate.filter.contract.recipes import Casts, Recipe, require_casts
 from fp8gate.filter.contract.table import Device
@@ -37,11 +36,11 @@ def make_protocol(
     float8. Raises InputError if either is asked for where nothing is compiled, or for casts that are not the recipe's.
     """
     defaults = kind_of(device).defaults
-    if emulate_precision_casts is not None and not defaults.compiles:
-        raise InputError("emulate_precision_casts: a setting of Inductor; on a CPU blocks are not compiled")
     require_casts(recipe, casts)
-    if casts != "inductor" and not defaults.compiles:
-        raise InputError(f"casts: {casts}'s are a pass of Inductor; on a CPU blocks are not compiled")
+    if emulate_precision_casts is not None:
+        require_compiler(device, "emulate_precision_casts")
+    if casts != "inductor":
+        require_compiler(device, "casts")
     return PlanProtocol(
         timer=defaults.timer,
         compile=defaults.compiles,

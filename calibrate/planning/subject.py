@@ -21,7 +21,7 @@ from fp8gate.calibrate.arms.divided_layers import divide_layers
 from fp8gate.calibrate.arms.linear import inductor_settings
 from fp8gate.calibrate.arms.model_layers import LayerKind, layer_kinds, layer_lists
 from fp8gate.calibrate.device.registry import describe_device
-from fp8gate.filter.contract.devices import device_slug
+from fp8gate.filter.contract.devices import device_slug, require_own_file
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.names import block_role
 from fp8gate.filter.contract.plans.layer_names import LayerNames
@@ -220,8 +220,8 @@ def plan_path(
     name = describe_device(device).name
     path = out / device_slug(name) / PLANS / f"{'-'.join(parts)}{variant.suffix}.yaml"
     with contextlib.suppress(PlanError):  # one that cannot be read is replaced
-        if path.exists() and (found := read_plans(path)[0].device.name) != name:
-            raise InputError(f"{path}: $.device.name: expected {name!r}, found {found!r}; give another --out")
+        if path.exists():
+            require_own_file(path, read_plans(path)[0].device.name, name)
     return path
 
 

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from fp8gate.calibrate.arms.failure import Failure
+from fp8gate.calibrate.device.watch import spoils_timings
 from fp8gate.calibrate.planning.block_worker import Done, Visit
 from fp8gate.calibrate.planning.block_worker_pool import BlockWorkerDiedError, BlockWorkerPool, StoppedError
 from fp8gate.calibrate.planning.search import BF16_SET, CONTROL_SET, RoleSet
@@ -148,7 +149,7 @@ class VisitRounds:
         for other in self.pool.others():
             if other not in self._others:
                 self._others.add(other)
-                self.say(f"warning: another process is on the device and may spoil timings: {other}")
+                self.say(spoils_timings(other))
 
     def _require_time(self) -> None:
         if time.monotonic() >= self._until:

@@ -12,8 +12,7 @@ import msgspec
 import torch
 
 from fp8gate.calibrate.arms.linear import DATA
-from fp8gate.calibrate.device.registry import describe_device, describe_software, kind_of
-from fp8gate.filter.contract.errors import InputError
+from fp8gate.calibrate.device.registry import describe_device, describe_software, kind_of, require_compiler
 from fp8gate.filter.contract.recipes import RECIPES, Casts, Recipe, Variant, recipes_with
 from fp8gate.filter.contract.table import Device, Software, SweepProtocol
 
@@ -59,8 +58,8 @@ def make_setup(device: torch.device, casts: Casts = "inductor") -> Setup:
     asked for where nothing is compiled.
     """
     defaults = kind_of(device).defaults
-    if casts != "inductor" and not defaults.compiles:
-        raise InputError(f"casts: {casts}'s are a pass of Inductor; on a CPU linears are not compiled")
+    if casts != "inductor":
+        require_compiler(device, "casts")
     protocols = {
         recipe: SweepProtocol(
             timer=defaults.timer,

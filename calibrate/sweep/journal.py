@@ -13,7 +13,7 @@ import fcntl
 import os
 import stat
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -100,6 +100,13 @@ class Journal(Generic[_Header, _Record]):
     def others(self) -> list[Path]:
         """Journals of other set-ups in the same folder."""
         return sorted(p for p in self.path.parent.glob("journal-*.jsonl") if p != self.path)
+
+    def remarks(self) -> Iterator[str]:
+        """What became of the journal that was there before."""
+        if self.set_aside:
+            yield f"the earlier journal is kept as {self.set_aside}"
+        if self.had_no_checksums:
+            yield f"warning: {self.path} had no checksums: its lines were taken as they are, and have them now"
 
     def _lock(self) -> None:
         try:

@@ -278,10 +278,8 @@ def _say_start(
     observer.say(f"{device.name}: {todo} measurements{ours} to take at {wanted} points, journal {journal.path}")
     if undecided:
         observer.say(f"then those of {undecided} points near which float8 breaks even (--grid full: all)")
-    if journal.set_aside:
-        observer.say(f"the earlier journal is kept as {journal.set_aside}")
-    if journal.had_no_checksums:
-        observer.say(f"warning: {journal.path} had no checksums: its records were taken as they are, and have them now")
+    for remark in journal.remarks():
+        observer.say(remark)
     for other in journal.others():
         observer.say(f"{other} is of other software, protocol or device: not used")
     if capped:

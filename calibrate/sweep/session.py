@@ -15,7 +15,7 @@ from typing import Protocol
 
 from fp8gate.calibrate.device.host_load import HostLoad
 from fp8gate.calibrate.device.registry import kind_of
-from fp8gate.calibrate.device.watch import other_processes
+from fp8gate.calibrate.device.watch import other_processes, spoils_timings
 from fp8gate.calibrate.points.point_record import ArmName, ArmRecord, PointRecord, Stages
 from fp8gate.calibrate.points.point_worker import Job
 from fp8gate.calibrate.points.task_queue import Task, TaskQueue
@@ -181,7 +181,7 @@ class SweepSession:
         for other in other_processes(self.watch.processes(), own):
             if other not in self.others:
                 self.others.add(other)
-                self.ledger.say(f"warning: another process is on the device and may spoil timings: {other}")
+                self.ledger.say(spoils_timings(other))
 
     def _sample_load(self) -> None:
         """Say once that the machine is busy."""

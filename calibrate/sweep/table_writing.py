@@ -29,6 +29,7 @@ from fp8gate.calibrate.sweep.spread import (
     repeated_speedups,
 )
 from fp8gate.filter.contract import table as contract
+from fp8gate.filter.contract.devices import require_own_file
 from fp8gate.filter.contract.errors import InputError, UnfinishedError
 from fp8gate.filter.contract.recipes import Recipe
 from fp8gate.filter.contract.shapes import LinearShape
@@ -114,15 +115,11 @@ def require_nothing_lost(
 
 
 def require_same_device(folder: Path, recipes: Sequence[Recipe], setup: Setup) -> None:
-    """Raise InputError, before anything is measured, if a table that is there is of a device of another name.
-
-    Names such as "NVIDIA H200" and "NVIDIA-H200" share a folder, and one must not replace the other.
-    """
-    device = setup.device.name
+    """Raise InputError, before anything is measured, if a table that is there is of a device of another name."""
     for path in (folder / setup.variant(recipe).file for recipe in recipes):
         with contextlib.suppress(TableError):  # one that cannot be read is dealt with where its points matter
-            if path.exists() and (found := read_table(path).device.name) != device:
-                raise InputError(f"{path}: $.device.name: expected {device!r}, found {found!r}; give another --out")
+            if path.exists():
+                require_own_file(path, read_table(path).device.name, setup.device.name)
 
 
 def write_tables(

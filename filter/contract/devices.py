@@ -20,6 +20,15 @@ def device_slug(name: str) -> str:
     return slug
 
 
+def require_own_file(path: Path, found: str, device: str) -> None:
+    """Raises InputError, before a file of a device is replaced, if it is of a device of another name.
+
+    Names such as "NVIDIA H200" and "NVIDIA-H200" share a folder, and one must not replace the other.
+    """
+    if found != device:
+        raise InputError(f"{path}: $.device.name: expected {device!r}, found {found!r}; give another --out")
+
+
 def local_device_name() -> str:
     """The name of the GPU that torch sees, or of the CPU if there is none.
 

@@ -84,9 +84,9 @@ class Variant(NamedTuple):
         return f"{self.name}.yaml"
 
     @property
-    def in_reasons(self) -> str:
-        """What the reasons of decisions end with: ", with fp8gate's casts", or nothing."""
-        return "" if self.casts == "inductor" else f", with {self.casts}'s casts"
+    def with_casts(self) -> str:
+        """What a sentence about something measured adds: " with fp8gate's casts", or nothing."""
+        return "" if self.casts == "inductor" else f" with {self.casts}'s casts"
 
     @property
     def option(self) -> str:

@@ -25,22 +25,21 @@ from fp8gate.filter.model.described_model import DescribedModel, LinearRole, rol
 from fp8gate.filter.model.parallel import Shards
 from fp8gate.filter.planned.model_plans import ModelPlans
 from fp8gate.filter.policy.findings import Finding
+from fp8gate.filter.shapes_command import shapes_command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerExplanation:
     """Linears of one kind with one decision: the shape that a rank holds, what decides, and the times by the table.
 
-    decision: the filter's. reason: its reason, but for the casts, which are those of the whole explanation. by_table:
-    what the table alone would decide. torchao: whether torchao's rule would convert it, None if torchao has no rule for
-    the recipe. stays: it is bf16 in every choice, as float8 cannot compute it or the user leaves it out. is_far: too
-    far outside of what was measured; it is bf16, and its times are 0.
+    decision: the filter's. by_table: what the table alone would decide. torchao: whether torchao's rule would convert
+    it, None if torchao has no rule for the recipe. stays: it is bf16 in every choice, as float8 cannot compute it or
+    the user leaves it out. is_far: too far outside of what was measured; it is bf16, and its times are 0.
     """
 
     linear: LinearRole
     shape: LinearShape
     decision: Decision
-    reason: str
     by_table: Decision
     torchao: bool | None
     stays: bool
@@ -63,7 +62,7 @@ class LayerExplanation:
             "speedup": self.by_table.speedup,
             "speedup_low": self.by_table.speedup_low,
             "speedup_high": self.by_table.speedup_high,
-            "reason": self.reason,
+            "reason": self.decision.reason,
         }
 
 
@@ -100,8 +99,9 @@ class Explanation:
     choices: bf16 first, the filter's last; torchao's rule is left out for a recipe without one. plans: those that
     decide, None if the table does. plan_command: what measures one, None if `fp8gate plan` does not know the model.
     with_casts: the same with fp8gate's casts, to tell of them where they were not asked for.
-    measure_command: what measures the shapes. findings: what should be known before the decisions are trusted. note:
-    what the times leave out, or None.
+    measure_command: what measures the shapes, but for the casts. has_config: where it is not so, the shapes are
+    `LISTED` for it. findings: what should be known before the decisions are trusted. note: what the times leave out,
+    or None.
     """
 
     model: str
@@ -110,6 +110,7 @@ class Explanation:
     choices: list[Choice]
     plans: ModelPlans | None
     plan_command: str | None
+    has_config: bool
     measure_command: str
     min_speedup: float | None
     findings: list[Finding]
@@ -138,6 +139,7 @@ class Explanation:
         return next((choice for choice in self.choices if choice.name == name), None)
 
 
+LISTED = ", listed in FILE.yaml as shapes: [[M, K, N], ...]"
 BF16, ALL, RULE, TABLE, PLAN = "bf16", "all float8", "torchao's rule", "fp8gate, table", "fp8gate, plan"
 
 
@@ -167,6 +169,7 @@ def explain(model: DescribedModel, wants_float8: AutoFilter) -> Explanation:
         choices=list(_choices(layers, plans)),
         plans=plans,
         plan_command=wants_float8.plans.command(model.name) if model.has_config else None,
+        has_config=model.has_config,
         measure_command=_measure_command(model, wants_float8),
         min_speedup=settings.min_speedup,
         findings=findings,
@@ -205,18 +208,17 @@ def _estimates(
     if asked and all(is_far for _, is_far in asked):
         raise TableError(
             f"{wants_float8.path}: all linears are more than {2**MAX_OCTAVES_OUTSIDE:.0f} times outside of what was "
-            f"measured on {wants_float8.table.device.name}, such as {asked[0][0]}. To measure them, run on it: "
-            f"{_measure_command(model, wants_float8)}; or ask about another --device"
+            f"measured on {wants_float8.table.device.name}, such as {asked[0][0]}. To measure them"
+            f"{'' if model.has_config else LISTED}, run on it: "
+            f"{_measure_command(model, wants_float8)}{wants_float8.table.variant.option}; or ask about another --device"
         )
     return found
 
 
 def _measure_command(model: DescribedModel, wants_float8: AutoFilter) -> str:
-    parallel, tokens = wants_float8.settings.parallel, wants_float8.settings.tokens
     if not model.has_config:
-        return "fp8gate calibrate --grid FILE.yaml, with a line: shapes: [[M, K, N], ...]"
-    options = (f" --tp {parallel.tp}" if parallel.tp > 1 else "") + wants_float8.table.variant.option
-    return f"fp8gate calibrate --model {model.name} --tokens {tokens // parallel.cp}{options}"
+        return "fp8gate calibrate --grid FILE.yaml"
+    return shapes_command(model.name, wants_float8.settings)
 
 
 def _explain_layer(
@@ -241,7 +243,6 @@ def _explain_layer(
         linear=linear,
         shape=shape,
         decision=decision,
-        reason=decision.reason.removesuffix(wants_float8.table.variant.in_reasons),
         by_table=by_table,
         torchao=torchao_converts(wants_float8.table.recipe, **sizes),
         stays=stays,

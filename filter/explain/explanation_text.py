@@ -54,7 +54,7 @@ def explanation_text(title: str, explanation: Explanation) -> str:
             *(layer.shape.m, layer.shape.k, layer.shape.n),
             "float8" if layer.decision.convert else "bf16",
             layer.by_table.speedup_text,
-            layer.reason,
+            layer.decision.reason,
         )
         for layer in explanation.layers
     ]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
 from fp8gate.filter.contract.shapes import TOKEN_TILE
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.decision.estimate import OF_ALIGNED
 from fp8gate.filter.decision.shared_input import least_text
-from fp8gate.filter.explain.explanation import BF16, PLAN, TABLE, Choice, Explanation
+from fp8gate.filter.explain.explanation import BF16, LISTED, PLAN, TABLE, Choice, Explanation
 from fp8gate.filter.locate.places import shown
 from fp8gate.filter.policy.findings import OutsideGridWarning, StaleTableWarning
 
@@ -23,6 +24,13 @@ EVIDENCE = (
     "of all linears from 1.00x on 1.9 % (worst 7.8 %), from 1.05x on 0.8 % (worst 2.7 %)."
 )
 """Source: `python benchmarks/plan_choices.py`, its second table, which a test compares."""
+
+
+class _Doubt(NamedTuple):
+    """A sentence, and what the command at its end needs for the casts: " --casts fp8gate", or nothing."""
+
+    text: str
+    option: str = ""
 
 
 def remarks(explanation: Explanation) -> Iterator[str]:
@@ -35,7 +43,7 @@ def remarks(explanation: Explanation) -> Iterator[str]:
         yield _why_behind(explanation, faster, is_brief=False)
     yield from _gain_with_casts(explanation)
     yield from _factors_for_tokens([explanation])
-    yield from _doubts(explanation)
+    yield from (f"{doubt.text}{doubt.option}" for doubt in _doubts(explanation))
     if plans is None and explanation.plan_command:
         yield f"No measured plan of this block decides. To measure one: {explanation.plan_command}"
 
@@ -60,18 +68,17 @@ def _shared_doubts(explanations: Mapping[Recipe, Explanation]) -> Iterator[str]:
 
     Doubts that differ only by the casts that their command ends with are one doubt.
     """
-    said: dict[str, dict[Recipe, str]] = {}  # a doubt without the option for the casts -> that option, by recipe
+    said: dict[str, dict[Recipe, str]] = {}  # the text of a doubt -> the option for the casts, by recipe
     for recipe, explanation in explanations.items():
-        option = explanation.table.variant.option
         for doubt in _doubts(explanation):
-            said.setdefault(doubt.removesuffix(option), {})[recipe] = option if doubt.endswith(option) else ""
-    for doubt, options in said.items():
-        kind, _, _ = doubt.partition(" ")
-        others = [by for other, by in said.items() if other != doubt and other.startswith(f"{kind} ")]
+            said.setdefault(doubt.text, {})[recipe] = doubt.option
+    for text, options in said.items():
+        kind, _, _ = text.partition(" ")
+        others = [by for other, by in said.items() if other != text and other.startswith(f"{kind} ")]
         has_others = any(by.keys() - options.keys() for by in others)
         which = f"{', '.join(options)}: " if has_others else ""
         commands = ", and again with".join(sorted({*options.values()}))  # "", " --casts fp8gate", or both
-        yield f"{which}{doubt}{commands}"
+        yield f"{which}{text}{commands}"
 
 
 def _faster_by_sums(explanation: Explanation) -> Choice | None:
@@ -147,27 +154,23 @@ def _factors_for_tokens(explanations: Iterable[Explanation]) -> Iterator[str]:
         )
 
 
-def _doubts(explanation: Explanation) -> Iterator[str]:
+def _doubts(explanation: Explanation) -> Iterator[_Doubt]:
     """What makes the decisions less than certain, in one line a kind."""
+    option = explanation.table.variant.option
+    listed = "" if explanation.has_config else LISTED
+    measure = f"To measure these shapes{listed}: {explanation.measure_command}"
     if far := [layer.linear.role for layer in explanation.layers if layer.is_far]:
-        yield (
-            f"Too far outside of the measured range, so left in bf16 and not in the sums: {', '.join(far)}. To measure "
-            f"these shapes: {explanation.measure_command}"
-        )
+        left = "Too far outside of the measured range, so left in bf16 and not in the sums"
+        yield _Doubt(f"{left}: {', '.join(far)}. {measure}", option)
     outside = [layer.linear.role for layer in explanation.layers if layer.by_table.outside and not layer.is_far]
     if outside:
-        yield (
-            f"Outside the measured range, answered by the border and its trend: {', '.join(outside)}. To measure these "
-            f"shapes: {explanation.measure_command}"
-        )
+        border = "Outside the measured range, answered by the border and its trend"
+        yield _Doubt(f"{border}: {', '.join(outside)}. {measure}", option)
     if unaligned := [layer.linear.role for layer in explanation.layers if layer.by_table.unaligned is None]:
-        yield (
-            f"Answered from {OF_ALIGNED}: {', '.join(unaligned)}. To measure these shapes: "
-            f"{explanation.measure_command}"
-        )
+        yield _Doubt(f"Answered from {OF_ALIGNED}: {', '.join(unaligned)}. {measure}", option)
     if differences := stale(explanation.table.software):
-        device, option = explanation.table.device.name, explanation.table.variant.option
-        yield f"Measured with {differences}. To measure again, on {device}: fp8gate calibrate{option}"
+        device = explanation.table.device.name
+        yield _Doubt(f"Measured with {differences}. To measure again, on {device}: fp8gate calibrate", option)
     for finding in explanation.findings:
         if finding.category not in (OutsideGridWarning, StaleTableWarning):
-            yield finding.message
+            yield _Doubt(finding.message)

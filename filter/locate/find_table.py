@@ -15,7 +15,7 @@ from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.recipes import VARIANTS, Casts, Recipe, Variant, other_casts, other_casts_option
 from fp8gate.filter.contract.table import Table, TableError, read_table
 from fp8gate.filter.locate.device_names import match_device, suggestions
-from fp8gate.filter.locate.places import Place, places
+from fp8gate.filter.locate.places import ENVIRONMENT, Place, places
 
 _WITH_INDUCTORS = (
     " With Inductor's casts there is one: leave out --casts and FP8GATE_CASTS, or casts.enable() in Python."
@@ -25,6 +25,10 @@ MAX_NAMED = 20  # devices that an error names; the table of each is read for its
 
 class NoTableError(TableError):
     """There is no table of a recipe and casts for a device, wherever it was looked for."""
+
+
+class MisfiledError(TableError):
+    """A table that lies where one of another recipe, casts or device belongs. The message says where it belongs."""
 
 
 def find_table(
@@ -47,15 +51,17 @@ def find_table(
     if tables is not None or len(searched) == 1:
         file = _single_file(searched[0].path, variant)
         if file:
-            return _checked(read_table(file), file, variant, device), file
+            is_given = file == searched[0].path
+            table = _given(file, variant) if is_given else _filed(file, variant)
+            if device is not None and match_device(device, [device_slug(table.device.name)]) is None:
+                raise TableError(f"{file}: $.device.name: expected {device}, found {table.device.name}")
+            return table, file
     name = device or local_device_name()
     slug = _find_slug(searched, variant, device) if device else device_slug(name)
     for place in searched:
         path = place.path / (slug or device_slug(name)) / variant.file
         if os.path.isfile(path):
-            table = _checked(read_table(path), path, variant, None)
-            if device_slug(table.device.name) != path.parent.name:
-                raise TableError(f"{path}: $.device.name: expected {name}, found {table.device.name}")
+            table = _filed(path, variant, name)
             _require_this_device(table, path, None if device else name)
             return table, path
     raise NoTableError(_no_table(searched, variant, name))
@@ -103,7 +109,9 @@ def _single_file(location: Path, variant: Variant) -> Path | None:
     if any(os.path.isfile(location / other.file) for other in VARIANTS):
         instead = _WITH_INDUCTORS if os.path.isfile(location / Variant(variant.recipe).file) else ""
         measure = _how_to_measure(variant)
-        raise NoTableError(f"{location}: no {_table_of(variant)} among this device's.{instead} {measure}")
+        raise NoTableError(
+            f"{location}: no {variant.recipe} table{variant.with_casts} among this device's.{instead} {measure}"
+        )
     return None
 
 
@@ -131,7 +139,7 @@ def _require_this_device(table: Table, path: Path, name: str | None) -> None:
     if name is not None and table.device.name != name:
         raise TableError(
             f"{path}: $.device.name: expected {name}, found {table.device.name}, another device whose folder has the "
-            "same name; keep the tables of each in a folder of their own, and pass tables=DIR"
+            f"same name; keep the tables of each in a thresholds folder of its own, and name that by {ENVIRONMENT}"
         )
 
 
@@ -142,17 +150,37 @@ def _measured_device(path: Path) -> str:
         return f"{path.parent.name}/{path.name} (no valid table)"
 
 
-def _checked(table: Table, path: Path, variant: Variant, device: str | None) -> Table:
+def _given(path: Path, variant: Variant) -> Table:
+    """The table of a file that is given, whatever its name. Raises NoTableError if it is of another variant."""
+    table = read_table(path)
     found = table.variant
     if found.recipe != variant.recipe:
-        raise TableError(f"{path}: $.recipe: expected {variant.recipe}, found {found.recipe}")
+        raise NoTableError(f"{path}: $.recipe: expected {variant.recipe}, found {found.recipe}")
     if found != variant:
         differs = f"{path}: $.protocol.casts: expected {variant.casts}, found {found.casts}"
         option = f"{differs}: {other_casts_option(found)}"
-        raise TableError(f"{differs}: {other_casts(found)}", on_command_line=option)
-    if device is not None and match_device(device, [device_slug(table.device.name)]) is None:
-        raise TableError(f"{path}: $.device.name: expected {device}, found {table.device.name}")
+        raise NoTableError(f"{differs}: {other_casts(found)}", on_command_line=option)
     return table
+
+
+def _filed(path: Path, variant: Variant, device: str | None = None) -> Table:
+    """The table of a file that was found by its name. Raises MisfiledError if it is of another variant or device.
+
+    device: whose folder the file lies in; None if that folder was given.
+    """
+    table = read_table(path)
+    folder = path.parent if device is None else path.parent.with_name(device_slug(table.device.name))
+    belongs = folder / table.variant.file
+    if belongs == path:
+        return table
+    if table.recipe != variant.recipe:
+        differs = f"$.recipe: expected {variant.recipe}, found {table.recipe}"
+    elif table.variant != variant:
+        differs = f"$.protocol.casts: expected {variant.casts}, found {table.protocol.casts}"
+    else:
+        differs = f"$.device.name: expected {device}, found {table.device.name}"
+    todo = ", where there is one already: keep one of them" if os.path.exists(belongs) else ": move it there"
+    raise MisfiledError(f"{path}: {differs}. It belongs in {belongs}{todo}")
 
 
 def _no_table(searched: Sequence[Place], variant: Variant, device: str) -> str:
@@ -165,8 +193,8 @@ def _no_table(searched: Sequence[Place], variant: Variant, device: str) -> str:
     if _has_inductors(folders, variant, device):
         meant = f"{_WITH_INDUCTORS}{meant}"
     return (
-        f"device: no {_table_of(variant)} for {device!r} in {', '.join(map(str, folders))}; measured devices: "
-        f"{', '.join(known) or 'none'}.{meant} {_how_to_measure(variant)}"
+        f"device: no {variant.recipe} table{variant.with_casts} for {device!r} in {', '.join(map(str, folders))}; "
+        f"measured devices: {', '.join(known) or 'none'}.{meant} {_how_to_measure(variant)}"
     )
 
 
@@ -178,11 +206,6 @@ def _has_inductors(folders: Iterable[Path], variant: Variant, device: str) -> bo
         return match_device(device, sorted(_by_slug(folders, Variant(variant.recipe)))) is not None
     except InputError:  # the name fits several devices
         return False
-
-
-def _table_of(variant: Variant) -> str:
-    """ "rowwise table", or "rowwise table with fp8gate's casts"."""
-    return f"{variant.recipe} table" + ("" if variant.casts == "inductor" else f" with {variant.casts}'s casts")
 
 
 def _how_to_measure(variant: Variant) -> str:

@@ -36,6 +36,11 @@ class ModelPlans:
         """Those that decide: all of them, or those of the lists of layers that fit the model that `fits` saw last."""
         return tuple(kind.plan for kind in self._kinds)
 
+    @property
+    def of_file(self) -> Plans:
+        """All that were given, whichever of them decide."""
+        return tuple(kind.plan for kind in self._every)
+
     def fits(
         self,
         shapes: Shapes,

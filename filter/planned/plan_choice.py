@@ -16,8 +16,9 @@ from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.locate.find_plan import FoundPlan, find_plans, is_model_name, plan_files
 from fp8gate.filter.planned.model_plans import ModelPlans
+from fp8gate.filter.planned.planning_command import command_again, config_of, planning_command
 from fp8gate.filter.policy.findings import Finding, PlanMismatchWarning, StaleTableWarning
-from fp8gate.filter.policy.settings import FilterSettings, Recompute
+from fp8gate.filter.policy.settings import FilterSettings
 
 AUTO = "auto"
 PlanArgument = Plan | Sequence[Plan] | str | os.PathLike[str] | None
@@ -90,17 +91,16 @@ class PlanChoice:
     def command(self, model: str) -> str:
         """The command that measures a plan for this training. model: a bundled model's name, or a config's path."""
         asked, settings = self._training, self._settings
-        return _command(model, asked.variant, asked.tokens, settings.parallel.tp, settings.recompute)
+        recompute = settings.recompute if settings.recompute in ("none", "full") else "none"
+        return planning_command(model, asked.variant, tokens=asked.tokens, tp=settings.parallel.tp, recompute=recompute)
 
     def findings(self) -> Iterator[Finding]:
         """The chosen plan's age, and files that are no valid plans."""
         for problem in self._problems if self._has_looked and self.chosen is None else ():
             yield Finding(PlanMismatchWarning, f"{problem}; this file is left out")
         if self.chosen and (differences := stale(self.chosen.plans[0].software)):
-            plan, source = self.chosen.plans[0], self.chosen.source
-            again = _command(plan.model, plan.variant, plan.tokens, plan.tp, plan.recompute)
-            again += f" --filter-fqns {','.join(plan.left_out)}" if plan.left_out else ""
-            yield Finding(StaleTableWarning, f"{source} was measured with {differences}; to measure again: {again}")
+            again = f"to measure again: {command_again(self.chosen.of_file)}"
+            yield Finding(StaleTableWarning, f"{self.chosen.source} was measured with {differences}; {again}")
 
     def _given(self, plan: Plan | Sequence[Plan] | str | os.PathLike[str]) -> ModelPlans:
         loaded, source = load_plans(plan)
@@ -122,17 +122,11 @@ class PlanChoice:
         divided = f", tp {tp}" if tp > 1 else ""
         return (
             f"plan: no plan of {model!r} for {asked.variant} at {asked.tokens} tokens{divided} on {asked.device}; "
-            f"plans of this device: {known}. To measure one, run on it: {self.command(model)}"
+            f"plans of this device: {known}. To measure one, run on it: {self.command(config_of(model))}"
         )
 
     def _decisions(self, plans: Plans, source: str, *, is_found: bool = False) -> ModelPlans:
         return ModelPlans(plans, source, self._settings.recomputes, is_found=is_found)
-
-
-def _command(model: str, variant: Variant, tokens: int, tp: int, recompute: Recompute) -> str:
-    options = f" --tp {tp}" if tp > 1 else ""
-    options += " --recompute full" if recompute == "full" else ""
-    return f"fp8gate plan {model} --recipe {variant.recipe} --tokens {tokens}{options}{variant.option}"
 
 
 class _Training(NamedTuple):

@@ -5,6 +5,7 @@ Try it: fp8gate report thresholds/nvidia-h200 --out report
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -51,8 +52,8 @@ def _files_of_one_device(location: Path, out: Path) -> list[Path]:
     files = table_files(location)
     folders = list(dict.fromkeys(file.parent for file in files))
     if len(folders) > 1:
-        to = "" if out == OUT else f" --out {out}"
-        commands = "; ".join(f"fp8gate report {folder}{to}" for folder in folders)
+        to = [] if out == OUT else ["--out", str(out)]
+        commands = "; ".join(shlex.join(["fp8gate", "report", str(folder), *to]) for folder in folders)
         raise TableError(
             f"{location}: expected the tables of one device, found {', '.join(folder.name for folder in folders)}; "
             f"draw one of them: {commands}"

@@ -16,16 +16,17 @@ from fp8gate.casts import VARIABLE
 from fp8gate.filter.contract.devices import device_slug, local_device_name
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.merged_sweep import measured_text
-from fp8gate.filter.contract.plans.plan import PLANS
+from fp8gate.filter.contract.plans.plan import PLANS, Plan
 from fp8gate.filter.contract.plans.plan_file import read_plans
 from fp8gate.filter.contract.recipes import RECIPES, VARIANTS
 from fp8gate.filter.contract.software_check import DRIVER_VERSION, stale
 from fp8gate.filter.contract.table import WITH_NUMBERS
 from fp8gate.filter.decision.measured_settings import casts_of_environment
-from fp8gate.filter.locate.find_plan import plan_files
-from fp8gate.filter.locate.find_table import find_table, table_files
+from fp8gate.filter.locate.find_plan import find_plans, plan_files
+from fp8gate.filter.locate.find_table import MisfiledError, NoTableError, find_table, table_files
 from fp8gate.filter.locate.incomplete_table import completing_command
 from fp8gate.filter.locate.places import default_out, places, shown
+from fp8gate.filter.planned.planning_command import command_again
 
 PACKAGES = ("fp8gate", "torch", "torchao", "triton", "transformers")
 SMALLEST = 16  # of the sizes that a float8 product takes
@@ -47,8 +48,9 @@ class DeviceFacts:
 class FoundFile:
     """A table or plan that the filter would use. what: the recipe and casts, of a plan the model too.
 
-    problem: why it cannot. incomplete: how far the sweep of a table came that was stopped. completed_by: the command
-    that completes it.
+    problem: why it cannot. is_misfiled: as it lies where another belongs. incomplete: how far the sweep of a table came
+    that was stopped. completed_by: the command that completes it. measured_again_by: the command that measures a stale
+    plan again.
     """
 
     what: str
@@ -57,7 +59,9 @@ class FoundFile:
     stale: str | None = None
     incomplete: str | None = None
     completed_by: str | None = None
+    measured_again_by: str | None = None
     problem: str | None = None
+    is_misfiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,17 +91,18 @@ class Checkup:
 
 def check_up() -> Checkup:
     device = _device() if util.find_spec("torch") else None
-    tables = tuple(_tables()) if device else ()
+    searched = places()
+    tables = tuple(_tables()) if device and any(os.path.exists(place.path) for place in searched) else ()
     out, out_problem = _out()
     return Checkup(
         device=device,
         versions={"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
-        places={str(place.path): place.what for place in places()},
+        places={str(one.path): one.what + ("" if os.path.exists(one.path) else ", not there yet") for one in searched},
         casts=os.environ.get(VARIABLE),
         casts_problem=_casts_problem(),
         tables=tables,
         missing=tuple(recipe for recipe in RECIPES if recipe not in {table.what for table in tables}) if device else (),
-        measured=tuple(sorted({path.parent.name for path in table_files()})),
+        measured=tuple(sorted({path.parent.name for path in table_files() if path.is_file()})),
         plans=tuple(_plans(device.name)) if device else (),
         out=None if out is None else str(out),
         out_problem=out_problem,
@@ -170,9 +175,12 @@ def _tables() -> Iterator[FoundFile]:
     for variant in VARIANTS:
         try:
             table, path = find_table(variant.recipe, casts=variant.casts)
-        except InputError as error:  # none, or one that cannot be used
-            if not _is_missing(error):
-                yield FoundFile(what=str(variant), path="", problem=str(error))
+        except NoTableError:  # the commands to run next say it better
+            continue
+        except InputError as error:
+            yield FoundFile(
+                what=str(variant), path="", problem=str(error), is_misfiled=isinstance(error, MisfiledError)
+            )
             continue
         numbers = sum(point.status in WITH_NUMBERS for point in table.points)
         measured = f"{numbers} of {len(table.points)} points, {measured_text(table.measured_at, table.merged_from)}"
@@ -188,22 +196,31 @@ def _tables() -> Iterator[FoundFile]:
         )
 
 
-def _is_missing(error: InputError) -> bool:
-    """Whether there is no table, which the commands to run next say better."""
-    return str(error).startswith("device: no ")
-
-
 def _plans(device: str) -> Iterator[FoundFile]:
     for path in plan_files(device=device):
         try:
-            plan = read_plans(path)[0]
+            plans = read_plans(path)
         except InputError as error:
             yield FoundFile(what=path.stem, path=shown(path), problem=str(error))
             continue
+        plan, differences = plans[0], stale(plans[0].software)
         what = f"{plan.model}, {plan.variant}, {plan.tokens} tokens" + (f", tp {plan.tp}" if plan.tp > 1 else "")
         yield FoundFile(
-            what=what, path=shown(path), measured=f"{plan.measured_at:%Y-%m-%d}", stale=stale(plan.software)
+            what=what,
+            path=shown(path),
+            measured=f"{plan.measured_at:%Y-%m-%d}",
+            stale=differences,
+            problem=_misfiled(path, plan, device),
+            measured_again_by=command_again(plans) if differences else None,
         )
+
+
+def _misfiled(path: Path, plan: Plan, device: str) -> str | None:
+    """Why the filter does not find a plan that is there."""
+    if any(one.file == path for one in find_plans(device=device, variant=plan.variant, tokens=plan.tokens).plans):
+        return None
+    folder, part = f"{device_slug(plan.device.name)}/{PLANS}", f"-{plan.recipe}-m{plan.tokens}"
+    return f"{path}: the filter does not find it there. It belongs in {folder}, with {part} in its name: move it there"
 
 
 def _out() -> tuple[Path | None, str | None]:

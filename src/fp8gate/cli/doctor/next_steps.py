@@ -48,10 +48,12 @@ def next_steps(checkup: Checkup) -> list[Step]:
         )
     elif commands := list(dict.fromkeys(table.completed_by for table in checkup.tables if table.completed_by)):
         steps.append(Step(commands[0], "with the same options: it goes on, and completes the tables"))
-    elif checkup.missing or any(table.problem for table in checkup.tables):
+    elif checkup.missing or any(table.problem and not table.is_misfiled for table in checkup.tables):
         steps.append(_calibrate(checkup))
     if any(file.stale for file in checkup.tables):
         steps.append(Step("fp8gate verify", "whether the tables still hold with this software"))
+    if again := [plan.measured_again_by for plan in checkup.plans if plan.measured_again_by]:
+        steps.append(Step(again[0], "measures a stale plan again"))
     if device is None or device.kind == "cpu":
         steps.append(Step(f"{EXPLAIN} --device H200", "what a measured GPU would convert"))
     elif checkup.tables:
@@ -63,4 +65,5 @@ def next_steps(checkup: Checkup) -> list[Step]:
 def _calibrate(checkup: Checkup) -> Step:
     some = "" if len(checkup.missing) in (0, len(RECIPES)) else f" --recipes {','.join(checkup.missing)}"
     quick = " --grid quick" if checkup.device and checkup.device.kind == "cpu" else ""
-    return Step(f"fp8gate calibrate{some}{quick}", "measures this device and writes its tables")
+    out = "" if checkup.out else " --out FOLDER"
+    return Step(f"fp8gate calibrate{some}{quick}{out}", "measures this device and writes its tables")

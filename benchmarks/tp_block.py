@@ -36,7 +36,13 @@ from tp_block_sets import make_sets, plan_of
 
 from fp8gate.calibrate.arms.linear import inductor_settings
 from fp8gate.calibrate.device.lock import DeviceLock
-from fp8gate.calibrate.device.registry import choose_device, describe_device, describe_software, kind_of
+from fp8gate.calibrate.device.registry import (
+    choose_device,
+    describe_device,
+    describe_software,
+    kind_of,
+    require_compiler,
+)
 from fp8gate.calibrate.planning.subject import Subject, model_subjects
 from fp8gate.calibrate.planning.table_answer import TableAnswer
 from fp8gate.calibrate.ranks.environment import RankEnvironment
@@ -87,8 +93,8 @@ def run(arguments: argparse.Namespace, place: RankEnvironment) -> None:
     device = own_device(place)
     variant = Variant(arguments.recipe, arguments.casts)
     require_casts(*variant)
-    if variant.casts != "inductor" and not kind_of(device).defaults.compiles:
-        raise InputError(f"casts: {variant.casts}'s are a pass of Inductor; on a CPU layers are not compiled")
+    if variant.casts != "inductor":
+        require_compiler(device, "casts")
     has_lock = kind_of(device).has_own_lock(place.local_rank)
     with DeviceLock(device) if has_lock else contextlib.nullcontext(), Ranks.joined(device) as ranks:
 

@@ -272,7 +272,7 @@ def test_casts_of_another_recipe_or_where_nothing_compiles_are_refused(
     (environment,) = rank_environments(1)
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
-    for recipe, expected in (("tensorwise", "casts: "), ("rowwise", "casts: fp8gate's .* on a CPU")):
+    for recipe, expected in (("tensorwise", "casts: "), ("rowwise", "casts: .* on a CPU nothing is compiled")):
         options = ["llama3-8b", "--recipe", recipe, "--tokens", "32", "--casts", "fp8gate", "--out", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["tp_block.py", *options])
         with pytest.raises(SystemExit, match=expected):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from casts_graphs import assert_equal_bits
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -37,8 +38,11 @@ class Mlp(nn.Module):
         return self.down(nn.functional.silu(self.up(x)))
 
 
-def compare() -> None:
-    """Rank 0 prints what the pass says of each graph, as JSON. Each rank raises if a bit differs."""
+def compare(*, recomputes: bool) -> None:
+    """Rank 0 prints what the pass says of each graph, as JSON. Each rank raises if a bit differs.
+
+    recomputes: under activation checkpointing.
+    """
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(27)
@@ -49,6 +53,8 @@ def compare() -> None:
         "down": RowwiseParallel(output_layouts=Shard(1)),
     }
     parallelize_module(module, mesh, plan)
+    if recomputes:
+        module = checkpoint_wrapper(module)
     torch.manual_seed(dist.get_rank())
     x, grad = (torch.randn(2, TOKENS // 2, WIDTH, dtype=torch.bfloat16) for _ in range(2))
     said: list[str] = []

@@ -72,12 +72,13 @@ def losses(plans: list[Plan]) -> str:
 
 
 def label(plan: Plan) -> str:
-    """The model, which of its layers if it has several kinds, the degree, and whether its forward runs twice."""
+    """The model, which of its layers if it has several kinds, the degree, and what else sets the plan apart."""
     stack, _, indices = plan.layers.rpartition(".")
     first, _, others = indices.partition(",")
     which = f" layers {first}{',...' if others else ''}" if stack and indices != "*" else ""
     degree = f" TP {plan.tp}" if plan.tp > 1 else ""
-    return f"{plan.model}{which}{degree}{', recomputed' if plan.recompute == 'full' else ''}"
+    recomputed = ", recomputed" if plan.recompute == "full" else ""
+    return f"{plan.model}{which}{degree}{recomputed}" + (", incomplete" if plan.incomplete else "")
 
 
 def table_choice(plan: Plan, min_speedup: float | None = None) -> Roles:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fp8gate.filter.contract.names import without_indices
+from fp8gate.filter.contract.plans.plan_file import are_complete
 from fp8gate.filter.contract.shapes import TOKEN_TILE
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.contract.table import Table
@@ -14,6 +15,7 @@ from fp8gate.filter.decision.decide import Decision
 from fp8gate.filter.decision.estimate import OF_ALIGNED
 from fp8gate.filter.decision.shared_input import least_text
 from fp8gate.filter.locate.incomplete_table import completing_command
+from fp8gate.filter.planned.incomplete_plan import completing_plan_command, how_far
 from fp8gate.filter.planned.plan_choice import PlanChoice
 from fp8gate.filter.policy.settings import FilterSettings
 from fp8gate.filter.shapes_command import shapes_command
@@ -88,5 +90,8 @@ def summary_text(
     if table.incomplete:
         again = f"with the options that it was begun with: {completing_command(table, path)}"
         sentences.append(f"the table is incomplete, with {table.incomplete}; to complete it, {again}")
+    if plans.chosen and not are_complete(plans.chosen.plans):
+        again = completing_plan_command(plans.chosen.of_file, plans.chosen.source)
+        sentences.append(f"the plan is incomplete, with {how_far(plans.chosen.plans)}; to complete it: {again}")
     sentences += [f"{remark}: {', '.join(names)}" for remark, names in notes.items() if names]
     return "; ".join(sentences)

@@ -207,7 +207,7 @@ class AutoFilter:
         """Prepare for another model."""
         self.decisions.clear()
         self._model = ModelLinears()
-        self._findings.forget(keep=WHATEVER_THE_MODEL)
+        self._findings.forget(keep=WHATEVER_THE_MODEL, but=tuple(self.plans.findings()))
         self._linears.forget()
         self.plans.forget()
 

@@ -294,6 +294,27 @@ def test_an_incomplete_table_is_named_with_what_completes_it(here):
     assert f"next:\n{completes}" in result.stdout
 
 
+@pytest.mark.parametrize("casts", ["inductor", "fp8gate"])
+def test_an_incomplete_plan_is_named_with_what_completes_it(here, casts):
+    for recipe in RECIPES:
+        write_table_of_this_device(here, recipe)
+    folder = here / device_slug(local_device_name()) / "plans"
+    plan = make_plan(device=this_cpu(), layers="model.layers.0", missing=("model.layers.1-2",))
+    protocol = msgspec.structs.replace(plan.protocol, casts=casts)
+    name = "tiny-rowwise-m32" + ("" if casts == "inductor" else "-fp8gate_casts")
+    write_plans([msgspec.structs.replace(plan, protocol=protocol)], folder / f"{name}.yaml")
+    (found,) = check_up().plans
+    assert (found.incomplete, found.measured) == ("nothing of model.layers.1-2", "2026-11-24, incomplete")
+    result, option = doctor(), "" if casts == "inductor" else " --casts fp8gate"
+    assert result.exit_code == 1
+    assert " is incomplete, with nothing of model.layers.1-2\n" in result.stdout
+    command = f"fp8gate plan CONFIG.json --recipe rowwise --tokens 32 --sequence 32{option} --device cpu"
+    assert f"next:\n  {command}\n    with the same options: it goes on, and completes the plan" in result.stdout
+    told = json.loads(doctor("--json").stdout)
+    assert [one["completed_by"] for one in told["plans"]] == [command]
+    assert told["next"][0]["command"] == command
+
+
 def test_a_merged_table_says_of_how_many_sweeps(here):
     own = read_table(write_table_of_this_device(here, "rowwise"))
     later = msgspec.structs.replace(own, measured_at=own.measured_at + timedelta(1))

@@ -12,7 +12,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from fp8gate.calibrate.device.cpu import Cpu
-from fp8gate.calibrate.planning import plan_block
+from fp8gate.calibrate.planning import plan_block, plan_writing
 from fp8gate.cli import app
 from fp8gate.filter.contract.plans.plan_file import read_plans
 from fp8gate.filter.contract.recipes import Variant
@@ -60,7 +60,7 @@ def write_plan(monkeypatch, tmp_path):
         chosen = {"exhaustive": exhaustive, "left_out": subject.left_out, "layers": subject.layers}
         return make_plan(**fixed, **said, **chosen, candidates=CANDIDATES[:1])
 
-    monkeypatch.setattr(plan_block, "plan_subject", not_measured)
+    monkeypatch.setattr(plan_writing, "plan_subject", not_measured)
 
     def write_plan(command, config=TINY_CONFIG):
         file, out = tmp_path / "tiny" / "config.json", tmp_path / "out"

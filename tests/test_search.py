@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from fp8gate.calibrate.planning.search import BF16_SET, Rules, gain, search, search_all
+from fp8gate.calibrate.planning.search import BF16_SET, Rules, gain, measured_set, search, search_all
 from fp8gate.filter.contract.plans.plan_file import read_plan
 from fp8gate.filter.locate.places import packaged_thresholds
 
@@ -195,3 +195,12 @@ def test_the_gain_of_others_is_known_within_the_noise():
 def test_bounds_lie_above_one_only_if_every_final_visit_does():
     assert gain((0.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.01), RULES).low > 1
     assert gain((0.0, 0.1, 0.1, 0.1, 0.1, 0.1, -0.01), RULES).low < 1
+
+
+def test_a_measured_set_says_how_far_its_visits_came():
+    rules = Rules(screening=2, final=6, confidence=0.95, noise=0.005)
+    found = [measured_set(ALL, (0.1,) * visits, rules) for visits in (1, 2, 7, 8)]
+    assert [one.is_screened for one in found] == [False, True, True, True]
+    assert [one.is_final for one in found] == [False, False, False, True]
+    assert [one.speedup for one in found] == pytest.approx([math.exp(0.1)] * 4)
+    assert found[0].speedup_low < found[1].speedup_low == found[2].speedup_low < found[3].speedup_low

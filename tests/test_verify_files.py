@@ -40,6 +40,16 @@ def test_as_json_they_are_named(folder):
     }
 
 
+def test_incomplete_plans_are_named(folder):
+    path = folder / "nvidia-h200" / "plans" / "tiny.yaml"
+    write_plans([make_plan(layers="model.layers.0", incomplete=True, missing=("model.layers.1",))], path)
+    how_far = "15 visits of model.layers.0, nothing of model.layers.1"
+    said = f"1 tables and 1 plans read and checked, of which incomplete: {path} ({how_far})\n"
+    assert verify(folder, "--files").stdout == said
+    found = json.loads(verify(folder, "--files", "--json").stdout)
+    assert found["incomplete"] == {str(path): {"visits": 15, "missing": ["model.layers.1"]}}
+
+
 @pytest.mark.parametrize("name", ["rowwise.yaml", "plans/tiny.yaml"])
 def test_a_file_that_is_wrong_is_named(folder, name):
     (folder / "nvidia-h200" / name).write_text("schema: 2\n")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fp8gate.filter.contract.plans.plan import PLANS
-from fp8gate.filter.contract.plans.plan_file import read_plans
+from fp8gate.filter.contract.plans.plan_file import Plans, read_plans
 from fp8gate.filter.contract.recipes import VARIANTS, Variant
 from fp8gate.filter.contract.table import Incomplete, Table, TableError, read_table
 
@@ -22,19 +22,17 @@ def read_tables(path: Path) -> dict[Path, Table]:
     return {file: read_table(file) for file in files}
 
 
-def read_all(folder: Path) -> tuple[dict[Path, Table], tuple[Path, ...]]:
-    """All tables under a folder, by file, and the files of the plans, which are read as well; or the table of a file.
+def read_all(folder: Path) -> tuple[dict[Path, Table], dict[Path, Plans]]:
+    """All tables and plans under a folder, by file; or the table of a file.
 
     Raises TableError or PlanError for a file that cannot be used, TableError if there is no table.
     """
     paths = [folder] if folder.is_file() else sorted(folder.rglob("*.yaml"))
-    plans = tuple(path for path in paths if path.parent.name == PLANS)
-    tables = {path: read_table(path) for path in paths if path not in plans}
+    of_plans = [path for path in paths if path.parent.name == PLANS]
+    tables = {path: read_table(path) for path in paths if path not in of_plans}
     if not tables:
         raise TableError(f"{folder}: expected tables such as nvidia-h200/rowwise.yaml; found none")
-    for path in plans:
-        read_plans(path)
-    return tables, plans
+    return tables, {path: read_plans(path) for path in of_plans}
 
 
 def incomplete_of(tables: Mapping[Path, Table]) -> dict[Path, Incomplete]:

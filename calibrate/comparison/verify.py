@@ -22,6 +22,7 @@ from fp8gate.calibrate.points.setup import make_setup
 from fp8gate.calibrate.processes.run_folder import run_folder
 from fp8gate.calibrate.sweep.run_sweep import sweep
 from fp8gate.filter.contract.errors import UnfinishedError
+from fp8gate.filter.contract.plans.plan_file import Plans
 from fp8gate.filter.contract.recipes import Casts, Variant
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.software_check import stale
@@ -34,15 +35,15 @@ class UnverifiedError(UnfinishedError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """files, plans: every table and every plan that was found; all of them could be read.
+    """files, plans: every table and every model's plans that were found; all of them could be read.
 
     comparisons: empty if no table is of this device. stale: how the software of a table differs from the software here.
-    compared: the file of each table that was compared. incomplete: how far the sweep came that was stopped, by file.
+    compared: the file of each table that was compared. incomplete: how far the sweep of a table came that was stopped.
     """
 
     device: str
     files: tuple[Path, ...]
-    plans: tuple[Path, ...]
+    plans: Mapping[Path, Plans]
     comparisons: tuple[Comparison, ...]
     stale: Mapping[Variant, str]
     compared: Mapping[Variant, Path]

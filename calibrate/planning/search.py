@@ -50,6 +50,10 @@ class Rules:
     confidence: float
     noise: float
 
+    def is_final(self, log_ratios: Sequence[float]) -> bool:
+        """Whether a set has all visits that decide."""
+        return len(log_ratios) >= self.screening + self.final
+
 
 def search(roles: Sequence[str], guesses: Iterable[RoleSet], measure: Measure, rules: Rules) -> RoleSet:
     """The set to convert: bf16 (the empty set) unless the lower bound of another set lies above it.
@@ -91,6 +95,13 @@ def gain(log_ratios: Sequence[float], rules: Rules) -> Interval:
         return ratio_of(final, confidence=rules.confidence)
     mean, noise = fmean(log_ratios), rules.noise * math.sqrt(max(1.0, rules.screening / len(log_ratios)))
     return Interval(math.exp(mean), math.exp(mean - noise), math.exp(mean + noise))
+
+
+def measured_set(candidate: RoleSet, log_ratios: Sequence[float], rules: Rules) -> MeasuredSet:
+    """A set with its gain. Raises ValueError for no visits."""
+    found = gain(log_ratios, rules)
+    is_screened = len(log_ratios) >= rules.screening
+    return MeasuredSet(candidate, found.estimate, found.low, rules.is_final(log_ratios), is_screened)
 
 
 class _Known:
@@ -152,7 +163,11 @@ class _Known:
             self._ratios.update(self.measure(new, self.rules.screening + self.rules.final))
             best = self.best([BF16_SET, *filter(self._is_final, self._ratios)])
             new = [one for one in self._few_best() if not self._is_final(one) and self.gains(one, best)]
-        finalists = [self._measured(one) for one in self._ratios if one != BF16_SET and self._is_final(one)]
+        finalists = [
+            measured_set(one, self._ratios[one], self.rules)
+            for one in self._ratios
+            if one != BF16_SET and self._is_final(one)
+        ]
         return frozenset(fastest(finalists, noise=self.rules.noise).convert)
 
     def _few_best(self) -> list[RoleSet]:
@@ -160,9 +175,5 @@ class _Known:
         ranked = sorted(self._ratios, key=lambda candidate: (-self.value(candidate), len(candidate)))
         return [one for one in ranked if one != BF16_SET and self.value(one) >= top][:FINALISTS]
 
-    def _measured(self, candidate: RoleSet) -> MeasuredSet:
-        found = gain(self._ratios[candidate], self.rules)
-        return MeasuredSet(candidate, found.estimate, found.low, self._is_final(candidate))
-
     def _is_final(self, candidate: RoleSet) -> bool:
-        return len(self._ratios[candidate]) >= self.rules.screening + self.rules.final
+        return self.rules.is_final(self._ratios[candidate])

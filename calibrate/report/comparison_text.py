@@ -20,8 +20,10 @@ from fp8gate.calibrate.comparison.compare_tables import (
 from fp8gate.calibrate.comparison.point_change import PointChange, most_by_chance
 from fp8gate.calibrate.timing.statistics import Interval
 from fp8gate.filter.contract.merged_sweep import measured_text
+from fp8gate.filter.contract.plans.plan_file import Plans, are_complete
 from fp8gate.filter.contract.recipes import casts_json
 from fp8gate.filter.contract.table import Incomplete, Table
+from fp8gate.filter.planned.incomplete_plan import how_far
 from fp8gate.filter.terminal_table import render_table
 
 if TYPE_CHECKING:
@@ -89,15 +91,26 @@ def verification_text(verification: Verification) -> str:
     return "\n".join(lines) + "\n\n" + comparison_text(verification.comparisons)
 
 
-def files_text(tables: Collection[Path], plans: Collection[Path], incomplete: Mapping[Path, Incomplete]) -> str:
-    """How many files were read, all of them valid, and which of the tables are incomplete."""
-    named = ", ".join(f"{path} ({how_far})" for path, how_far in incomplete.items())
-    doubt = f", of which incomplete: {named}" if named else ""
+def files_text(tables: Collection[Path], plans: Mapping[Path, Plans], incomplete: Mapping[Path, Incomplete]) -> str:
+    """How many files were read, all of them valid, and which of them are incomplete."""
+    named = [f"{path} ({came_to})" for path, came_to in incomplete.items()]
+    named += [f"{path} ({how_far(found)})" for path, found in plans.items() if not are_complete(found)]
+    doubt = f", of which incomplete: {', '.join(named)}" if named else ""
     return f"{len(tables)} tables{f' and {len(plans)} plans' if plans else ''} read and checked{doubt}"
 
 
-def incomplete_json(incomplete: Mapping[Path, Incomplete]) -> dict[str, Any]:
-    return {str(path): msgspec.to_builtins(how_far) for path, how_far in incomplete.items()}
+def incomplete_json(plans: Mapping[Path, Plans], incomplete: Mapping[Path, Incomplete]) -> dict[str, Any]:
+    """How far the sweep of each incomplete table and the search for each model's incomplete plans came."""
+    of_tables = {str(path): msgspec.to_builtins(came_to) for path, came_to in incomplete.items()}
+    of_plans = {str(path): _stopped_json(found) for path, found in plans.items() if not are_complete(found)}
+    return {**of_tables, **of_plans}
+
+
+def _stopped_json(plans: Plans) -> dict[str, Any]:
+    return {
+        "visits": sum(plan.visits for plan in plans if plan.incomplete),
+        "missing": list(plans[0].missing),
+    }
 
 
 def _verdict(verification: Verification) -> str:
@@ -113,7 +126,7 @@ def verification_json(verification: Verification) -> dict[str, Any]:
     return {
         "device": verification.device,
         "files": [str(path) for path in verification.files],
-        "incomplete": incomplete_json(verification.incomplete),
+        "incomplete": incomplete_json(verification.plans, verification.incomplete),
         "measured": bool(verification.comparisons),
         "holds": _holds(verification),
         "can_tell": verification.can_tell if verification.comparisons else None,

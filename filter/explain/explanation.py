@@ -275,8 +275,8 @@ def _choices(layers: list[LayerExplanation], plans: ModelPlans | None) -> Iterat
 def _in_blocks(
     layers: list[LayerExplanation], converted: tuple[LayerExplanation, ...], plans: ModelPlans | None
 ) -> SpeedupInBlocks | None:
-    """What the plans measured of these roles, for all their blocks; None if a block or its set was not measured."""
-    if plans is None:
+    """What the plans measured of these roles, for all blocks; None if a block or its set was not measured."""
+    if plans is None or plans.missing:
         return None
     bf16_us, us = 0.0, [0.0, 0.0, 0.0]
     for plan in plans.plans:

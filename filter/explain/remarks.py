@@ -6,7 +6,7 @@ In: an `Explanation`. Out: sentences, each with the command that settles it wher
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from fp8gate.filter.contract.recipes import RECIPES, Recipe
@@ -91,7 +91,8 @@ def _why_behind(explanation: Explanation, faster: Choice, *, is_brief: bool) -> 
     chosen = explanation.chosen
     less = f"By the sum of single linears, {_in_words(faster)} takes {1 - faster.us / chosen.us:.1%} less time"
     if chosen.name == PLAN:
-        return f"{less}. {_measured_instead(chosen, faster)}"
+        missing = explanation.plans.missing if explanation.plans else ()
+        return f"{less}. {_measured_instead(chosen, faster, missing)}"
     skipped = [layer for layer in faster.converted if layer not in chosen.converted and layer.fp8_us < layer.bf16_us]
     layers = ", ".join(f"{layer.linear.role} ({layer.by_table.speedup_text or 'no number'})" for layer in skipped)
     if not skipped:
@@ -102,7 +103,9 @@ def _why_behind(explanation: Explanation, faster: Choice, *, is_brief: bool) -> 
     return sentence if is_brief else f"{sentence} {EVIDENCE}"
 
 
-def _measured_instead(chosen: Choice, faster: Choice) -> str:
+def _measured_instead(chosen: Choice, faster: Choice, missing: Sequence[str]) -> str:
+    if missing:
+        return f"Inside the compiled block nothing was measured of {' and '.join(missing)} yet."
     if chosen.in_block is None:
         return "What is left of the plan's set was not measured inside the compiled block."
     gains = f"the plan's set runs at {chosen.in_block.speedup:.3f}x"

@@ -1,6 +1,6 @@
 """Find the plans that were measured for a device, recipe and number of tokens.
 
-In: what the training does, a place or None for all of them. Out: plans and their files, the newest first.
+In: what the training does, a place or None for all of them. Out: plans and their files, the best first.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from fp8gate.filter.contract.devices import device_slug
 from fp8gate.filter.contract.plans.plan import PLANS, PlanError
-from fp8gate.filter.contract.plans.plan_file import Plans, read_plans
+from fp8gate.filter.contract.plans.plan_file import Plans, are_complete, read_plans
 from fp8gate.filter.contract.recipes import Variant
 from fp8gate.filter.locate.places import places
 
@@ -26,7 +27,9 @@ class FoundPlan(NamedTuple):
 
 
 class FoundPlans(NamedTuple):
-    """plans: the newest first. problems: a line for each file that looks like one of them and is no valid plan."""
+    """plans: the complete before the incomplete ones, the newest of each first. problems: a line for each file that
+    looks like one of them and is no valid plan.
+    """
 
     plans: list[FoundPlan]
     problems: list[str]
@@ -51,7 +54,11 @@ def find_plans(
         plan = plans[0]
         is_same = (plan.variant, plan.tokens, device_slug(plan.device.name)) == (variant, tokens, device_slug(device))
         found += [FoundPlan(plans, path)] if is_same else []
-    return FoundPlans(sorted(found, key=lambda one: one.plans[0].measured_at, reverse=True), problems)
+    return FoundPlans(sorted(found, key=_preference, reverse=True), problems)
+
+
+def _preference(found: FoundPlan) -> tuple[bool, datetime]:
+    return are_complete(found.plans), found.plans[0].measured_at
 
 
 def plan_files(tables: str | os.PathLike[str] | None = None, *, device: str) -> list[Path]:

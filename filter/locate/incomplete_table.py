@@ -35,12 +35,16 @@ def completing_command(table: Table, path: Path) -> str:
 
     The grid is the user's to repeat.
     """
-    out = path.absolute().parent.parent
+    return f"fp8gate calibrate{table.variant.option}{out_option(path.absolute().parent.parent)}"
+
+
+def out_option(folder: Path) -> str:
+    """ " --out FOLDER", or nothing if a command writes there by itself."""
     try:
-        is_told = os.path.realpath(out) != os.path.realpath(default_out())
-    except InputError:  # FP8GATE_THRESHOLDS names this table or its folder: nothing is written without --out
+        is_told = os.path.realpath(folder) != os.path.realpath(default_out())
+    except InputError:  # FP8GATE_THRESHOLDS names a table or its folder: nothing is written without --out
         is_told = True
-    return f"fp8gate calibrate{table.variant.option}" + (f" --out {shlex.quote(str(out))}" if is_told else "")
+    return f" --out {shlex.quote(str(folder))}" if is_told else ""
 
 
 def complete_table_elsewhere(path: Path) -> Path | None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from fp8gate.filter.contract.names import plain_name, without_indices
 from fp8gate.filter.contract.plans.layer_names import LayerNames, whole_list
-from fp8gate.filter.contract.plans.plan import Plan, exceeds_control
+from fp8gate.filter.contract.plans.plan import Plan
 from fp8gate.filter.contract.plans.planned_set import BlockLinears, PlannedSet, PlannedSets
 from fp8gate.filter.contract.plans.role_names import RoleNames, Roles, is_fused, is_torn
 from fp8gate.filter.contract.shapes import LinearShape
@@ -153,7 +153,7 @@ class KindDecisions:
         measured = self.plan.candidate(left)
         if measured is None or measured.speedup_low is None:
             return _BlockDecision(planned, None)
-        if exceeds_control(measured.speedup_low, self.plan.control):  # the plan's own set had to do so too
+        if self.plan.wins(measured.speedup_low):  # the plan's own set had to do so too
             return _BlockDecision(planned, left, ", ".join(filter(None, ("what is left of its set", neighbours))))
         return _BlockDecision(planned, (), f"what is left of its set, {_listed(left)}, {self._measured(left)}")
 

@@ -21,13 +21,15 @@ class ModelPlans:
     """Turns the plans of a model, one for each kind of its layers, into decisions.
 
     Until `decide_blocks` has seen a model, `decide` takes every block for one in which all of a plan's set can be
-    converted. source: what messages call the plans. recomputes: whether the forward of a linear runs twice, by its name
+    converted. source: what messages call the plans. missing: layers that were not planned yet; the table decides them.
+    recomputes: whether the forward of a linear runs twice, by its name
     without wrappers.
     """
 
     def __init__(self, plans: Plans, source: str, recomputes: Callable[[str], bool], *, is_found: bool = False) -> None:
         """is_found: nobody gave them: they fit all blocks, and have nothing to say of what is in none."""
-        self.source, self.model = source, plans[0].model
+        self.source, self.model, self.missing = source, plans[0].model, plans[0].missing
+        self._missing = [LayerNames(layers) for layers in self.missing]
         self._every = [KindDecisions(plan, source, recomputes, is_found=is_found) for plan in plans]
         self._kinds = self._every
 
@@ -50,7 +52,8 @@ class ModelPlans:
         """Whether a list of a model's layers has only blocks that were measured: their roles, shapes, recomputation.
 
         A linear that holds several roles needs a measured set with all or none of them. A model may have several lists,
-        such as a vision tower's and the text's. Those that do not fit are the table's.
+        such as a vision tower's and the text's. Those that do not fit are the table's. Of layers that were not planned
+        yet, nothing is known that could fit.
         shapes: what a rank multiplies in each linear of the model, by name; None for one that no plan can decide.
         left_alone: names of the modules that hold several matrices in one parameter, layer indices as *; None if they
         are not known. leaves_out: whether the user leaves a linear in bf16; a plan that left out others does not fit.
@@ -59,9 +62,9 @@ class ModelPlans:
         lists = {kind.layers: kind.layer_names for kind in self._every}
         for fqn, shape in shapes.items():
             kind = self._kind_of(fqn)
-            if kind is None:
+            if kind is None and not self._is_missing(fqn):
                 lists = {name: layers for name, layers in lists.items() if not layers.split(plain_name(fqn))}
-            elif kind.layers in lists and not kind.has_measured(fqn, shape):
+            elif kind and kind.layers in lists and not kind.has_measured(fqn, shape):
                 del lists[kind.layers]
             if not lists:  # most plans of other models differ at the first linear
                 return False
@@ -80,7 +83,9 @@ class ModelPlans:
         present = [kind for kind in self._every if kind.layers == layers and kind.blocks(linears)]
         if left_alone is not None:
             places = (LayerNames(layers).split(plain_name(fqn)) for fqn in left_alone)
-            if {place.inner for place in places if place} != {one for kind in present for one in kind.plan.left_alone}:
+            there = {place.inner for place in places if place}
+            measured = {one for kind in present for one in kind.plan.left_alone}
+            if not (there >= measured if self.missing else there == measured):  # others may be of missing layers
                 return False
         return bool(present) and all(kind.has_whole_blocks(linears, leaves_out) for kind in present)
 
@@ -100,6 +105,8 @@ class ModelPlans:
         If the linear could be mistaken for one of a plan's, a finding says why it is another, and the table decides.
         """
         kind = self._kind_of(fqn)
+        if kind is None and self._is_missing(fqn):
+            return None
         if kind is None and self._is_of_the_layers(fqn):
             known = ", ".join(plan.layers for plan in self.plans)
             message = f"$.layers: {without_indices(fqn)} is in other layers than {known}; the table decides"
@@ -131,6 +138,10 @@ class ModelPlans:
 
     def _kind_of(self, fqn: str) -> KindDecisions | None:
         return next((kind for kind in self._kinds if kind.has(fqn)), None)
+
+    def _is_missing(self, fqn: str) -> bool:
+        """Whether it is in a layer that was not planned yet."""
+        return any(names.split(plain_name(fqn)) for names in self._missing)
 
     def _is_of_the_layers(self, fqn: str) -> bool:
         """Whether it is in a list of layers that the plans are about, in a layer that is in none of them."""

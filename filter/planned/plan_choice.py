@@ -15,9 +15,10 @@ from fp8gate.filter.contract.recipes import Variant
 from fp8gate.filter.contract.shapes import LinearShape
 from fp8gate.filter.contract.software_check import stale
 from fp8gate.filter.locate.find_plan import FoundPlan, find_plans, is_model_name, plan_files
+from fp8gate.filter.planned.incomplete_plan import completing_plan_command, incomplete_remark
 from fp8gate.filter.planned.model_plans import ModelPlans
 from fp8gate.filter.planned.planning_command import command_again, config_of, planning_command
-from fp8gate.filter.policy.findings import Finding, PlanMismatchWarning, StaleTableWarning
+from fp8gate.filter.policy.findings import Finding, IncompleteTableWarning, PlanMismatchWarning, StaleTableWarning
 from fp8gate.filter.policy.settings import FilterSettings
 
 AUTO = "auto"
@@ -30,7 +31,7 @@ class PlanChoice:
     """The plan that decides, and the plans that may turn out to be it.
 
     chosen: a plan that was given, or that fits the model that `look_at` saw last; None if the table decides all.
-    is_auto: `look_at` chooses. candidates: those of this device, recipe, casts and tokens, the newest first.
+    is_auto: `look_at` chooses. candidates: those of this device, recipe, casts and tokens, complete ones first.
     """
 
     def __init__(
@@ -95,12 +96,17 @@ class PlanChoice:
         return planning_command(model, asked.variant, tokens=asked.tokens, tp=settings.parallel.tp, recompute=recompute)
 
     def findings(self) -> Iterator[Finding]:
-        """The chosen plan's age, and files that are no valid plans."""
+        """The chosen plan's age, how far it came if it is incomplete, and files that are no valid plans."""
         for problem in self._problems if self._has_looked and self.chosen is None else ():
             yield Finding(PlanMismatchWarning, f"{problem}; this file is left out")
-        if self.chosen and (differences := stale(self.chosen.plans[0].software)):
-            again = f"to measure again: {command_again(self.chosen.of_file)}"
-            yield Finding(StaleTableWarning, f"{self.chosen.source} was measured with {differences}; {again}")
+        if self.chosen is None:
+            return
+        plans, source, of_file = self.chosen.plans, self.chosen.source, self.chosen.of_file
+        if differences := stale(plans[0].software):
+            again = f"to measure again: {command_again(of_file)}"
+            yield Finding(StaleTableWarning, f"{source} was measured with {differences}; {again}")
+        if remark := incomplete_remark(plans, source, completing_plan_command(of_file, source)):
+            yield Finding(IncompleteTableWarning, remark)
 
     def _given(self, plan: Plan | Sequence[Plan] | str | os.PathLike[str]) -> ModelPlans:
         loaded, source = load_plans(plan)

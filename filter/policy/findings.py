@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Literal, get_args
 
 import msgspec
@@ -21,7 +21,10 @@ class StaleTableWarning(FilterWarning):
 
 
 class IncompleteTableWarning(FilterWarning):
-    """The table's sweep was stopped before its end: shapes around points that it lacks are judged by smaller ones."""
+    """The sweep of the table, or the search for the plan that decides, was stopped before its end.
+
+    Shapes around points that the table lacks are judged by smaller ones. The plan's set is the best that was visited.
+    """
 
 
 class OutsideGridWarning(FilterWarning):
@@ -90,9 +93,12 @@ class Findings:
         if policy != "ignore" and is_new:
             self._pending.append(finding)
 
-    def forget(self, *, keep: tuple[type[FilterWarning], ...]) -> None:
-        """Prepare for another model: forget all findings but those of some categories. No warning is given twice."""
-        self._known = {finding: None for finding in self._known if finding.category in keep}
+    def forget(self, *, keep: tuple[type[FilterWarning], ...], but: Collection[Finding] = ()) -> None:
+        """Prepare for another model: forget all findings but those of some categories. No warning is given twice.
+
+        but: findings that are forgotten whatever their category.
+        """
+        self._known = {finding: None for finding in self._known if finding.category in keep and finding not in but}
         self._pending.clear()
 
     def settle(self, stacklevel: int = 3) -> None:

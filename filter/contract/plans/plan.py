@@ -100,9 +100,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     roles that float8 cannot compute. left_alone: modules of the block that hold several matrices in one parameter, such
     as experts. table: None if there was no table. torchao: the roles that torchao's rule converts, None for a recipe
     without a rule. control: the speedup of bf16 over itself, compiled and loaded a second time; None if that failed. A
-    set is chosen only if it gains more. exhaustive: every set was measured. left_out: roles that were to stay in bf16.
-    layers: which layers of the model are such blocks, as `LayerNames` reads it ("model.layers.1-45"); "" for all that
-    are in a list named `layers`. A file has the last two only if they say something.
+    set is chosen only if it gains more. exhaustive: every set was to be measured. left_out: roles that were to stay in
+    bf16. layers: which layers of the model are such blocks, as `LayerNames` reads it ("model.layers.1-45"); "" for all
+    that are in a list named `layers`.
+    incomplete: the search was stopped before its end, and `convert` is the best of the sets that it had come to; then
+    `control` may be None because it was not measured yet. missing: the other layers of the model that were to be
+    planned too, and had not been when the command was stopped; all documents of a file say the same.
+    The same command goes on, and then writes the file without both. A file has the last four only if they say
+    something.
     """
 
     schema_: Literal[1] = 1
@@ -127,6 +132,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     exhaustive: bool
     left_out: Roles = ()
     layers: Annotated[str, msgspec.Meta(pattern=f"^({PATTERN})?$")] = ""
+    incomplete: bool = False
+    missing: tuple[Annotated[str, msgspec.Meta(pattern=f"^{PATTERN}$")], ...] = ()
     columns: tuple[str, ...] = COLUMNS
     candidates: tuple[Candidate, ...]
 
@@ -163,6 +170,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return next((candidate for candidate in self.candidates if candidate.convert == convert), None)
 
     @property
+    def visits(self) -> int:
+        """Of all sets, bf16 among them."""
+        return sum(candidate.visits for candidate in self.candidates)
+
+    def wins(self, speedup_low: float) -> bool:
+        """Whether a set gains more than bf16 over itself, or than nothing where a stopped search does not know that."""
+        if self.incomplete and self.control is None:
+            return speedup_low > 1.0
+        return exceeds_control(speedup_low, self.control)
+
+    @property
     def chosen(self) -> Candidate:
         chosen = self.candidate(self.convert)
         assert chosen, "checked on reading"
@@ -185,8 +203,9 @@ def check_plan(plan: Plan, source: str) -> None:
         raise PlanError(f"{source}: $.protocol.casts: {plan.recipe} cannot have {plan.protocol.casts}'s casts")
     if not plan.shapes:
         raise PlanError(f"{source}: $.shapes: expected at least one role")
-    if LayerNames(plan.layers).has_none:
-        raise PlanError(f"{source}: $.layers: expected ranges from low to high; found {plan.layers!r}")
+    for field, pattern in (("layers", plan.layers), *(("missing", one) for one in plan.missing)):
+        if LayerNames(pattern).has_none:
+            raise PlanError(f"{source}: $.{field}: expected ranges from low to high; found {pattern!r}")
     table = () if plan.table is None else plan.table.convert
     fields = {"indivisible": plan.indivisible, "torchao": plan.torchao or (), "table.convert": table}
     for field, roles in {**fields, "left_out": plan.left_out}.items():
@@ -201,8 +220,9 @@ def check_plan(plan: Plan, source: str) -> None:
     chosen = plan.candidate(plan.convert)
     if chosen is None or chosen.speedup_low is None:
         raise PlanError(f"{source}: $.convert: expected a set that was measured, found {list(plan.convert)}")
-    if plan.convert and not exceeds_control(chosen.speedup_low, plan.control):
-        above = f"1.0 and $.control = {plan.control}, either way"
+    if plan.convert and not plan.wins(chosen.speedup_low):
+        is_unknown = plan.incomplete and plan.control is None
+        above = "1.0" if is_unknown else f"1.0 and $.control = {plan.control}, either way"
         raise PlanError(
             f"{source}: $.convert: expected a set above {above}, bounds included; found {chosen.speedup_low}"
         )

@@ -33,9 +33,9 @@ Plans = tuple[Plan, ...]
 
 _BETWEEN = re.compile(r"^---(?:[ \t]+#.*)?[ \t]*\r?$", re.MULTILINE)
 MAX_KINDS = 64
-_OF_THE_MODEL = ("recipe", "model", "tokens", "tp", "recompute")
+_OF_THE_MODEL = ("recipe", "model", "tokens", "tp", "recompute", "missing")
 """What all plans of a model have in common, beside the device."""
-_ONLY_IF_SAID = ("left_out", "layers")
+_ONLY_IF_SAID = ("left_out", "layers", "incomplete", "missing")
 
 
 def read_plans(path: str | os.PathLike[str]) -> Plans:
@@ -93,6 +93,11 @@ def require_same_training(plans: Plans, source: str, *, variant: Variant, device
         raise PlanError(f"{source}: $.device.name: expected {device}, found {plan.device.name}")
 
 
+def are_complete(plans: Plans) -> bool:
+    """Whether the search for each of them came to its end, and all kinds of the model's layers are there."""
+    return not any(plan.incomplete or plan.missing for plan in plans)
+
+
 def write_plans(plans: Sequence[Plan], path: str | os.PathLike[str]) -> None:
     """Write atomically. Raises PlanError, and writes nothing, if the file could not be read again."""
     text = format_plans(plans)
@@ -139,7 +144,7 @@ def _parse(text: str, source: str) -> Plan:
 
 
 def _check_together(plans: Plans, source: str) -> None:
-    """Several plans are of the same training, and no layer is in two of them."""
+    """Several plans are of the same training, and no layer is in two of them, or in one and missing."""
     first, *others = plans
     for plan in others:
         for field in _OF_THE_MODEL:
@@ -155,4 +160,9 @@ def _check_together(plans: Plans, source: str) -> None:
         if LayerNames(one.layers).overlaps(LayerNames(other.layers)):
             raise PlanError(
                 f"{source}: $.layers: expected each layer in one document, found {one.layers!r} and {other.layers!r}"
+            )
+    for plan, missing in itertools.product(plans, first.missing):
+        if LayerNames(plan.layers).overlaps(LayerNames(missing)):
+            raise PlanError(
+                f"{source}: $.missing: expected layers of no document, found {missing!r} and {plan.layers!r}"
             )

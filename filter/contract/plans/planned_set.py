@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from fp8gate.filter.contract.names import plain_name
 from fp8gate.filter.contract.plans.fastest_set import MeasuredSet, fastest
-from fp8gate.filter.contract.plans.plan import Plan, exceeds_control
+from fp8gate.filter.contract.plans.plan import Plan
 from fp8gate.filter.contract.plans.role_names import Roles, is_torn
 
 BlockLinears = Mapping[str, Roles]
@@ -53,9 +53,9 @@ class PlannedSets:
 
 def _fastest_whole(plan: Plan, together: Collection[Roles]) -> Roles | None:
     """By the rule of the search. None if no other set than bf16 was measured that tears none of these apart."""
-    visits = plan.protocol.screening + plan.protocol.final
+    screening, visits = plan.protocol.screening, plan.protocol.screening + plan.protocol.final
     whole = [
-        MeasuredSet(one.convert, one.speedup, one.speedup_low, one.visits >= visits)
+        MeasuredSet(one.convert, one.speedup, one.speedup_low, one.visits >= visits, one.visits >= screening)
         for one in plan.candidates
         if one.convert
         and one.speedup
@@ -65,4 +65,4 @@ def _fastest_whole(plan: Plan, together: Collection[Roles]) -> Roles | None:
     if not whole:
         return None
     best = fastest(whole, noise=plan.protocol.noise)
-    return tuple(best.convert) if exceeds_control(best.speedup_low, plan.control) else ()
+    return tuple(best.convert) if plan.wins(best.speedup_low) else ()

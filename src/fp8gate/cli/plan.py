@@ -5,8 +5,6 @@ Try it: fp8gate plan llama3-8b --recipe rowwise --tokens 8192
 
 from __future__ import annotations
 
-import math
-import time
 from typing import Annotated
 
 import typer
@@ -31,7 +29,7 @@ from fp8gate.cli.options import (
     require,
     start_measuring,
 )
-from fp8gate.filter.contract.plans.plan_file import write_plans
+from fp8gate.filter.contract.plans.plan import Plan
 from fp8gate.filter.contract.recipes import Variant
 from fp8gate.filter.locate.places import default_out
 
@@ -68,13 +66,14 @@ def plan_command(
 
     Casts fuse with their neighbours, so that sets of linears are not worth the sum of their parts: a plan measures
     sets, starting from the table's answer. Every visit is kept in a journal: after Ctrl-C, a kill or --stop-after, the
-    same command goes on where it was.
+    same command goes on where it was. Stopped before its end, it writes a plan of what there is, marked as incomplete,
+    which the filter takes and names; it never replaces a complete one.
     """
     require("plan", PLANNING_PACKAGES)
     start_measuring(device, workers)
     from fp8gate.calibrate.device.registry import choose_device
-    from fp8gate.calibrate.planning.plan_block import plan_subject
     from fp8gate.calibrate.planning.plan_protocol import make_protocol
+    from fp8gate.calibrate.planning.plan_writing import plan_model
     from fp8gate.calibrate.planning.subject import model_subjects, plan_path
     from fp8gate.calibrate.report.plan_text import plan_json, plan_text
 
@@ -89,31 +88,24 @@ def plan_command(
     for problem in problems:
         typer.echo(f"warning: not planned: {problem}", err=True)
     torch_device = choose_device(device)
-    plans = []
+    plans: list[Plan] = []
     for name in recipes_of(recipe, casts):
         protocol = make_protocol(torch_device, name, emulate_precision_casts, casts)
         path = plan_path(out or default_out(), subjects, Variant(name, casts), torch_device, emulate_precision_casts)
-        until = math.inf if stop_after is None else time.monotonic() + stop_after * 60
-        of_kinds = [
-            plan_subject(
-                subject,
-                recipe=name,
-                device=torch_device,
-                protocol=protocol,
-                tables=tables,
-                exhaustive=exhaustive,
-                workers=workers,
-                out=path.parent,
-                fresh=not resume,
-                stop_after_s=until - time.monotonic(),
-                say=lambda message: typer.echo(message, err=True),
-                shows_bar=True,
-            )
-            for subject in subjects
-        ]
-        write_plans(of_kinds, path)
-        typer.echo(f"wrote {path}", err=True)
-        plans += of_kinds
+        plans += plan_model(
+            subjects,
+            path,
+            recipe=name,
+            device=torch_device,
+            protocol=protocol,
+            tables=tables,
+            exhaustive=exhaustive,
+            workers=workers,
+            fresh=not resume,
+            stop_after_s=None if stop_after is None else stop_after * 60,
+            say=lambda message: typer.echo(message, err=True),
+            shows_bar=True,
+        )
     if as_json:
         print_json({"plans": [plan_json(plan) for plan in plans]})
     else:

@@ -76,8 +76,8 @@ def _check_files(location: Path, as_json: bool) -> None:
     tables, plans = read_all(location)
     incomplete = incomplete_of(tables)
     if as_json:
-        files = {"files": [*map(str, tables)], "plans": [*map(str, plans)], "incomplete": incomplete_json(incomplete)}
-        print_json({"measured": False, **files})
+        files = {"files": [*map(str, tables)], "plans": [*map(str, plans)]}
+        print_json({"measured": False, **files, "incomplete": incomplete_json(plans, incomplete)})
     else:
         typer.echo(files_text(tables, plans, incomplete))
 

@@ -17,7 +17,7 @@ from fp8gate.filter.contract.devices import device_slug, local_device_name
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.merged_sweep import measured_text
 from fp8gate.filter.contract.plans.plan import PLANS, Plan
-from fp8gate.filter.contract.plans.plan_file import read_plans
+from fp8gate.filter.contract.plans.plan_file import are_complete, read_plans
 from fp8gate.filter.contract.recipes import RECIPES, VARIANTS
 from fp8gate.filter.contract.software_check import DRIVER_VERSION, stale
 from fp8gate.filter.contract.table import WITH_NUMBERS
@@ -26,6 +26,7 @@ from fp8gate.filter.locate.find_plan import find_plans, plan_files
 from fp8gate.filter.locate.find_table import MisfiledError, NoTableError, find_table, table_files
 from fp8gate.filter.locate.incomplete_table import completing_command
 from fp8gate.filter.locate.places import default_out, places, shown
+from fp8gate.filter.planned.incomplete_plan import completing_plan_command, how_far
 from fp8gate.filter.planned.planning_command import command_again
 
 PACKAGES = ("fp8gate", "torch", "torchao", "triton", "transformers")
@@ -48,9 +49,9 @@ class DeviceFacts:
 class FoundFile:
     """A table or plan that the filter would use. what: the recipe and casts, of a plan the model too.
 
-    problem: why it cannot. is_misfiled: as it lies where another belongs. incomplete: how far the sweep of a table came
-    that was stopped. completed_by: the command that completes it. measured_again_by: the command that measures a stale
-    plan again.
+    problem: why it cannot. is_misfiled: as it lies where another belongs. incomplete: how far the sweep of a table, or
+    the search for a plan, came that was stopped. completed_by: the command that completes it. measured_again_by: the
+    command that measures a stale plan again.
     """
 
     what: str
@@ -203,13 +204,15 @@ def _plans(device: str) -> Iterator[FoundFile]:
         except InputError as error:
             yield FoundFile(what=path.stem, path=shown(path), problem=str(error))
             continue
-        plan, differences = plans[0], stale(plans[0].software)
+        plan, differences, is_complete = plans[0], stale(plans[0].software), are_complete(plans)
         what = f"{plan.model}, {plan.variant}, {plan.tokens} tokens" + (f", tp {plan.tp}" if plan.tp > 1 else "")
         yield FoundFile(
             what=what,
             path=shown(path),
-            measured=f"{plan.measured_at:%Y-%m-%d}",
+            measured=f"{plan.measured_at:%Y-%m-%d}" + ("" if is_complete else ", incomplete"),
             stale=differences,
+            incomplete=None if is_complete else how_far(plans),
+            completed_by=None if is_complete else completing_plan_command(plans, str(path)),
             problem=_misfiled(path, plan, device),
             measured_again_by=command_again(plans) if differences else None,
         )

@@ -26,9 +26,10 @@ def problems(checkup: Checkup) -> list[str]:
         found.append(f"float8 does not run on {checkup.device.name}: it needs compute capability 8.9 or higher")
     if checkup.missing:
         found.append(f"no table for this device: {', '.join(checkup.missing)}")
-    found += [f"{file.what}: {file.problem}" for file in (*checkup.tables, *checkup.plans) if file.problem]
-    found += [f"{file.what} was measured with {file.stale}" for file in (*checkup.tables, *checkup.plans) if file.stale]
-    found += [f"{file.what} is incomplete, with {file.incomplete}" for file in checkup.tables if file.incomplete]
+    files = (*checkup.tables, *checkup.plans)
+    found += [f"{file.what}: {file.problem}" for file in files if file.problem]
+    found += [f"{file.what} was measured with {file.stale}" for file in files if file.stale]
+    found += [f"{file.what} is incomplete, with {file.incomplete}" for file in files if file.incomplete]
     found += [f"{journal} waits to be gone on with" for journal in checkup.waiting]
     found += [problem for problem in (checkup.casts_problem, checkup.out_problem) if problem]
     return found
@@ -50,6 +51,8 @@ def next_steps(checkup: Checkup) -> list[Step]:
         steps.append(Step(commands[0], "with the same options: it goes on, and completes the tables"))
     elif checkup.missing or any(table.problem and not table.is_misfiled for table in checkup.tables):
         steps.append(_calibrate(checkup))
+    elif command := next((plan.completed_by for plan in checkup.plans if plan.completed_by), None):
+        steps.append(Step(command, "with the same options: it goes on, and completes the plan"))
     if any(file.stale for file in checkup.tables):
         steps.append(Step("fp8gate verify", "whether the tables still hold with this software"))
     if again := [plan.measured_again_by for plan in checkup.plans if plan.measured_again_by]:

@@ -57,7 +57,8 @@ def gains(plans: list[Plan]) -> str:
 
 
 def losses(plans: list[Plan]) -> str:
-    """How much each rule's choice loses against each plan, as a Markdown table."""
+    """How much each rule's choice loses against each complete plan, as a Markdown table."""
+    plans = [plan for plan in plans if not plan.incomplete]
     rules: dict[str, Callable[[Plan], Roles | None]] = {"the filter's default": table_choice}
     rules |= {f"{least:.2f} for all": partial(table_choice, min_speedup=least) for least in MIN_SPEEDUPS}
     rules["torchao's rule"] = lambda plan: plan.torchao

@@ -74,10 +74,10 @@ def test_the_file_says_that_a_search_was_stopped_and_what_was_not_begun(tmp_path
 
 
 @pytest.mark.parametrize("path", sorted(THRESHOLDS.glob("*/plans/*.yaml")), ids=lambda path: path.stem)
-def test_a_complete_plan_is_written_as_before(path):
-    plans = read_plans(path)
-    assert are_complete(plans)
-    assert format_plans(plans) == path.read_text()
+def test_a_plan_is_written_as_it_was_read(path):
+    plans, text = read_plans(path), path.read_text()
+    assert format_plans(plans) == text
+    assert are_complete(plans) is not ("\nincomplete: " in text or "\nmissing: " in text)
 
 
 @pytest.mark.parametrize(

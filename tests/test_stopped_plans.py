@@ -238,7 +238,7 @@ def test_with_bf16_alone_no_file_is_written(run, stop):
     stop(lambda visited, one: one != BF16_SET)
     said, error = run()
     assert isinstance(error, KeyboardInterrupt)
-    assert said[-1] == "no plan is written: no other set than bf16 was visited yet"
+    assert said[-1] == "no plan is written: bf16 and another set have not both been visited yet"
     assert not run.path.exists()
 
 
@@ -463,5 +463,5 @@ def test_the_stopped_command_names_the_file_and_goes_on(command, stop, tmp_path,
 def test_stopped_before_its_first_visit_it_writes_nothing(command, tmp_path):
     stopped = command("--stop-after", "0")
     assert stopped.exit_code == 1
-    assert "no plan is written: no other set than bf16 was visited yet\n" in stopped.stderr
+    assert "no plan is written: bf16 and another set have not both been visited yet\n" in stopped.stderr
     assert list((tmp_path / "out").rglob("*.yaml")) == []

@@ -72,7 +72,7 @@ def write_incomplete_plans(
     so it is only said.
     """
     if not plans:
-        say("no plan is written: no other set than bf16 was visited yet")
+        say("no plan is written: bf16 and another set have not both been visited yet")
         return
     missing = tuple(subject.layers for subject in subjects[len(plans) :])
     there_is = tuple(msgspec.structs.replace(plan, missing=missing) for plan in plans)

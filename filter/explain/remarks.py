@@ -37,7 +37,8 @@ def remarks(explanation: Explanation) -> Iterator[str]:
     """The sentences about one explanation, the most important first."""
     plans = explanation.plans
     if plans:
-        yield f"The plan decides, measured in the compiled block of {plans.model}: {shown(plans.source)}"
+        part = ", one rank's part, without communication" if plans.plans[0].tp > 1 else ""
+        yield f"The plan decides, measured in the compiled block of {plans.model}{part}: {shown(plans.source)}"
         yield from (f"The filter takes {remark}." for remark in plans.remarks())
     if faster := _faster_by_sums(explanation):
         yield _why_behind(explanation, faster, is_brief=False)

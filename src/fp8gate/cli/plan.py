@@ -57,7 +57,8 @@ def plan_command(
     out: OutOption = None,
     resume: ResumeOption = True,
     stop_after: Annotated[
-        float | None, typer.Option(min=0, help="Minutes for each recipe; then stop, to go on when run again.")
+        float | None,
+        typer.Option(min=0, help="Minutes for a recipe. One that needs more ends the command; run again, it goes on."),
     ] = None,
     workers: WorkersOption = None,
     as_json: JsonOption = False,

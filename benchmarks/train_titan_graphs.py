@@ -40,6 +40,8 @@ from torchtitan.components.quantization import float8
 from torchtitan.distributed import utils as distributed_utils
 
 from fp8gate import casts
+from fp8gate.filter.contract.errors import InputError
+from fp8gate.filter.contract.recipes import require_casts
 from fp8gate.filter.locate import find_table
 
 COLLECTIVES = "_c10d_functional."
@@ -56,13 +58,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", choices=get_args(Widths), required=True)
     parser.add_argument("--tp", type=int, required=True)
-    parser.add_argument("--choice", choices=LABELS, required=True)
+    parser.add_argument("--choice", choices=[choice for choice in LABELS if choice != "plan"], required=True)
     parser.add_argument("--casts", choices=("inductor", "fp8gate"), default="inductor")
     parser.add_argument("--recompute", choices=get_args(Recompute), default="selective")
     parser.add_argument("--recipe", choices=("rowwise", "rowwise_with_gw_hp"), default="rowwise")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--device", default="NVIDIA H100 80GB HBM3", help="whose table decides")
     arguments = parser.parse_args()
+    try:
+        require_casts(arguments.recipe, arguments.casts)
+    except InputError as error:
+        parser.error(str(error))
     setup = Setup(
         widths=arguments.widths,
         layers=1,

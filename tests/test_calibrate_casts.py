@@ -73,8 +73,9 @@ def table(speedup=1.5, *, ours=False, **fields):
 
 def test_the_set_up_is_of_the_recipes_that_have_the_casts(monkeypatch):
     assert list(make_setup(CPU).protocols) == list(RECIPES)
-    monkeypatch.setattr(Cpu, "defaults", dataclasses.replace(Cpu.defaults, compiles=True))
-    found = make_setup(CPU, "fp8gate")
+    with monkeypatch.context() as compiling:
+        compiling.setattr(Cpu, "defaults", dataclasses.replace(Cpu.defaults, compiles=True))
+        found = make_setup(CPU, "fp8gate")
     assert {recipe: found.variant(recipe) for recipe in found.protocols} == {"rowwise": OURS}
     assert make_setup(CPU).fingerprint != found.fingerprint
 

@@ -18,16 +18,14 @@ from forked import Processes, rank_environments
             False,
             [
                 "3 of 6 float8 casts replaced; left to Inductor: 3 along rows alone, which it does well",
-                "5 of 6 float8 casts replaced; left to Inductor: 1 along rows alone, which it does well; "
-                "erased: 1 amaxes of all ranks, which nothing uses",
+                "5 of 6 float8 casts replaced; left to Inductor: 1 along rows alone, which it does well",
             ],
         ),
         (
             True,
             [
                 "0 of 4 float8 casts replaced; left to Inductor: 4 along rows alone, which it does well",
-                "8 of 10 float8 casts replaced; left to Inductor: 2 along rows alone, which it does well; "
-                "erased: 1 amaxes of all ranks, which nothing uses",
+                "8 of 10 float8 casts replaced; left to Inductor: 2 along rows alone, which it does well",
             ],
         ),
     ],
@@ -35,10 +33,7 @@ from forked import Processes, rank_environments
 def test_casts_are_replaced_under_tensor_parallelism_with_equal_bits(
     processes: Processes, recomputes: bool, expected: list[str]
 ) -> None:
-    """Every column form is. The weight of the first linear is the one whose columns are divided among the ranks.
-
-    The amaxes of these columns are computed in the forward, and again in the backward for nothing.
-    """
+    """Every column form is. The weight of the first linear is the one whose columns are divided among the ranks."""
     script = functools.partial(compare, recomputes=recomputes)
     ranks = [processes.start(script, CUDA_VISIBLE_DEVICES="", **where) for where in rank_environments(2)]
     for rank in ranks:

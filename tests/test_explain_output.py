@@ -251,10 +251,8 @@ def test_a_plan_that_fits_decides_and_has_its_row(explained, plan_file, how):
         ("fp8gate, table", "not measured"),
         ("fp8gate, plan", "1.100x (1.090 to 1.110)"),
     ]
-    assert (
-        which
-        == f"The plan decides, measured in the compiled block of tiny, one rank's part, without communication: {plan_file}"
-    )
+    how = "measured in the compiled block of tiny, one rank's part, without communication"
+    assert which == f"The plan decides, {how}: {plan_file}"
     assert behind.startswith("By the sum of single linears, the table's set takes")
 
 

@@ -46,9 +46,8 @@ class TableAnswer:
         try:
             table, _ = find_table(variant.recipe, casts=variant.casts, device=device, tables=tables)
         except TableError as error:
-            say(
-                f"{error.on_command_line or error}; so the search starts without a table, which the filter needs beside a plan"
-            )
+            why = error.on_command_line or error
+            say(f"{why}; so the search starts without a table, which the filter needs beside a plan")
             return cls(None, torchao, {}, guesses)
         lookup, recomputed = Lookup(table), subject.blueprint.recomputed
         convert = [

@@ -27,10 +27,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from fp8gate.casts import operators, pattern, unused
+from fp8gate.casts import operators, pattern
 from fp8gate.casts.operand import ALIGNMENT
 from fp8gate.casts.pattern import Cast, OtherRecipeError, UnknownPatternError, float8_nodes, read_cast
-from fp8gate.casts.unused import erase_unused, erase_unused_amaxes
 from fp8gate.filter.contract.errors import InputError
 
 LEAST_ELEMENTS = 8192 * 1024
@@ -39,7 +38,7 @@ column form (H100)."""
 UNKNOWN = "unknown"
 SETTING = "post_grad_custom_post_pass"
 """Inductor's setting that holds a pass."""
-SOURCES = (__file__, str(pattern.__file__), str(operators.__file__), str(unused.__file__))
+SOURCES = (__file__, str(pattern.__file__), str(operators.__file__))
 """What a graph depends on; kernels are no part of it."""
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -50,14 +49,10 @@ GraphPass = Callable[[Graph], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """The float8 casts of one graph.
-
-    left: how many were left to Inductor, by reason. erased: how many amaxes of all ranks, which nothing used.
-    """
+    """The float8 casts of one graph. left: how many were left to Inductor, by reason."""
 
     replaced: int
     left: Mapping[str, int]
-    erased: int = 0
 
     @property
     def seen(self) -> int:
@@ -69,10 +64,8 @@ class Counts:
         return not self.replaced and any(reason.startswith(UNKNOWN) for reason in self.left)
 
     def __str__(self) -> str:
-        said = f"{self.replaced} of {self.seen} float8 casts replaced"
-        if left := "; ".join(f"{count} {reason}" for reason, count in sorted(self.left.items())):
-            said += f"; left to Inductor: {left}"
-        return said + (f"; erased: {self.erased} amaxes of all ranks, which nothing uses" if self.erased else "")
+        left = "; ".join(f"{count} {reason}" for reason, count in sorted(self.left.items()))
+        return f"{self.replaced} of {self.seen} float8 casts replaced" + (f"; left to Inductor: {left}" if left else "")
 
 
 class CastPass(CustomGraphPass):
@@ -148,7 +141,7 @@ def _takes_a_graph_alone(one: Any) -> bool:
 
 
 def replace_casts(graph: Graph, *, least_elements: int) -> Counts:
-    """Replace the casts that the kernels do better, erase amaxes that nothing uses, and count."""
+    """Replace the casts that the kernels do better, and count."""
     left: Counter[str] = Counter()
     forms: defaultdict[tuple[Node | None, ...], list[Cast]] = defaultdict(list)
     for node in float8_nodes(graph):
@@ -171,7 +164,7 @@ def replace_casts(graph: Graph, *, least_elements: int) -> Counts:
         else:
             _replace_amaxes_and_data(graph, casts)
         replaced += len(casts)
-    return Counts(replaced=replaced, left=left, erased=erase_unused_amaxes(graph))
+    return Counts(replaced=replaced, left=left)
 
 
 def _why_left(casts: list[Cast], least_elements: int) -> str | None:
@@ -273,4 +266,10 @@ def _call_operator(graph: Graph, packet: Any, *args: Any) -> Node:
 def _exchange(graph: Graph, old: Node, new: Node) -> None:
     """Let all that uses the old node use the new one, and erase what nothing uses any more."""
     old.replace_all_uses_with(new)
-    erase_unused(graph, old)
+    unused, erased = [old], set()
+    while unused:
+        node = unused.pop()
+        if node.op == "call_function" and not node.users and node not in erased:
+            unused += node.all_input_nodes
+            graph.erase_node(node)
+            erased.add(node)

@@ -196,6 +196,7 @@ def test_a_stale_table_and_a_broken_one_are_named(here):
 
 
 OTHER = Device(name="NVIDIA H200", kind="cuda", memory_gib=139.8)
+H100 = Device(name="NVIDIA H100", kind="cuda", memory_gib=79.2)
 
 
 def misfiled(here, name, *, device=None, casts="inductor"):
@@ -256,17 +257,45 @@ def test_a_place_that_is_not_there_is_said_once(here, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"),
-    [("tiny-tensorwise-m32.yaml", {}), ("tiny-rowwise-m64.yaml", {}), ("tiny-rowwise-m32.yaml", {"device": OTHER})],
+    ("name", "fields", "belongs"),
+    [
+        ("tiny-tensorwise-m32.yaml", {}, "tiny-rowwise-m32.yaml"),
+        ("tiny-rowwise-m64-tp2.yaml", {"tp": 2}, "tiny-rowwise-m32-tp2.yaml"),
+        ("mine.yaml", {}, "mine-rowwise-m32.yaml"),
+        ("tiny-rowwise-m32.yaml", {"device": OTHER}, "tiny-rowwise-m32.yaml"),
+    ],
 )
-def test_a_plan_that_the_filter_does_not_find_is_misfiled(here, name, fields):
-    path = here / device_slug(local_device_name()) / "plans" / name
-    path.parent.mkdir(parents=True)
+def test_a_plan_that_the_filter_does_not_find_is_misfiled(here, name, fields, belongs):
     plan = make_plan(**{"device": this_cpu(), "software": SOFTWARE_HERE, **fields})
-    write_plans([plan], path)
+    path = write_plan(plan, here / device_slug(local_device_name()), name)
     (found,) = check_up().plans
-    place = f"{device_slug(plan.device.name)}/plans, with -rowwise-m32 in its name: move it there"
-    assert found.problem == f"{path}: the filter does not find it there. It belongs in {place}"
+    place = here / device_slug(plan.device.name) / "plans" / belongs
+    assert found.problem == f"{path}: the filter does not find it there. It belongs in {place}: move it there"
+
+
+def write_plan(plan, folder, name="tiny-rowwise-m32.yaml"):
+    (folder / "plans").mkdir(parents=True, exist_ok=True)
+    write_plans([plan], folder / "plans" / name)
+    return folder / "plans" / name
+
+
+@pytest.mark.parametrize("place", ["nvidia-h200", "any", "any/rowwise.yaml"])
+def test_a_plan_of_another_device_is_where_it_belongs_in_that_devices_folder(here, monkeypatch, place):
+    """Also where the folder is named by FP8GATE_THRESHOLDS: then its own name can be any."""
+    folder = here / place.partition("/")[0]
+    write_file(make_table(make_point(32, 64, 64), device=OTHER), folder / "rowwise.yaml")
+    write_plan(make_plan(device=OTHER), folder)
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(here / place))
+    assert [plan.problem for plan in check_up().plans] == [None]
+
+
+def test_a_plan_in_a_named_folder_of_another_device_is_misfiled(here, monkeypatch):
+    folder = here / "nvidia-h200"
+    write_file(make_table(make_point(32, 64, 64), device=OTHER), folder / "rowwise.yaml")
+    write_plan(make_plan(device=H100), folder)
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(folder))
+    (plan,) = check_up().plans
+    assert plan.problem.endswith(f"belongs in {here}/nvidia-h100/plans/tiny-rowwise-m32.yaml: move it there")
 
 
 def test_a_stale_plan_is_named_with_what_measures_it_again(here):

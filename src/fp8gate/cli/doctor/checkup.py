@@ -5,8 +5,10 @@ In: nothing. Out: a `Checkup`. torch is asked for the device if it is installed,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -20,9 +22,9 @@ from fp8gate.filter.contract.plans.plan import PLANS, Plan
 from fp8gate.filter.contract.plans.plan_file import are_complete, read_plans
 from fp8gate.filter.contract.recipes import RECIPES, VARIANTS
 from fp8gate.filter.contract.software_check import DRIVER_VERSION, stale
-from fp8gate.filter.contract.table import WITH_NUMBERS
+from fp8gate.filter.contract.table import WITH_NUMBERS, Table, read_table
 from fp8gate.filter.decision.measured_settings import casts_of_environment
-from fp8gate.filter.locate.find_plan import find_plans, plan_files
+from fp8gate.filter.locate.find_plan import plan_files
 from fp8gate.filter.locate.find_table import MisfiledError, NoTableError, find_table, table_files
 from fp8gate.filter.locate.incomplete_table import completing_command
 from fp8gate.filter.locate.places import default_out, places, shown
@@ -213,17 +215,41 @@ def _plans(device: str) -> Iterator[FoundFile]:
             stale=differences,
             incomplete=None if is_complete else how_far(plans),
             completed_by=None if is_complete else completing_plan_command(plans, str(path)),
-            problem=_misfiled(path, plan, device),
+            problem=_misfiled(path, plan),
             measured_again_by=command_again(plans) if differences else None,
         )
 
 
-def _misfiled(path: Path, plan: Plan, device: str) -> str | None:
+def _misfiled(path: Path, plan: Plan) -> str | None:
     """Why the filter does not find a plan that is there."""
-    if any(one.file == path for one in find_plans(device=device, variant=plan.variant, tokens=plan.tokens).plans):
+    file, part = path.absolute(), f"-{plan.recipe}-m{plan.tokens}"
+    folder = file.parents[1]
+    if not _is_folder_of(folder, plan):
+        folder = folder.with_name(device_slug(plan.device.name))
+    belongs = folder / PLANS / (file.name if re.search(rf"{part}[.-]", file.name) else _renamed(file, part))
+    if belongs == file:
         return None
-    folder, part = f"{device_slug(plan.device.name)}/{PLANS}", f"-{plan.recipe}-m{plan.tokens}"
-    return f"{path}: the filter does not find it there. It belongs in {folder}, with {part} in its name: move it there"
+    return f"{path}: the filter does not find it there. It belongs in {belongs}: move it there"
+
+
+def _is_folder_of(folder: Path, plan: Plan) -> bool:
+    """Whether a device's folder is that of the plan's device. The name of one that is itself a place can be any."""
+    slug = device_slug(plan.device.name)
+    if folder.name == slug or folder.parent in {place.path.absolute() for place in places()}:
+        return folder.name == slug
+    return {device_slug(table.device.name) for table in _readable_tables(folder)} <= {slug}
+
+
+def _readable_tables(folder: Path) -> Iterator[Table]:
+    for path in sorted(folder.glob("*.yaml")):
+        with contextlib.suppress(InputError):
+            yield read_table(path)
+
+
+def _renamed(file: Path, part: str) -> str:
+    """The name of a plan's file with this recipe and number of tokens in it."""
+    renamed = re.sub(rf"-({'|'.join(RECIPES)})-m\d+(?=[.-])", part, file.name, count=1)
+    return f"{file.stem}{part}{file.suffix}" if renamed == file.name else renamed
 
 
 def _out() -> tuple[Path | None, str | None]:

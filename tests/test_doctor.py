@@ -231,6 +231,29 @@ def test_nothing_is_measured_for_a_table_that_only_has_to_be_moved(here):
     assert "fp8gate calibrate" not in "".join(commands(check_up()))
 
 
+def test_swapped_tables_are_to_be_exchanged(here):
+    write_table_of_this_device(here, "rowwise_with_gw_hp")
+    folder = here / device_slug(local_device_name())
+    write_table_of_this_device(here, "tensorwise").rename(folder / "swapped")
+    write_table_of_this_device(here, "rowwise").rename(folder / "tensorwise.yaml")
+    (folder / "swapped").rename(folder / "rowwise.yaml")
+    found = problems(check_up())
+    assert [one.rpartition(". ")[2] for one in found] == [
+        f"It belongs in {folder / name}.yaml, where another file is: exchange the two"
+        for name in ("rowwise", "tensorwise")
+    ]
+
+
+@pytest.mark.parametrize("text", ["nothing", None], ids=["no table", "of another device"])
+def test_a_table_is_not_to_be_lost_for_another_file(here, text):
+    """Where it belongs is a file that is no table, or one of another device."""
+    misfiled(here, "rowwise.yaml", device=OTHER)
+    path = write_file(make_table(make_point(32, 64, 64), device=H100), here / "nvidia-h200" / "rowwise.yaml")
+    path.write_text(text or path.read_text())
+    (problem,) = [one for one in problems(check_up()) if "belongs" in one]
+    assert problem.endswith("/nvidia-h200/rowwise.yaml, where another file is: exchange the two")
+
+
 def test_advice_is_for_a_shell_where_another_device_has_the_folder(here):
     name = local_device_name()
     misfiled(here, "rowwise.yaml", device=Device(name=name.replace(" ", "_"), kind="cpu", memory_gib=1.0))

@@ -321,6 +321,30 @@ def test_a_plan_in_a_named_folder_of_another_device_is_misfiled(here, monkeypatc
     assert plan.problem.endswith(f"belongs in {here}/nvidia-h100/plans/tiny-rowwise-m32.yaml: move it there")
 
 
+COMPILED = msgspec.structs.replace(make_plan().protocol, compile=True, inductor={"emulate_precision_casts": True})
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"recompute": "full"}, "tiny, rowwise, 32 tokens, recomputed"),
+        ({"sequence": 16, "tp": 2}, "tiny, rowwise, 32 tokens, sequence 16, tp 2"),
+        ({"left_out": ("self_attn.k_proj",), "indivisible": ()}, "tiny, rowwise, 32 tokens, without k_proj"),
+        ({"exhaustive": True}, "tiny, rowwise, 32 tokens, exhaustive"),
+        ({"protocol": COMPILED}, "tiny, rowwise, 32 tokens"),
+        (
+            {"protocol": msgspec.structs.replace(COMPILED, inductor={})},
+            "tiny, rowwise, 32 tokens, no emulate_precision_casts",
+        ),
+        ({"recipe": "tensorwise", "protocol": COMPILED}, "tiny, tensorwise, 32 tokens, emulate_precision_casts"),
+    ],
+)
+def test_a_plan_is_named_with_what_tells_it_from_others(here, fields, what):
+    plan = make_plan(device=this_cpu(), **fields)
+    write_plan(plan, here / device_slug(local_device_name()), f"tiny-{plan.recipe}-m32.yaml")
+    assert [one.what for one in check_up().plans] == [what]
+
+
 def test_a_stale_plan_is_named_with_what_measures_it_again(here):
     folder = here / device_slug(local_device_name()) / "plans"
     folder.mkdir(parents=True)

@@ -19,7 +19,7 @@ from fp8gate.filter.contract.devices import device_slug, local_device_name
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.merged_sweep import measured_text
 from fp8gate.filter.contract.plans.plan import PLANS, Plan
-from fp8gate.filter.contract.plans.plan_file import are_complete, read_plans
+from fp8gate.filter.contract.plans.plan_file import Plans, are_complete, read_plans
 from fp8gate.filter.contract.recipes import RECIPES, VARIANTS
 from fp8gate.filter.contract.software_check import DRIVER_VERSION, stale
 from fp8gate.filter.contract.table import WITH_NUMBERS, Table, read_table
@@ -207,9 +207,8 @@ def _plans(device: str) -> Iterator[FoundFile]:
             yield FoundFile(what=path.stem, path=shown(path), problem=str(error))
             continue
         plan, differences, is_complete = plans[0], stale(plans[0].software), are_complete(plans)
-        what = f"{plan.model}, {plan.variant}, {plan.tokens} tokens" + (f", tp {plan.tp}" if plan.tp > 1 else "")
         yield FoundFile(
-            what=what,
+            what=_training(plans) + (", exhaustive" if plan.exhaustive else ""),
             path=shown(path),
             measured=f"{plan.measured_at:%Y-%m-%d}" + ("" if is_complete else ", incomplete"),
             stale=differences,
@@ -218,6 +217,23 @@ def _plans(device: str) -> Iterator[FoundFile]:
             problem=_misfiled(path, plan),
             measured_again_by=command_again(plans) if differences else None,
         )
+
+
+def _training(plans: Plans) -> str:
+    """What tells the plans of a file from others: each setting that is not the default, as in their file's name."""
+    plan = plans[0]
+    parts = [plan.model, str(plan.variant), f"{plan.tokens} tokens"]
+    sequence = next((one.sequence for one in plans if one.sequence), None)
+    parts += [f"sequence {sequence}"] if sequence not in (None, plan.tokens) else []
+    parts += [f"tp {plan.tp}"] if plan.tp > 1 else []
+    left_out = dict.fromkeys(role.rpartition(".")[2] for one in plans for role in one.left_out)
+    parts += [f"without {' and '.join(left_out)}"] if left_out else []
+    parts += ["recomputed"] if plan.recompute != "none" else []
+    used, own = plan.protocol.inductor, RECIPES[plan.recipe].inductor
+    settings = sorted(used.keys() | own.keys()) if plan.protocol.compile else []
+    differ = [name for name in settings if used.get(name, False) != own.get(name, False)]
+    parts += [name if used.get(name, False) else f"no {name}" for name in differ]
+    return ", ".join(parts)
 
 
 def _misfiled(path: Path, plan: Plan) -> str | None:

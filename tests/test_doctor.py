@@ -321,6 +321,27 @@ def test_a_plan_in_a_named_folder_of_another_device_is_misfiled(here, monkeypatc
     assert plan.problem.endswith(f"belongs in {here}/nvidia-h100/plans/tiny-rowwise-m32.yaml: move it there")
 
 
+UNDER_ANOTHER_NAME = ", where another file is: move it there under another name with -rowwise-m32 in it"
+
+
+@pytest.mark.parametrize(
+    ("there", "todo"),
+    [
+        ({"exhaustive": True}, ", where there is one already: keep one of them"),
+        ({"device": H100}, UNDER_ANOTHER_NAME),
+        ({"recompute": "full"}, UNDER_ANOTHER_NAME),
+        (None, UNDER_ANOTHER_NAME),
+    ],
+    ids=["the same training", "another device", "other training", "no plan"],
+)
+def test_a_misfiled_plan_does_not_take_the_place_of_another(here, there, todo):
+    write_plan(make_plan(device=OTHER), here / device_slug(local_device_name()))
+    path = write_plan(make_plan(**{"device": OTHER, **(there or {})}), here / "nvidia-h200")
+    path.write_text("nothing" if there is None else path.read_text())
+    (plan,) = check_up().plans
+    assert plan.problem.endswith(f". It belongs in {path}{todo}")
+
+
 COMPILED = msgspec.structs.replace(make_plan().protocol, compile=True, inductor={"emulate_precision_casts": True})
 
 

@@ -25,7 +25,7 @@ from fp8gate.filter.contract.software_check import DRIVER_VERSION, stale
 from fp8gate.filter.contract.table import WITH_NUMBERS, Table, read_table
 from fp8gate.filter.decision.measured_settings import casts_of_environment
 from fp8gate.filter.locate.find_plan import plan_files
-from fp8gate.filter.locate.find_table import MisfiledError, NoTableError, find_table, table_files
+from fp8gate.filter.locate.find_table import MisfiledError, NoTableError, find_table, how_to_file, table_files
 from fp8gate.filter.locate.incomplete_table import completing_command
 from fp8gate.filter.locate.places import default_out, places, shown
 from fp8gate.filter.planned.incomplete_plan import completing_plan_command, how_far
@@ -214,7 +214,7 @@ def _plans(device: str) -> Iterator[FoundFile]:
             stale=differences,
             incomplete=None if is_complete else how_far(plans),
             completed_by=None if is_complete else completing_plan_command(plans, str(path)),
-            problem=_misfiled(path, plan),
+            problem=_misfiled(path, plans),
             measured_again_by=command_again(plans) if differences else None,
         )
 
@@ -236,8 +236,9 @@ def _training(plans: Plans) -> str:
     return ", ".join(parts)
 
 
-def _misfiled(path: Path, plan: Plan) -> str | None:
-    """Why the filter does not find a plan that is there."""
+def _misfiled(path: Path, plans: Plans) -> str | None:
+    """Why the filter does not find plans that are there."""
+    plan = plans[0]
     file, part = path.absolute(), f"-{plan.recipe}-m{plan.tokens}"
     folder = file.parents[1]
     if not _is_folder_of(folder, plan):
@@ -245,7 +246,19 @@ def _misfiled(path: Path, plan: Plan) -> str | None:
     belongs = folder / PLANS / (file.name if re.search(rf"{part}[.-]", file.name) else _renamed(file, part))
     if belongs == file:
         return None
-    return f"{path}: the filter does not find it there. It belongs in {belongs}: move it there"
+    other_name = f"move it there under another name with {part} in it"
+    todo = how_to_file(belongs, is_same=_are_of_same(belongs, plans), otherwise=other_name)
+    return f"{path}: the filter does not find it there. It belongs in {belongs}{todo}"
+
+
+def _are_of_same(path: Path, plans: Plans) -> bool:
+    """Whether the file has plans of the same model, device and training."""
+    try:
+        others = read_plans(path)
+    except InputError:
+        return False
+    slugs = {device_slug(one.device.name) for one in (*plans, *others)}
+    return _training(others) == _training(plans) and len(slugs) == 1
 
 
 def _is_folder_of(folder: Path, plan: Plan) -> bool:

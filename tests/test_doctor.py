@@ -25,6 +25,7 @@ from fp8gate.filter.contract.devices import device_slug, local_device_name
 from fp8gate.filter.contract.plans.plan_file import write_plans
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.table import Device, Incomplete, read_table
+from fp8gate.filter.locate import places
 
 GPU = DeviceFacts(
     name="NVIDIA H200", kind="cuda", memory_gib=139.8, capability="9.0", driver="580.1.2", runs_float8=True
@@ -376,6 +377,55 @@ def test_a_stale_plan_is_named_with_what_measures_it_again(here):
     assert command in commands(check_up())
     write_plans([msgspec.structs.replace(plan, software=SOFTWARE_HERE)], folder / "tiny-rowwise-m32-s16.yaml")
     assert not any("plan CONFIG.json" in one for one in commands(check_up()))
+
+
+OLD = msgspec.structs.replace(SOFTWARE_HERE, torch="1.0.0")
+
+
+@pytest.mark.parametrize("missing", [(), ("model.layers.1",)], ids=["complete", "incomplete"])
+@pytest.mark.parametrize(
+    ("name", "device"), [("tiny-rowwise-m64.yaml", None), ("tiny-rowwise-m32.yaml", OTHER)], ids=["misfiled", "other"]
+)
+def test_no_plan_is_measured_that_is_misfiled_or_of_another_device(here, monkeypatch, name, device, missing):
+    """The new one would lie elsewhere, and the old one stay."""
+    folder = here / device_slug(device.name if device else local_device_name())
+    plan = make_plan(device=device or this_cpu(), software=OLD, layers="model.layers.0", missing=missing)
+    write_plan(plan, folder, name)
+    write_file(make_table(make_point(32, 64, 64), device=plan.device), folder / "rowwise.yaml")
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(folder))
+    found = check_up()
+    assert found.plans[0].stale
+    assert not any(command.startswith("fp8gate plan") for command in commands(found))
+
+
+@pytest.mark.parametrize("name", ["own", "any"])
+@pytest.mark.parametrize("missing", [(), ("model.layers.1",)], ids=["complete", "incomplete"])
+def test_a_plan_is_measured_into_its_folder_where_nothing_is_written_by_default(here, monkeypatch, name, missing):
+    folder = here / (device_slug(local_device_name()) if name == "own" else name)
+    write_plan(make_plan(device=this_cpu(), software=OLD, layers="model.layers.0", missing=missing), folder)
+    for recipe in RECIPES:
+        table = make_table(make_point(32, 64, 64), recipe=recipe, device=this_cpu(), software=SOFTWARE_HERE)
+        write_file(table, folder / f"{recipe}.yaml")
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(folder))
+    out = here if name == "own" else "FOLDER"
+    assert commands(check_up())[0].startswith("fp8gate plan CONFIG.json --recipe rowwise --tokens 32")
+    assert commands(check_up())[0].endswith(f" --device cpu --out {out}")
+
+
+def test_a_packaged_plan_is_measured_again_into_ones_own_folder(here, monkeypatch):
+    """That comes before the package, which an upgrade replaces."""
+    write_plan(make_plan(device=this_cpu(), software=OLD), here / device_slug(local_device_name()))
+    monkeypatch.delenv("FP8GATE_THRESHOLDS")
+    monkeypatch.setattr(places, "checkout_thresholds", lambda: None)
+    monkeypatch.setattr(places, "user_thresholds", lambda: here / "own")
+    for one in (places, module):
+        monkeypatch.setattr(one, "packaged_thresholds", lambda: here)
+    (again,) = [command for command in commands(check_up()) if command.startswith("fp8gate plan")]
+    assert "--out" not in again
+
+
+def test_the_first_plan_needs_a_folder_where_nothing_is_written_by_default():
+    assert commands(replace(WELL, plans=(), out=None))[0].endswith(" --tokens 8192 --out FOLDER")
 
 
 def test_an_incomplete_table_is_named_with_what_completes_it(here):

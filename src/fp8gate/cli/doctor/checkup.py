@@ -27,11 +27,12 @@ from fp8gate.filter.decision.measured_settings import casts_of_environment
 from fp8gate.filter.locate.find_plan import plan_files
 from fp8gate.filter.locate.find_table import MisfiledError, NoTableError, find_table, how_to_file, table_files
 from fp8gate.filter.locate.incomplete_table import completing_command
-from fp8gate.filter.locate.places import default_out, places, shown
+from fp8gate.filter.locate.places import default_out, packaged_thresholds, places, shown
 from fp8gate.filter.planned.incomplete_plan import completing_plan_command, how_far
 from fp8gate.filter.planned.planning_command import command_again
 
 PACKAGES = ("fp8gate", "torch", "torchao", "triton", "transformers")
+NO_OUT = " --out FOLDER"  # where FP8GATE_THRESHOLDS names a table or its folder
 SMALLEST = 16  # of the sizes that a float8 product takes
 
 
@@ -53,7 +54,7 @@ class FoundFile:
 
     problem: why it cannot. is_misfiled: as it lies where another belongs. incomplete: how far the sweep of a table, or
     the search for a plan, came that was stopped. completed_by: the command that completes it. measured_again_by: the
-    command that measures a stale plan again.
+    command that measures a stale plan again. A plan has them if it is of this device and not misfiled.
     """
 
     what: str
@@ -207,16 +208,35 @@ def _plans(device: str) -> Iterator[FoundFile]:
             yield FoundFile(what=path.stem, path=shown(path), problem=str(error))
             continue
         plan, differences, is_complete = plans[0], stale(plans[0].software), are_complete(plans)
+        misfiled = _misfiled(path, plans)
+        is_measurable = plan.device.name == device and not misfiled
         yield FoundFile(
             what=_training(plans) + (", exhaustive" if plan.exhaustive else ""),
             path=shown(path),
             measured=f"{plan.measured_at:%Y-%m-%d}" + ("" if is_complete else ", incomplete"),
             stale=differences,
             incomplete=None if is_complete else how_far(plans),
-            completed_by=None if is_complete else completing_plan_command(plans, str(path)),
-            problem=_misfiled(path, plans),
-            measured_again_by=command_again(plans) if differences else None,
+            completed_by=_completing(plans, path) if is_measurable and not is_complete else None,
+            problem=misfiled,
+            is_misfiled=bool(misfiled),
+            measured_again_by=_measuring_again(plans, path) if is_measurable and differences else None,
         )
+
+
+def _completing(plans: Plans, path: Path) -> str:
+    command = completing_plan_command(plans, str(path))
+    return command if " --out " in command else command + _out_to_name()
+
+
+def _measuring_again(plans: Plans, path: Path) -> str:
+    """In place, except for a packaged plan: the new one is found beside that."""
+    is_packaged = path.is_relative_to(packaged_thresholds())
+    return command_again(plans) + _out_to_name() if is_packaged else _completing(plans, path)
+
+
+def _out_to_name() -> str:
+    """The option without which nothing could be written, where there is no folder for it by default."""
+    return "" if _out()[0] else NO_OUT
 
 
 def _training(plans: Plans) -> str:

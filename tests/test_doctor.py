@@ -42,6 +42,7 @@ WELL = Checkup(
     ),
     missing=(),
     measured=("nvidia-h200",),
+    measured_gpu="nvidia-h200",
     plans=(FoundFile(what="llama3-8b, rowwise, 8192 tokens", path="llama3-8b-rowwise-m8192.yaml"),),
     out="/data/thresholds",
     out_problem=None,
@@ -120,7 +121,9 @@ def test_a_gpu_without_plans_is_told_of_them():
 
 
 def test_without_torch_a_measured_device_can_still_be_asked_about():
-    assert commands(replace(WELL, device=None, versions={**VERSIONS, "torch": None}))[1].endswith("--device H200")
+    without = replace(WELL, device=None, tables=(), plans=(), versions={**VERSIONS, "torch": None})
+    assert commands(without)[1].endswith("--device nvidia-h200")
+    assert len(commands(replace(without, measured_gpu=None))) == 1
 
 
 @pytest.mark.parametrize(("load", "is_busy"), [(20.0, True), (7.0, False), (None, False)])
@@ -491,6 +494,34 @@ def test_tables_of_both_casts_are_listed_and_only_inductors_can_be_missing(here)
     found = check_up()
     assert [table.what for table in found.tables][1:3] == ["rowwise", "rowwise, fp8gate's casts"]
     assert found.missing == ()
+
+
+def write_tables(folder, device, recipes=RECIPES):
+    for recipe in recipes:
+        write_file(make_table(make_point(8192, 4096, 4096), recipe=recipe, device=device), folder / f"{recipe}.yaml")
+
+
+def test_the_device_to_ask_about_is_a_measured_gpu(here):
+    for recipe in RECIPES:
+        write_table_of_this_device(here, recipe)
+    assert commands(check_up()) == ["fp8gate explain llama3-8b --recipe all --tokens 8192"]
+    partial = msgspec.structs.replace(H100, name="NVIDIA A100")  # it has not the tables of all recipes
+    write_tables(here / "nvidia-a100", partial, ["rowwise"])
+    write_tables(here / "nvidia-h100", H100)
+    assert check_up().measured == (device_slug(local_device_name()), "nvidia-a100", "nvidia-h100")
+    (command,) = commands(check_up())
+    assert command.endswith(" --device nvidia-h100")
+    result = CliRunner().invoke(app, command.split()[1:])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("place", ["any", "nvidia-h100"])
+def test_a_device_is_measured_whose_folder_is_named(here, monkeypatch, place):
+    write_tables(here / place, H100)
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(here / place))
+    found = check_up()
+    assert (found.measured, found.measured_gpu) == (("nvidia-h100",), "nvidia-h100")
+    assert commands(found)[-1].endswith(" --device nvidia-h100")
 
 
 def test_a_journal_waits_until_its_tables_are_newer(here):

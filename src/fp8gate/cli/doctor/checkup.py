@@ -71,10 +71,11 @@ class FoundFile:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkup:
     """device: None without torch. missing: recipes without a table for it. measured: the devices that have
-    tables. out: where `calibrate` and `plan` write. casts: the value of FP8GATE_CASTS, None if it is not set.
+    tables. measured_gpu: one of them that can be asked about. out: where `calibrate` and `plan` write.
 
-    casts_problem: what is wrong with that. out_problem: why nothing can be written there. waiting: journals that are
-    newer than what they are for. load: of the last minute, None where the system does not tell.
+    casts: the value of FP8GATE_CASTS, None if it is not set. casts_problem: what is wrong with that. out_problem: why
+    nothing can be written there. waiting: journals that are newer than what they are for. load: of the last minute,
+    None where the system does not tell.
     """
 
     device: DeviceFacts | None
@@ -85,6 +86,7 @@ class Checkup:
     tables: tuple[FoundFile, ...]
     missing: tuple[str, ...]
     measured: tuple[str, ...]
+    measured_gpu: str | None
     plans: tuple[FoundFile, ...]
     out: str | None
     out_problem: str | None
@@ -98,6 +100,7 @@ def check_up() -> Checkup:
     searched = places()
     tables = tuple(_tables()) if device and any(os.path.exists(place.path) for place in searched) else ()
     out, out_problem = _out()
+    measured = tuple(sorted(set(_measured())))
     return Checkup(
         device=device,
         versions={"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
@@ -106,7 +109,8 @@ def check_up() -> Checkup:
         casts_problem=_casts_problem(),
         tables=tables,
         missing=tuple(recipe for recipe in RECIPES if recipe not in {table.what for table in tables}) if device else (),
-        measured=tuple(sorted({path.parent.name for path in table_files() if path.is_file()})),
+        measured=measured,
+        measured_gpu=_measured_gpu(measured),
         plans=tuple(_plans(device.name)) if device else (),
         out=None if out is None else str(out),
         out_problem=out_problem,
@@ -173,6 +177,26 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:  # torch's nightly builds bring triton under another name
         return "of unknown version"
+
+
+def _measured() -> Iterator[str]:
+    """The devices that have tables, as `--device` finds them: a folder that is itself a place can have any name."""
+    folders = {place.path for place in places()}
+    for path in table_files():
+        if path.parent.parent in folders:
+            yield path.parent.name
+        elif path.is_file():
+            with contextlib.suppress(InputError):
+                yield device_slug(read_table(path).device.name)
+
+
+def _measured_gpu(measured: tuple[str, ...]) -> str | None:
+    """The first that has the tables of all recipes, which `fp8gate explain --recipe all` asks for."""
+    for slug in measured:
+        with contextlib.suppress(InputError):
+            if {find_table(recipe, device=slug)[0].device.kind for recipe in RECIPES} == {"cuda"}:
+                return slug
+    return None
 
 
 def _tables() -> Iterator[FoundFile]:

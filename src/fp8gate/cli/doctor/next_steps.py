@@ -57,10 +57,11 @@ def next_steps(checkup: Checkup) -> list[Step]:
         steps.append(Step("fp8gate verify", "whether the tables still hold with this software"))
     if again := [plan.measured_again_by for plan in checkup.plans if plan.measured_again_by]:
         steps.append(Step(again[0], "measures a stale plan again"))
-    if device is None or device.kind == "cpu":
-        steps.append(Step(f"{EXPLAIN} --device H200", "what a measured GPU would convert"))
+    if checkup.measured_gpu and (device is None or device.kind == "cpu"):
+        steps.append(Step(f"{EXPLAIN} --device {checkup.measured_gpu}", "what a measured GPU would convert"))
     elif checkup.tables:
-        steps += [] if checkup.plans else [Step(PLAN + _out(checkup), "which sets win inside a block of your model")]
+        if device and device.kind != "cpu" and not checkup.plans:
+            steps.append(Step(PLAN + _out(checkup), "which sets win inside a block of your model"))
         steps.append(Step(EXPLAIN, "which layers of a model to convert"))
     return steps[:MOST_STEPS]
 

@@ -52,7 +52,8 @@ WELL = Checkup(
 )
 AGAIN = "fp8gate plan llama3-8b --recipe rowwise --tokens 8192 --sequence 4096"
 STALE_PLAN = replace(WELL.plans[0], stale="torch 2.11.0, here 2.13.0", measured_again_by=AGAIN)
-STALE = replace(WELL, tables=(replace(WELL.tables[0], stale="torch 2.11.0, here 2.13.0"), *WELL.tables[1:]))
+STALE_TABLE = replace(WELL.tables[0], stale="torch 2.11.0, here 2.13.0", verified_by="fp8gate verify")
+STALE = replace(WELL, tables=(STALE_TABLE, *WELL.tables[1:]))
 INCOMPLETE = {"incomplete": "75 of 140 measurements", "completed_by": "fp8gate calibrate --out /elsewhere"}
 
 
@@ -151,6 +152,9 @@ def here(tmp_path, monkeypatch):
 
 def this_cpu() -> Device:
     return Device(name=local_device_name(), kind="cpu", memory_gib=1.0)
+
+
+OLD = msgspec.structs.replace(SOFTWARE_HERE, torch="1.0.0")
 
 
 def write_table_of_this_device(here, recipe, *, incomplete=None, casts="inductor", **software):
@@ -382,7 +386,31 @@ def test_a_stale_plan_is_named_with_what_measures_it_again(here):
     assert not any("plan CONFIG.json" in one for one in commands(check_up()))
 
 
-OLD = msgspec.structs.replace(SOFTWARE_HERE, torch="1.0.0")
+@pytest.mark.parametrize("is_here", [True, False], ids=["this device", "another"])
+def test_only_tables_of_this_device_are_to_be_measured_again(here, monkeypatch, is_here):
+    device = this_cpu() if is_here else OTHER
+    folder, stopped = here / device_slug(device.name), Incomplete(measured=4, of=9)
+    for recipe in RECIPES:
+        incomplete = stopped if recipe == "rowwise" else None
+        fields = {"recipe": recipe, "device": device, "software": OLD, "incomplete": incomplete}
+        write_file(make_table(make_point(32, 64, 64), **fields), folder / f"{recipe}.yaml")
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(folder))
+    found = check_up()
+    assert all(table.stale for table in found.tables)
+    measuring = [f"fp8gate calibrate --out {here}", "fp8gate verify"]
+    assert [one for one in commands(found) if "explain" not in one] == (measuring if is_here else [])
+
+
+def test_stale_tables_outside_of_the_first_place_are_named_to_verify(here, monkeypatch):
+    """By itself it would look only there."""
+    own = here / "own"
+    own.mkdir()
+    path = write_table_of_this_device(here, "rowwise", torch="1.0.0")
+    monkeypatch.delenv("FP8GATE_THRESHOLDS")
+    monkeypatch.setattr(places, "checkout_thresholds", lambda: None)
+    monkeypatch.setattr(places, "user_thresholds", lambda: own)
+    monkeypatch.setattr(places, "packaged_thresholds", lambda: here)
+    assert f"fp8gate verify --tables {path.parent}" in commands(check_up())
 
 
 @pytest.mark.parametrize("missing", [(), ("model.layers.1",)], ids=["complete", "incomplete"])

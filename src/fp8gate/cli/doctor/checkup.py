@@ -9,6 +9,7 @@ import contextlib
 import os
 import platform
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -54,7 +55,8 @@ class FoundFile:
 
     problem: why it cannot. is_misfiled: as it lies where another belongs. incomplete: how far the sweep of a table, or
     the search for a plan, came that was stopped. completed_by: the command that completes it. measured_again_by: the
-    command that measures a stale plan again. A plan has them if it is of this device and not misfiled.
+    command that measures a stale plan again. verified_by: the one that measures points of a stale table again. A file
+    has these commands if it is of this device and not misfiled.
     """
 
     what: str
@@ -64,6 +66,7 @@ class FoundFile:
     incomplete: str | None = None
     completed_by: str | None = None
     measured_again_by: str | None = None
+    verified_by: str | None = None
     problem: str | None = None
     is_misfiled: bool = False
 
@@ -98,7 +101,7 @@ class Checkup:
 def check_up() -> Checkup:
     device = _device() if util.find_spec("torch") else None
     searched = places()
-    tables = tuple(_tables()) if device and any(os.path.exists(place.path) for place in searched) else ()
+    tables = tuple(_tables(device.name)) if device and any(os.path.exists(place.path) for place in searched) else ()
     out, out_problem = _out()
     measured = tuple(sorted(set(_measured())))
     return Checkup(
@@ -199,7 +202,7 @@ def _measured_gpu(measured: tuple[str, ...]) -> str | None:
     return None
 
 
-def _tables() -> Iterator[FoundFile]:
+def _tables(device: str) -> Iterator[FoundFile]:
     for variant in VARIANTS:
         try:
             table, path = find_table(variant.recipe, casts=variant.casts)
@@ -212,16 +215,24 @@ def _tables() -> Iterator[FoundFile]:
             continue
         numbers = sum(point.status in WITH_NUMBERS for point in table.points)
         measured = f"{numbers} of {len(table.points)} points, {measured_text(table.measured_at, table.merged_from)}"
+        differences, is_measurable = stale(table.software), table.device.name == device
         problem = None if numbers else "no point has a number: measure again when nothing else runs here"
         yield FoundFile(
             what=str(variant),
             path=shown(path),
             measured=measured + (", incomplete" if table.incomplete else ""),
-            stale=stale(table.software),
+            stale=differences,
             incomplete=str(table.incomplete) if table.incomplete else None,
-            completed_by=completing_command(table, path) if table.incomplete else None,
+            completed_by=completing_command(table, path) if table.incomplete and is_measurable else None,
+            verified_by=_verifying(path) if differences and is_measurable else None,
             problem=problem,
         )
+
+
+def _verifying(path: Path) -> str:
+    """By itself it takes the tables of the first place alone."""
+    is_first = path.is_relative_to(places()[0].path)
+    return "fp8gate verify" + ("" if is_first else f" --tables {shlex.quote(str(path.parent))}")
 
 
 def _plans(device: str) -> Iterator[FoundFile]:

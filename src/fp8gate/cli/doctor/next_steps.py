@@ -53,8 +53,8 @@ def next_steps(checkup: Checkup) -> list[Step]:
         steps.append(_calibrate(checkup))
     elif command := next((plan.completed_by for plan in checkup.plans if plan.completed_by), None):
         steps.append(Step(command, "with the same options: it goes on, and completes the plan"))
-    if any(file.stale for file in checkup.tables):
-        steps.append(Step("fp8gate verify", "whether the tables still hold with this software"))
+    if verify := next((table.verified_by for table in checkup.tables if table.verified_by), None):
+        steps.append(Step(verify, "whether the tables still hold with this software"))
     if again := [plan.measured_again_by for plan in checkup.plans if plan.measured_again_by]:
         steps.append(Step(again[0], "measures a stale plan again"))
     if checkup.measured_gpu and (device is None or device.kind == "cpu"):

@@ -25,6 +25,7 @@ from fp8gate.filter.contract.devices import device_slug, local_device_name
 from fp8gate.filter.contract.plans.plan_file import write_plans
 from fp8gate.filter.contract.recipes import RECIPES
 from fp8gate.filter.contract.table import Device, Incomplete, read_table
+from fp8gate.filter.locate import places
 
 GPU = DeviceFacts(
     name="NVIDIA H200", kind="cuda", memory_gib=139.8, capability="9.0", driver="580.1.2", runs_float8=True
@@ -41,6 +42,7 @@ WELL = Checkup(
     ),
     missing=(),
     measured=("nvidia-h200",),
+    measured_gpu="nvidia-h200",
     plans=(FoundFile(what="llama3-8b, rowwise, 8192 tokens", path="llama3-8b-rowwise-m8192.yaml"),),
     out="/data/thresholds",
     out_problem=None,
@@ -50,7 +52,8 @@ WELL = Checkup(
 )
 AGAIN = "fp8gate plan llama3-8b --recipe rowwise --tokens 8192 --sequence 4096"
 STALE_PLAN = replace(WELL.plans[0], stale="torch 2.11.0, here 2.13.0", measured_again_by=AGAIN)
-STALE = replace(WELL, tables=(replace(WELL.tables[0], stale="torch 2.11.0, here 2.13.0"), *WELL.tables[1:]))
+STALE_TABLE = replace(WELL.tables[0], stale="torch 2.11.0, here 2.13.0", verified_by="fp8gate verify")
+STALE = replace(WELL, tables=(STALE_TABLE, *WELL.tables[1:]))
 INCOMPLETE = {"incomplete": "75 of 140 measurements", "completed_by": "fp8gate calibrate --out /elsewhere"}
 
 
@@ -119,7 +122,9 @@ def test_a_gpu_without_plans_is_told_of_them():
 
 
 def test_without_torch_a_measured_device_can_still_be_asked_about():
-    assert commands(replace(WELL, device=None, versions={**VERSIONS, "torch": None}))[1].endswith("--device H200")
+    without = replace(WELL, device=None, tables=(), plans=(), versions={**VERSIONS, "torch": None})
+    assert commands(without)[1].endswith("--device nvidia-h200")
+    assert len(commands(replace(without, measured_gpu=None))) == 1
 
 
 @pytest.mark.parametrize(("load", "is_busy"), [(20.0, True), (7.0, False), (None, False)])
@@ -147,6 +152,9 @@ def here(tmp_path, monkeypatch):
 
 def this_cpu() -> Device:
     return Device(name=local_device_name(), kind="cpu", memory_gib=1.0)
+
+
+OLD = msgspec.structs.replace(SOFTWARE_HERE, torch="1.0.0")
 
 
 def write_table_of_this_device(here, recipe, *, incomplete=None, casts="inductor", **software):
@@ -196,6 +204,7 @@ def test_a_stale_table_and_a_broken_one_are_named(here):
 
 
 OTHER = Device(name="NVIDIA H200", kind="cuda", memory_gib=139.8)
+H100 = Device(name="NVIDIA H100", kind="cuda", memory_gib=79.2)
 
 
 def misfiled(here, name, *, device=None, casts="inductor"):
@@ -230,6 +239,29 @@ def test_nothing_is_measured_for_a_table_that_only_has_to_be_moved(here):
     assert "fp8gate calibrate" not in "".join(commands(check_up()))
 
 
+def test_swapped_tables_are_to_be_exchanged(here):
+    write_table_of_this_device(here, "rowwise_with_gw_hp")
+    folder = here / device_slug(local_device_name())
+    write_table_of_this_device(here, "tensorwise").rename(folder / "swapped")
+    write_table_of_this_device(here, "rowwise").rename(folder / "tensorwise.yaml")
+    (folder / "swapped").rename(folder / "rowwise.yaml")
+    found = problems(check_up())
+    assert [one.rpartition(". ")[2] for one in found] == [
+        f"It belongs in {folder / name}.yaml, where another file is: exchange the two"
+        for name in ("rowwise", "tensorwise")
+    ]
+
+
+@pytest.mark.parametrize("text", ["nothing", None], ids=["no table", "of another device"])
+def test_a_table_is_not_to_be_lost_for_another_file(here, text):
+    """Where it belongs is a file that is no table, or one of another device."""
+    misfiled(here, "rowwise.yaml", device=OTHER)
+    path = write_file(make_table(make_point(32, 64, 64), device=H100), here / "nvidia-h200" / "rowwise.yaml")
+    path.write_text(text or path.read_text())
+    (problem,) = [one for one in problems(check_up()) if "belongs" in one]
+    assert problem.endswith("/nvidia-h200/rowwise.yaml, where another file is: exchange the two")
+
+
 def test_advice_is_for_a_shell_where_another_device_has_the_folder(here):
     name = local_device_name()
     misfiled(here, "rowwise.yaml", device=Device(name=name.replace(" ", "_"), kind="cpu", memory_gib=1.0))
@@ -256,17 +288,90 @@ def test_a_place_that_is_not_there_is_said_once(here, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"),
-    [("tiny-tensorwise-m32.yaml", {}), ("tiny-rowwise-m64.yaml", {}), ("tiny-rowwise-m32.yaml", {"device": OTHER})],
+    ("name", "fields", "belongs"),
+    [
+        ("tiny-tensorwise-m32.yaml", {}, "tiny-rowwise-m32.yaml"),
+        ("tiny-rowwise-m64-tp2.yaml", {"tp": 2}, "tiny-rowwise-m32-tp2.yaml"),
+        ("mine.yaml", {}, "mine-rowwise-m32.yaml"),
+        ("tiny-rowwise-m32.yaml", {"device": OTHER}, "tiny-rowwise-m32.yaml"),
+    ],
 )
-def test_a_plan_that_the_filter_does_not_find_is_misfiled(here, name, fields):
-    path = here / device_slug(local_device_name()) / "plans" / name
-    path.parent.mkdir(parents=True)
+def test_a_plan_that_the_filter_does_not_find_is_misfiled(here, name, fields, belongs):
     plan = make_plan(**{"device": this_cpu(), "software": SOFTWARE_HERE, **fields})
-    write_plans([plan], path)
+    path = write_plan(plan, here / device_slug(local_device_name()), name)
     (found,) = check_up().plans
-    place = f"{device_slug(plan.device.name)}/plans, with -rowwise-m32 in its name: move it there"
-    assert found.problem == f"{path}: the filter does not find it there. It belongs in {place}"
+    place = here / device_slug(plan.device.name) / "plans" / belongs
+    assert found.problem == f"{path}: the filter does not find it there. It belongs in {place}: move it there"
+
+
+def write_plan(plan, folder, name="tiny-rowwise-m32.yaml"):
+    (folder / "plans").mkdir(parents=True, exist_ok=True)
+    write_plans([plan], folder / "plans" / name)
+    return folder / "plans" / name
+
+
+@pytest.mark.parametrize("place", ["nvidia-h200", "any", "any/rowwise.yaml"])
+def test_a_plan_of_another_device_is_where_it_belongs_in_that_devices_folder(here, monkeypatch, place):
+    """Also where the folder is named by FP8GATE_THRESHOLDS: then its own name can be any."""
+    folder = here / place.partition("/")[0]
+    write_file(make_table(make_point(32, 64, 64), device=OTHER), folder / "rowwise.yaml")
+    write_plan(make_plan(device=OTHER), folder)
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(here / place))
+    assert [plan.problem for plan in check_up().plans] == [None]
+
+
+def test_a_plan_in_a_named_folder_of_another_device_is_misfiled(here, monkeypatch):
+    folder = here / "nvidia-h200"
+    write_file(make_table(make_point(32, 64, 64), device=OTHER), folder / "rowwise.yaml")
+    write_plan(make_plan(device=H100), folder)
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(folder))
+    (plan,) = check_up().plans
+    assert plan.problem.endswith(f"belongs in {here}/nvidia-h100/plans/tiny-rowwise-m32.yaml: move it there")
+
+
+UNDER_ANOTHER_NAME = ", where another file is: move it there under another name with -rowwise-m32 in it"
+
+
+@pytest.mark.parametrize(
+    ("there", "todo"),
+    [
+        ({"exhaustive": True}, ", where there is one already: keep one of them"),
+        ({"device": H100}, UNDER_ANOTHER_NAME),
+        ({"recompute": "full"}, UNDER_ANOTHER_NAME),
+        (None, UNDER_ANOTHER_NAME),
+    ],
+    ids=["the same training", "another device", "other training", "no plan"],
+)
+def test_a_misfiled_plan_does_not_take_the_place_of_another(here, there, todo):
+    write_plan(make_plan(device=OTHER), here / device_slug(local_device_name()))
+    path = write_plan(make_plan(**{"device": OTHER, **(there or {})}), here / "nvidia-h200")
+    path.write_text("nothing" if there is None else path.read_text())
+    (plan,) = check_up().plans
+    assert plan.problem.endswith(f". It belongs in {path}{todo}")
+
+
+COMPILED = msgspec.structs.replace(make_plan().protocol, compile=True, inductor={"emulate_precision_casts": True})
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"recompute": "full"}, "tiny, rowwise, 32 tokens, recomputed"),
+        ({"sequence": 16, "tp": 2}, "tiny, rowwise, 32 tokens, sequence 16, tp 2"),
+        ({"left_out": ("self_attn.k_proj",), "indivisible": ()}, "tiny, rowwise, 32 tokens, without k_proj"),
+        ({"exhaustive": True}, "tiny, rowwise, 32 tokens, exhaustive"),
+        ({"protocol": COMPILED}, "tiny, rowwise, 32 tokens"),
+        (
+            {"protocol": msgspec.structs.replace(COMPILED, inductor={})},
+            "tiny, rowwise, 32 tokens, no emulate_precision_casts",
+        ),
+        ({"recipe": "tensorwise", "protocol": COMPILED}, "tiny, tensorwise, 32 tokens, emulate_precision_casts"),
+    ],
+)
+def test_a_plan_is_named_with_what_tells_it_from_others(here, fields, what):
+    plan = make_plan(device=this_cpu(), **fields)
+    write_plan(plan, here / device_slug(local_device_name()), f"tiny-{plan.recipe}-m32.yaml")
+    assert [one.what for one in check_up().plans] == [what]
 
 
 def test_a_stale_plan_is_named_with_what_measures_it_again(here):
@@ -279,6 +384,79 @@ def test_a_stale_plan_is_named_with_what_measures_it_again(here):
     assert command in commands(check_up())
     write_plans([msgspec.structs.replace(plan, software=SOFTWARE_HERE)], folder / "tiny-rowwise-m32-s16.yaml")
     assert not any("plan CONFIG.json" in one for one in commands(check_up()))
+
+
+@pytest.mark.parametrize("is_here", [True, False], ids=["this device", "another"])
+def test_only_tables_of_this_device_are_to_be_measured_again(here, monkeypatch, is_here):
+    device = this_cpu() if is_here else OTHER
+    folder, stopped = here / device_slug(device.name), Incomplete(measured=4, of=9)
+    for recipe in RECIPES:
+        incomplete = stopped if recipe == "rowwise" else None
+        fields = {"recipe": recipe, "device": device, "software": OLD, "incomplete": incomplete}
+        write_file(make_table(make_point(32, 64, 64), **fields), folder / f"{recipe}.yaml")
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(folder))
+    found = check_up()
+    assert all(table.stale for table in found.tables)
+    measuring = [f"fp8gate calibrate --out {here}", "fp8gate verify"]
+    assert [one for one in commands(found) if "explain" not in one] == (measuring if is_here else [])
+
+
+def test_stale_tables_outside_of_the_first_place_are_named_to_verify(here, monkeypatch):
+    """By itself it would look only there."""
+    own = here / "own"
+    own.mkdir()
+    path = write_table_of_this_device(here, "rowwise", torch="1.0.0")
+    monkeypatch.delenv("FP8GATE_THRESHOLDS")
+    monkeypatch.setattr(places, "checkout_thresholds", lambda: None)
+    monkeypatch.setattr(places, "user_thresholds", lambda: own)
+    monkeypatch.setattr(places, "packaged_thresholds", lambda: here)
+    assert f"fp8gate verify --tables {path.parent}" in commands(check_up())
+
+
+@pytest.mark.parametrize("missing", [(), ("model.layers.1",)], ids=["complete", "incomplete"])
+@pytest.mark.parametrize(
+    ("name", "device"), [("tiny-rowwise-m64.yaml", None), ("tiny-rowwise-m32.yaml", OTHER)], ids=["misfiled", "other"]
+)
+def test_no_plan_is_measured_that_is_misfiled_or_of_another_device(here, monkeypatch, name, device, missing):
+    """The new one would lie elsewhere, and the old one stay."""
+    folder = here / device_slug(device.name if device else local_device_name())
+    plan = make_plan(device=device or this_cpu(), software=OLD, layers="model.layers.0", missing=missing)
+    write_plan(plan, folder, name)
+    write_file(make_table(make_point(32, 64, 64), device=plan.device), folder / "rowwise.yaml")
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(folder))
+    found = check_up()
+    assert found.plans[0].stale
+    assert not any(command.startswith("fp8gate plan") for command in commands(found))
+
+
+@pytest.mark.parametrize("name", ["own", "any"])
+@pytest.mark.parametrize("missing", [(), ("model.layers.1",)], ids=["complete", "incomplete"])
+def test_a_plan_is_measured_into_its_folder_where_nothing_is_written_by_default(here, monkeypatch, name, missing):
+    folder = here / (device_slug(local_device_name()) if name == "own" else name)
+    write_plan(make_plan(device=this_cpu(), software=OLD, layers="model.layers.0", missing=missing), folder)
+    for recipe in RECIPES:
+        table = make_table(make_point(32, 64, 64), recipe=recipe, device=this_cpu(), software=SOFTWARE_HERE)
+        write_file(table, folder / f"{recipe}.yaml")
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(folder))
+    out = here if name == "own" else "FOLDER"
+    assert commands(check_up())[0].startswith("fp8gate plan CONFIG.json --recipe rowwise --tokens 32")
+    assert commands(check_up())[0].endswith(f" --device cpu --out {out}")
+
+
+def test_a_packaged_plan_is_measured_again_into_ones_own_folder(here, monkeypatch):
+    """That comes before the package, which an upgrade replaces."""
+    write_plan(make_plan(device=this_cpu(), software=OLD), here / device_slug(local_device_name()))
+    monkeypatch.delenv("FP8GATE_THRESHOLDS")
+    monkeypatch.setattr(places, "checkout_thresholds", lambda: None)
+    monkeypatch.setattr(places, "user_thresholds", lambda: here / "own")
+    for one in (places, module):
+        monkeypatch.setattr(one, "packaged_thresholds", lambda: here)
+    (again,) = [command for command in commands(check_up()) if command.startswith("fp8gate plan")]
+    assert "--out" not in again
+
+
+def test_the_first_plan_needs_a_folder_where_nothing_is_written_by_default():
+    assert commands(replace(WELL, plans=(), out=None))[0].endswith(" --tokens 8192 --out FOLDER")
 
 
 def test_an_incomplete_table_is_named_with_what_completes_it(here):
@@ -344,6 +522,34 @@ def test_tables_of_both_casts_are_listed_and_only_inductors_can_be_missing(here)
     found = check_up()
     assert [table.what for table in found.tables][1:3] == ["rowwise", "rowwise, fp8gate's casts"]
     assert found.missing == ()
+
+
+def write_tables(folder, device, recipes=RECIPES):
+    for recipe in recipes:
+        write_file(make_table(make_point(8192, 4096, 4096), recipe=recipe, device=device), folder / f"{recipe}.yaml")
+
+
+def test_the_device_to_ask_about_is_a_measured_gpu(here):
+    for recipe in RECIPES:
+        write_table_of_this_device(here, recipe)
+    assert commands(check_up()) == ["fp8gate explain llama3-8b --recipe all --tokens 8192"]
+    partial = msgspec.structs.replace(H100, name="NVIDIA A100")  # it has not the tables of all recipes
+    write_tables(here / "nvidia-a100", partial, ["rowwise"])
+    write_tables(here / "nvidia-h100", H100)
+    assert check_up().measured == (device_slug(local_device_name()), "nvidia-a100", "nvidia-h100")
+    (command,) = commands(check_up())
+    assert command.endswith(" --device nvidia-h100")
+    result = CliRunner().invoke(app, command.split()[1:])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("place", ["any", "nvidia-h100"])
+def test_a_device_is_measured_whose_folder_is_named(here, monkeypatch, place):
+    write_tables(here / place, H100)
+    monkeypatch.setenv("FP8GATE_THRESHOLDS", str(here / place))
+    found = check_up()
+    assert (found.measured, found.measured_gpu) == (("nvidia-h100",), "nvidia-h100")
+    assert commands(found)[-1].endswith(" --device nvidia-h100")
 
 
 def test_a_journal_waits_until_its_tables_are_newer(here):

@@ -370,6 +370,10 @@ def test_a_file_under_the_name_of_another_variant_says_its_own(tmp_path, place):
     with pytest.raises(MisfiledError) as error:
         find_table("rowwise", device="h200", tables=tmp_path / place)
     assert str(error.value).endswith(f"{belongs}, where there is one already: keep one of them")
+    write_file(table_of(recipe="rowwise"), path.with_name("tensorwise.yaml"))
+    with pytest.raises(MisfiledError) as error:
+        find_table("rowwise", device="h200", tables=tmp_path / place)
+    assert str(error.value).endswith(f"{belongs}, where another file is: exchange the two")
 
 
 def test_filter_uses_the_same_places(tmp_path, monkeypatch):

@@ -179,8 +179,24 @@ def _filed(path: Path, variant: Variant, device: str | None = None) -> Table:
         differs = f"$.protocol.casts: expected {variant.casts}, found {table.protocol.casts}"
     else:
         differs = f"$.device.name: expected {device}, found {table.device.name}"
-    todo = ", where there is one already: keep one of them" if os.path.exists(belongs) else ": move it there"
+    todo = how_to_file(belongs, is_same=_is_of_same(belongs, table), otherwise="exchange the two")
     raise MisfiledError(f"{path}: {differs}. It belongs in {belongs}{todo}")
+
+
+def how_to_file(belongs: Path, *, is_same: bool, otherwise: str) -> str:
+    """What to do with a misfiled file, so that none is lost. is_same: whether the file that is there is of the same."""
+    if not os.path.exists(belongs):
+        return ": move it there"
+    return ", where there is one already: keep one of them" if is_same else f", where another file is: {otherwise}"
+
+
+def _is_of_same(path: Path, table: Table) -> bool:
+    """Whether the file is a table of the same variant and device."""
+    try:
+        other = read_table(path)
+    except TableError:
+        return False
+    return (other.variant, device_slug(other.device.name)) == (table.variant, device_slug(table.device.name))
 
 
 def _no_table(searched: Sequence[Place], variant: Variant, device: str) -> str:

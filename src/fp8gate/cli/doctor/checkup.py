@@ -5,8 +5,11 @@ In: nothing. Out: a `Checkup`. torch is asked for the device if it is installed,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -17,19 +20,20 @@ from fp8gate.filter.contract.devices import device_slug, local_device_name
 from fp8gate.filter.contract.errors import InputError
 from fp8gate.filter.contract.merged_sweep import measured_text
 from fp8gate.filter.contract.plans.plan import PLANS, Plan
-from fp8gate.filter.contract.plans.plan_file import are_complete, read_plans
+from fp8gate.filter.contract.plans.plan_file import Plans, are_complete, read_plans
 from fp8gate.filter.contract.recipes import RECIPES, VARIANTS
 from fp8gate.filter.contract.software_check import DRIVER_VERSION, stale
-from fp8gate.filter.contract.table import WITH_NUMBERS
+from fp8gate.filter.contract.table import WITH_NUMBERS, Table, read_table
 from fp8gate.filter.decision.measured_settings import casts_of_environment
-from fp8gate.filter.locate.find_plan import find_plans, plan_files
-from fp8gate.filter.locate.find_table import MisfiledError, NoTableError, find_table, table_files
+from fp8gate.filter.locate.find_plan import plan_files
+from fp8gate.filter.locate.find_table import MisfiledError, NoTableError, find_table, how_to_file, table_files
 from fp8gate.filter.locate.incomplete_table import completing_command
-from fp8gate.filter.locate.places import default_out, places, shown
+from fp8gate.filter.locate.places import default_out, packaged_thresholds, places, shown
 from fp8gate.filter.planned.incomplete_plan import completing_plan_command, how_far
 from fp8gate.filter.planned.planning_command import command_again
 
 PACKAGES = ("fp8gate", "torch", "torchao", "triton", "transformers")
+NO_OUT = " --out FOLDER"  # where FP8GATE_THRESHOLDS names a table or its folder
 SMALLEST = 16  # of the sizes that a float8 product takes
 
 
@@ -51,7 +55,8 @@ class FoundFile:
 
     problem: why it cannot. is_misfiled: as it lies where another belongs. incomplete: how far the sweep of a table, or
     the search for a plan, came that was stopped. completed_by: the command that completes it. measured_again_by: the
-    command that measures a stale plan again.
+    command that measures a stale plan again. verified_by: the one that measures points of a stale table again. A file
+    has these commands if it is of this device and not misfiled.
     """
 
     what: str
@@ -61,6 +66,7 @@ class FoundFile:
     incomplete: str | None = None
     completed_by: str | None = None
     measured_again_by: str | None = None
+    verified_by: str | None = None
     problem: str | None = None
     is_misfiled: bool = False
 
@@ -68,10 +74,11 @@ class FoundFile:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkup:
     """device: None without torch. missing: recipes without a table for it. measured: the devices that have
-    tables. out: where `calibrate` and `plan` write. casts: the value of FP8GATE_CASTS, None if it is not set.
+    tables. measured_gpu: one of them that can be asked about. out: where `calibrate` and `plan` write.
 
-    casts_problem: what is wrong with that. out_problem: why nothing can be written there. waiting: journals that are
-    newer than what they are for. load: of the last minute, None where the system does not tell.
+    casts: the value of FP8GATE_CASTS, None if it is not set. casts_problem: what is wrong with that. out_problem: why
+    nothing can be written there. waiting: journals that are newer than what they are for. load: of the last minute,
+    None where the system does not tell.
     """
 
     device: DeviceFacts | None
@@ -82,6 +89,7 @@ class Checkup:
     tables: tuple[FoundFile, ...]
     missing: tuple[str, ...]
     measured: tuple[str, ...]
+    measured_gpu: str | None
     plans: tuple[FoundFile, ...]
     out: str | None
     out_problem: str | None
@@ -93,8 +101,9 @@ class Checkup:
 def check_up() -> Checkup:
     device = _device() if util.find_spec("torch") else None
     searched = places()
-    tables = tuple(_tables()) if device and any(os.path.exists(place.path) for place in searched) else ()
+    tables = tuple(_tables(device.name)) if device and any(os.path.exists(place.path) for place in searched) else ()
     out, out_problem = _out()
+    measured = tuple(sorted(set(_measured())))
     return Checkup(
         device=device,
         versions={"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
@@ -103,7 +112,8 @@ def check_up() -> Checkup:
         casts_problem=_casts_problem(),
         tables=tables,
         missing=tuple(recipe for recipe in RECIPES if recipe not in {table.what for table in tables}) if device else (),
-        measured=tuple(sorted({path.parent.name for path in table_files() if path.is_file()})),
+        measured=measured,
+        measured_gpu=_measured_gpu(measured),
         plans=tuple(_plans(device.name)) if device else (),
         out=None if out is None else str(out),
         out_problem=out_problem,
@@ -172,7 +182,27 @@ def _version(package: str) -> str | None:
         return "of unknown version"
 
 
-def _tables() -> Iterator[FoundFile]:
+def _measured() -> Iterator[str]:
+    """The devices that have tables, as `--device` finds them: a folder that is itself a place can have any name."""
+    folders = {place.path for place in places()}
+    for path in table_files():
+        if path.parent.parent in folders:
+            yield path.parent.name
+        elif path.is_file():
+            with contextlib.suppress(InputError):
+                yield device_slug(read_table(path).device.name)
+
+
+def _measured_gpu(measured: tuple[str, ...]) -> str | None:
+    """The first that has the tables of all recipes, which `fp8gate explain --recipe all` asks for."""
+    for slug in measured:
+        with contextlib.suppress(InputError):
+            if {find_table(recipe, device=slug)[0].device.kind for recipe in RECIPES} == {"cuda"}:
+                return slug
+    return None
+
+
+def _tables(device: str) -> Iterator[FoundFile]:
     for variant in VARIANTS:
         try:
             table, path = find_table(variant.recipe, casts=variant.casts)
@@ -185,16 +215,24 @@ def _tables() -> Iterator[FoundFile]:
             continue
         numbers = sum(point.status in WITH_NUMBERS for point in table.points)
         measured = f"{numbers} of {len(table.points)} points, {measured_text(table.measured_at, table.merged_from)}"
+        differences, is_measurable = stale(table.software), table.device.name == device
         problem = None if numbers else "no point has a number: measure again when nothing else runs here"
         yield FoundFile(
             what=str(variant),
             path=shown(path),
             measured=measured + (", incomplete" if table.incomplete else ""),
-            stale=stale(table.software),
+            stale=differences,
             incomplete=str(table.incomplete) if table.incomplete else None,
-            completed_by=completing_command(table, path) if table.incomplete else None,
+            completed_by=completing_command(table, path) if table.incomplete and is_measurable else None,
+            verified_by=_verifying(path) if differences and is_measurable else None,
             problem=problem,
         )
+
+
+def _verifying(path: Path) -> str:
+    """By itself it takes the tables of the first place alone."""
+    is_first = path.is_relative_to(places()[0].path)
+    return "fp8gate verify" + ("" if is_first else f" --tables {shlex.quote(str(path.parent))}")
 
 
 def _plans(device: str) -> Iterator[FoundFile]:
@@ -205,25 +243,97 @@ def _plans(device: str) -> Iterator[FoundFile]:
             yield FoundFile(what=path.stem, path=shown(path), problem=str(error))
             continue
         plan, differences, is_complete = plans[0], stale(plans[0].software), are_complete(plans)
-        what = f"{plan.model}, {plan.variant}, {plan.tokens} tokens" + (f", tp {plan.tp}" if plan.tp > 1 else "")
+        misfiled = _misfiled(path, plans)
+        is_measurable = plan.device.name == device and not misfiled
         yield FoundFile(
-            what=what,
+            what=_training(plans) + (", exhaustive" if plan.exhaustive else ""),
             path=shown(path),
             measured=f"{plan.measured_at:%Y-%m-%d}" + ("" if is_complete else ", incomplete"),
             stale=differences,
             incomplete=None if is_complete else how_far(plans),
-            completed_by=None if is_complete else completing_plan_command(plans, str(path)),
-            problem=_misfiled(path, plan, device),
-            measured_again_by=command_again(plans) if differences else None,
+            completed_by=_completing(plans, path) if is_measurable and not is_complete else None,
+            problem=misfiled,
+            is_misfiled=bool(misfiled),
+            measured_again_by=_measuring_again(plans, path) if is_measurable and differences else None,
         )
 
 
-def _misfiled(path: Path, plan: Plan, device: str) -> str | None:
-    """Why the filter does not find a plan that is there."""
-    if any(one.file == path for one in find_plans(device=device, variant=plan.variant, tokens=plan.tokens).plans):
+def _completing(plans: Plans, path: Path) -> str:
+    command = completing_plan_command(plans, str(path))
+    return command if " --out " in command else command + _out_to_name()
+
+
+def _measuring_again(plans: Plans, path: Path) -> str:
+    """In place, except for a packaged plan: the new one is found beside that."""
+    is_packaged = path.is_relative_to(packaged_thresholds())
+    return command_again(plans) + _out_to_name() if is_packaged else _completing(plans, path)
+
+
+def _out_to_name() -> str:
+    """The option without which nothing could be written, where there is no folder for it by default."""
+    return "" if _out()[0] else NO_OUT
+
+
+def _training(plans: Plans) -> str:
+    """What tells the plans of a file from others: each setting that is not the default, as in their file's name."""
+    plan = plans[0]
+    parts = [plan.model, str(plan.variant), f"{plan.tokens} tokens"]
+    sequence = next((one.sequence for one in plans if one.sequence), None)
+    parts += [f"sequence {sequence}"] if sequence not in (None, plan.tokens) else []
+    parts += [f"tp {plan.tp}"] if plan.tp > 1 else []
+    left_out = dict.fromkeys(role.rpartition(".")[2] for one in plans for role in one.left_out)
+    parts += [f"without {' and '.join(left_out)}"] if left_out else []
+    parts += ["recomputed"] if plan.recompute != "none" else []
+    used, own = plan.protocol.inductor, RECIPES[plan.recipe].inductor
+    settings = sorted(used.keys() | own.keys()) if plan.protocol.compile else []
+    differ = [name for name in settings if used.get(name, False) != own.get(name, False)]
+    parts += [name if used.get(name, False) else f"no {name}" for name in differ]
+    return ", ".join(parts)
+
+
+def _misfiled(path: Path, plans: Plans) -> str | None:
+    """Why the filter does not find plans that are there."""
+    plan = plans[0]
+    file, part = path.absolute(), f"-{plan.recipe}-m{plan.tokens}"
+    folder = file.parents[1]
+    if not _is_folder_of(folder, plan):
+        folder = folder.with_name(device_slug(plan.device.name))
+    belongs = folder / PLANS / (file.name if re.search(rf"{part}[.-]", file.name) else _renamed(file, part))
+    if belongs == file:
         return None
-    folder, part = f"{device_slug(plan.device.name)}/{PLANS}", f"-{plan.recipe}-m{plan.tokens}"
-    return f"{path}: the filter does not find it there. It belongs in {folder}, with {part} in its name: move it there"
+    other_name = f"move it there under another name with {part} in it"
+    todo = how_to_file(belongs, is_same=_are_of_same(belongs, plans), otherwise=other_name)
+    return f"{path}: the filter does not find it there. It belongs in {belongs}{todo}"
+
+
+def _are_of_same(path: Path, plans: Plans) -> bool:
+    """Whether the file has plans of the same model, device and training."""
+    try:
+        others = read_plans(path)
+    except InputError:
+        return False
+    slugs = {device_slug(one.device.name) for one in (*plans, *others)}
+    return _training(others) == _training(plans) and len(slugs) == 1
+
+
+def _is_folder_of(folder: Path, plan: Plan) -> bool:
+    """Whether a device's folder is that of the plan's device. The name of one that is itself a place can be any."""
+    slug = device_slug(plan.device.name)
+    if folder.name == slug or folder.parent in {place.path.absolute() for place in places()}:
+        return folder.name == slug
+    return {device_slug(table.device.name) for table in _readable_tables(folder)} <= {slug}
+
+
+def _readable_tables(folder: Path) -> Iterator[Table]:
+    for path in sorted(folder.glob("*.yaml")):
+        with contextlib.suppress(InputError):
+            yield read_table(path)
+
+
+def _renamed(file: Path, part: str) -> str:
+    """The name of a plan's file with this recipe and number of tokens in it."""
+    renamed = re.sub(rf"-({'|'.join(RECIPES)})-m\d+(?=[.-])", part, file.name, count=1)
+    return f"{file.stem}{part}{file.suffix}" if renamed == file.name else renamed
 
 
 def _out() -> tuple[Path | None, str | None]:

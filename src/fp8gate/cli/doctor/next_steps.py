@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fp8gate.cli.doctor.checkup import Checkup
+from fp8gate.cli.doctor.checkup import NO_OUT, Checkup
 from fp8gate.filter.contract.recipes import RECIPES
 
 MOST_STEPS = 3
@@ -53,14 +53,15 @@ def next_steps(checkup: Checkup) -> list[Step]:
         steps.append(_calibrate(checkup))
     elif command := next((plan.completed_by for plan in checkup.plans if plan.completed_by), None):
         steps.append(Step(command, "with the same options: it goes on, and completes the plan"))
-    if any(file.stale for file in checkup.tables):
-        steps.append(Step("fp8gate verify", "whether the tables still hold with this software"))
+    if verify := next((table.verified_by for table in checkup.tables if table.verified_by), None):
+        steps.append(Step(verify, "whether the tables still hold with this software"))
     if again := [plan.measured_again_by for plan in checkup.plans if plan.measured_again_by]:
         steps.append(Step(again[0], "measures a stale plan again"))
-    if device is None or device.kind == "cpu":
-        steps.append(Step(f"{EXPLAIN} --device H200", "what a measured GPU would convert"))
+    if checkup.measured_gpu and (device is None or device.kind == "cpu"):
+        steps.append(Step(f"{EXPLAIN} --device {checkup.measured_gpu}", "what a measured GPU would convert"))
     elif checkup.tables:
-        steps += [] if checkup.plans else [Step(PLAN, "which sets win inside a block of your model")]
+        if device and device.kind != "cpu" and not checkup.plans:
+            steps.append(Step(PLAN + _out(checkup), "which sets win inside a block of your model"))
         steps.append(Step(EXPLAIN, "which layers of a model to convert"))
     return steps[:MOST_STEPS]
 
@@ -68,5 +69,8 @@ def next_steps(checkup: Checkup) -> list[Step]:
 def _calibrate(checkup: Checkup) -> Step:
     some = "" if len(checkup.missing) in (0, len(RECIPES)) else f" --recipes {','.join(checkup.missing)}"
     quick = " --grid quick" if checkup.device and checkup.device.kind == "cpu" else ""
-    out = "" if checkup.out else " --out FOLDER"
-    return Step(f"fp8gate calibrate{some}{quick}{out}", "measures this device and writes its tables")
+    return Step(f"fp8gate calibrate{some}{quick}{_out(checkup)}", "measures this device and writes its tables")
+
+
+def _out(checkup: Checkup) -> str:
+    return "" if checkup.out else NO_OUT

@@ -112,3 +112,15 @@ def make_plan(**fields: Any) -> Plan:
         "candidates": CANDIDATES,
     }
     return Plan(**{**made, **fields})
+
+
+def meta_block(sizes: dict[str, tuple[int, int]]) -> nn.Module:
+    """A block of linears alone, on the meta device. sizes: in_features and out_features, by role."""
+    module = nn.Module()
+    for role, (k, n) in sizes.items():
+        *parents, last = role.split(".")
+        inner: Any = module
+        for parent in parents:
+            inner = inner._modules.setdefault(parent, nn.Module())
+        inner.add_module(last, nn.Linear(k, n, device="meta"))
+    return module

@@ -18,7 +18,9 @@ import fp8gate
 from fp8gate.calibrate.comparison.merge import merge_tables
 from fp8gate.cli import app
 from fp8gate.cli.doctor import checkup as module
-from fp8gate.cli.doctor.checkup import Checkup, DeviceFacts, FoundFile, check_up
+from fp8gate.cli.doctor import found_files
+from fp8gate.cli.doctor.checkup import Checkup, DeviceFacts, check_up
+from fp8gate.cli.doctor.found_files import FoundFile
 from fp8gate.cli.doctor.next_steps import next_steps, problems
 from fp8gate.cli.doctor.text import checkup_text
 from fp8gate.filter.contract.devices import device_slug, local_device_name
@@ -449,7 +451,7 @@ def test_a_packaged_plan_is_measured_again_into_ones_own_folder(here, monkeypatc
     monkeypatch.delenv("FP8GATE_THRESHOLDS")
     monkeypatch.setattr(places, "checkout_thresholds", lambda: None)
     monkeypatch.setattr(places, "user_thresholds", lambda: here / "own")
-    for one in (places, module):
+    for one in (places, found_files):
         monkeypatch.setattr(one, "packaged_thresholds", lambda: here)
     (again,) = [command for command in commands(check_up()) if command.startswith("fp8gate plan")]
     assert "--out" not in again

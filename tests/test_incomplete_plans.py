@@ -14,7 +14,7 @@ import pytest
 import torch
 from builders import make_point, make_table, write_folder
 from commands import parse
-from plans import CANDIDATES, MEASURED_AT, PROTOCOL, make_plan
+from plans import CANDIDATES, MEASURED_AT, PROTOCOL, make_plan, meta_block
 from torch import nn
 from typer.testing import CliRunner
 
@@ -322,7 +322,7 @@ def test_the_experts_of_a_plan_are_there_and_others_may_be_in_layers_that_are_mi
     write(folder, dense(left_alone=("mlp.router",), missing=(REST,)))
     model = nn.Module()
     model.model = nn.Module()
-    model.model.layers = nn.ModuleList([_block(DENSE), _block(SPARSE), _block(SPARSE)])
+    model.model.layers = nn.ModuleList([meta_block(DENSE), meta_block(SPARSE), meta_block(SPARSE)])
     for layer, name in ((0, "router"), (1, "experts"), (2, "experts"))[0 if has_its_own else 1 :]:
         holder = nn.Module()
         holder.weight = nn.Parameter(torch.empty(4, 8, 8, device="meta"))
@@ -330,17 +330,6 @@ def test_the_experts_of_a_plan_are_there_and_others_may_be_in_layers_that_are_mi
     wants_float8 = auto_filter("rowwise", tokens=32, device="NVIDIA H200", tables=folder, on_incomplete="ignore")
     wants_float8.check(model)
     assert (wants_float8.plans.chosen is not None) == has_its_own
-
-
-def _block(shapes):
-    module = nn.Module()
-    for role, (k, n) in shapes.items():
-        *parents, last = role.split(".")
-        inner = module
-        for parent in parents:
-            inner = inner._modules.setdefault(parent, nn.Module())
-        inner.add_module(last, nn.Linear(k, n, device="meta"))
-    return module
 
 
 @pytest.mark.parametrize("given", ["auto", "tiny"])

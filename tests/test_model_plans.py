@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 from builders import make_point, make_table, write_folder
-from plans import make_plan
+from plans import make_plan, meta_block
 
 from fp8gate import PlanMismatchWarning, auto_filter
 from fp8gate.filter.contract.plans.plan import Candidate
@@ -141,18 +141,8 @@ def test_the_experts_of_one_kind_count_for_its_list(folder, left_alone, fits):
 
     write(folder, plans(left_alone=left_alone))
 
-    def block(shapes):
-        module = nn.Module()
-        for role, (k, n) in shapes.items():
-            *parents, last = role.split(".")
-            inner = module
-            for parent in parents:
-                inner = inner._modules.setdefault(parent, nn.Module())
-            inner.add_module(last, nn.Linear(k, n, device="meta"))
-        return module
-
     model = nn.Module()
-    model.layers = nn.ModuleList([block(DENSE), block(SPARSE), block(SPARSE)])
+    model.layers = nn.ModuleList([meta_block(DENSE), meta_block(SPARSE), meta_block(SPARSE)])
     wants_float8 = auto_filter("rowwise", tokens=32, device="NVIDIA H200", tables=folder)
     wants_float8.check(model)
     assert (wants_float8.plans.chosen is not None) == fits

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import tempfile
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 from builders import make_point, make_table, write_folder
 from plans import PROTOCOL, TINY_CONFIG, Block, block_input, make_plan
-from samples import quick_points
+from samples import quick_visits
 from typer.testing import CliRunner
 
 from fp8gate import auto_filter, read_plan
@@ -43,12 +42,8 @@ INNER = frozenset({"inner"})
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick(tmp_path_factory):
-    """Visits take milliseconds, and the device is not locked for other tests."""
-    gc.freeze()  # what is imported is never garbage: looking for it takes a third of a second at each load of a set
-    with quick_points(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("locks")))
+    with quick_visits(tmp_path_factory.mktemp("locks")):
         yield
-    gc.unfreeze()
 
 
 def planned(**options):

@@ -7,14 +7,13 @@ import json
 import math
 import os
 import signal
-import tempfile
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 from plans import PROTOCOL, TINY_CONFIG, Block, block_input, make_plan
-from samples import CPU, NOON, SOFTWARE, quick_points
+from samples import CPU, NOON, SOFTWARE, quick_visits
 from torch import nn
 from typer.testing import CliRunner
 
@@ -42,12 +41,8 @@ VISITS = PROTOCOL.screening + PROTOCOL.final
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick(tmp_path_factory):
-    """Visits take milliseconds, and the device is not locked for other tests."""
-    gc.freeze()  # what is imported is never garbage: looking for it takes a third of a second at each load of a set
-    with quick_points(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("locks")))
+    with quick_visits(tmp_path_factory.mktemp("locks")):
         yield
-    gc.unfreeze()
 
 
 def subject_of(block, layers):

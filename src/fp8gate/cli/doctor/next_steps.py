@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fp8gate.cli.doctor.checkup import NO_OUT, Checkup
+from fp8gate.cli.doctor.checkup import Checkup
+from fp8gate.cli.doctor.found_files import NO_OUT
 from fp8gate.filter.contract.recipes import RECIPES
 
 MOST_STEPS = 3

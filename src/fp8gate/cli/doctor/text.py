@@ -8,7 +8,8 @@ import msgspec
 
 from fp8gate.calibrate.device.host_load import BUSY
 from fp8gate.casts import VARIABLE
-from fp8gate.cli.doctor.checkup import Checkup, DeviceFacts, FoundFile
+from fp8gate.cli.doctor.checkup import Checkup, DeviceFacts
+from fp8gate.cli.doctor.found_files import FoundFile
 from fp8gate.cli.doctor.next_steps import next_steps, problems
 from fp8gate.filter.terminal_table import render_table
 
